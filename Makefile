@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up: Debian packages (as root, only those that are missing), virtual environment, build.
+#
+#   make run          the daemon on its main job: the local swarm, else an embedded demo with its own backends
+#   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
+#   make unit         the fast loop: pure tests, seconds
+#   make lint         ruff, mypy --strict, clang-format
+#   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
+#   make bench        measurements against peers
+#   make clean        remove everything that was built
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+PYTEST ?= $(BIN)/python -m pytest
+
+BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
+TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io
+
+SOURCES := $(wildcard mesh/*.pyx mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
+
+.PHONY: run test unit lint sanitize bench bench-quick build clean packages-build packages-test
+
+run: packages-build build
+	$(BIN)/mesh run $(ARGS)
+
+build: $(VENV)/.built
+
+$(VENV)/.deps: requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+packages-build:
+	deploy/debian-packages $(BUILD_PACKAGES)
+
+packages-test:
+	deploy/debian-packages $(TEST_PACKAGES)
+
+unit: build
+	$(PYTEST) -q tests/unit tests/contract $(ARGS)
+
+test: packages-test build lint
+	$(PYTEST) tests $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	clang-format-16 --dry-run --Werror $(wildcard bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c)
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(VENV) bench/out
+	find mesh -name '*.so' -delete
+	find mesh -name '*.o' -delete

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract between the reconciler and an engine: Applied -> Plan -> Datapath.apply, and Stats back.
+
+An engine is handed complete tables; it never chooses. All calls block and are made from one worker thread, except
+`stats`, `signals` and `lookup`, which may be called from any thread at any time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, Protocol
+
+from mesh._maglev import SlotTable
+from mesh.model import Flow, Frontend, FrontendState, Target
+
+OWNER_NONE: Final = 0
+OWNER_PASS: Final = 1
+OWNER_FIRST: Final = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BackendKey:
+    """What an engine addresses: a backend's id and the port of it that one frontend uses."""
+
+    backend: str
+    port: int
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """A backend as an engine holds it. `id` is this node's number for it (mesh_slot.current), never sent elsewhere."""
+
+    id: int
+    key: BackendKey
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendEntry:
+    """A frontend as an engine holds it: its state, the table, and the ids that its table or its flows may name."""
+
+    state: FrontendState
+    table: SlotTable
+    backends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an engine holds now. After a restart the kernel engine reads this back from its pinned maps."""
+
+    generation: int = 0
+    frontends: Mapping[Frontend, FrontendEntry] = MappingProxyType({})
+    backends: Mapping[BackendKey, BackendEntry] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps from one Applied to the next, in the order in which an engine takes them: make before break."""
+
+    generation: int
+    put_backends: tuple[BackendEntry, ...] = ()
+    put_frontends: tuple[FrontendEntry, ...] = ()
+    drop_frontends: tuple[Frontend, ...] = ()
+    drop_backends: tuple[BackendEntry, ...] = ()
+    result: Applied = field(default_factory=Applied)  # what Applied is once all steps are done
+
+    @property
+    def empty(self) -> bool:
+        return not (self.put_backends or self.put_frontends or self.drop_frontends or self.drop_backends)
+
+
+class Failure(enum.Enum):
+    """Why a connection failed, the `cause` label of mesh_connections_failed_total."""
+
+    REFUSED = "refused"  # the backend answered with a reset
+    TIMEOUT = "timeout"  # no answer within the connect timeout
+    UNREACHABLE = "unreachable"  # an ICMP error, or no route
+    RESET = "reset"  # reset by either side after it was established
+    NO_BACKEND = "no_backend"  # the frontend has no backend that may be used
+    LIMIT = "limit"  # out of descriptors, memory or the configured number of connections
+    DENIED = "denied"  # mesh.allow / mesh.deny
+    OTHER = "other"
+
+
+CONNECT_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 3.0)
+"""Upper bounds of the connect-time histogram, seconds; one more bucket follows for +Inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Monotonic counters of one frontend or of one backend of it, `active` excepted. opened = closed + active."""
+
+    opened: int = 0  # connections or UDP sessions given to a backend
+    closed: int = 0
+    active: int = 0
+    retried: int = 0  # a further choice was tried, per backend that was left
+    failed: Mapping[Failure, int] = MappingProxyType({})
+    bytes_in: int = 0  # from the client
+    bytes_out: int = 0  # to the client
+    packets_in: int = 0  # datagrams where the proxy engine forwards UDP, packets in the kernel engine
+    packets_out: int = 0
+    connect_seconds: tuple[int, ...] = ()  # one count per bucket of CONNECT_BUCKETS and +Inf, not cumulative
+    connect_seconds_sum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """All counters of an engine at one moment."""
+
+    frontends: Mapping[Frontend, Counters] = MappingProxyType({})
+    backends: Mapping[tuple[Frontend, BackendKey], Counters] = MappingProxyType({})
+    verdicts: Mapping[str, int] = MappingProxyType({})  # by the names of abi.h; packets
+    gauges: Mapping[str, float] = MappingProxyType({})  # engine-wide, by metric name without the prefix "mesh_"
+    totals: Mapping[str, int] = MappingProxyType({})  # engine-wide counters, likewise, without "_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What traffic told about a backend: passive health. `ok` after a connection was established."""
+
+    backend: str
+    ok: bool
+    cause: Failure | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The answer to: where does this flow go, and why."""
+
+    frontend: Frontend
+    hash: int
+    slot: int
+    owner: int
+    previous: int
+    backend: BackendEntry | None  # None: OWNER_NONE or OWNER_PASS
+    next: tuple[BackendEntry, ...] = ()
+
+
+class Datapath(Protocol):
+    """An engine. Implementations: MemoryDatapath, proxy.ProxyDatapath, kernel.KernelDatapath."""
+
+    name: str
+
+    def open(self) -> Applied:
+        """Start, adopt what survives from an earlier process and say what it is (nothing: Applied()).
+
+        Raises:
+            DatapathError: it cannot run here; the message says why and what would help.
+        """
+
+    def apply(self, plan: Plan) -> Applied:
+        """Carry out a plan, make before break, idempotent: after an error the same plan may be applied again.
+
+        Returns what is held now: `plan.result`, or less where single frontends could not be served (a port that
+        is taken), with the reason in `problems()`.
+
+        Raises:
+            DatapathError: nothing, or only a part, of the plan was done; what was applied before serves on.
+        """
+
+    def problems(self) -> Sequence[str]:
+        """What is not served as asked, one sentence each, naming the frontend and the remedy."""
+
+    def stats(self) -> Stats:
+        """Read all counters; any thread, without stopping traffic."""
+
+    def signals(self) -> Sequence[Signal]:
+        """What traffic told about backends since the last call."""
+
+    def lookup(self, flow: Flow) -> Choice | None:
+        """Which backend a new connection of this flow would get, by the engine's own table; None: not our port."""
+
+    def drain(self, seconds: float) -> int:
+        """Accept nothing new, let flows end for at most `seconds`. Returns how many were still open."""
+
+    def close(self, *, release: bool) -> None:
+        """Stop. `release`: hand the ports back to whoever served them before; else the data plane may live on."""

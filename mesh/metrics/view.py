@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent shows to the outside: the contract between mesh.agent and the HTTP server, hence the CLI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mesh.datapath.base import Stats
+from mesh.model import Flow
+
+Json = Mapping[str, Any]
+
+
+class AgentView(Protocol):
+    """Read and change a running agent. All methods are called on the event loop and must not block it."""
+
+    def state(self) -> Json:
+        """Everything `GET /state` answers; the schema is in docs/OPERATIONS.md.
+
+        Keys: version, abi, pid, started (Unix seconds), engine, engine_reason, provider {kind, connected, age_seconds,
+        error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error}, node {id, name},
+        problems [str], services [{id, name, options, frontends [{frontend, table_size, tracked_slots, digest, panic,
+        served, targets [{backend, name, node, address, port, weight, intent, health, health_reason, slots, local}]}]}],
+        drained {backends [id], nodes [id]}, stopping (bool).
+        """
+
+    def ready(self) -> tuple[bool, Sequence[str]]:
+        """Whether the node serves what it should, and the reasons where it does not."""
+
+    async def stats(self) -> Stats:
+        """The engine's counters now, read off the event loop."""
+
+    async def explain(self, flow: Flow) -> Json:
+        """Where a flow goes, and why: frontend, service, hash, table_size, slot, current, previous, tracked, backend,
+        reasons [str], next [backend...]; or {"error", "remedy"} where the port is not ours."""
+
+    async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
+        """Drain or undrain a `backend` or `node` by id, unique id prefix or name. Kept across restarts.
+
+        Raises:
+            mesh.errors.MeshError: nothing, or more than one thing, has that name.
+        """
+
+    async def stop(self, *, release: bool) -> None:
+        """Stop as SIGTERM does; `release` also hands the ports back."""

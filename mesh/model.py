@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The domain in frozen dataclasses: what exists (Inventory), what should be served (DesiredState). Stdlib only, no I/O.
+
+Words are those of docs/ARCHITECTURE.md. *Task* is said in `mesh.swarm` only; everywhere else it is a Backend.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+TABLE_SIZES: Final = (1021, 4093, 16381, 65537, 655373)
+TABLE_SIZE_DEFAULT: Final = 16381
+WEIGHT_MAX: Final = 65535
+
+
+class Protocol(enum.IntEnum):
+    """Transport protocol, by its IANA number."""
+
+    TCP = 6
+    UDP = 17
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Affinity(enum.Enum):
+    """What is hashed: the whole 5-tuple, or the client's address alone."""
+
+    FLOW = "flow"
+    CLIENT_IP = "client-ip"
+
+
+class ProxyProtocol(enum.Enum):
+    """Whether the proxy engine announces the client to the backend (HAProxy's PROXY protocol)."""
+
+    OFF = "off"
+    V2 = "v2"
+
+
+class Locality(enum.Enum):
+    """Which backends a node prefers."""
+
+    CLUSTER = "cluster"
+    LOCAL_FIRST = "local-first"
+
+
+class Intent(enum.Enum):
+    """What the orchestrator wants of a backend, apart from its health."""
+
+    ACTIVE = "active"
+    DRAINING = "draining"  # keeps its flows, gets no new ones
+
+
+class Health(enum.Enum):
+    """What the probes say of a backend."""
+
+    UNKNOWN = "unknown"
+    UP = "up"
+    DOWN = "down"
+
+
+class ProbeKind(enum.Enum):
+    """How a backend is probed."""
+
+    OFF = "off"
+    TCP = "tcp"
+    HTTP = "http"
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """How the backends of a service are probed. Times in seconds."""
+
+    kind: ProbeKind = ProbeKind.TCP
+    path: str = "/"
+    interval: float = 2.0
+    timeout: float = 1.0
+    rise: int = 2
+    fall: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """What a user can set per service (service labels, or keys of the static file)."""
+
+    enable: bool = True
+    affinity: Affinity = Affinity.FLOW
+    proxy_protocol: ProxyProtocol = ProxyProtocol.OFF
+    health: HealthCheck = field(default_factory=HealthCheck)
+    table_size: int = TABLE_SIZE_DEFAULT
+    locality: Locality = Locality.CLUSTER
+    allow: tuple[Network, ...] = ()  # empty: everybody
+    deny: tuple[Network, ...] = ()  # wins over allow
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Frontend:
+    """Where clients call: an address, a port, a protocol. Address `::` is every address of the node, IPv4 included."""
+
+    address: Address
+    port: int
+    protocol: Protocol
+
+    def __str__(self) -> str:
+        host = "*" if self.address == ANY_ADDRESS else str(self.address)
+        return f"{f'[{host}]' if ':' in host else host}:{self.port}/{self.protocol}"
+
+
+ANY_ADDRESS: Final = ipaddress.IPv6Address("::")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PublishedPort:
+    """A port of the service as the outside sees it, and the port that its backends listen on."""
+
+    published: int
+    target: int
+    protocol: Protocol
+    address: Address = ANY_ADDRESS
+
+    @property
+    def frontend(self) -> Frontend:
+        return Frontend(self.address, self.published, self.protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One reachable instance of a service.
+
+    `id` is the same on every node (a task id; for the static provider a name) and seeds its permutation of slots.
+    `address` is where *this* host reaches it; None while it has none that is reachable from here.
+    `container` is the local container's id where the backend runs on this node, else empty.
+    """
+
+    id: str
+    service: str
+    node: str
+    address: Address | None
+    name: str = ""
+    weight: int = 1
+    intent: Intent = Intent.ACTIVE
+    ready: bool = True  # running, and healthy by its own HEALTHCHECK if it has one
+    local: bool = True
+    container: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service with the ports it publishes through the mesh. `id` never changes, `name` is for people."""
+
+    id: str
+    name: str
+    ports: tuple[PublishedPort, ...]
+    options: ServiceOptions = field(default_factory=ServiceOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the cluster. `weight` multiplies into its backends' weights; 0 takes it out for new flows."""
+
+    id: str
+    name: str
+    address: Address | None = None
+    up: bool = True
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something a user wrote that cannot be used: the place, what is wrong, the remedy. A default applies."""
+
+    where: str  # "service web, label mesh.affinity"
+    message: str  # "'sticky' is not one of: client-ip, flow"
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything a provider knows, whole: never a delta. Sorted by id, so that equal inventories compare equal."""
+
+    services: tuple[Service, ...] = ()
+    backends: tuple[Backend, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    source: str = ""  # "swarm" | "static" | "relay"
+
+
+@dataclass(frozen=True, slots=True)
+class HealthView:
+    """Verdicts of the health monitor by backend id; absent means UNKNOWN."""
+
+    verdicts: Mapping[str, Health] = MappingProxyType({})
+    reasons: Mapping[str, str] = MappingProxyType({})
+
+    def of(self, backend_id: str) -> Health:
+        return self.verdicts.get(backend_id, Health.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A backend as one frontend uses it. `weight` is effective: 0 gets no new flows, but keeps those it has."""
+
+    backend: str
+    address: Address
+    port: int
+    weight: int
+    local: bool = True
+    node: str = ""
+    container: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendState:
+    """What one frontend should do. `targets` are sorted by backend id."""
+
+    frontend: Frontend
+    service: str  # the service's id
+    service_name: str
+    options: ServiceOptions
+    targets: tuple[Target, ...] = ()
+    panic: bool = False  # every backend is down by health, so all of them are used
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredState:
+    """What the node should serve, whole. `generation` increases by one with every change."""
+
+    generation: int = 0
+    frontends: Mapping[Frontend, FrontendState] = MappingProxyType({})
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A 5-tuple as the client sees it."""
+
+    source: Address
+    source_port: int
+    destination: Address
+    destination_port: int
+    protocol: Protocol
