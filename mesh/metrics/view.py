@@ -18,8 +18,10 @@ class AgentView(Protocol):
     def state(self) -> Json:
         """Everything `GET /state` answers; the schema is in docs/OPERATIONS.md.
 
-        Keys: version, abi, pid, started (Unix seconds), engine, engine_reason, provider {kind, connected, age_seconds,
-        error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error}, node {id, name},
+        Keys: version, abi, pid, started (Unix seconds), engine, engine_reason,
+        provider {kind, connected, age_seconds,
+        error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error},
+        node {id, name},
         problems [str], services [{id, name, options, frontends [{frontend, table_size, tracked_slots, digest, panic,
         served, targets [{backend, name, node, address, port, weight, intent, health, health_reason, slots, local}]}]}],
         drained {backends [id], nodes [id]}, stopping (bool).
