@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract between the agent and a source of the inventory (swarm, static file, demo, relay)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mesh.model import Inventory
+
+Publish = Callable[[Inventory], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatus:
+    """How a provider is doing now; the `provider` key of AgentView.state."""
+
+    kind: str  # "swarm" | "static" | "demo" | "relay"
+    connected: bool = False  # the last attempt to read was good
+    age_seconds: float | None = None  # since the last good read; None: there was none yet
+    error: str = ""  # why the last attempt failed, with place and remedy; empty when it was good
+    doorbell: str = ""  # what announces changes: "watch" | "events" | "poll"
+
+
+class Provider(Protocol):
+    """A source of the inventory. Implementations: swarm.SwarmProvider, static.StaticProvider."""
+
+    async def run(self, publish: Publish) -> None:
+        """Read, publish, and follow changes until cancelled.
+
+        Every published inventory is complete, differs from the one before, and is handed over on the event loop;
+        `publish` must not block. Nothing is published before the first complete read, and nothing while the source is
+        away or answers what cannot be used: the last good state stands and `status` says how old it is. Never raises
+        but CancelledError.
+        """
+
+    def reload(self) -> None:
+        """Read again now (SIGHUP)."""
+
+    def status(self) -> ProviderStatus:
+        """How it is doing, without I/O."""
