@@ -10,7 +10,6 @@ import enum
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -200,8 +199,8 @@ class Inventory:
 class HealthView:
     """Verdicts of the health monitor by backend id; absent means UNKNOWN."""
 
-    verdicts: Mapping[str, Health] = MappingProxyType({})
-    reasons: Mapping[str, str] = MappingProxyType({})
+    verdicts: Mapping[str, Health] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, backend_id: str) -> Health:
         return self.verdicts.get(backend_id, Health.UNKNOWN)
@@ -237,7 +236,7 @@ class DesiredState:
     """What the node should serve, whole. `generation` increases by one with every change."""
 
     generation: int = 0
-    frontends: Mapping[Frontend, FrontendState] = MappingProxyType({})
+    frontends: Mapping[Frontend, FrontendState] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final, Protocol
 
 from mesh._maglev import SlotTable
@@ -53,8 +52,8 @@ class Applied:
     """What an engine holds now. After a restart the kernel engine reads this back from its pinned maps."""
 
     generation: int = 0
-    frontends: Mapping[Frontend, FrontendEntry] = MappingProxyType({})
-    backends: Mapping[BackendKey, BackendEntry] = MappingProxyType({})
+    frontends: Mapping[Frontend, FrontendEntry] = field(default_factory=dict)
+    backends: Mapping[BackendKey, BackendEntry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ class Counters:
     closed: int = 0
     active: int = 0
     retried: int = 0  # a further choice was tried, per backend that was left
-    failed: Mapping[Failure, int] = MappingProxyType({})
+    failed: Mapping[Failure, int] = field(default_factory=dict)
     bytes_in: int = 0  # from the client
     bytes_out: int = 0  # to the client
     packets_in: int = 0  # datagrams where the proxy engine forwards UDP, packets in the kernel engine
@@ -111,11 +110,11 @@ class Counters:
 class Stats:
     """All counters of an engine at one moment."""
 
-    frontends: Mapping[Frontend, Counters] = MappingProxyType({})
-    backends: Mapping[tuple[Frontend, BackendKey], Counters] = MappingProxyType({})
-    verdicts: Mapping[str, int] = MappingProxyType({})  # by the names of abi.h; packets
-    gauges: Mapping[str, float] = MappingProxyType({})  # engine-wide, by metric name without the prefix "mesh_"
-    totals: Mapping[str, int] = MappingProxyType({})  # engine-wide counters, likewise, without "_total"
+    frontends: Mapping[Frontend, Counters] = field(default_factory=dict)
+    backends: Mapping[tuple[Frontend, BackendKey], Counters] = field(default_factory=dict)
+    verdicts: Mapping[str, int] = field(default_factory=dict)  # by the names of abi.h; packets
+    gauges: Mapping[str, float] = field(default_factory=dict)  # engine-wide, by metric name without the prefix "mesh_"
+    totals: Mapping[str, int] = field(default_factory=dict)  # engine-wide counters, likewise, without "_total"
 
 
 @dataclass(frozen=True, slots=True)
