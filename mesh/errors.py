@@ -36,3 +36,5 @@ class DatapathError(MeshError):
 
 class BpfError(DatapathError):
     """A bpf(2) or libbpf call failed; the message has the call, the object and the errno's name."""
+
+    errno: int = 0
