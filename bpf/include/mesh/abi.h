@@ -65,4 +65,205 @@ _Static_assert(sizeof(struct mesh_slot) == 8, "mesh_slot is 8 bytes");
 #define MESH_AFFINITY_FLOW   0u /* the 5-tuple */
 #define MESH_AFFINITY_CLIENT 1u /* the client's address alone */
 
+/* ---- kernel engine: what user space and the programs share in maps (bpf/lib/maps.h says who writes what) ---- */
+
+/* Where a service's slots are: all tables lie in arenas of MESH_ARENA_SLOTS slots. The whole reference is one aligned
+ * 64-bit word and is replaced by one store, so that a packet sees the old table or the new one. */
+#define MESH_ARENA_BITS  20u
+#define MESH_ARENA_SLOTS (1u << MESH_ARENA_BITS) /* holds the largest table size */
+#define MESH_MAX_ARENAS  256u
+
+struct mesh_table {
+	__u32 first; /* arena << MESH_ARENA_BITS | index of the table's first slot in it */
+	__u32 size;  /* slots, one of MESH_TABLE_SIZES; 0: the frontend is not served, packets pass */
+};
+_Static_assert(sizeof(struct mesh_table) == 8, "mesh_table is 8 bytes");
+
+/* Value of mesh_ports by protocol and port: the id of the frontend with any address (0: none) and this flag. */
+#define MESH_PORT_EXACT    0x80000000u /* some frontend with an address of its own has this port: see mesh_exact */
+#define MESH_PORT_FRONTEND 0x7fffffffu
+#define MESH_PORT_TCP      0u     /* index of a TCP port in mesh_ports: MESH_PORT_TCP + port in host order */
+#define MESH_PORT_UDP      65536u /* likewise */
+
+/* mesh_frontend.flags */
+#define MESH_FRONTEND_CLIENT       0x1u /* affinity: hash the client's address alone */
+#define MESH_FRONTEND_DENY         0x2u /* sources that no entry of the acl covers are denied */
+#define MESH_FRONTEND_PASS_IF_NONE 0x4u /* no backend: leave the packet to the kernel instead of refusing it */
+#define MESH_FRONTEND_HOLD         0x8u /* un-noted UDP flows stay with a previous owner PASS (take-over, first seconds) */
+
+struct mesh_frontend {
+	struct mesh_table table;
+	__u32 flags;
+	__u32 acl; /* rule set in mesh_acl, 0: none */
+};
+_Static_assert(sizeof(struct mesh_frontend) == 16, "mesh_frontend is 16 bytes");
+
+/* Key of mesh_exact: frontends with an address of their own. */
+struct mesh_frontend_key {
+	struct mesh_addr address;
+	__be16 port;
+	__u8 protocol;
+	__u8 pad[5];
+};
+_Static_assert(sizeof(struct mesh_frontend_key) == 24, "mesh_frontend_key is 24 bytes");
+
+/* mesh_backend.state */
+#define MESH_BACKEND_FREE     0u /* gone: its flows go to the slot's current owner */
+#define MESH_BACKEND_ACTIVE   1u
+#define MESH_BACKEND_DRAINING 2u /* keeps its flows, gets no new ones (un-noted UDP flows count as new) */
+
+/* A backend by owner id. `epoch` changes whenever an id is given to another backend, so that notes of the old one are
+ * not taken for the new one's. */
+struct mesh_backend {
+	struct mesh_addr address;
+	__be16 port;
+	__u8 protocol;
+	__u8 state;
+	__u32 epoch;
+	__u32 ifindex; /* host side of its veth; 0: unknown, deliver through `bridge` */
+	__u32 bridge;  /* interface by which this node reaches the address (docker_gwbridge) */
+	__u8 mac[6];   /* of the container's end; zeros: unknown */
+	__u8 pad[26];
+};
+_Static_assert(sizeof(struct mesh_backend) == 64, "mesh_backend is 64 bytes");
+_Static_assert(__builtin_offsetof(struct mesh_backend, epoch) == 20, "mesh_backend.epoch");
+_Static_assert(__builtin_offsetof(struct mesh_backend, mac) == 32, "mesh_backend.mac");
+
+/* Key of mesh_acl: longest prefix of (rule set, source). `bits` is 32 + the prefix' length on the 16-byte address. */
+struct mesh_acl_key {
+	__u32 bits;
+	__u32 acl;
+	struct mesh_addr source;
+};
+_Static_assert(sizeof(struct mesh_acl_key) == 24, "mesh_acl_key is 24 bytes");
+
+#define MESH_ACL_ALLOW 1u
+#define MESH_ACL_DENY  2u
+
+/* Value of mesh_flows: the owner of a flow whose slot is in transition. `stamp` is when it was last seen. */
+struct mesh_note {
+	__u32 owner;
+	__u32 epoch; /* of the owner; 0 for PASS */
+	__u32 stamp; /* CLOCK_MONOTONIC, seconds */
+	__u32 frontend;
+};
+_Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
+
+/* Key of mesh_replies is a mesh_flow: source = the client as the task sees it, destination = the backend. */
+#define MESH_REPLY_PEER    0x1u  /* the client is a container of this node: deliver to its veth */
+#define MESH_REPLY_HAIRPIN 0x2u  /* the client is the task itself and sees mesh_config.hairpin as its peer */
+#define MESH_REPLY_FIN_IN  0x4u  /* the client has closed its direction */
+#define MESH_REPLY_FIN_OUT 0x8u  /* the task has closed its direction */
+#define MESH_REPLY_OPENED  0x10u /* counted as a start */
+
+struct mesh_reply {
+	struct mesh_addr called; /* the address that the client called */
+	struct mesh_addr client; /* the client's own address */
+	__be16 called_port;
+	__u16 flags;
+	__u32 ifindex; /* where the client's packets come in, hence where replies leave */
+	__u32 frontend;
+	__u32 owner;
+	__u32 epoch;
+	__u32 stamp; /* CLOCK_MONOTONIC, seconds: when it was made or last confirmed by a start */
+};
+_Static_assert(sizeof(struct mesh_reply) == 56, "mesh_reply is 56 bytes");
+
+/* Per-CPU counters of one frontend or one backend. */
+struct mesh_counts {
+	__u64 packets_in; /* from clients */
+	__u64 bytes_in;   /* of the IP packets, headers included */
+	__u64 packets_out;
+	__u64 bytes_out;
+	__u64 starts; /* flows given to a backend */
+	__u64 ends;   /* TCP flows closed by both sides or reset */
+};
+_Static_assert(sizeof(struct mesh_counts) == 48, "mesh_counts is 48 bytes");
+
+/* The one element of mesh_config. */
+struct mesh_config {
+	__u64 netns_cookie; /* of the host's network namespace (SO_NETNS_COOKIE); 0: socket hooks do nothing */
+	struct mesh_addr
+		hairpin; /* IPv4: what a task that calls itself sees as its peer; any address that nothing uses */
+	struct mesh_addr hairpin6;
+	__u32 settings; /* MESH_SETTING_* */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
+
+#define MESH_SETTING_OFF 0x1u /* every program passes every packet untouched */
+
+/* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
+struct mesh_fragment_key {
+	struct mesh_addr source;
+	struct mesh_addr destination;
+	__be32 id;
+	__u8 protocol;
+	__u8 pad[3];
+};
+_Static_assert(sizeof(struct mesh_fragment_key) == 40, "mesh_fragment_key is 40 bytes");
+
+/* Socket hooks: what a socket dialled, per socket (mesh_dialled) or per datagram peer (mesh_peers). */
+struct mesh_peer_key {
+	__u64 cookie;             /* the socket's */
+	struct mesh_addr address; /* the backend's */
+	__be16 port;
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct mesh_peer_key) == 32, "mesh_peer_key is 32 bytes");
+
+struct mesh_dialled {
+	struct mesh_addr called;
+	__be16 called_port;
+	__u8 protocol;
+	__u8 pad;
+	__u32 owner;
+	__u32 epoch;
+	__u32 frontend;
+};
+_Static_assert(sizeof(struct mesh_dialled) == 32, "mesh_dialled is 32 bytes");
+
+/* What became of a packet. X(name, help): metrics, docs and code use these names. Packets that are not ours (no
+ * frontend has the port, or the destination is not this node's) are not counted: every packet of the host would pay for
+ * it. */
+#define MESH_VERDICTS(X)                                                                                               \
+	X(FORWARD, "sent to a task by the slot table alone")                                                           \
+	X(NOTED, "sent to the owner that the flow cache names")                                                        \
+	X(STARTED, "started a flow of a slot in transition: sent to the current owner and noted")                      \
+	X(KEPT, "un-noted flow of a slot in transition: sent to the previous owner and noted")                         \
+	X(MOVED, "un-noted flow whose previous owner is gone, or UDP from a draining one: sent to the current owner")  \
+	X(PASS, "left to the kernel: the owner is PASS")                                                               \
+	X(REPLY, "reply of a task, given the address that the client called")                                          \
+	X(ICMP_IN, "ICMP error for a flow, translated and sent to its task")                                           \
+	X(ICMP_OUT, "ICMP error of a task, translated and sent to the client")                                         \
+	X(SOCKET, "connection or datagram of a process of this node, sent to a task by the socket hook")               \
+	X(SOCKET_PASS, "the socket hook left a dialled frontend alone: its owner is PASS")                             \
+	X(SOCKET_NONE, "the socket hook refused: the frontend has no backend")                                         \
+	X(DENIED, "dropped: the source is denied by mesh.allow or mesh.deny")                                          \
+	X(REFUSED, "no backend: reset or port unreachable sent to the client")                                         \
+	X(NO_BACKEND, "no backend: passed to the kernel, or dropped where no refusal may be sent")                     \
+	X(FRAGMENT, "passed: a fragment whose first fragment was not seen")                                            \
+	X(FAMILY, "passed: the chosen task has no address of the client's IP version")                                 \
+	X(EXTENSION, "passed: IPv6 extension headers")                                                                 \
+	X(MALFORMED, "passed: truncated or contradictory headers on a frontend's port")                                \
+	X(COLLISION,                                                                                                   \
+	  "passed: the task already has a flow from this client address and port that called another address")         \
+	X(EXPIRED, "dropped: TTL or hop limit used up; time exceeded sent to the client")                              \
+	X(TOO_BIG, "dropped: larger than the task's MTU; fragmentation needed sent to the client")                     \
+	X(ERROR, "passed: a map or helper failed")
+
+#define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,
+enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };
+#undef MESH_VERDICT_ENUM
+
+/* Program mesh_explain (ingress object): run with BPF_PROG_TEST_RUN on a flow's packet it changes nothing and answers
+ * in
+ * __sk_buff.cb of ctx_out: what the packet would meet now. Where no frontend has the destination, FRONTEND is 0 and
+ * HASH, SLOT are mesh_hash_flow and mesh_hash_client: the known-answer check at load. */
+#define MESH_EXPLAIN_VERDICT  0 /* enum mesh_verdict; MESH_VERDICT_COUNT: not ours */
+#define MESH_EXPLAIN_FRONTEND 1
+#define MESH_EXPLAIN_HASH     2
+#define MESH_EXPLAIN_SLOT     3
+#define MESH_EXPLAIN_OWNER    4
+
 #endif /* MESH_ABI_H */
