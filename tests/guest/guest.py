@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU guest with Debian's stock kernel over this machine's own file system, for one command.
+
+The guest sees the root file system read-only (9p) under an overlay in memory: the same Python, the same build, nothing
+to install and nothing left behind. It has no network but what the command makes itself. Software emulation (TCG): slow,
+deterministic, needs no /dev/kvm.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MODULES = [
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "veth",
+    "bridge",
+    "sch_ingress",
+    "cls_bpf",
+    "nf_tables",
+    "nft_ct",
+    "nft_nat",
+    "nft_redir",
+    "nft_chain_nat",
+    "nft_fib_inet",
+    "nf_conntrack",
+    "ip_vs",
+    "ip_vs_rr",
+    "xt_ipvs",
+    "iptable_nat",
+    "ip_tables",
+    "vxlan",
+    "dummy",
+]
+
+INIT = """#!/bin/busybox sh
+bb=/bin/busybox
+$bb mount -t proc proc /proc
+$bb mount -t sysfs sys /sys
+$bb mount -t devtmpfs dev /dev
+for module in $($bb cat /modules); do $bb insmod "/lib/modules/$module" 2>/dev/null; done
+$bb mkdir -p /lower /mem /root
+$bb mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose host /lower || $bb poweroff -f
+$bb mount -t tmpfs mem /mem
+$bb mkdir /mem/upper /mem/work
+$bb mount -t overlay -o lowerdir=/lower,upperdir=/mem/upper,workdir=/mem/work overlay /root || $bb poweroff -f
+for fs in proc sysfs:sys devtmpfs:dev; do $bb mount -t "${fs%:*}" none "/root/${fs#*:}"; done
+for dir in run tmp; do $bb mount -t tmpfs none /root/$dir; done
+$bb mount -t bpf none /root/sys/fs/bpf
+$bb mount -t cgroup2 none /root/sys/fs/cgroup
+$bb mount -t debugfs none /root/sys/kernel/debug
+$bb mount -t tracefs none /root/sys/kernel/tracing
+$bb cp /command /root/tmp/command
+$bb ip link set lo up
+$bb chroot /root /bin/bash /tmp/command </dev/null
+echo "guest exit status: $?"
+$bb poweroff -f
+"""
+
+
+class GuestError(RuntimeError):
+    """The guest did not boot, or did not come to an end in time; the message has the end of its console."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the command in the guest left: its exit status and all that it (and the kernel) printed."""
+
+    status: int
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An unpacked Debian kernel package: `image` to boot, `modules` under `root`/lib/modules/`version`."""
+
+    image: Path
+    root: Path
+    version: str
+
+
+def debian_kernel(cache: Path) -> Kernel:
+    """Fetch Debian's stock kernel with apt into `cache` and unpack it there, once. Nothing is installed."""
+    root = cache / "root"
+    if not root.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        depends = subprocess.run(
+            ["apt-cache", "depends", "linux-image-amd64"], check=True, capture_output=True, text=True
+        ).stdout
+        package = next(line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends:"))
+        subprocess.run(["apt-get", "download", package], cwd=cache, check=True, capture_output=True)
+        archive = next(cache.glob("linux-image-*.deb"))
+        partial = cache / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        subprocess.run(["dpkg-deb", "-x", archive, partial], check=True)
+        archive.unlink()
+        version = next((partial / "lib/modules").iterdir()).name
+        subprocess.run(["/sbin/depmod", "-b", partial, version], check=True)
+        partial.rename(root)
+    version = next((root / "lib/modules").iterdir()).name
+    return Kernel(root / f"boot/vmlinuz-{version}", root, version)
+
+
+def _module_files(kernel: Kernel) -> list[Path]:
+    """Files of MODULES and all they depend on, each before those that need it."""
+    files: dict[Path, None] = {}
+    for module in MODULES:
+        shown = subprocess.run(
+            ["/sbin/modprobe", "-d", kernel.root, "-S", kernel.version, "--show-depends", module],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+        for line in shown.splitlines():
+            if line.startswith("insmod"):
+                files[Path(line.split()[1])] = None
+    return list(files)
+
+
+def _initramfs(kernel: Kernel, command: str, directory: Path) -> Path:
+    tree = directory / "initramfs"
+    shutil.rmtree(tree, ignore_errors=True)
+    for sub in ("bin", "proc", "sys", "dev", "lib/modules"):
+        (tree / sub).mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    files = _module_files(kernel)
+    for file in files:
+        shutil.copy(file, tree / "lib/modules" / file.name)
+    (tree / "modules").write_text("\n".join(file.name for file in files))
+    (tree / "command").write_text(command)
+    init = tree / "init"
+    init.write_text(INIT)
+    init.chmod(0o755)
+    archive = directory / "initramfs.cpio"
+    names = subprocess.run(["find", "."], cwd=tree, check=True, capture_output=True).stdout
+    with archive.open("wb") as out:
+        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names, stdout=out, check=True)
+    return archive
+
+
+def run_in_guest(
+    kernel: Kernel, command: str, directory: Path, *, cwd: Path, timeout: float, memory: int = 1536
+) -> Result:
+    """Boot, run `command` with bash in `cwd`, power off.
+
+    Args:
+        directory: scratch space for the initial file system.
+        timeout: seconds until the guest is ended.
+        memory: MiB.
+
+    Raises:
+        GuestError: no boot, or no end in time.
+    """
+    script = f"cd {shlex.quote(str(cwd))}\nexport PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp\n{command}\n"
+    archive = _initramfs(kernel, script, directory)
+    argv = [
+        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory)),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
+        *("-kernel", str(kernel.image), "-initrd", str(archive)),
+        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
+        *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
+    ]
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        console = (error.stdout or b"").decode(errors="replace")
+        raise GuestError(
+            f"the guest did not end within {timeout:.0f} s; its console ends:\n{console[-4000:]}"
+        ) from error
+    for line in done.stdout.splitlines():
+        if line.startswith("guest exit status: "):
+            return Result(int(line.split()[-1]), done.stdout)
+    raise GuestError(f"the guest did not run the command:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
