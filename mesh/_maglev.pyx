@@ -218,8 +218,11 @@ cdef class SlotTable:
     @staticmethod
     def from_slots(bytes slots not None):
         """A table as it stands in a kernel map (mesh_slot array). Which owners its noted flows have is unknown."""
-        cdef SlotTable table = SlotTable(len(slots) // sizeof(mesh_slot))
+        cdef SlotTable table
         cdef uint32_t i
+        if len(slots) % sizeof(mesh_slot):
+            raise ValueError(f"{len(slots)} bytes are no whole number of slots")
+        table = SlotTable(len(slots) // sizeof(mesh_slot))
         memcpy(table.slots, <const char *>slots, table.size * sizeof(mesh_slot))
         for i in range(table.size):
             if table.slots[i].current != table.slots[i].previous:
@@ -376,7 +379,7 @@ cdef class SlotTable:
         return count
 
     def owners(self):
-        """All owners a flow of this table may have now: current, previous and interim ones (UNKNOWN excepted)."""
+        """All owners a flow of this table may have now: current, previous and interim ones (NONE and UNKNOWN excepted)."""
         cdef set found = set()
         cdef uint32_t i
         cdef uint32_t a = EMPTY, b = EMPTY
@@ -391,6 +394,7 @@ cdef class SlotTable:
             for i in range(self.size * INTERIM):
                 if self.interim[i] != EMPTY and self.interim[i] != UNKNOWN:
                     found.add(self.interim[i])
+        found.discard(MESH_OWNER_NONE)
         return found
 
     def to_bytes(self):
