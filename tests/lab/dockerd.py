@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real dockerd per network namespace, and swarms of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tests.lab import images
+from tests.lab.netns import Lab, Namespace, delete_cgroups, kill_all, orphans_named, reap, run, wait_for
+
+# The node's own mounts: /run and /opt empty, /etc writable without a trace, name look-ups refused at once (a swarm task
+# otherwise waits 20 s for a registry), the node's hostname. Held by a process of its own, so that dockerd can restart.
+_HOLD = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mkdir -p /run/etc /run/etc-work /run/docker /run/lock
+mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/etc-work /etc
+if test -d /opt; then mount -t tmpfs tmpfs /opt; fi
+rm -f /etc/resolv.conf
+echo 'nameserver 127.0.0.1' > /etc/resolv.conf
+hostname "$1"
+echo ready
+exec sleep infinity
+"""
+
+
+def unavailable() -> str:
+    """Why no dockerd can run here; empty when it can."""
+    if os.geteuid():
+        return "dockerd needs root"
+    missing = [
+        name
+        for name in ("dockerd", "containerd", "runc", "docker", "nsenter", "unshare", "gcc")
+        if not shutil.which(name)
+    ]
+    return f"not installed: {', '.join(missing)} (make packages-test)" if missing else ""
+
+
+class Node:
+    """One dockerd in one namespace. `hostname` is the node's name in the swarm."""
+
+    def __init__(self, lab: Lab, namespace: Namespace) -> None:
+        self.lab = lab
+        self.namespace = namespace
+        self.hostname = namespace.short
+        self.address = namespace.address
+        self.directory = lab.directory / namespace.short
+        self.data_root = self.directory / "data"
+        self.exec_root = self.directory / "run"
+        self.socket = self.directory / "docker.sock"
+        self.log = self.directory / "dockerd.log"
+        self.cgroup = f"{lab.prefix}-{namespace.short}"
+        self.images: list[images.Image] = []
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self.directory.mkdir()
+        lab.on_close(self.close)
+        hold = ["unshare", "-m", "-u", "sh", "-c", _HOLD, "hold", self.hostname]
+        with self.log.open("ab") as log:
+            self._holder = namespace.popen(*hold, stdout=subprocess.PIPE, stderr=log)
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != b"ready\n":
+            raise RuntimeError(f"{self.cgroup}: the node's mounts could not be made: {self.log.read_text()}")
+        self.start()
+
+    @property
+    def host(self) -> str:
+        """The Engine's address, as DOCKER_HOST."""
+        return f"unix://{self.socket}"
+
+    @property
+    def pid(self) -> int:
+        """dockerd's process id."""
+        assert self._daemon is not None
+        return self._daemon.pid
+
+    def inside(self, *command: str) -> list[str]:
+        """The argument list that runs a command in the node's network, mount and UTS namespaces."""
+        holder = f"/proc/{self._holder.pid}/ns"
+        return [
+            "nsenter",
+            f"--net={self.namespace.path}",
+            f"--mount={holder}/mnt",
+            f"--uts={holder}/uts",
+            "--",
+            *command,
+        ]
+
+    def start(self, *, timeout: float = 60) -> None:
+        """Start dockerd (again) and wait until it answers."""
+        for stale in (self.directory / "dockerd.pid", self.exec_root / "containerd" / "containerd.pid"):
+            stale.unlink(missing_ok=True)
+        arguments = [
+            f"--data-root={self.data_root}",
+            f"--exec-root={self.exec_root}",
+            f"--pidfile={self.directory / 'dockerd.pid'}",
+            f"--host={self.host}",
+            f"--cgroup-parent=/{self.cgroup}",
+            "--default-address-pool=base=198.18.0.0/16,size=24",
+            "--log-level=warn",
+        ]
+        with self.log.open("ab") as log:
+            self._daemon = subprocess.Popen(
+                self.inside("dockerd", *arguments), stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        wait_for(self._answers, f"dockerd of {self.cgroup}", timeout=timeout, interval=0.1)
+
+    def _answers(self) -> bool:
+        assert self._daemon is not None
+        if self._daemon.poll() is not None:
+            raise RuntimeError(f"dockerd of {self.cgroup} ended:\n{self.log.read_text()[-4000:]}")
+        return self.socket.exists() and self.docker("version", check=False).returncode == 0
+
+    def stop(self, *, timeout: float = 60) -> None:
+        """SIGTERM: containers end too. Waits for the end."""
+        assert self._daemon is not None
+        self._daemon.terminate()
+        self._daemon.wait(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL dockerd alone: containers live on."""
+        assert self._daemon is not None
+        self._daemon.kill()
+        self._daemon.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP: the socket accepts, nobody answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def docker(self, *arguments: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """`docker ...` on this node."""
+        return run("docker", "-H", self.host, *arguments, check=check, timeout=timeout)
+
+    def inspect(self, kind: str, name: str) -> dict[str, Any]:
+        """`docker <kind> inspect <name>`, parsed: kind is service, node, network, container, ..."""
+        found: dict[str, Any] = json.loads(self.docker(kind, "inspect", name).stdout)[0]
+        return found
+
+    def load(self, image: images.Image) -> None:
+        """Import an image into this node's Engine."""
+        changes = [word for change in image.changes for word in ("--change", change)]
+        self.docker("import", *changes, str(image.tar), image.tag)
+
+    def close(self) -> None:
+        """Kill all that runs, remove all that is left."""
+        for process in (self._daemon, self._holder):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
+        kill_all(self.namespace.pids, f"node {self.cgroup}")  # containerd and the shims
+        delete_cgroups(self.cgroup)  # the containers
+        kill_all(self.namespace.pids, f"node {self.cgroup}")
+        reap(orphans_named("containerd"))
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Swarm:
+    """N dockerds joined to one swarm; `nodes[0]` leads it."""
+
+    def __init__(self, lab: Lab, managers: int = 1, workers: int = 0) -> None:
+        self.lab = lab
+        self.nodes: list[Node] = []
+        for number in range(1, managers + workers + 1):
+            node = Node(lab, lab.host(f"n{number}"))
+            self.nodes.append(node)
+            for image in images.server_images():
+                node.load(image)
+            if number == 1:
+                node.docker("swarm", "init", "--advertise-addr", node.address)
+            else:
+                token = self.manager.docker("swarm", "join-token", "-q", "manager" if number <= managers else "worker")
+                address = f"{self.manager.address}:2377"
+                node.docker("swarm", "join", "--token", token.stdout.strip(), "--advertise-addr", node.address, address)
+        wait_for(lambda: self._ready(managers + workers), "all nodes ready")
+
+    @property
+    def manager(self) -> Node:
+        return self.nodes[0]
+
+    def _ready(self, count: int) -> bool:
+        states = self.manager.docker("node", "ls", "--format", "{{.Status}}").stdout.split()
+        return states.count("Ready") == count
+
+    def docker(self, *arguments: str, check: bool = True, timeout: float = 60) -> str:
+        """`docker ...` on the first manager; its output."""
+        return self.manager.docker(*arguments, check=check, timeout=timeout).stdout.strip()
+
+    def create(
+        self,
+        name: str,
+        *options: str,
+        replicas: int = 1,
+        publish: Sequence[str] = (),
+        labels: dict[str, str] | None = None,
+        image: str = "mesh-lab/server:1",
+        wait: bool = True,
+    ) -> str:
+        """`docker service create` with the stand-in server; returns the service's id.
+
+        Args:
+            options: further options of `docker service create`.
+            publish: as `--publish` takes it: "8000:8080" (published:target), "5000:8082/udp", "mode=host,...".
+            labels: service labels.
+            wait: until all replicas run.
+        """
+        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name, "--replicas", str(replicas)]
+        identity = {"TASK_ID": "{{.Task.ID}}", "TASK_NAME": "{{.Task.Name}}", "NODE": "{{.Node.Hostname}}"}
+        for variable, value in identity.items():
+            command += ["--env", f"{variable}={value}"]
+        for port in publish:
+            command += ["--publish", port]
+        for label, value in (labels or {}).items():
+            command += ["--label", f"{label}={value}"]
+        service = self.docker(*command, *options, image)
+        if wait:
+            self.wait_running(name, replicas)
+        return service
+
+    def update(self, name: str, *options: str, timeout: float = 120) -> None:
+        """`docker service update`, waits until Docker says that it is done."""
+        self.docker("service", "update", "--detach", "--no-resolve-image", *options, name)
+
+        def done() -> bool:
+            state = self.manager.inspect("service", name).get("UpdateStatus", {}).get("State", "completed")
+            if state in ("paused", "rollback_completed"):
+                raise RuntimeError(f"update of {name}: {state}")
+            return bool(state == "completed")
+
+        wait_for(done, f"update of {name}", timeout=timeout, interval=0.1)
+
+    def tasks(self, name: str, *, running: bool = True) -> list[dict[str, Any]]:
+        """The tasks of a service as the Engine API gives them; `running`: only those that run and shall run."""
+        filters = json.dumps({"service": [name]})
+        found: list[dict[str, Any]] = self.api("GET", f"/tasks?filters={filters}")
+        return [
+            t for t in found if not running or (t["Status"]["State"] == "running" and t["DesiredState"] == "running")
+        ]
+
+    def api(self, method: str, path: str, *, node: Node | None = None) -> Any:
+        """A request to the Engine API of a node (default: the first manager), parsed."""
+        import http.client
+        import socket
+        from urllib.parse import quote
+
+        connection = http.client.HTTPConnection("docker", timeout=30)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        with contextlib.closing(connection):
+            connection.sock.settimeout(30)
+            connection.sock.connect(str((node or self.manager).socket))
+            connection.request(method, quote(path, safe="/?&="))
+            reply = connection.getresponse()
+            body = reply.read()
+        if reply.status >= 400:
+            raise RuntimeError(f"{method} {path}: {reply.status} {body.decode(errors='replace')}")
+        return json.loads(body) if body else None
+
+    def wait_running(self, name: str, count: int, *, timeout: float = 120) -> None:
+        """Until exactly `count` tasks of a service run and no other is on its way."""
+
+        def running() -> bool:
+            tasks = [t for t in self.tasks(name, running=False) if t["DesiredState"] == "running"]
+            return len(tasks) == count and all(t["Status"]["State"] == "running" for t in tasks)
+
+        try:
+            wait_for(running, f"{count} tasks of {name}", timeout=timeout, interval=0.05)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.docker('service', 'ps', '--no-trunc', name, check=False)}") from None
+
+    def containers(self, name: str, node: Node | None = None) -> list[str]:
+        """Ids of the running containers of a service on a node (default: the first manager)."""
+        words = ["ps", "-q", "--no-trunc", "--filter", f"label=com.docker.swarm.service.name={name}"]
+        return (node or self.manager).docker(*words).stdout.split()
+
+    def remove(self, *names: str, wait: bool = True) -> None:
+        """`docker service rm`, and until their containers are gone."""
+        if names:
+            self.docker("service", "rm", *names)
+        for name in names if wait else ():
+            for node in self.nodes:
+                wait_for(lambda n=name, x=node: not self.containers(n, x), f"end of {name}", timeout=90, interval=0.1)
+
+    def reset(self) -> None:
+        """Remove all services: what a test that shares the swarm leaves to the next."""
+        self.remove(*self.docker("service", "ls", "-q", "--format", "{{.Name}}").split())
+
+
+def settle(seconds: float) -> None:
+    """Let traffic run for a while. Not for waiting: use wait_for."""
+    time.sleep(seconds)
