@@ -137,6 +137,7 @@ class Backend:
     `id` is the same on every node (a task id; for the static provider a name) and seeds its permutation of slots.
     `address` is where *this* host reaches it; None while it has none that is reachable from here.
     `container` is the local container's id where the backend runs on this node, else empty.
+    `port` is where it listens if that is not the published port's `target` (static provider only); 0: it is.
     """
 
     id: str
@@ -149,6 +150,7 @@ class Backend:
     ready: bool = True  # running, and healthy by its own HEALTHCHECK if it has one
     local: bool = True
     container: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
