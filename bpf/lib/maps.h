@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The only maps. All are pinned by name (LIBBPF_PIN_BY_NAME): open the three objects with one `pin_root_path` and they
- * share them, as does the next agent. Maps marked mmap are written by plain stores into a shared mapping.
+/* The only maps. User space pins them by name and has the three objects and the next agent use the same ones. Maps
+ * marked mmap are written by plain stores into a shared mapping.
  *
  * Publishing, agent side (make before break; no step needs a system call per element, none exposes half a state):
  *   1. backends: write the mesh_backend, `state` last. An id that is reused gets epoch + 1 first.
@@ -31,7 +31,6 @@ struct {
 	__uint(max_entries, 2 * 65536);
 	__type(key, __u32);
 	__type(value, __u32);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_ports SEC(".maps");
 
 /* Frontends with an address of their own (agent writes): -> frontend id. */
@@ -41,7 +40,6 @@ struct {
 	__uint(max_entries, MESH_MAX_FRONTENDS);
 	__type(key, struct mesh_frontend_key);
 	__type(value, __u32);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_exact SEC(".maps");
 
 /* This node's own addresses (agent writes; value 1). A frontend with any address serves these and no others. */
@@ -50,7 +48,6 @@ struct {
 	__uint(max_entries, 4096);
 	__type(key, struct mesh_addr);
 	__type(value, __u32);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_addresses SEC(".maps");
 
 /* Frontends by id (mmap, agent writes); id 0 is none. */
@@ -60,7 +57,6 @@ struct {
 	__uint(max_entries, MESH_MAX_FRONTENDS);
 	__type(key, __u32);
 	__type(value, struct mesh_frontend);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_frontends SEC(".maps");
 
 /* Arenas of slots (agent creates each as this inner map, mmap, and writes it). */
@@ -76,7 +72,6 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, MESH_MAX_ARENAS);
 	__type(key, __u32);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 	__array(values, struct mesh_arena);
 } mesh_arenas SEC(".maps");
 
@@ -87,7 +82,6 @@ struct {
 	__uint(max_entries, MESH_MAX_BACKENDS);
 	__type(key, __u32);
 	__type(value, struct mesh_backend);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_backends SEC(".maps");
 
 /* Source rules (agent writes): (rule set, prefix) -> MESH_ACL_ALLOW or _DENY; the longest prefix decides, so the agent
@@ -98,7 +92,6 @@ struct {
 	__uint(max_entries, 65536);
 	__type(key, struct mesh_acl_key);
 	__type(value, __u32);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_acl SEC(".maps");
 
 /* Flow cache (programs write; agent sets max_entries at load, and may read and delete): flows of slots in transition,
@@ -108,18 +101,17 @@ struct {
 	__uint(max_entries, 65536);
 	__type(key, struct mesh_flow);
 	__type(value, struct mesh_note);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_flows SEC(".maps");
 
 /* Reverse translation (programs write; agent sets max_entries at load, and may read): (client, backend) -> what the
- * client called. Flows whose first packet is all that was seen wait in mesh_openings, so that a SYN flood never pushes
- * an established flow out. */
+ * client called. Flows of which only a start was seen wait in mesh_openings, so that a flood never pushes an
+ * established flow out. A closed flow's entry stays for late packets: the agent deletes entries with both
+ * MESH_REPLY_FIN flags that are a minute old; what it misses the LRU takes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 524288);
 	__type(key, struct mesh_flow);
 	__type(value, struct mesh_reply);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_replies SEC(".maps");
 
 struct {
@@ -127,7 +119,6 @@ struct {
 	__uint(max_entries, 65536);
 	__type(key, struct mesh_flow);
 	__type(value, struct mesh_reply);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_openings SEC(".maps");
 
 /* Ports of fragmented datagrams (programs write). */
@@ -136,7 +127,6 @@ struct {
 	__uint(max_entries, 8192);
 	__type(key, struct mesh_fragment_key);
 	__type(value, __u32); /* source port, destination port, both in network order */
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_fragments SEC(".maps");
 
 /* Counters (programs write, agent sums over CPUs by batch look-up and zeroes an id before it is given anew). */
@@ -145,7 +135,6 @@ struct {
 	__uint(max_entries, MESH_VERDICT_COUNT);
 	__type(key, __u32);
 	__type(value, __u64); /* packets */
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_verdicts SEC(".maps");
 
 struct {
@@ -153,7 +142,6 @@ struct {
 	__uint(max_entries, MESH_MAX_FRONTENDS);
 	__type(key, __u32);
 	__type(value, struct mesh_counts);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_fcounts SEC(".maps");
 
 struct {
@@ -161,7 +149,6 @@ struct {
 	__uint(max_entries, MESH_MAX_BACKENDS);
 	__type(key, __u32);
 	__type(value, struct mesh_counts);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_bcounts SEC(".maps");
 
 /* What holds for the whole node (mmap, agent writes). */
@@ -171,7 +158,6 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct mesh_config);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_config SEC(".maps");
 
 /* Socket hooks (programs write): what a socket dialled, freed with the socket. */
@@ -180,7 +166,6 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, struct mesh_dialled);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_dialled SEC(".maps");
 
 /* Socket hooks, unconnected UDP (programs write): (socket, backend) -> what was dialled. */
@@ -189,7 +174,6 @@ struct {
 	__uint(max_entries, 16384);
 	__type(key, struct mesh_peer_key);
 	__type(value, struct mesh_dialled);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } mesh_peers SEC(".maps");
 
 #endif /* MESH_MAPS_H */

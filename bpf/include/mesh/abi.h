@@ -140,11 +140,14 @@ _Static_assert(sizeof(struct mesh_acl_key) == 24, "mesh_acl_key is 24 bytes");
 #define MESH_ACL_ALLOW 1u
 #define MESH_ACL_DENY  2u
 
+/* Stamps are CLOCK_MONOTONIC in nanoseconds >> MESH_STAMP_SHIFT: about seconds, without a division. */
+#define MESH_STAMP_SHIFT 30
+
 /* Value of mesh_flows: the owner of a flow whose slot is in transition. `stamp` is when it was last seen. */
 struct mesh_note {
 	__u32 owner;
 	__u32 epoch; /* of the owner; 0 for PASS */
-	__u32 stamp; /* CLOCK_MONOTONIC, seconds */
+	__u32 stamp; /* MESH_STAMP_SHIFT */
 	__u32 frontend;
 };
 _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
@@ -154,7 +157,7 @@ _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 #define MESH_REPLY_HAIRPIN 0x2u  /* the client is the task itself and sees mesh_config.hairpin as its peer */
 #define MESH_REPLY_FIN_IN  0x4u  /* the client has closed its direction */
 #define MESH_REPLY_FIN_OUT 0x8u  /* the task has closed its direction */
-#define MESH_REPLY_OPENED  0x10u /* counted as a start */
+#define MESH_REPLY_OPENED  0x10u /* counted in `starts` */
 
 struct mesh_reply {
 	struct mesh_addr called; /* the address that the client called */
@@ -165,7 +168,7 @@ struct mesh_reply {
 	__u32 frontend;
 	__u32 owner;
 	__u32 epoch;
-	__u32 stamp; /* CLOCK_MONOTONIC, seconds: when it was made or last confirmed by a start */
+	__u32 stamp; /* when the client was last heard, MESH_STAMP_SHIFT */
 };
 _Static_assert(sizeof(struct mesh_reply) == 56, "mesh_reply is 56 bytes");
 
@@ -175,7 +178,7 @@ struct mesh_counts {
 	__u64 bytes_in;   /* of the IP packets, headers included */
 	__u64 packets_out;
 	__u64 bytes_out;
-	__u64 starts; /* flows given to a backend */
+	__u64 starts; /* TCP: the client's second packet was seen, so that a flood does not count; UDP: the first */
 	__u64 ends;   /* TCP flows closed by both sides or reset */
 };
 _Static_assert(sizeof(struct mesh_counts) == 48, "mesh_counts is 48 bytes");
