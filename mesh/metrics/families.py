@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric that the daemon exports: name, type, labels, help. A test compares docs/OPERATIONS.md with it.
+
+Both engines export under these names. Labels are bounded by what is deployed: no client address is ever a label.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+
+class Kind(enum.Enum):
+    """Metric types of the Prometheus text format."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+    SUMMARY = "summary"
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # a key by identity: hashing the fields would cost a scrape its time
+class Family:
+    """One metric. `name` is what is queried: counters end in `_total`."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+
+_PORT: Final = ("frontend", "service", "protocol")
+_TARGET: Final = ("frontend", "service", "backend", "port")
+_BACKEND: Final = ("backend", "service")
+
+BUILD_INFO: Final = Family("mesh_build_info", Kind.GAUGE, ("version", "abi", "engine"), "Always 1: what is running.")
+START_TIME: Final = Family(
+    "mesh_start_time_seconds", Kind.GAUGE, (), "When the daemon started, in seconds since the epoch."
+)
+READY: Final = Family("mesh_ready", Kind.GAUGE, (), "1 while the node serves all that it should, as /readyz says.")
+STOPPING: Final = Family("mesh_stopping", Kind.GAUGE, (), "1 while the daemon drains in order to stop.")
+PROBLEMS: Final = Family(
+    "mesh_problems", Kind.GAUGE, (), "Settings that cannot be used and ports that cannot be served; see mesh status."
+)
+PROVIDER_CONNECTED: Final = Family(
+    "mesh_provider_connected", Kind.GAUGE, ("provider",), "1 if the last read of the source of services was good."
+)
+PROVIDER_AGE: Final = Family(
+    "mesh_provider_age_seconds",
+    Kind.GAUGE,
+    ("provider",),
+    "Seconds since the last good read of the source of services; absent before the first.",
+)
+GENERATION_DESIRED: Final = Family(
+    "mesh_generation_desired", Kind.GAUGE, (), "Number of the newest state that should be served."
+)
+GENERATION_APPLIED: Final = Family(
+    "mesh_generation_applied", Kind.GAUGE, (), "Number of the newest state that is served."
+)
+APPLIES: Final = Family(
+    "mesh_applies_total", Kind.COUNTER, ("result",), "Plans carried out by the engine, by result: ok or failed."
+)
+APPLY_SECONDS: Final = Family("mesh_apply_last_seconds", Kind.GAUGE, (), "How long the engine took for the last plan.")
+GUARD_HOLDS: Final = Family(
+    "mesh_guard_holds_total", Kind.COUNTER, (), "Mass removals of backends that were held back."
+)
+GUARD_HELD: Final = Family(
+    "mesh_guard_held_backends", Kind.GAUGE, (), "Backends that are still used because their removal is held back."
+)
+DRAINED: Final = Family(
+    "mesh_drained", Kind.GAUGE, ("kind",), "Backends and nodes that an operator drained (mesh drain)."
+)
+
+OPENED: Final = Family(
+    "mesh_connections_opened_total", Kind.COUNTER, _PORT, "TCP connections and UDP sessions given to a backend."
+)
+CLOSED: Final = Family("mesh_connections_closed_total", Kind.COUNTER, _PORT, "Connections and sessions that ended.")
+ACTIVE: Final = Family(
+    "mesh_connections_active", Kind.GAUGE, _PORT, "Connections and sessions open now: opened minus closed."
+)
+RETRIED: Final = Family(
+    "mesh_connections_retried_total",
+    Kind.COUNTER,
+    _PORT,
+    "Times that a connection went on to its next choice because a backend did not take it.",
+)
+FAILED: Final = Family(
+    "mesh_connections_failed_total",
+    Kind.COUNTER,
+    (*_PORT, "cause"),
+    "Connections that failed, by cause; a cause appears with its first failure.",
+)
+BYTES: Final = Family(
+    "mesh_bytes_total", Kind.COUNTER, (*_PORT, "direction"), "Payload bytes; in is from the client, out is to it."
+)
+PACKETS: Final = Family(
+    "mesh_packets_total",
+    Kind.COUNTER,
+    (*_PORT, "direction"),
+    "Packets in the kernel engine, datagrams in the proxy engine (UDP only).",
+)
+CONNECT: Final = Family(
+    "mesh_connect_seconds", Kind.HISTOGRAM, _PORT, "Time that backends took to accept a connection (proxy engine)."
+)
+SERVED: Final = Family("mesh_frontend_served", Kind.GAUGE, _PORT, "1 if the engine serves this published port.")
+PANIC: Final = Family(
+    "mesh_frontend_panic", Kind.GAUGE, _PORT, "1 while all backends are used because (nearly) all are down by health."
+)
+TARGETS: Final = Family("mesh_frontend_backends", Kind.GAUGE, _PORT, "Backends that the frontend knows.")
+ELIGIBLE: Final = Family(
+    "mesh_frontend_backends_eligible", Kind.GAUGE, _PORT, "Backends that new connections can be given to."
+)
+TRACKED: Final = Family(
+    "mesh_frontend_slots_tracked", Kind.GAUGE, _PORT, "Slots of the table that are in transition between backends."
+)
+TABLE: Final = Family("mesh_frontend_slots", Kind.GAUGE, _PORT, "Slots of the table.")
+
+BACKEND_OPENED: Final = Family(
+    "mesh_backend_connections_opened_total", Kind.COUNTER, _TARGET, "Connections and sessions given to this backend."
+)
+BACKEND_ACTIVE: Final = Family(
+    "mesh_backend_connections_active", Kind.GAUGE, _TARGET, "Connections and sessions open to this backend now."
+)
+BACKEND_RETRIED: Final = Family(
+    "mesh_backend_connections_retried_total",
+    Kind.COUNTER,
+    _TARGET,
+    "Connections that this backend did not take and that went on to their next choice.",
+)
+BACKEND_FAILED: Final = Family(
+    "mesh_backend_connections_failed_total",
+    Kind.COUNTER,
+    (*_TARGET, "cause"),
+    "Connections that failed at this backend, by cause; a cause appears with its first failure.",
+)
+BACKEND_BYTES: Final = Family(
+    "mesh_backend_bytes_total", Kind.COUNTER, (*_TARGET, "direction"), "Payload bytes of this backend's connections."
+)
+BACKEND_PACKETS: Final = Family(
+    "mesh_backend_packets_total",
+    Kind.COUNTER,
+    (*_TARGET, "direction"),
+    "Packets (kernel engine) or datagrams (proxy engine, UDP) of this backend; absent while there were none.",
+)
+BACKEND_CONNECT: Final = Family(
+    "mesh_backend_connect_seconds",
+    Kind.SUMMARY,
+    _TARGET,
+    "Time that this backend took to accept connections: sum and count (proxy engine).",
+)
+BACKEND_WEIGHT: Final = Family(
+    "mesh_backend_weight", Kind.GAUGE, _TARGET, "Effective weight; 0 keeps its connections and gets no new ones."
+)
+BACKEND_SLOTS: Final = Family(
+    "mesh_backend_slots", Kind.GAUGE, _TARGET, "Slots of the frontend's table that this backend owns."
+)
+BACKEND_INFO: Final = Family(
+    "mesh_backend_info",
+    Kind.GAUGE,
+    (*_BACKEND, "name", "node", "address"),
+    "Always 1: name, node and address of a backend, to be joined on the label backend.",
+)
+BACKEND_HEALTHY: Final = Family(
+    "mesh_backend_healthy", Kind.GAUGE, _BACKEND, "0 if probes or traffic say that the backend is down, else 1."
+)
+BACKEND_DRAINING: Final = Family(
+    "mesh_backend_draining", Kind.GAUGE, _BACKEND, "1 while the backend gets no new connections but keeps those it has."
+)
+VERDICTS: Final = Family(
+    "mesh_verdicts_total", Kind.COUNTER, ("verdict",), "Packets by what the kernel engine did with them."
+)
+
+FAMILIES: Final = (
+    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PROVIDER_CONNECTED, PROVIDER_AGE, GENERATION_DESIRED,
+    GENERATION_APPLIED, APPLIES, APPLY_SECONDS, GUARD_HOLDS, GUARD_HELD, DRAINED,
+    OPENED, CLOSED, ACTIVE, RETRIED, FAILED, BYTES, PACKETS, CONNECT, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
+    BACKEND_OPENED, BACKEND_ACTIVE, BACKEND_RETRIED, BACKEND_FAILED, BACKEND_BYTES, BACKEND_PACKETS, BACKEND_CONNECT,
+    BACKEND_WEIGHT, BACKEND_SLOTS, BACKEND_INFO, BACKEND_HEALTHY, BACKEND_DRAINING, VERDICTS,
+)  # fmt: skip
+
+ENGINE_HELP: Final = {
+    "threads": "Forwarding threads of the proxy engine.",
+}
+"""Help of what engines report themselves (Stats.gauges and Stats.totals), by name without `mesh_` and `_total`."""
+
+
+def engine_family(name: str, kind: Kind) -> Family:
+    """The family of an engine-wide gauge or counter, by its name in Stats.gauges or Stats.totals."""
+    suffix = "_total" if kind is Kind.COUNTER else ""
+    return Family(f"mesh_{name}{suffix}", kind, (), ENGINE_HELP.get(name, "Reported by the engine."))

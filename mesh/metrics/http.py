@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent over HTTP: reading on the loopback port, reading and changing on the control socket of the CLI."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from mesh.errors import MeshError
+from mesh.metrics.collector import Snapshot, render
+from mesh.metrics.view import AgentView
+from mesh.model import Address, Flow, Protocol
+
+VIEW: Final = web.AppKey("view", AgentView)
+_TASKS: Final = web.AppKey("tasks", set[asyncio.Task[None]])
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+INDEX: Final = """mesh
+/metrics   Prometheus, OpenMetrics where asked for
+/healthz   200 while the process runs
+/readyz    200 while the node serves all that it should, else 503 with reasons
+/state     everything the daemon knows, JSON
+/explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   where a connection goes, and why
+"""
+
+
+def make_app(view: AgentView, *, control: bool) -> web.Application:
+    """The HTTP application for a view.
+
+    Args:
+        control: also answer POST /drain, /undrain and /stop. Only for the control socket, which only root can open.
+    """
+    app = web.Application(middlewares=[_errors])
+    app[VIEW] = view
+    app[_TASKS] = set()
+    app.router.add_get("/", _index)
+    app.router.add_get("/metrics", _metrics)
+    app.router.add_get("/healthz", _healthz)
+    app.router.add_get("/readyz", _readyz)
+    app.router.add_get("/state", _state)
+    app.router.add_get("/explain", _explain)
+    if control:
+        app.router.add_post("/drain", _drain)
+        app.router.add_post("/undrain", _undrain)
+        app.router.add_post("/stop", _stop)
+    return app
+
+
+def parse_endpoint(text: str) -> tuple[Address, int]:
+    """`192.0.2.7:80` or `[2001:db8::7]:80` as address and port.
+
+    Raises:
+        MeshError: it is neither; the message shows both forms.
+    """
+    host, separator, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+        number = int(port) if port.isascii() and port.isdigit() else -1
+    except ValueError:
+        number = -1
+    if not separator or not 0 < number < 65536 or bracketed != (address.version == 6):
+        raise MeshError(
+            f"{text!r} is not an address and a port",
+            remedy="write 192.0.2.7:40000, or [2001:db8::7]:40000 for IPv6; names are not looked up",
+        )
+    return address, number
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What was wrong, as JSON: 400 for a request that cannot be served as it was put."""
+    try:
+        return await handler(request)
+    except MeshError as error:
+        return _json({"error": str(MeshError(error.message, where=error.where)), "remedy": error.remedy}, 400)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _json({"error": f"{request.method} {request.path}: {error.reason}", "remedy": "see GET /"}, error.status)
+
+
+async def _index(request: web.Request) -> web.Response:
+    return web.Response(text=INDEX)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    view = request.app[VIEW]
+    snapshot = Snapshot(await view.stats(), view.state(), view.ready()[0])
+    body, content_type = await asyncio.to_thread(render, snapshot, request.headers.get("Accept", ""))
+    # Not compressed: the scraper is on this host or near, and compressing would take longer than all the rest.
+    return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+async def _healthz(request: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+async def _readyz(request: web.Request) -> web.Response:
+    ready, reasons = request.app[VIEW].ready()
+    return _json({"ready": ready, "reasons": list(reasons)}, 200 if ready else 503)
+
+
+async def _state(request: web.Request) -> web.Response:
+    return _json(request.app[VIEW].state())
+
+
+async def _explain(request: web.Request) -> web.Response:
+    query = request.query
+    if missing := [name for name in ("source", "destination") if name not in query]:
+        raise MeshError(f"{missing[0]} is missing", where="/explain", remedy="?source=ADDRESS:PORT&destination=…")
+    name = query.get("protocol", "tcp").upper()
+    if name not in Protocol.__members__:
+        raise MeshError(f"{name.lower()!r} is not a protocol", where="/explain", remedy="tcp or udp")
+    source, source_port = parse_endpoint(query["source"])
+    destination, destination_port = parse_endpoint(query["destination"])
+    flow = Flow(source, source_port, destination, destination_port, Protocol[name])
+    answer = await request.app[VIEW].explain(flow)
+    return _json(answer, 404 if "error" in answer else 200)
+
+
+async def _body(request: web.Request) -> Mapping[str, Any]:
+    try:
+        return msgspec.json.decode(await request.read() or b"{}", type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise MeshError(f"the body is not a JSON object: {error}", where=request.path) from error
+
+
+async def _drain(request: web.Request) -> web.Response:
+    return await _set_drained(request, drained=True)
+
+
+async def _undrain(request: web.Request) -> web.Response:
+    return await _set_drained(request, drained=False)
+
+
+async def _set_drained(request: web.Request, *, drained: bool) -> web.Response:
+    body = await _body(request)
+    kind, name = body.get("kind"), body.get("name")
+    if kind not in ("backend", "node") or not isinstance(name, str) or not name:
+        raise MeshError('expected {"kind": "backend" | "node", "name": "…"}', where=request.path)
+    return _json(await request.app[VIEW].set_drained(kind, name, drained))
+
+
+async def _stop(request: web.Request) -> web.Response:
+    """Answered before the daemon goes, which takes as long as its connections do."""
+    release = bool((await _body(request)).get("release", False))
+    tasks = request.app[_TASKS]
+    task = asyncio.create_task(request.app[VIEW].stop(release=release), name="stop")
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return _json({"stopping": True, "release": release, "pid": request.app[VIEW].state()["pid"]}, 202)

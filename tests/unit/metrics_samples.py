@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States and counters as an agent shows them, of any size, for the tests of metrics, HTTP and CLI."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+from mesh.datapath.base import CONNECT_BUCKETS, BackendKey, Counters, Failure, Stats
+from mesh.metrics.collector import Snapshot
+from mesh.model import ANY_ADDRESS, Frontend, Protocol
+
+
+def frontend(index: int) -> Frontend:
+    return Frontend(ANY_ADDRESS, 10000 + index, Protocol.TCP)
+
+
+def counters(n: int) -> Counters:
+    return Counters(
+        opened=n + 3,
+        closed=n,
+        active=3,
+        retried=1,
+        failed={Failure.REFUSED: 2, Failure.TIMEOUT: 0},
+        bytes_in=1000 * n,
+        bytes_out=2000 * n,
+        connect_seconds=(n, *([0] * (len(CONNECT_BUCKETS) - 1)), 1),
+        connect_seconds_sum=0.25,
+    )
+
+
+def target(service: int, index: int) -> dict[str, Any]:
+    return {
+        "backend": f"task{service}x{index}",
+        "name": f"web{service}.{index}",
+        "node": "node-a",
+        "address": f"172.18.{index // 250}.{index % 250 + 1}",
+        "port": 80,
+        "weight": 1,
+        "intent": "active",
+        "health": "up",
+        "health_reason": "",
+        "slots": 100,
+        "local": True,
+    }
+
+
+def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
+    """What AgentView.state() answers, `backends` per service."""
+    return {
+        "version": "0.1.0",
+        "abi": "0123456789abcdef",
+        "pid": 4711,
+        "started": 1700000000.0,
+        "engine": "proxy",
+        "engine_reason": "asked for",
+        "provider": {"kind": "static", "connected": True, "age_seconds": 1.5, "error": "", "doorbell": "poll"},
+        "generation": {"desired": 7, "applied": 7},
+        "apply": {"count": 7, "failed": 1, "last_seconds": 0.002, "last_error": ""},
+        "node": {"id": "n1", "name": "node-a"},
+        "problems": [],
+        "services": [
+            {
+                "id": f"s{s}",
+                "name": f"web{s}",
+                "options": {},
+                "frontends": [
+                    {
+                        "frontend": str(frontend(s)),
+                        "table_size": 16381,
+                        "tracked_slots": 5,
+                        "digest": "d",
+                        "panic": False,
+                        "served": True,
+                        "targets": [target(s, b) for b in range(backends)],
+                    }
+                ],
+            }
+            for s in range(services)
+        ],
+        "drained": {"backends": [], "nodes": []},
+        "stopping": False,
+    }
+
+
+def stats(services: int = 2, backends: int = 3) -> Stats:
+    return Stats(
+        frontends={frontend(s): counters(10) for s in range(services)},
+        backends={
+            (frontend(s), BackendKey(f"task{s}x{b}", 80, 6)): counters(b)
+            for s in range(services)
+            for b in range(backends)
+        },
+        verdicts={"pass": 4, "deliver": 5},
+        gauges={"threads": 2},
+        totals={},
+    )
+
+
+def snapshot(services: int = 2, backends: int = 3) -> Snapshot:
+    return Snapshot(stats(services, backends), state(services, backends), True)
+
+
+ADDRESS = ipaddress.ip_address("127.0.0.1")

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exposition: judged by prometheus_client's own parsers and by promtool, never by our own reading of the format."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from mesh.datapath.base import BackendKey, Counters, Failure
+from mesh.metrics import families
+from mesh.metrics.collector import Snapshot, collect, render
+from tests.unit.metrics_samples import frontend, snapshot, state, stats
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+Parser = Callable[[str], Iterable[Metric]]
+
+
+def parsed(snap: Snapshot, accept: str = "", parse: Parser = parse_text) -> dict[str, Metric]:
+    body, _ = render(snap, accept)
+    return {metric.name: metric for metric in parse(body.decode())}
+
+
+def value(metrics: dict[str, Metric], family: str, sample: str, **labels: str) -> float:
+    """The one sample of a family that has these labels, others aside."""
+    hits = [s for s in metrics[family].samples if s.name == sample and labels.items() <= s.labels.items()]
+    assert len(hits) == 1, hits
+    return hits[0].value
+
+
+@pytest.mark.parametrize(("accept", "parse"), [("", parse_text), (OPENMETRICS, parse_openmetrics)])
+def test_both_formats_say_the_same(accept: str, parse: Parser) -> None:
+    metrics = parsed(snapshot(), accept, parse)
+    web0 = {"frontend": "*:10000/tcp", "service": "web0", "protocol": "tcp"}
+    assert value(metrics, "mesh_connections_opened", "mesh_connections_opened_total", **web0) == 13
+    assert value(metrics, "mesh_connections_active", "mesh_connections_active", **web0) == 3
+    assert value(metrics, "mesh_connections_failed", "mesh_connections_failed_total", cause="refused", **web0) == 2
+    assert value(metrics, "mesh_bytes", "mesh_bytes_total", direction="out", **web0) == 20000
+    assert value(metrics, "mesh_connect_seconds", "mesh_connect_seconds_bucket", le="+Inf", **web0) == 11
+    assert value(metrics, "mesh_connect_seconds", "mesh_connect_seconds_count", **web0) == 11
+    backend = {"frontend": "*:10001/tcp", "service": "web1", "backend": "task1x2", "port": "80"}
+    assert value(metrics, "mesh_backend_connections_opened", "mesh_backend_connections_opened_total", **backend) == 5
+    assert (
+        value(metrics, "mesh_backend_info", "mesh_backend_info", backend="task1x2", name="web1.2", node="node-a") == 1
+    )
+    assert value(metrics, "mesh_applies", "mesh_applies_total", result="ok") == 6
+    assert value(metrics, "mesh_threads", "mesh_threads") == 2
+    assert value(metrics, "mesh_verdicts", "mesh_verdicts_total", verdict="pass") == 4
+    assert "process_open_fds" in metrics
+
+
+def test_the_scraper_chooses_the_format() -> None:
+    assert render(snapshot())[1].startswith("text/plain")
+    body, content_type = render(snapshot(), OPENMETRICS)
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n") and body.count(b"# EOF") == 1
+
+
+@pytest.mark.parametrize("parse", [parse_text, parse_openmetrics])
+def test_names_that_need_escaping(parse: Parser) -> None:
+    odd = 'a"b\\c\nd'
+    shown: dict[str, Any] = state(1, 1)
+    shown["services"][0]["name"] = odd
+    accept = OPENMETRICS if parse is parse_openmetrics else ""
+    metrics = parsed(Snapshot(stats(1, 1), shown, True), accept, parse)
+    assert value(metrics, "mesh_bytes", "mesh_bytes_total", direction="in", service=odd) == 10000
+    assert value(metrics, "mesh_backend_weight", "mesh_backend_weight", service=odd) == 1
+
+
+def test_no_series_twice() -> None:
+    """A backend of two ports, and one whose target port just changed, are told apart."""
+    shown: dict[str, Any] = state(1, 2)
+    twin = {**shown["services"][0]["frontends"][0], "frontend": "*:443/tcp"}
+    shown["services"][0]["frontends"].append(twin)
+    counted = stats(1, 2)
+    extra = {(frontend(0), BackendKey("task0x0", 8080, 6)): Counters(opened=1)}
+    counted = replace(counted, backends={**counted.backends, **extra})
+    body, _ = render(Snapshot(counted, shown, True))
+    lines = [line.rpartition(" ")[0] for line in body.decode().splitlines() if not line.startswith("#")]
+    assert len(lines) == len(set(lines))
+
+
+def test_counters_that_outlive_their_frontend() -> None:
+    """A frontend that is draining is in the engine's counters but no longer in the state."""
+    metrics = parsed(Snapshot(stats(2, 2), state(1, 2), True))
+    assert value(metrics, "mesh_connections_opened", "mesh_connections_opened_total", frontend="*:10001/tcp") == 13
+
+
+def test_absent_rather_than_wrong() -> None:
+    shown: dict[str, Any] = state(0, 0)
+    shown["provider"]["age_seconds"] = None
+    shown["apply"]["last_seconds"] = None
+    metrics = parsed(Snapshot(stats(0, 0), shown, False))
+    assert "mesh_provider_age_seconds" not in metrics
+    assert "mesh_apply_last_seconds" not in metrics
+    assert value(metrics, "mesh_ready", "mesh_ready") == 0
+
+
+def test_every_failure_has_a_cause() -> None:
+    counted = replace(stats(1, 0), frontends={frontend(0): Counters(failed=dict.fromkeys(Failure, 1))})
+    metrics = parsed(Snapshot(counted, state(1, 0), True))
+    assert {s.labels["cause"] for s in metrics["mesh_connections_failed"].samples} == {f.value for f in Failure}
+
+
+def test_exported_families_are_the_declared_ones() -> None:
+    shown: dict[str, Any] = state()
+    counted = stats()
+    udp = {frontend(0): replace(counted.frontends[frontend(0)], packets_in=1)}
+    backends = {key: replace(c, packets_in=1) for key, c in counted.backends.items()}
+    counted = replace(counted, frontends=udp, backends=backends, gauges={})
+    assert set(collect(Snapshot(counted, shown, True))) == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (2, 3), (50, 10)])
+def test_promtool_finds_nothing_to_object_to(size: tuple[int, int]) -> None:
+    body, _ = render(snapshot(*size))
+    done = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
