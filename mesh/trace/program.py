@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bcc program of `mesh trace`: its text, made for the running kernel, and the events that it sends.
 
-It hangs on stable tracepoints only, and only while `mesh trace` runs. It follows the TCP sockets whose local address
-and port are a backend's (a task's own sockets, whatever namespace they are in) or a frontend's (the proxy engine's), and
-the packets to and from them that the kernel drops.
+It hangs on stable tracepoints only, and only while `mesh trace` runs. It follows the TCP sockets whose local end is a
+backend's (a task's own sockets, whatever namespace they are in) or a frontend's (the proxy engine's), and the packets
+to and from them that the kernel drops.
 """
 
 from __future__ import annotations
