@@ -472,4 +472,5 @@ def tc_program(int ifindex, bint ingress, uint32_t handle, uint32_t priority):
     return 0 if err else id
 
 
+include "_bpf_mapping.pxi"
 include "_bpf_object.pxi"

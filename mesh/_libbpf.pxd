@@ -8,6 +8,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <errno.h>
+    #include <stdint.h>
     #include <stdarg.h>
     #include <stdio.h>
     #include <string.h>
@@ -130,6 +131,10 @@ cdef extern from *:
         struct bpf_map *map = bpf_object__find_map_by_name(object, section);
         return map ? (void *)bpf_map__initial_value(map, size) : NULL;
     }
+    static uint64_t mesh_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static unsigned int mesh_load32(const __u32 *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static void mesh_store64(uint64_t *p, uint64_t value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+    static void mesh_store32(__u32 *p, __u32 value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
     static int mesh_errno(void) { return errno; }
     static int mesh_dup(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 3); }
     """
@@ -146,6 +151,10 @@ cdef extern from *:
                       uint32_t *nanoseconds) nogil
     int mesh_variable(bpf_object *object, const char *section, const char *name, uint32_t *offset, uint32_t *size) nogil
     void *mesh_section(bpf_object *object, const char *section, size_t *size) nogil
+    uint64_t mesh_load64(const uint64_t *p) nogil
+    uint32_t mesh_load32(const uint32_t *p) nogil
+    void mesh_store64(uint64_t *p, uint64_t value) nogil
+    void mesh_store32(uint32_t *p, uint32_t value) nogil
     int mesh_dup(int fd) nogil
     int last_error "mesh_errno"() nogil
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import re
 import socket
@@ -195,11 +194,22 @@ def test_per_cpu_counters_are_summed(loaded: _bpf.Object) -> None:
     assert counts.stride == 16 * _bpf.possible_cpus()
 
 
-def test_mmapped_array_is_the_map(loaded: _bpf.Object) -> None:
+def test_mapping_is_the_map(loaded: _bpf.Object) -> None:
     table = loaded.map("table")
-    with mmap.mmap(table.fileno(), 8192) as view:
-        view[8:16] = u64(11)
-        assert table.lookup(u32(1)) == u64(11)
+    view = _bpf.Mapping(table)
+    assert (view.size, view.step) == (8192, 8)
+    view.store64(8, 11)
+    assert table.lookup(u32(1)) == u64(11)
+    view.write(16, u64(12, 13))
+    view.store32(20, 1)
+    assert table.lookup(u32(2)) == u64(1 << 32 | 12)
+    assert view.read(8, 8) == u64(11)
+    assert (view.load64(8), view.load32(20)) == (11, 1)
+    for offset in (8192, 4, -8):
+        with pytest.raises((IndexError, OverflowError)):
+            view.store64(offset, 0)
+    with pytest.raises(BpfError, match="counts"):
+        _bpf.Mapping(loaded.map("counts"))
 
 
 def test_map_of_maps_takes_tables_of_several_sizes_by_one_call() -> None:
