@@ -18,6 +18,17 @@ cdef extern from *:
     #include <bpf/bpf.h>
     #include <bpf/btf.h>
     #include <bpf/libbpf.h>
+    #include "mesh/abi.h"
+
+    #define MESH_VERDICT_TEXT(name, help) {#name, help},
+    static const struct mesh_text { const char *name, *help; } mesh_verdicts[] = {
+        MESH_VERDICTS(MESH_VERDICT_TEXT) {NULL, NULL},
+    };
+    #define MESH_SIZE(name) {#name, sizeof(struct mesh_##name)}
+    static const struct mesh_size { const char *name; size_t size; } mesh_sizes[] = {
+        MESH_SIZE(table), MESH_SIZE(frontend), MESH_SIZE(frontend_key), MESH_SIZE(backend), MESH_SIZE(acl_key),
+        MESH_SIZE(flow), MESH_SIZE(note), MESH_SIZE(reply), MESH_SIZE(counts), MESH_SIZE(config), {NULL, 0},
+    };
 
     /* What libbpf prints (warnings, and with them the verifier's log), per thread, until `mesh_log_take`. */
     #define MESH_LOG_SIZE (256 * 1024)
@@ -138,6 +149,14 @@ cdef extern from *:
     static int mesh_errno(void) { return errno; }
     static int mesh_dup(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 3); }
     """
+    struct mesh_text:
+        const char *name
+        const char *help
+    const mesh_text *mesh_verdicts
+    struct mesh_size:
+        const char *name
+        size_t size
+    const mesh_size *mesh_sizes
     void mesh_log_start() nogil
     const char *mesh_log_text() nogil
     int mesh_map_create(int type, const char *name, uint32_t key, uint32_t value, uint32_t entries, uint32_t flags,
