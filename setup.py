@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build of the extensions. Metadata is in pyproject.toml.
+"""Build of the extensions and of the eBPF objects. Metadata is in pyproject.toml.
 
+CLANG names the compiler for eBPF (default: clang-16, then clang).
 MESH_SANITIZE=address|thread|undefined builds the extensions with that sanitizer (tests run them so: `make sanitize`).
 """
 
 import hashlib
 import os
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HEADERS = ["bpf/include/mesh/abi.h", "bpf/include/mesh/hash.h"]
 SANITIZE = os.environ.get("MESH_SANITIZE", "")
@@ -36,6 +42,58 @@ def extension(name: str, libraries: tuple[str, ...] = ()) -> Extension:
     )
 
 
+def clang() -> str:
+    """The compiler for eBPF."""
+    names = [os.environ["CLANG"]] if os.environ.get("CLANG") else ["clang-16", "clang"]
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise SystemExit(
+        f"setup.py: {' or '.join(names)} not found; it compiles the programs of the kernel engine: "
+        "install clang (Debian: clang-16), or name yours in CLANG"
+    )
+
+
+def build_objects() -> None:
+    """bpf/*.bpf.c -> mesh/datapath/objects/*.bpf.o, those that are older than a source."""
+    sources = [p for p in Path("bpf").rglob("*.h")]
+    target = Path("mesh/datapath/objects")
+    target.mkdir(exist_ok=True)
+    digest = abi_digest()
+    for source in sorted(Path("bpf").glob("*.bpf.c")):
+        output = target / source.with_suffix(".o").name
+        newest = max(p.stat().st_mtime_ns for p in [source, *sources, Path("setup.py")])
+        if output.exists() and output.stat().st_mtime_ns > newest:
+            continue
+        multiarch = sysconfig.get_config_var("MULTIARCH")
+        system = ["-idirafter", f"/usr/include/{multiarch}"] if multiarch else []  # asm/types.h
+        partial = output.with_suffix(".partial")
+        command = [clang(), "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Werror", "-Wpadded"]
+        command += ["-Ibpf", "-Ibpf/include", *system, f'-DMESH_ABI_DIGEST="{digest}"']
+        try:
+            subprocess.run([*command, "-c", str(source), "-o", str(partial)], check=True)
+        except subprocess.CalledProcessError:
+            raise SystemExit(f"setup.py: {source} does not compile (libbpf-dev and linux-libc-dev are needed)") from None
+        partial.rename(output)
+
+
+class BuildExtensions(build_ext):
+    """Extensions, and the objects for builds in place."""
+
+    def run(self) -> None:
+        build_objects()
+        super().run()
+
+
+class BuildPython(build_py):
+    """Modules and package data, the objects being data."""
+
+    def run(self) -> None:
+        build_objects()
+        self.__dict__.pop("data_files", None)  # listed anew, the objects included
+        super().run()
+
+
 NAMES: dict[str, tuple[str, ...]] = {"_maglev": (), "_fastpath": ("pthread",), "_bpf": ("bpf", "elf", "z")}
 setup(
     ext_modules=cythonize(
@@ -43,4 +101,5 @@ setup(
         compiler_directives={"language_level": "3"},
         build_dir="build/cython",
     ),
+    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
 )

@@ -249,8 +249,7 @@ _Static_assert(sizeof(struct mesh_dialled) == 32, "mesh_dialled is 32 bytes");
 	X(FAMILY, "passed: the chosen task has no address of the client's IP version")                                 \
 	X(EXTENSION, "passed: IPv6 extension headers")                                                                 \
 	X(MALFORMED, "passed: truncated or contradictory headers on a frontend's port")                                \
-	X(COLLISION,                                                                                                   \
-	  "passed: the task already has a flow from this client address and port that called another address")         \
+	X(COLLISION, "refused: the task has a flow of this client address and port that called another address")       \
 	X(EXPIRED, "dropped: TTL or hop limit used up; time exceeded sent to the client")                              \
 	X(TOO_BIG, "dropped: larger than the task's MTU; fragmentation needed sent to the client")                     \
 	X(ERROR, "passed: a map or helper failed")

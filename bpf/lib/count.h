@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Per-CPU counters: no atomics, no sharing. */
+#ifndef MESH_COUNT_H
+#define MESH_COUNT_H
+
+#include "maps.h"
+
+INLINE void count_verdict(__u32 verdict)
+{
+	__u64 *value = bpf_map_lookup_elem(&mesh_verdicts, &verdict);
+
+	if (likely(value))
+		*value += 1;
+}
+
+INLINE void count_in(__u32 frontend, __u32 owner, __u32 bytes)
+{
+	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);
+
+	if (likely(counts)) {
+		counts->packets_in += 1;
+		counts->bytes_in += bytes;
+	}
+	counts = bpf_map_lookup_elem(&mesh_bcounts, &owner);
+	if (likely(counts)) {
+		counts->packets_in += 1;
+		counts->bytes_in += bytes;
+	}
+}
+
+INLINE void count_out(__u32 frontend, __u32 owner, __u32 bytes)
+{
+	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);
+
+	if (likely(counts)) {
+		counts->packets_out += 1;
+		counts->bytes_out += bytes;
+	}
+	counts = bpf_map_lookup_elem(&mesh_bcounts, &owner);
+	if (likely(counts)) {
+		counts->packets_out += 1;
+		counts->bytes_out += bytes;
+	}
+}
+
+INLINE void count_flow(__u32 frontend, __u32 owner, __u32 starts, __u32 ends)
+{
+	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);
+
+	if (counts) {
+		counts->starts += starts;
+		counts->ends += ends;
+	}
+	counts = bpf_map_lookup_elem(&mesh_bcounts, &owner);
+	if (counts) {
+		counts->starts += starts;
+		counts->ends += ends;
+	}
+}
+
+#endif /* MESH_COUNT_H */

@@ -1,0 +1,223 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From bytes to a flow. Nothing here writes to the packet. Only Ethernet frames whose headers lie in the linear part
+ * reach a verdict; `parse` pulls them there when they do not.
+ */
+#ifndef MESH_PARSE_H
+#define MESH_PARSE_H
+
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+#include <linux/pkt_cls.h>
+#include "bpf.h"
+
+#define L3          ((__u32)sizeof(struct ethhdr)) /* tagged frames are not ours: their VLAN's interface serves them */
+#define HEADERS     128u                           /* pulled into the linear part where need be */
+#define IP_DF       0x4000
+#define IP_MORE     0x2000
+#define IP_OFFSET   0x1fff
+#define TCP_FIN     0x01
+#define TCP_SYN     0x02
+#define TCP_RST     0x04
+#define TCP_ACK     0x10
+#define TCP_FLAGS   13u /* offset in the TCP header */
+#define PACKET_HOST 0u
+#define V4_MAPPED   bpf_htonl(0xffff)
+
+/* ICMP and ICMPv6 (linux/icmp.h needs a C library). */
+struct icmp {
+	__u8 type;
+	__u8 code;
+	__sum16 check;
+	__be32 rest; /* unused, next MTU */
+};
+
+#define ICMP4_UNREACHABLE   3u
+#define ICMP4_TIME_EXCEEDED 11u
+#define ICMP4_PARAMETER     12u
+#define ICMP6_UNREACHABLE   1u
+#define ICMP6_PARAMETER     4u /* 2: too big, 3: time exceeded */
+
+enum parse_result {
+	PARSE_OTHER,     /* no business of ours */
+	PARSE_FLOW,      /* TCP or UDP with ports */
+	PARSE_ICMP,      /* ICMP error: `flow` has the addresses only */
+	PARSE_FRAGMENT,  /* fragment without ports: likewise */
+	PARSE_EXTENSION, /* IPv6 extension header: likewise */
+	PARSE_MALFORMED, /* likewise, ports too where they could be read */
+	PARSE_SHORT,     /* not in the linear part */
+};
+
+struct packet {
+	struct mesh_flow flow;
+	__u32 length; /* of the IP packet, headers included */
+	__u16 l4;     /* offset of the transport header in the frame */
+	__u8 version; /* 4 or 6 */
+	__u8 ttl;
+	__u8 tcp_flags;
+	__u8 fragment; /* 0: whole, 1: first, 2: further fragment */
+	__be16 fragment_id;
+	__sum16 check; /* of the IPv4 header */
+	__u16 pad;
+};
+
+INLINE void address_v4(struct mesh_addr *a, __be32 v4)
+{
+	a->halves[0] = 0;
+	a->words[2] = V4_MAPPED;
+	a->words[3] = v4;
+}
+
+INLINE int is_v4(const struct mesh_addr *a)
+{
+	return a->halves[0] == 0 && a->words[2] == V4_MAPPED;
+}
+
+/* Ports and flags of the transport header at `l4`; `rest`: bytes of the IP packet from there on. */
+INLINE enum parse_result parse_l4(struct packet *p, void *l4, void *end, __u32 rest)
+{
+	if (p->flow.protocol == IPPROTO_TCP) {
+		struct tcphdr *tcp = l4;
+
+		if (rest < sizeof(*tcp))
+			return PARSE_MALFORMED;
+		if ((void *)(tcp + 1) > end)
+			return PARSE_SHORT;
+		p->flow.source_port = tcp->source;
+		p->flow.destination_port = tcp->dest;
+		p->tcp_flags = ((__u8 *)tcp)[TCP_FLAGS];
+		return tcp->doff * 4u >= sizeof(*tcp) && tcp->doff * 4u <= rest ? PARSE_FLOW : PARSE_MALFORMED;
+	}
+	struct udphdr *udp = l4;
+
+	if (rest < sizeof(*udp))
+		return PARSE_MALFORMED;
+	if ((void *)(udp + 1) > end)
+		return PARSE_SHORT;
+	p->flow.source_port = udp->source;
+	p->flow.destination_port = udp->dest;
+	return PARSE_FLOW;
+}
+
+INLINE int icmp_error_v4(__u8 type)
+{
+	return type == ICMP4_UNREACHABLE || type == ICMP4_TIME_EXCEEDED || type == ICMP4_PARAMETER;
+}
+
+INLINE enum parse_result parse_v4(struct packet *p, void *data, void *end, __u32 available)
+{
+	struct iphdr *ip = data + L3;
+	__u32 header, offset;
+	__u8 protocol;
+	void *l4;
+
+	if ((void *)(ip + 1) > end)
+		return PARSE_SHORT;
+	header = ip->ihl * 4u;
+	protocol = ip->protocol;
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_ICMP)
+		return PARSE_OTHER;
+	p->flow.protocol = protocol;
+	p->length = bpf_ntohs(ip->tot_len);
+	p->version = 4;
+	p->ttl = ip->ttl;
+	p->check = ip->check;
+	p->l4 = (__u16)(L3 + header);
+	if (unlikely(ip->version != 4 || header < sizeof(*ip) || p->length < header || p->length > available))
+		return PARSE_OTHER;
+	offset = bpf_ntohs(ip->frag_off);
+	if (unlikely(offset & (IP_MORE | IP_OFFSET))) {
+		p->fragment = offset & IP_OFFSET ? 2 : 1;
+		p->fragment_id = ip->id;
+	}
+	address_v4(&p->flow.source, ip->saddr);
+	address_v4(&p->flow.destination, ip->daddr);
+	l4 = (void *)ip + header;
+	if (protocol == IPPROTO_ICMP) {
+		struct icmp *icmp = l4;
+
+		if (p->fragment || p->length - header < sizeof(*icmp))
+			return PARSE_OTHER;
+		if ((void *)(icmp + 1) > end)
+			return PARSE_SHORT;
+		return icmp_error_v4(icmp->type) ? PARSE_ICMP : PARSE_OTHER;
+	}
+	if (unlikely(p->fragment == 2))
+		return PARSE_FRAGMENT;
+	return parse_l4(p, l4, end, p->length - header);
+}
+
+INLINE int is_extension(__u8 next)
+{
+	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_FRAGMENT ||
+	       next == IPPROTO_DSTOPTS || next == IPPROTO_AH || next == IPPROTO_MH;
+}
+
+INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32 available)
+{
+	struct ipv6hdr *ip = data + L3;
+	__u8 next;
+
+	if ((void *)(ip + 1) > end)
+		return PARSE_SHORT;
+	next = ip->nexthdr;
+	p->flow.protocol = next;
+	p->length = bpf_ntohs(ip->payload_len) + (__u32)sizeof(*ip);
+	p->version = 6;
+	p->ttl = ip->hop_limit;
+	p->l4 = (__u16)(L3 + sizeof(*ip));
+	if (unlikely(ip->version != 6 || p->length > available))
+		return PARSE_OTHER;
+	__builtin_memcpy(&p->flow.source, &ip->saddr, 16);
+	__builtin_memcpy(&p->flow.destination, &ip->daddr, 16);
+	if (is_v4(&p->flow.source) || is_v4(&p->flow.destination)) /* mapped addresses do not belong on a wire */
+		return PARSE_OTHER;
+	if (next == IPPROTO_ICMPV6) {
+		struct icmp *icmp = (void *)(ip + 1);
+
+		if (p->length < sizeof(*ip) + sizeof(*icmp))
+			return PARSE_OTHER;
+		if ((void *)(icmp + 1) > end)
+			return PARSE_SHORT;
+		return icmp->type >= ICMP6_UNREACHABLE && icmp->type <= ICMP6_PARAMETER ? PARSE_ICMP : PARSE_OTHER;
+	}
+	if (is_extension(next))
+		return PARSE_EXTENSION;
+	if (next != IPPROTO_TCP && next != IPPROTO_UDP)
+		return PARSE_OTHER;
+	return parse_l4(p, ip + 1, end, p->length - (__u32)sizeof(*ip));
+}
+
+INLINE enum parse_result parse_linear(struct __sk_buff *skb, struct packet *p)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	__builtin_memset(p, 0, sizeof(*p));
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return parse_v4(p, data, end, skb->len - L3);
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		return parse_v6(p, data, end, skb->len - L3);
+	return PARSE_OTHER;
+}
+
+/* Parse an Ethernet frame. A tagged frame is PARSE_OTHER: the tag's own interface sees it again, without the tag
+ * (priority tags, VLAN 0, are no tags). */
+INLINE enum parse_result parse(struct __sk_buff *skb, struct packet *p)
+{
+	enum parse_result result;
+
+	if (skb->len < L3 || (skb->vlan_present && (skb->vlan_tci & 0xfff)))
+		return PARSE_OTHER;
+	result = parse_linear(skb, p);
+	if (likely(result != PARSE_SHORT))
+		return result;
+	if (bpf_skb_pull_data(skb, skb->len < HEADERS ? skb->len : HEADERS))
+		return PARSE_OTHER;
+	result = parse_linear(skb, p);
+	return result == PARSE_SHORT ? PARSE_OTHER : result;
+}
+
+#endif /* MESH_PARSE_H */

@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The reverse translation: exact entries (client, backend) -> what the client called, made and kept by the client's
+ * packets. A flow waits in mesh_openings until the client's second packet.
+ */
+#ifndef MESH_REPLY_H
+#define MESH_REPLY_H
+
+#include "count.h"
+#include "rewrite.h"
+#include "select.h"
+
+#define REPLY_CLOSED (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)
+/* How long (in stamp units) the client must have been silent before another flow with the same client address and port
+ * may take the entry. */
+#define TAKEN_TCP 8192u
+#define TAKEN_UDP 64u
+
+INLINE void reply_key(struct mesh_flow *key, const struct packet *p, const struct tuple *to)
+{
+	key->source = to->source;
+	key->destination = to->destination;
+	key->source_port = to->source_port;
+	key->destination_port = to->destination_port;
+	key->protocol = p->flow.protocol;
+	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+}
+
+INLINE int same_address(const struct mesh_addr *a, const struct mesh_addr *b)
+{
+	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
+}
+
+INLINE int is_current(const struct mesh_reply *reply, const struct choice *c)
+{
+	return reply->owner == c->owner && reply->epoch == c->backend->epoch;
+}
+
+INLINE int calls_same(const struct mesh_reply *reply, const struct packet *p)
+{
+	return same_address(&reply->called, &p->flow.destination) && reply->called_port == p->flow.destination_port;
+}
+
+/* A direction was closed; both: the flow has ended. */
+INLINE void close_reply(struct mesh_reply *reply, __u16 closed)
+{
+	__u16 flags = reply->flags | closed;
+
+	if ((flags & REPLY_CLOSED) == REPLY_CLOSED && (flags & MESH_REPLY_OPENED)) {
+		count_flow(reply->frontend, reply->owner, 0, 1);
+		flags &= (__u16)~MESH_REPLY_OPENED;
+	}
+	reply->flags = flags;
+}
+
+INLINE __u16 closed_by(const struct packet *p, __u16 direction)
+{
+	if (likely(!(p->tcp_flags & (TCP_FIN | TCP_RST))))
+		return 0;
+	return p->tcp_flags & TCP_RST ? REPLY_CLOSED : direction;
+}
+
+/* Whether another flow's entry may be taken by this one. */
+INLINE int is_free(const struct mesh_reply *reply, const struct packet *p, const struct choice *c, __u32 now)
+{
+	__u32 limit = p->flow.protocol == IPPROTO_TCP ? TAKEN_TCP : TAKEN_UDP;
+
+	return !is_current(reply, c) || (reply->flags & REPLY_CLOSED) == REPLY_CLOSED || now - reply->stamp >= limit;
+}
+
+/* First sight of a flow, or the first since its entry was lost: make one. Returns -1 on collision. */
+static __noinline int make_reply(struct packet *p, struct choice *c, struct mesh_flow *key, struct mesh_reply *made)
+{
+	struct mesh_reply *opening = bpf_map_lookup_elem(&mesh_openings, key);
+	int known = 0;
+
+	if (!p || !c || !key || !made || !c->backend)
+		return -1;
+	if (opening) {
+		known = calls_same(opening, p) && is_current(opening, c);
+		if (!known && !is_free(opening, p, c, made->stamp))
+			return -1;
+	}
+	if (c->start || (!known && p->flow.protocol == IPPROTO_UDP)) {
+		if (p->flow.protocol == IPPROTO_UDP) {
+			made->flags |= MESH_REPLY_OPENED;
+			count_flow(c->frontend, c->owner, 1, 0);
+		}
+		bpf_map_update_elem(&mesh_openings, key, made, BPF_ANY);
+		return 0;
+	}
+	made->flags |= closed_by(p, MESH_REPLY_FIN_IN);
+	if (known && !(made->flags & MESH_REPLY_FIN_IN)) {
+		made->flags |= MESH_REPLY_OPENED;
+		if (p->flow.protocol == IPPROTO_TCP)
+			count_flow(c->frontend, c->owner, 1, 0);
+	}
+	if (opening)
+		bpf_map_delete_elem(&mesh_openings, key);
+	if (p->tcp_flags & TCP_RST)
+		return 0;
+	bpf_map_update_elem(&mesh_replies, key, made, BPF_ANY);
+	return 0;
+}
+
+/* The client's packet of a flow that goes to `c->backend` as `to`: see that the replies will find their way back.
+ * Returns -1 where the task would mistake the flow for another one of the same client. */
+INLINE int keep_reply(struct packet *p, struct choice *c, const struct tuple *to, __u32 ifindex, __u16 flags)
+{
+	struct mesh_reply *reply, made;
+	struct mesh_flow key;
+	__u32 now = stamp_now();
+
+	reply_key(&key, p, to);
+	reply = bpf_map_lookup_elem(&mesh_replies, &key);
+	if (likely(reply && !c->start && calls_same(reply, p) && is_current(reply, c))) {
+		if (reply->stamp != now)
+			reply->stamp = now;
+		if (reply->ifindex != ifindex)
+			reply->ifindex = ifindex;
+		if (p->tcp_flags & (TCP_FIN | TCP_RST))
+			close_reply(reply, closed_by(p, MESH_REPLY_FIN_IN));
+		return 0;
+	}
+	if (reply) {
+		if (!calls_same(reply, p) && !is_free(reply, p, c, now))
+			return -1;
+		close_reply(reply, REPLY_CLOSED);
+		bpf_map_delete_elem(&mesh_replies, &key);
+	}
+	__builtin_memset(&made, 0, sizeof(made));
+	made.called = p->flow.destination;
+	made.client = p->flow.source;
+	made.called_port = p->flow.destination_port;
+	made.flags = flags;
+	made.ifindex = ifindex;
+	made.frontend = c->frontend;
+	made.owner = c->owner;
+	made.epoch = c->backend->epoch;
+	made.stamp = now;
+	return make_reply(p, c, &key, &made);
+}
+
+/* The entry of a packet that a task sends, if it is a reply. */
+INLINE struct mesh_reply *find_reply(const struct mesh_flow *sent)
+{
+	struct mesh_flow key = {
+		.source = sent->destination,
+		.destination = sent->source,
+		.source_port = sent->destination_port,
+		.destination_port = sent->source_port,
+		.protocol = sent->protocol,
+	};
+	struct mesh_reply *reply = bpf_map_lookup_elem(&mesh_replies, &key);
+
+	return reply ? reply : bpf_map_lookup_elem(&mesh_openings, &key);
+}
+
+#endif /* MESH_REPLY_H */

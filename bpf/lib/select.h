@@ -1,0 +1,212 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From a flow to its owner: frontend, source rules, hash, slot, transition (docs/HASHING.md). */
+#ifndef MESH_SELECT_H
+#define MESH_SELECT_H
+
+#include "maps.h"
+
+struct choice {
+	struct mesh_backend *backend; /* NULL: NONE or PASS */
+	struct mesh_note *noted;      /* the flow cache's word on the flow, where it decided */
+	__u32 verdict;
+	__u32 frontend;
+	__u32 flags; /* of the frontend */
+	__u32 hash;
+	__u32 slot;
+	__u32 owner;
+	__u32 start; /* the packet starts a TCP flow */
+	__u32 note;  /* the flow cache must learn the owner */
+};
+
+INLINE __u32 stamp_now(void)
+{
+	return (__u32)(bpf_ktime_get_coarse_ns() >> MESH_STAMP_SHIFT);
+}
+
+/* The word of mesh_ports: 0 for what is not ours, in one array look-up. */
+INLINE __u32 port_word(__u8 protocol, __be16 port)
+{
+	__u32 index = (protocol == IPPROTO_TCP ? MESH_PORT_TCP : MESH_PORT_UDP) + bpf_ntohs(port);
+	__u32 *word = bpf_map_lookup_elem(&mesh_ports, &index);
+
+	return word ? *(volatile __u32 *)word : 0;
+}
+
+INLINE int is_local(const struct mesh_addr *address)
+{
+	return bpf_map_lookup_elem(&mesh_addresses, address) != NULL;
+}
+
+/* The frontend's id at (destination, port, protocol) of a flow whose port's word is known; 0: none. */
+INLINE __u32 find_frontend(const struct mesh_flow *flow, __u32 word)
+{
+	if (word & MESH_PORT_EXACT) {
+		struct mesh_frontend_key key = {
+			.address = flow->destination,
+			.port = flow->destination_port,
+			.protocol = flow->protocol,
+		};
+		__u32 *id = bpf_map_lookup_elem(&mesh_exact, &key);
+
+		if (id)
+			return *id;
+	}
+	word &= MESH_PORT_FRONTEND;
+	return word && is_local(&flow->destination) ? word : 0;
+}
+
+INLINE int is_denied(const struct mesh_frontend *frontend, const struct mesh_addr *source)
+{
+	struct mesh_acl_key key = {.bits = 32 + 128, .acl = frontend->acl, .source = *source};
+	__u32 *rule = bpf_map_lookup_elem(&mesh_acl, &key);
+
+	return rule ? *rule == MESH_ACL_DENY : (frontend->flags & MESH_FRONTEND_DENY) != 0;
+}
+
+/* The slot of a hash, read as one word; `size` 0: the frontend has no table. */
+INLINE int read_slot(const struct mesh_frontend *frontend, struct choice *c, struct mesh_slot *slot)
+{
+	union {
+		__u64 word;
+		struct mesh_table table;
+		struct mesh_slot slot;
+	} u;
+	__u32 arena, index;
+	void *slots;
+	__u64 *word;
+
+	u.word = *(const volatile __u64 *)&frontend->table;
+	if (!u.table.size)
+		return -1;
+	c->slot = mesh_slot_of(c->hash, u.table.size);
+	arena = u.table.first >> MESH_ARENA_BITS;
+	index = (u.table.first & (MESH_ARENA_SLOTS - 1)) + c->slot;
+	slots = bpf_map_lookup_elem(&mesh_arenas, &arena);
+	if (!slots)
+		return -1;
+	word = bpf_map_lookup_elem(slots, &index);
+	if (!word)
+		return -1;
+	u.word = *(volatile __u64 *)word;
+	*slot = u.slot;
+	return 0;
+}
+
+INLINE struct mesh_backend *find_backend(__u32 owner)
+{
+	return owner < MESH_OWNER_FIRST ? NULL : bpf_map_lookup_elem(&mesh_backends, &owner);
+}
+
+/* Whether an un-noted flow that is not starting may be given to a slot's previous owner. UDP has no start: its flows
+ * stay with an active previous owner, leave a draining one, and leave PASS unless the frontend holds. */
+INLINE int keeps_flows(__u32 owner, __u8 protocol, __u32 flags)
+{
+	struct mesh_backend *backend;
+
+	if (owner == MESH_OWNER_NONE)
+		return 0;
+	if (owner == MESH_OWNER_PASS)
+		return protocol == IPPROTO_TCP || (flags & MESH_FRONTEND_HOLD);
+	backend = find_backend(owner);
+	if (!backend)
+		return 0;
+	return backend->state == MESH_BACKEND_ACTIVE ||
+	       (backend->state == MESH_BACKEND_DRAINING && protocol == IPPROTO_TCP);
+}
+
+INLINE int is_note_good(const struct mesh_note *note, __u32 frontend)
+{
+	struct mesh_backend *backend;
+
+	if (note->frontend != frontend)
+		return 0;
+	if (note->owner < MESH_OWNER_FIRST)
+		return note->owner == MESH_OWNER_PASS;
+	backend = find_backend(note->owner);
+	return backend && backend->state != MESH_BACKEND_FREE && backend->epoch == note->epoch;
+}
+
+/* The owner of a flow whose slot is in transition. */
+INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, struct choice *c)
+{
+	__u32 previous = slot->previous & MESH_OWNER_MASK;
+	struct mesh_note *note;
+
+	c->owner = slot->current;
+	c->note = 1;
+	c->verdict = MESH_VERDICT_STARTED;
+	if (c->start)
+		return;
+	c->verdict = MESH_VERDICT_MOVED;
+	note = bpf_map_lookup_elem(&mesh_flows, flow);
+	if (note) {
+		if (!is_note_good(note, c->frontend))
+			return;
+		c->owner = note->owner;
+		c->noted = note;
+		c->note = 0;
+		c->verdict = MESH_VERDICT_NOTED;
+	} else if (keeps_flows(previous, flow->protocol, c->flags)) {
+		c->owner = previous;
+		c->verdict = MESH_VERDICT_KEPT;
+	}
+}
+
+/* Choose the owner of a flow of frontend `c->frontend`; changes nothing. `c->start` is set by the caller. */
+INLINE void choose(const struct mesh_flow *flow, struct choice *c)
+{
+	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &c->frontend);
+	struct mesh_slot slot;
+
+	c->owner = MESH_OWNER_PASS;
+	c->verdict = MESH_VERDICT_PASS;
+	if (unlikely(!frontend))
+		return;
+	c->flags = frontend->flags;
+	c->hash = c->flags & MESH_FRONTEND_CLIENT ? mesh_hash_client(&flow->source) : mesh_hash_flow(flow);
+	if (unlikely(frontend->acl || (c->flags & MESH_FRONTEND_DENY)) && is_denied(frontend, &flow->source)) {
+		c->owner = MESH_OWNER_NONE;
+		c->verdict = MESH_VERDICT_DENIED;
+		return;
+	}
+	if (unlikely(read_slot(frontend, c, &slot)))
+		return;
+	if (likely(slot.current == slot.previous)) {
+		c->owner = slot.current;
+		c->verdict = MESH_VERDICT_FORWARD;
+	} else {
+		choose_in_transition(flow, &slot, c);
+	}
+	if (c->owner == MESH_OWNER_PASS) {
+		c->verdict = MESH_VERDICT_PASS;
+		return;
+	}
+	c->backend = find_backend(c->owner);
+	if (unlikely(!c->backend || c->backend->state == MESH_BACKEND_FREE)) {
+		c->backend = NULL;
+		c->owner = MESH_OWNER_NONE;
+		c->verdict = c->flags & MESH_FRONTEND_PASS_IF_NONE ? MESH_VERDICT_NO_BACKEND : MESH_VERDICT_REFUSED;
+		c->note = 0;
+	}
+}
+
+/* Write down what `choose` decided in transition, or that the flow was seen (one write in a stamp's unit). */
+INLINE void note_choice(const struct mesh_flow *flow, const struct choice *c)
+{
+	__u32 now = stamp_now();
+
+	if (c->note) {
+		struct mesh_note note = {
+			.owner = c->owner,
+			.epoch = c->backend ? c->backend->epoch : 0,
+			.stamp = now,
+			.frontend = c->frontend,
+		};
+
+		bpf_map_update_elem(&mesh_flows, flow, &note, BPF_ANY);
+	} else if (c->noted && c->noted->stamp != now) {
+		c->noted->stamp = now;
+	}
+}
+
+#endif /* MESH_SELECT_H */

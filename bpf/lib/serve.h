@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* A client's packet: from its frontend to its task. Shared by the interfaces that face clients and by those of local
+ * containers, which call their own node's ports (hairpin).
+ */
+#ifndef MESH_SERVE_H
+#define MESH_SERVE_H
+
+#include "reply.h"
+
+INLINE struct mesh_config *config(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&mesh_config, &zero);
+}
+
+INLINE int verdict(__u32 name, int action)
+{
+	count_verdict(name);
+	return action;
+}
+
+/* Past netfilter into the task's network namespace, or to the bridge where its veth is not known. */
+INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
+{
+	if (likely(backend->ifindex)) {
+		if (skb->pkt_type != PACKET_HOST)
+			bpf_skb_change_type(skb, PACKET_HOST);
+		return (int)bpf_redirect_peer(backend->ifindex, 0);
+	}
+	return (int)bpf_redirect_neigh(backend->bridge, NULL, 0, 0);
+}
+
+/* Ports of a further fragment from its first one. Returns 0 when they are known. */
+INLINE int fragment_ports(struct packet *p)
+{
+	struct mesh_fragment_key key = {
+		.source = p->flow.source,
+		.destination = p->flow.destination,
+		.id = p->fragment_id,
+		.protocol = p->flow.protocol,
+	};
+	__be16 ports[2], *known;
+
+	if (p->fragment == 1) {
+		ports[0] = p->flow.source_port;
+		ports[1] = p->flow.destination_port;
+		bpf_map_update_elem(&mesh_fragments, &key, ports, BPF_ANY);
+		return 0;
+	}
+	known = bpf_map_lookup_elem(&mesh_fragments, &key);
+	if (!known)
+		return -1;
+	p->flow.source_port = known[0];
+	p->flow.destination_port = known[1];
+	return 0;
+}
+
+/* The tuple by which the task sees the flow. */
+INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from_task)
+{
+	struct mesh_config *node;
+
+	to->source = p->flow.source;
+	to->source_port = p->flow.source_port;
+	to->destination = backend->address;
+	to->destination_port = backend->port;
+	to->pad = 0;
+	if (!from_task)
+		return 0;
+	node = config();
+	if (!node || !same_address(&to->source, &to->destination))
+		return MESH_REPLY_PEER;
+	to->source = p->version == 4 ? node->hairpin : node->hairpin6;
+	return MESH_REPLY_PEER | MESH_REPLY_HAIRPIN;
+}
+
+/* A packet whose owner is a task of this node. */
+INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, int from_task)
+{
+	struct tuple to;
+	__u16 flags;
+
+	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
+		return verdict(MESH_VERDICT_FAMILY, TC_ACT_OK);
+	if (unlikely(p->ttl <= 1))
+		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
+	flags = task_tuple(&to, p, c->backend, from_task);
+	if (unlikely(keep_reply(p, c, &to, skb->ifindex, flags)))
+		return verdict(MESH_VERDICT_COLLISION, TC_ACT_SHOT);
+	if (unlikely(c->note || c->noted))
+		note_choice(&p->flow, c);
+	if (unlikely(rewrite(skb, p, &to)))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	count_in(c->frontend, c->owner, p->length);
+	count_verdict(c->verdict);
+	return deliver(skb, c->backend);
+}
+
+/* A TCP or UDP packet with known ports. */
+INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
+{
+	struct choice c;
+	__u32 word;
+
+	word = port_word(p->flow.protocol, p->flow.destination_port);
+	if (likely(!word))
+		return TC_ACT_OK;
+	if (!from_task && skb->pkt_type != PACKET_HOST)
+		return TC_ACT_OK;
+	__builtin_memset(&c, 0, sizeof(c));
+	c.frontend = find_frontend(&p->flow, word);
+	if (!c.frontend)
+		return TC_ACT_OK;
+	if (unlikely(p->fragment == 1))
+		fragment_ports(p);
+	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	choose(&p->flow, &c);
+	if (likely(c.backend))
+		return forward(skb, p, &c, from_task);
+	if (c.note || c.noted)
+		note_choice(&p->flow, &c);
+	return verdict(c.verdict,
+		       c.verdict == MESH_VERDICT_DENIED || c.verdict == MESH_VERDICT_REFUSED ? TC_ACT_SHOT : TC_ACT_OK);
+}
+
+/* Packets that are rare, and those that are passed but counted where they are for us. */
+INLINE int serve_rest(struct __sk_buff *skb, struct packet *p, enum parse_result result, int from_task)
+{
+	__u32 word;
+
+	switch (result) {
+	case PARSE_FRAGMENT:
+		if (!fragment_ports(p))
+			return serve_flow(skb, p, from_task);
+		return is_local(&p->flow.destination) ? verdict(MESH_VERDICT_FRAGMENT, TC_ACT_OK) : TC_ACT_OK;
+	case PARSE_EXTENSION:
+		return is_local(&p->flow.destination) ? verdict(MESH_VERDICT_EXTENSION, TC_ACT_OK) : TC_ACT_OK;
+	case PARSE_MALFORMED:
+		word = port_word(p->flow.protocol, p->flow.destination_port);
+		return word && find_frontend(&p->flow, word) ? verdict(MESH_VERDICT_MALFORMED, TC_ACT_OK) : TC_ACT_OK;
+	default:
+		return TC_ACT_OK;
+	}
+}
+
+#endif /* MESH_SERVE_H */
