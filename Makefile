@@ -20,7 +20,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 
 SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test unit lint sanitize bench bench-quick build clean packages-build packages-test
+.PHONY: run test unit lint sanitize bench bench-quick bench-deps build clean packages-build packages-test
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -53,6 +53,22 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	clang-format-16 --dry-run --Werror $(wildcard bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c)
+
+# Measurements need root, and a machine that does nothing else. The figures: bench/README.md.
+BENCH_PACKAGES := $(TEST_PACKAGES) libnginx-mod-stream nftables iproute2 procps util-linux
+
+bench-deps: build bench/requirements.txt
+	deploy/debian-packages $(BENCH_PACKAGES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	$(MAKE) --no-print-directory --silent -C bench/load
+
+bench: bench-deps
+	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m bench.report
+
+bench-quick: bench-deps
+	$(BIN)/python -m bench.run --quick $(ARGS)
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(VENV) bench/out

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Mode hold: open connections, let each carry one echo so that the far end has them too, and keep them. */
+#define _GNU_SOURCE
+#include "load.h"
+
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define AT_ONCE     256
+#define PATIENCE_MS 5000
+
+/* Open `count` connections side by side and wait for each one's echo. Returns how many there are. */
+static unsigned open_batch(struct worker *w, int *fds, unsigned count)
+{
+	unsigned opened = 0;
+	char byte = 'x';
+
+	for (unsigned i = 0; i < count; i++)
+		fds[i] = dial(w, SOCK_STREAM);
+	for (unsigned i = 0; i < count; i++) {
+		struct pollfd ready = {.fd = fds[i], .events = POLLOUT};
+		enum error cause = ERROR_timeout;
+
+		if (fds[i] < 0)
+			continue;
+		if (poll(&ready, 1, PATIENCE_MS) == 1) {
+			cause = ERROR_connect;
+			ready.events = POLLIN;
+			if (send(fds[i], &byte, 1, MSG_NOSIGNAL) == 1) {
+				cause = ERROR_timeout;
+				if (poll(&ready, 1, PATIENCE_MS) == 1 && recv(fds[i], &byte, 1, 0) == 1) {
+					opened++;
+					continue;
+				}
+			}
+		}
+		w->tally->errors[cause]++;
+		close(fds[i]);
+		fds[i] = -1;
+	}
+	return opened;
+}
+
+int hold(struct worker *w)
+{
+	struct linger reset = {.l_onoff = 1, .l_linger = 0};
+	int *fds = calloc(w->connections, sizeof(*fds));
+	unsigned opened = 0;
+	char c;
+
+	w->stop = UINT64_MAX;
+	for (unsigned i = 0; i < w->connections; i += AT_ONCE) {
+		unsigned left = w->connections - i;
+		unsigned got = open_batch(w, fds + i, left < AT_ONCE ? left : AT_ONCE);
+
+		opened += got;
+		if (!got) {
+			for (i += AT_ONCE; i < w->connections; i++)
+				fds[i] = -1;
+			break;
+		}
+	}
+	printf("{\"mode\": \"hold\", \"operations\": %u, ", opened);
+	print_errors(w->tally);
+	printf("}\n");
+	fflush(stdout);
+	while (read(STDIN_FILENO, &c, 1) > 0)
+		;
+	for (unsigned i = 0; i < w->connections; i++) {
+		if (fds[i] < 0)
+			continue;
+		/* A reset: no time-wait entries are left behind for the next measurement. */
+		setsockopt(fds[i], SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
+		close(fds[i]);
+	}
+	free(fds);
+	return 0;
+}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This project: the daemon as users run it, with the static provider, one engine at a time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from bench.lab import BACKENDS, ECHO_PORT, SINK_PORT, SOURCE_PORT
+from bench.peers.base import Side
+
+PORTS = ((ECHO_PORT, "tcp"), (ECHO_PORT, "udp"), (SOURCE_PORT, "tcp"), (SINK_PORT, "tcp"))
+WIDE_SERVICES = 999  # idle ones, beside the one that is measured
+WIDE_BACKENDS = 10
+MESH = Path(sys.executable).parent / "mesh"
+
+
+def static_file(idle_services: int = 0, weights: tuple[int, ...] = (1,) * len(BACKENDS)) -> str:
+    """The static provider's file: the measured service, and idle ones whose backends do not exist.
+
+    Probes are off: backends of all sides are used without being probed.
+    """
+    lines = ["[[services]]", 'name = "bench"', "[services.options]", 'health = "off"']
+    for port, protocol in PORTS:
+        lines += ["[[services.ports]]", f"published = {port}", f"target = {port}", f'protocol = "{protocol}"']
+    for i, (address, weight) in enumerate(zip(BACKENDS, weights, strict=True)):
+        lines += ["[[services.backends]]", f'name = "backend{i}"', f'address = "{address}"', f"weight = {weight}"]
+    for n in range(idle_services):
+        lines += ["[[services]]", f'name = "idle{n}"', "[services.options]", 'health = "off"']
+        lines += ["[[services.ports]]", f"published = {20000 + n}", "target = 80", 'protocol = "tcp"']
+        for i in range(WIDE_BACKENDS):
+            number = n * WIDE_BACKENDS + i
+            address = f"172.30.{1 + number // 250}.{1 + number % 250}"
+            lines += ["[[services.backends]]", f'name = "idle{n}-{i}"', f'address = "{address}"']
+    return "\n".join(lines) + "\n"
+
+
+class Mesh(Side):
+    """The daemon with one engine."""
+
+    engine: ClassVar[str]
+    idle_services: ClassVar[int] = 0
+
+    @classmethod
+    def missing(cls) -> str:
+        return "" if MESH.exists() else f"{MESH} is not installed"
+
+    @classmethod
+    def version(cls) -> str:
+        return f"mesh {importlib.metadata.version('mesh')}"
+
+    def start(self) -> None:
+        self.write(static_file(self.idle_services))
+        state = self.lab.directory / f"{self.name}.state"
+        state.mkdir(exist_ok=True)
+        log = f"{self.name}.log"
+        source = ("--provider", "static", "--static-file", str(self.file))
+        place = ("--state-dir", str(state), "--http-listen", "", "--drain-timeout", "0")
+        argv = (str(MESH), "run", "--engine", self.engine, *source, *place)
+        process = self.lab.start("node", *argv, log=log)
+        self.processes.append(process)
+        self.lab.wait_serving(process, self.targets(ECHO_PORT)[0], log=log)
+
+    def stop(self) -> None:
+        """Stop and release: the kernel engine's data plane would outlive the daemon."""
+        state = self.lab.directory / f"{self.name}.state"
+        if self.processes:
+            self.lab.run("node", str(MESH), "stop", "--release", "--state-dir", str(state), check=False)
+        super().stop()
+
+    @property
+    def file(self) -> Path:
+        return self.lab.directory / f"{self.name}.toml"
+
+    def write(self, text: str) -> None:
+        """Replace the static file, whole, as an editor would."""
+        new = self.file.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.file)
+
+
+class MeshKernel(Mesh):
+    name = "mesh-kernel"
+    label = "mesh, kernel engine"
+    engine = "kernel"
+
+
+class MeshProxy(Mesh):
+    name = "mesh-proxy"
+    label = "mesh, proxy engine"
+    engine = "proxy"
+
+
+class MeshKernelWide(MeshKernel):
+    """The same beside 999 idle services of 10 backends: is it flat in scale?"""
+
+    name = "mesh-kernel-1000"
+    label = "mesh, kernel engine, 1,000 services"
+    idle_services = WIDE_SERVICES
+    only = ("connections", "requests")
+
+
+class MeshProxyWide(MeshProxy):
+    """The same beside 999 idle services of 10 backends: is it flat in scale?"""
+
+    name = "mesh-proxy-1000"
+    label = "mesh, proxy engine, 1,000 services"
+    idle_services = WIDE_SERVICES
+    only = ("connections", "requests")

