@@ -38,5 +38,10 @@ class Config:
     guard_max_removal: float = 0.5  # share of backends whose loss at once is held back first
     guard_hold: float = 5.0  # seconds for which it is held back
     transition_calm: float = 8100.0  # seconds of calm after which a slot leaves its transition; 0: never
+    cluster_port: int = 9551  # agents of other nodes connect here (managers); the same on all nodes
+    cluster_managers: str = ""  # host[:port], comma separated; empty: those that the local Engine names
+    cluster_ca: str = ""  # PEM files instead of swarm's own under docker_data_root (autolock)
+    cluster_certificate: str = ""
+    cluster_key: str = ""
     log_level: str = "info"
     log_format: str = "auto"  # auto: console on a terminal, else logfmt | console | json | logfmt

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node's side of the relay: a connection to every manager for its reports, the inventory from one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import aiohttp
+import structlog
+
+from mesh import __version__
+from mesh.cluster import wire
+from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
+from mesh.cluster.server import HEARTBEAT
+from mesh.errors import MeshError
+from mesh.model import Health, HealthView
+from mesh.provider import ProviderStatus, Publish
+
+_CONNECT_TIMEOUT: Final = 1.5
+_RETRY: Final = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds, the last one repeats
+_REFRESH: Final = 5.0  # seconds between looks at the list of managers
+
+Managers = Callable[[], Awaitable[Sequence[tuple[str, int]]]]
+OnVerdicts = Callable[[HealthView], None]
+
+log = structlog.get_logger("mesh.cluster")
+
+
+class _Link:
+    """The connection to one manager, made again whenever it is lost."""
+
+    def __init__(self, relay: RelayProvider, host: str, port: int) -> None:
+        self._relay = relay
+        self.address = (host, port)
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self.task = asyncio.create_task(self._run(), name=f"relay {host}:{port}")
+
+    @property
+    def connected(self) -> bool:
+        return self._socket is not None and not self._socket.closed
+
+    async def send(self, message: wire.Message) -> None:
+        """Send if connected; a lost connection is `_run`'s business."""
+        if self._socket is not None and not self._socket.closed:
+            try:
+                await self._socket.send_bytes(wire.encode(message))
+            except (ConnectionError, aiohttp.ClientError) as error:
+                log.debug("relay send failed", manager=self.address, error=str(error))
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._talk()
+                failures = 0
+            except (OSError, aiohttp.ClientError, TimeoutError, MeshError) as error:
+                self._relay.failed(self, error)
+                failures += 1
+            finally:
+                self._socket = None
+                self._relay.lost(self)
+            await asyncio.sleep(_RETRY[min(failures, len(_RETRY) - 1)])
+
+    async def _talk(self) -> None:
+        credentials = self._relay.credentials.current()
+        host, port = self.address
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
+        url = f"https://{f'[{host}]' if ':' in host else host}:{port}/v1/relay"
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.ws_connect(
+                url,
+                ssl=credentials.client,
+                server_hostname="swarm-manager",  # a DNS name in managers' certificates only
+                heartbeat=HEARTBEAT,
+                max_msg_size=wire.MAX_MESSAGE,
+            ) as socket,
+        ):
+            identity = peer_identity(socket.get_extra_info("peercert") or {})
+            if not identity.is_manager or identity.cluster != credentials.identity.cluster:
+                raise CredentialsError("not a manager of this swarm", where=f"{host}:{port}")
+            await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, __version__, self._relay.engine)))
+            first = wire.decode((await asyncio.wait_for(socket.receive(), 5)).data)
+            if not isinstance(first, wire.Hello):
+                raise wire.WireError("the first message is not a hello", where=f"{host}:{port}")
+            wire.check_version(first)
+            self._socket = socket
+            await self._relay.connected(self)
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    await self._relay.received(self, wire.decode(message.data))
+            if isinstance(socket.exception(), Exception):
+                raise ConnectionError(str(socket.exception()))
+
+
+class RelayProvider:
+    """The inventory as a manager's agent knows it (a Provider), and this node's verdicts to all managers.
+
+    Args:
+        managers: the managers' addresses now, asked for every few seconds.
+        on_verdicts: all nodes' verdicts, whenever they change.
+    """
+
+    def __init__(
+        self,
+        credentials: CredentialsWatch,
+        managers: Managers,
+        *,
+        engine: str = "",
+        inventory: bool = True,
+        on_verdicts: OnVerdicts = lambda view: None,
+    ) -> None:
+        self.credentials = credentials
+        self.engine = engine
+        self._managers = managers
+        self._inventory = inventory
+        self._on_verdicts = on_verdicts
+        self._links: dict[tuple[str, int], _Link] = {}
+        self._source: _Link | None = None
+        self._snapshot: wire.Snapshot | None = None
+        self._publish: Publish | None = None
+        self._published: object = None
+        self._report = wire.Report({})
+        self._heard = 0.0
+        self._error = "no manager has answered yet"
+        self.totals: Counter[str] = Counter()
+
+    async def run(self, publish: Publish) -> None:
+        """Keep a link to every manager until cancelled."""
+        self._publish = publish
+        try:
+            while True:
+                try:
+                    self._follow(await self._managers())
+                except (OSError, MeshError) as error:
+                    self._error = str(error)
+                await asyncio.sleep(_REFRESH if self._links else 0.5)
+        finally:
+            for link in self._links.values():
+                link.task.cancel()
+            await asyncio.gather(*(link.task for link in self._links.values()), return_exceptions=True)
+
+    def _follow(self, managers: Sequence[tuple[str, int]]) -> None:
+        for address in managers:
+            if address not in self._links:
+                self._links[address] = _Link(self, *address)
+        if managers:
+            for address in self._links.keys() - set(managers):
+                link = self._links.pop(address)
+                link.task.cancel()
+                self.lost(link)
+
+    def reload(self) -> None:
+        """Nothing to read again: managers push."""
+
+    def status(self) -> ProviderStatus:
+        age = time.monotonic() - self._heard if self._heard else None
+        connected = self._source is not None and self._source.connected
+        return ProviderStatus("relay", connected, 0.0 if connected else age, "" if connected else self._error, "relay")
+
+    async def report(self, report: wire.Report) -> None:
+        """Send this node's verdicts to every manager, now and whenever a link is made."""
+        self._report = report
+        await asyncio.gather(*(link.send(report) for link in self._links.values()))
+
+    async def connected(self, link: _Link) -> None:
+        await link.send(self._report)
+        if self._inventory and self._source is None:
+            await self._subscribe(self._preferred())
+
+    async def _subscribe(self, link: _Link | None) -> None:
+        self._source = link
+        if link is not None:
+            log.info("inventory comes from", manager=link.address[0])
+            await link.send(wire.Subscribe())
+
+    def _preferred(self) -> _Link | None:
+        """Of the connected managers the one that this node's hash prefers, so that nodes spread over them."""
+        node = self.credentials.current().identity.node
+
+        def score(link: _Link) -> bytes:
+            return hashlib.blake2b(f"{node} {link.address}".encode(), digest_size=8).digest()
+
+        return max((link for link in self._links.values() if link.connected), key=score, default=None)
+
+    def lost(self, link: _Link) -> None:
+        if link is self._source:
+            self._source = None
+            self._heard = time.monotonic()
+            self.totals["relay_sources_lost"] += 1
+            other = self._preferred()
+            if other is not None:
+                asyncio.get_running_loop().create_task(self._subscribe(other))
+
+    def failed(self, link: _Link, error: Exception) -> None:
+        text = f"manager {link.address[0]}:{link.address[1]}: {error or type(error).__name__}"
+        if text != self._error:
+            log.warning("relay link failed", error=text)
+        self._error = text
+
+    async def received(self, link: _Link, message: wire.Message) -> None:
+        if link is not self._source:
+            return
+        self._heard = time.monotonic()
+        if isinstance(message, wire.Snapshot):
+            self._take(message)
+        elif isinstance(message, wire.Delta):
+            try:
+                if self._snapshot is None:
+                    raise wire.WireError("a delta before any snapshot", where="relay")
+                self._take(wire.patch(self._snapshot, message))
+            except wire.WireError as error:
+                log.info("asks for a snapshot", reason=str(error))
+                await link.send(wire.Subscribe())
+
+    def _take(self, snapshot: wire.Snapshot) -> None:
+        inventory = wire.inventory_of(snapshot.content)
+        old, self._snapshot = self._snapshot, snapshot
+        if self._publish is not None and inventory != self._published:
+            self._published = inventory
+            self._publish(inventory)
+        if old is None or old.content.verdicts != snapshot.content.verdicts:
+            self._on_verdicts(view_of(snapshot.content.verdicts))
+
+
+def view_of(verdicts: dict[str, wire.Verdict]) -> HealthView:
+    """Verdicts off the wire as the reconciler takes them; a health that is not known yet is UNKNOWN."""
+    known = {health.value: health for health in Health}
+    return HealthView(
+        {key: known.get(verdict.health, Health.UNKNOWN) for key, verdict in verdicts.items()},
+        {key: verdict.reason for key, verdict in verdicts.items() if verdict.reason},
+    )

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutual TLS with the certificates that Swarm gives every node: no secret of our own to hand out or to rotate.
+
+A node certificate has CN = node id, OU = swarm-manager | swarm-worker, O = cluster id, and the role as a DNS name
+(moby/swarmkit, ca/certificates.go). The key's PEM carries headers of swarm's own (kek-version, raft-dek) that OpenSSL
+refuses; they are stripped in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from mesh.config import Config
+from mesh.errors import MeshError
+
+MANAGER: Final = "swarm-manager"
+WORKER: Final = "swarm-worker"
+_REMEDY_AUTOLOCK: Final = (
+    "the swarm is autolocked, so its key is encrypted: give this node a certificate of the swarm's CA "
+    "with cluster_certificate, cluster_key and cluster_ca"
+)
+
+
+class CredentialsError(MeshError):
+    """The node's certificate, key or CA cannot be used; the message names the file and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the other side of a connection, or this node, is."""
+
+    node: str
+    role: str  # swarm-manager | swarm-worker
+    cluster: str
+
+    @property
+    def is_manager(self) -> bool:
+        return self.role == MANAGER
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where the certificates lie."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    @staticmethod
+    def of(config: Config) -> Files:
+        """As configured, else where Swarm keeps them under the data root."""
+        base = Path(config.docker_data_root) / "swarm" / "certificates"
+        return Files(
+            Path(config.cluster_ca or base / "swarm-root-ca.crt"),
+            Path(config.cluster_certificate or base / "swarm-node.crt"),
+            Path(config.cluster_key or base / "swarm-node.key"),
+        )
+
+    def stamp(self) -> tuple[int, ...]:
+        """Changes whenever a file does: certificates are rotated in place."""
+        return tuple(part for path in (self.ca, self.certificate, self.key) for part in _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_ino, found.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """One reading of the files: contexts for both directions, and who we are."""
+
+    identity: Identity
+    expires: datetime
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+def strip_headers(pem: bytes) -> bytes:
+    """A PEM without the header lines (RFC 1421) between its BEGIN line and its body."""
+    return re.sub(rb"(-----BEGIN [A-Z ]+-----\r?\n)(?:[\w-]+: [^\n]*\n)+\r?\n?", rb"\1", pem)
+
+
+def load(files: Files) -> Credentials:
+    """Read certificates and key.
+
+    Raises:
+        CredentialsError: a file is missing, encrypted or not what it should be.
+    """
+    try:
+        certificate, key = files.certificate.read_bytes(), files.key.read_bytes()
+        ca = files.ca.read_text()
+    except OSError as error:
+        raise CredentialsError(
+            f"cannot be read: {error.strerror}",
+            where=str(error.filename),
+            remedy="is this node in a swarm, and docker_data_root right?",
+        ) from error
+    if b"ENCRYPTED" in key:
+        raise CredentialsError("the key is encrypted", where=str(files.key), remedy=_REMEDY_AUTOLOCK)
+    try:
+        parsed = x509.load_pem_x509_certificate(certificate)
+        identity = Identity(
+            _subject(parsed, NameOID.COMMON_NAME),
+            _subject(parsed, NameOID.ORGANIZATIONAL_UNIT_NAME),
+            _subject(parsed, NameOID.ORGANIZATION_NAME),
+        )
+    except (ValueError, IndexError) as error:
+        raise CredentialsError(f"is not a node certificate: {error}", where=str(files.certificate)) from error
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.verify_mode = ssl.CERT_REQUIRED
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the name, which is the role: see Relay's client
+    chain = certificate + b"\n" + strip_headers(key)
+    for context in (server, client):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_verify_locations(cadata=ca)
+            _load_chain(context, chain)
+        except (ssl.SSLError, ValueError) as error:
+            raise CredentialsError(f"OpenSSL refuses it: {error}", where=f"{files.certificate}, {files.key}") from error
+    return Credentials(identity, parsed.not_valid_after_utc, server, client)
+
+
+def _subject(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
+    return str(certificate.subject.get_attributes_for_oid(oid)[0].value)
+
+
+def _load_chain(context: ssl.SSLContext, pem: bytes) -> None:
+    """ssl reads files only: an anonymous one in memory, so that no stripped key ever lies on a disk."""
+    descriptor = os.memfd_create("mesh-credentials", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, pem)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def peer_identity(certificate: Mapping[str, Any]) -> Identity:
+    """Who a verified peer is, from `SSLObject.getpeercert()`.
+
+    Raises:
+        CredentialsError: the certificate does not say.
+    """
+    subject = {name: value for entry in certificate.get("subject", ()) for name, value in entry}
+    try:
+        return Identity(subject["commonName"], subject["organizationalUnitName"], subject["organizationName"])
+    except KeyError as error:
+        raise CredentialsError(f"a peer's certificate has no {error.args[0]}", where="relay") from error
+
+
+class CredentialsWatch:
+    """The current credentials, read again when the files change; the last good ones stay when a reading fails."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._stamp: tuple[int, ...] = ()
+        self._current: Credentials | None = None
+        self.error = ""
+
+    def current(self) -> Credentials:
+        """Credentials as of now.
+
+        Raises:
+            CredentialsError: there never were good ones.
+        """
+        stamp = self._files.stamp()
+        if stamp != self._stamp or self._current is None:
+            try:
+                self._current = load(self._files)
+                self._stamp = stamp
+                self.error = ""
+            except CredentialsError as error:
+                self.error = str(error)
+                if self._current is None:
+                    raise
+        return self._current
+
+    def seconds_left(self) -> float:
+        """Until the certificate expires."""
+        return (self.current().expires - datetime.now(UTC)).total_seconds()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manager's side of the relay: inventory to the nodes, their verdicts back, over mutual TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+from aiohttp import WSMsgType, web
+
+from mesh import __version__
+from mesh.cluster import wire
+from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
+from mesh.model import Inventory
+
+HEARTBEAT: Final = 1.5  # seconds between pings; a pong is due within half of that
+QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a snapshot instead
+_ROTATION_CHECK: Final = 5.0
+
+log = structlog.get_logger("mesh.cluster")
+
+OnReport = Callable[[str, wire.Report], None]
+OnNode = Callable[[str, bool], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """One connected agent."""
+
+    identity: Identity
+    address: str
+    hello: wire.Hello
+    queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(QUEUE))
+    subscribed: bool = False
+
+
+class RelayServer:
+    """Serves this manager's inventory to agents of the same swarm.
+
+    Args:
+        credentials: this node's.
+        port: TCP port, all addresses; 0 lets the kernel choose (tests).
+        on_report: a node's verdicts over its own backends, whole, whenever they change.
+        on_node: a node went silent without closing its connection (False) or is back (True).
+    """
+
+    def __init__(
+        self,
+        credentials: CredentialsWatch,
+        port: int,
+        *,
+        engine: str = "",
+        on_report: OnReport,
+        on_node: OnNode,
+    ) -> None:
+        self._credentials = credentials
+        self._engine = engine
+        self.port = port
+        self._on_report = on_report
+        self._on_node = on_node
+        self._peers: set[_Peer] = set()
+        self._owners: dict[str, str] = {}  # backend -> node
+        self._snapshot = wire.Snapshot(0, wire.Content())
+        self._silent: set[str] = set()
+        self.refused: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """Connected nodes and their mesh versions."""
+        return {peer.identity.node: peer.hello.mesh for peer in self._peers}
+
+    def publish(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> None:
+        """Hand a new state to all subscribers: one encoding, however many there are."""
+        content = wire.content_of(inventory, verdicts)
+        if content == self._snapshot.content:
+            return
+        old, self._snapshot = self._snapshot, wire.Snapshot(self._snapshot.generation + 1, content)
+        self._owners = {backend.id: backend.node for backend in inventory.backends}
+        frame = wire.encode(wire.diff(old, self._snapshot))
+        for peer in self._peers:
+            if peer.subscribed:
+                self._offer(peer, frame)
+
+    def _offer(self, peer: _Peer, frame: bytes) -> None:
+        try:
+            peer.queue.put_nowait(frame)
+        except asyncio.QueueFull:  # back-pressure: one snapshot stands for all that was not taken
+            self.totals["relay_snapshots_for_slow_nodes"] += 1
+            while not peer.queue.empty():
+                peer.queue.get_nowait()
+            peer.queue.put_nowait(wire.encode(self._snapshot))
+
+    async def run(self) -> None:
+        """Serve until cancelled. New certificates are taken up without closing what is open."""
+        app = web.Application()
+        app.router.add_get("/v1/relay", self._handle)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        site: web.TCPSite | None = None
+        server = None
+        try:
+            while True:
+                try:
+                    context = self._credentials.current().server
+                    if context is not server:
+                        if site is not None:
+                            await site.stop()
+                        site = web.TCPSite(runner, None, self.port, ssl_context=context, reuse_address=True)
+                        await site.start()
+                        self.port = int(runner.addresses[0][1])
+                        server = context
+                        log.info("relay listens", port=self.port)
+                except (CredentialsError, OSError) as error:
+                    log.error("relay cannot listen", error=str(error), port=self.port)
+                await asyncio.sleep(_ROTATION_CHECK)
+        finally:
+            await runner.cleanup()
+
+    def _refuse(self, request: web.Request, reason: str, text: str) -> web.Response:
+        self.refused[reason] += 1
+        log.warning("relay refused a peer", peer=request.remote, reason=text)
+        return web.Response(status=403, text=text + "\n")
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        transport = request.transport
+        certificate = transport.get_extra_info("peercert") if transport else None
+        try:
+            identity = peer_identity(certificate or {})
+        except CredentialsError as error:
+            return self._refuse(request, "certificate", str(error))
+        ours = self._credentials.current().identity
+        if identity.cluster != ours.cluster:
+            return self._refuse(request, "cluster", "another swarm's certificate")
+        if identity.role not in {"swarm-manager", "swarm-worker"}:
+            return self._refuse(request, "role", f"role {identity.role} has no place here")
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=wire.MAX_MESSAGE, compress=False)
+        await socket.prepare(request)
+        peer: _Peer | None = None
+        sender: asyncio.Task[None] | None = None
+        try:
+            peer = await self._greet(socket, identity, request.remote or "")
+            sender = asyncio.create_task(self._send(socket, peer))
+            await self._receive(socket, peer)
+        except wire.WireError as error:
+            self.refused["message"] += 1
+            log.warning("relay closed a connection", node=identity.node, reason=str(error))
+            await socket.close(code=1002, message=str(error).encode()[:120])
+        finally:
+            if sender is not None:
+                sender.cancel()
+                with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                    await sender
+            if peer is not None:
+                self._leave(socket, peer)
+        return socket
+
+    async def _greet(self, socket: web.WebSocketResponse, identity: Identity, address: str) -> _Peer:
+        await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, __version__, self._engine)))
+        message = await socket.receive(timeout=5)
+        hello = wire.decode(message.data) if message.type is WSMsgType.BINARY else None
+        if not isinstance(hello, wire.Hello):
+            raise wire.WireError("the first message is not a hello", where="relay")
+        wire.check_version(hello)
+        peer = _Peer(identity, address, hello)
+        self._peers.add(peer)
+        if identity.node in self._silent:
+            self._silent.discard(identity.node)
+            self._on_node(identity.node, True)
+        log.info("node connected", node=identity.node, address=address, mesh=hello.mesh)
+        return peer
+
+    async def _send(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
+        while True:
+            frame = await peer.queue.get()
+            self.totals["relay_bytes_sent"] += len(frame)
+            await socket.send_bytes(frame)
+
+    async def _receive(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
+        async for message in socket:
+            if message.type is not WSMsgType.BINARY:
+                raise wire.WireError(f"a frame of type {message.type.name}", where="relay")
+            received: Any = wire.decode(message.data)
+            if isinstance(received, wire.Subscribe):
+                peer.subscribed = True
+                self._offer(peer, wire.encode(self._snapshot))
+            elif isinstance(received, wire.Report):
+                self._report(peer, received)
+            else:
+                raise wire.WireError(f"{type(received).__name__} is not for managers", where="relay")
+
+    def _report(self, peer: _Peer, report: wire.Report) -> None:
+        """Take a node's word for its own backends only."""
+        own = {key: value for key, value in report.verdicts.items() if self._owners.get(key) == peer.identity.node}
+        foreign = sum(1 for key in report.verdicts if self._owners.get(key, peer.identity.node) != peer.identity.node)
+        if foreign:
+            self.refused["foreign_verdict"] += foreign
+            log.warning("a node reported backends that are not its own", node=peer.identity.node, count=foreign)
+        self._on_report(peer.identity.node, wire.Report(own, report.digests, report.generation, report.engine))
+
+    def _leave(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
+        self._peers.discard(peer)
+        node = peer.identity.node
+        silent = isinstance(socket.exception(), TimeoutError)
+        log.info("node disconnected", node=node, silent=silent)
+        if silent and all(other.identity.node != node for other in self._peers):
+            self._silent.add(node)
+            self._on_node(node, False)

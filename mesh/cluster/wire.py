@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relay's messages: MessagePack (msgspec) in WebSocket frames. Pure: encode, decode, diff, patch.
+
+Compatibility: a message has optional fields only where they came later, unknown fields are ignored, and a peer one
+version older or newer is understood (VERSION, OLDEST). Names on the wire are short, stable and documented here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any, Final
+
+import msgspec
+
+from mesh import model
+from mesh.errors import MeshError
+from mesh.model import Backend, Inventory, Node, PublishedPort, Service, ServiceOptions
+
+VERSION: Final = 1
+OLDEST: Final = 1
+MAX_MESSAGE: Final = 32 << 20  # bytes; a snapshot of 10,000 backends has about 2 MB
+
+
+class WireError(MeshError):
+    """A peer sent what cannot be used; the connection is closed and counted."""
+
+
+class Port(msgspec.Struct, array_like=True, frozen=True):
+    published: int
+    target: int
+    protocol: int
+    address: str = "::"
+
+
+class WireOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """ServiceOptions of a service that is enabled, in words."""
+
+    affinity: str = "flow"
+    proxy_protocol: str = "off"
+    table_size: int = model.TABLE_SIZE_DEFAULT
+    locality: str = "cluster"
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    health: tuple[str, str, float, float, int, int] = ("tcp", "/", 2.0, 1.0, 2, 3)
+
+
+class WireService(msgspec.Struct, frozen=True, omit_defaults=True):
+    id: str
+    name: str
+    ports: tuple[Port, ...]
+    options: WireOptions = WireOptions()
+
+
+class WireBackend(msgspec.Struct, frozen=True, omit_defaults=True):
+    id: str
+    service: str
+    node: str
+    name: str = ""
+    weight: int = 1
+    draining: bool = False
+    ready: bool = True
+    container: str = ""
+
+
+class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
+    id: str
+    name: str
+    address: str = ""
+    up: bool = True
+    weight: int = 1
+
+
+class Verdict(msgspec.Struct, array_like=True, frozen=True):
+    """A backend's health as its own node sees it."""
+
+    health: str
+    reason: str = ""
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """First message of both sides."""
+
+    version: int
+    oldest: int
+    mesh: str  # the build's version
+    engine: str = ""
+
+
+class Content(msgspec.Struct, frozen=True):
+    """What one generation holds, keyed by id."""
+
+    services: dict[str, WireService] = {}
+    backends: dict[str, WireBackend] = {}
+    nodes: dict[str, WireNode] = {}
+    verdicts: dict[str, Verdict] = {}
+
+
+class Snapshot(msgspec.Struct, tag="snapshot", frozen=True):
+    """All there is."""
+
+    generation: int
+    content: Content
+
+
+class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
+    """The step from `base` to `generation`; without that base the receiver asks for a snapshot."""
+
+    base: int
+    generation: int
+    put: Content
+    drop_services: tuple[str, ...] = ()
+    drop_backends: tuple[str, ...] = ()
+    drop_nodes: tuple[str, ...] = ()
+    drop_verdicts: tuple[str, ...] = ()
+
+
+class Report(msgspec.Struct, tag="report", frozen=True):
+    """A node's verdicts over its own backends, whole."""
+
+    verdicts: dict[str, Verdict]
+    digests: dict[str, str] = {}  # table digests by frontend, for `mesh status --cluster`
+    generation: int = 0
+    engine: str = ""
+
+
+class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
+    """Send a snapshot, then deltas. Also asked again where a delta does not fit."""
+
+
+Message = Hello | Snapshot | Delta | Report | Subscribe
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return _ENCODER.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """One frame's message.
+
+    Raises:
+        WireError: it is not one; the message names the place in it.
+    """
+    try:
+        message: Message = _DECODER.decode(data)
+        return message
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise WireError(f"not a message of the relay: {error}", where="relay") from error
+
+
+def check_version(hello: Hello) -> None:
+    """Whether both sides understand each other.
+
+    Raises:
+        WireError: they do not; the message says who has to be upgraded.
+    """
+    if hello.version < OLDEST or hello.oldest > VERSION:
+        who = "the peer" if hello.version < OLDEST else "this node"
+        raise WireError(
+            f"relay protocol {hello.version} (mesh {hello.mesh}) against {VERSION} here",
+            where="relay",
+            remedy=f"upgrade {who}; versions one apart work together",
+        )
+
+
+def content_of(inventory: Inventory, verdicts: dict[str, Verdict]) -> Content:
+    """An inventory as it goes over the wire. A backend's address is its node's business and is left out."""
+    return Content(
+        {
+            s.id: WireService(
+                s.id,
+                s.name,
+                tuple(Port(p.published, p.target, int(p.protocol), str(p.address)) for p in s.ports),
+                _options_of(s.options),
+            )
+            for s in inventory.services
+        },
+        {
+            b.id: WireBackend(
+                b.id, b.service, b.node, b.name, b.weight, b.intent is model.Intent.DRAINING, b.ready, b.container
+            )
+            for b in inventory.backends
+        },
+        {n.id: WireNode(n.id, n.name, str(n.address or ""), n.up, n.weight) for n in inventory.nodes},
+        verdicts,
+    )
+
+
+def inventory_of(content: Content) -> Inventory:
+    """The inventory that a content stands for.
+
+    Raises:
+        WireError: a value in it is out of range; the message names it.
+    """
+    try:
+        return Inventory(
+            services=tuple(
+                Service(
+                    s.id,
+                    s.name,
+                    tuple(
+                        PublishedPort(
+                            p.published, p.target, model.Protocol(p.protocol), ipaddress.ip_address(p.address)
+                        )
+                        for p in s.ports
+                    ),
+                    _options(s.options),
+                )
+                for s in sorted(content.services.values(), key=lambda s: s.id)
+            ),
+            backends=tuple(
+                Backend(
+                    b.id,
+                    b.service,
+                    b.node,
+                    None,
+                    b.name,
+                    b.weight,
+                    model.Intent.DRAINING if b.draining else model.Intent.ACTIVE,
+                    b.ready,
+                    False,
+                    b.container,
+                )
+                for b in sorted(content.backends.values(), key=lambda b: b.id)
+            ),
+            nodes=tuple(
+                Node(n.id, n.name, ipaddress.ip_address(n.address) if n.address else None, n.up, n.weight)
+                for n in sorted(content.nodes.values(), key=lambda n: n.id)
+            ),
+            source="relay",
+        )
+    except ValueError as error:
+        raise WireError(f"an inventory that cannot be used: {error}", where="relay") from error
+
+
+def _options_of(options: ServiceOptions) -> WireOptions:
+    check = options.health
+    return WireOptions(
+        options.affinity.value,
+        options.proxy_protocol.value,
+        options.table_size,
+        options.locality.value,
+        tuple(map(str, options.allow)),
+        tuple(map(str, options.deny)),
+        (check.kind.value, check.path, check.interval, check.timeout, check.rise, check.fall),
+    )
+
+
+def _options(wire: WireOptions) -> ServiceOptions:
+    kind, path, interval, timeout, rise, fall = wire.health
+    if wire.table_size not in model.TABLE_SIZES:
+        raise ValueError(f"table size {wire.table_size}")
+    return ServiceOptions(
+        True,
+        model.Affinity(wire.affinity),
+        model.ProxyProtocol(wire.proxy_protocol),
+        model.HealthCheck(model.ProbeKind(kind), path, interval, timeout, rise, fall),
+        wire.table_size,
+        model.Locality(wire.locality),
+        tuple(map(ipaddress.ip_network, wire.allow)),
+        tuple(map(ipaddress.ip_network, wire.deny)),
+    )
+
+
+def diff(old: Snapshot, new: Snapshot) -> Delta:
+    """The step from one snapshot to another."""
+    before, after = old.content, new.content
+
+    def put(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in b.items() if a.get(key) != value}
+
+    return Delta(
+        old.generation,
+        new.generation,
+        Content(
+            put(before.services, after.services),
+            put(before.backends, after.backends),
+            put(before.nodes, after.nodes),
+            put(before.verdicts, after.verdicts),
+        ),
+        tuple(before.services.keys() - after.services.keys()),
+        tuple(before.backends.keys() - after.backends.keys()),
+        tuple(before.nodes.keys() - after.nodes.keys()),
+        tuple(before.verdicts.keys() - after.verdicts.keys()),
+    )
+
+
+def patch(old: Snapshot, delta: Delta) -> Snapshot:
+    """The snapshot after a step.
+
+    Raises:
+        WireError: the step does not start where `old` is.
+    """
+    if delta.base != old.generation:
+        raise WireError(f"a delta from generation {delta.base}, this node has {old.generation}", where="relay")
+
+    def step(a: dict[str, Any], put: dict[str, Any], drop: tuple[str, ...]) -> dict[str, Any]:
+        gone = frozenset(drop)
+        return {key: value for key, value in {**a, **put}.items() if key not in gone} if put or drop else a
+
+    before, put = old.content, delta.put
+    return Snapshot(
+        delta.generation,
+        Content(
+            step(before.services, put.services, delta.drop_services),
+            step(before.backends, put.backends, delta.drop_backends),
+            step(before.nodes, put.nodes, delta.drop_nodes),
+            step(before.verdicts, put.verdicts, delta.drop_verdicts),
+        ),
+    )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relay between agents, with the certificates of a real swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mesh.cluster import wire
+from mesh.cluster.client import RelayProvider
+from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
+from mesh.cluster.server import RelayServer
+from mesh.config import Config
+from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
+from tests.lab.dockerd import Node, Swarm
+
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
+
+
+def files_of(node: Node) -> Files:
+    return Files.of(Config(docker_data_root=str(node.data_root)))
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError(what)
+
+
+@dataclass
+class Manager:
+    """A relay server in this process with a node's certificates, and what it was told."""
+
+    server: RelayServer
+    reports: dict[str, wire.Report]
+    silent: list[tuple[str, bool]]
+
+
+@contextlib.asynccontextmanager
+async def manager(node: Node) -> AsyncIterator[Manager]:
+    reports: dict[str, wire.Report] = {}
+    silent: list[tuple[str, bool]] = []
+    server = RelayServer(
+        CredentialsWatch(files_of(node)),
+        0,
+        on_report=reports.__setitem__,
+        on_node=lambda name, up: silent.append((name, up)),
+    )
+    made = Manager(server, reports, silent)
+    task = asyncio.create_task(made.server.run())
+    await until(lambda: made.server.port != 0, "the relay listens")
+    yield made
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+@contextlib.asynccontextmanager
+async def agent(
+    node: Node, *managers: Manager, **options: object
+) -> AsyncIterator[tuple[RelayProvider, list[Inventory]]]:
+    async def addresses() -> list[tuple[str, int]]:
+        return [("127.0.0.1", made.server.port) for made in managers]
+
+    provider = RelayProvider(CredentialsWatch(files_of(node)), addresses, **options)  # type: ignore[arg-type]
+    inventories: list[Inventory] = []
+    task = asyncio.create_task(provider.run(inventories.append))
+    yield provider, inventories
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def inventory(*nodes: str) -> Inventory:
+    service = Service("s1", "web", (PublishedPort(80, 8080, Protocol.TCP),))
+    backends = tuple(Backend(f"t-{node}", "s1", node, None, local=False) for node in sorted(nodes))
+    return Inventory((service,), backends, source="relay")
+
+
+async def test_snapshot_deltas_reports_and_failover(swarm3: Swarm) -> None:
+    first, worker, other = swarm3.nodes
+    me, her = (load(files_of(node)).identity for node in (worker, other))
+    assert (me.role, load(files_of(first)).identity.role) == ("swarm-worker", "swarm-manager")
+    views: list[HealthView] = []
+    async with manager(first) as one, manager(first) as two:
+        for made in (one, two):
+            made.server.publish(inventory(me.node, her.node), {})
+        async with agent(worker, one, two, on_verdicts=views.append) as (provider, seen):
+            await until(lambda: bool(seen), "the snapshot")
+            assert seen[-1] == inventory(me.node, her.node)
+            for made in (one, two):
+                made.server.publish(inventory(me.node), {"t-x": wire.Verdict("down", "refused")})
+            await until(lambda: len(seen) == 2, "the delta")
+            assert seen[-1] == inventory(me.node)
+            assert views[-1].of("t-x") is Health.DOWN
+            verdicts = {f"t-{me.node}": wire.Verdict("up"), "t-foreign": wire.Verdict("down")}
+            for made in (one, two):
+                made.server.publish(replace(inventory(me.node, her.node)), {})
+            await provider.report(wire.Report({**verdicts, f"t-{her.node}": wire.Verdict("down")}))
+            for made in (one, two):
+                await until(lambda m=made: me.node in m.reports, "the report")  # type: ignore[misc]
+                await until(lambda m=made: bool(m.reports[me.node].verdicts), "its verdicts")  # type: ignore[misc]
+                assert set(made.reports[me.node].verdicts) == {f"t-{me.node}"}  # nobody speaks for others
+                assert made.server.refused["foreign_verdict"] >= 1
+            assert provider.status().connected
+
+
+async def test_a_lost_manager_is_replaced(swarm3: Swarm) -> None:
+    first, worker, _ = swarm3.nodes
+    async with manager(first) as stays:
+        stays.server.publish(inventory("a"), {})
+        async with contextlib.AsyncExitStack() as stack:
+            goes = await stack.enter_async_context(manager(first))
+            goes.server.publish(inventory("a"), {})
+            async with agent(worker, goes, stays) as (provider, seen):
+                await until(lambda: bool(seen), "the snapshot")
+                await until(lambda: len(stays.server.nodes) == len(goes.server.nodes) == 1, "links to both")
+                await stack.aclose()
+                stays.server.publish(inventory("a", "b"), {})
+                await until(lambda: seen[-1] == inventory("a", "b"), "the other manager's inventory")
+                assert provider.status().connected
+                assert not stays.silent  # a closed connection is no lost node
+
+
+async def test_only_this_swarm_is_served(swarm3: Swarm, swarm1: Swarm) -> None:
+    ours, theirs = swarm3.manager, swarm1.manager
+    async with manager(ours) as made, agent(theirs, made) as (provider, seen):
+        await until(lambda: "certificate" in provider.status().error.lower(), "the refusal")
+        assert not seen and not made.server.nodes
+
+
+async def test_only_managers_serve(swarm3: Swarm) -> None:
+    """A worker's certificate has no name `swarm-manager`: an agent does not take inventory from it."""
+    _, worker, other = swarm3.nodes
+    async with manager(worker) as impostor, agent(other, impostor) as (provider, seen):
+        impostor.server.publish(inventory("a"), {})
+        await until(lambda: "certificate" in provider.status().error.lower(), "the refusal")
+        assert not seen
+
+
+def test_an_encrypted_key_and_a_missing_file_are_named(swarm3: Swarm, tmp_path: Path) -> None:
+    files = files_of(swarm3.manager)
+    locked = tmp_path / "key"
+    locked.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
+    with pytest.raises(CredentialsError, match=r"autolocked.*cluster_certificate"):
+        load(replace(files, key=locked))
+    with pytest.raises(CredentialsError, match=r"nothing-here.*docker_data_root"):
+        load(replace(files, ca=tmp_path / "nothing-here"))

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages of the relay: nothing is lost on the way, deltas lead where they should, garbage is refused by name."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh import model
+from mesh.cluster import wire
+from mesh.cluster.credentials import strip_headers
+
+names = st.text("abcdef0123456789", min_size=1, max_size=6)
+networks = st.builds(
+    lambda a, n: ipaddress.ip_network((a, n), strict=False), st.integers(0, 2**32 - 1), st.integers(0, 32)
+)
+options = st.builds(
+    model.ServiceOptions,
+    affinity=st.sampled_from(model.Affinity),
+    proxy_protocol=st.sampled_from(model.ProxyProtocol),
+    table_size=st.sampled_from(model.TABLE_SIZES),
+    locality=st.sampled_from(model.Locality),
+    allow=st.lists(networks, max_size=2).map(tuple),
+    deny=st.lists(networks, max_size=2).map(tuple),
+)
+ports = st.builds(
+    model.PublishedPort, st.integers(1, 65535), st.integers(1, 65535), st.sampled_from(list(model.Protocol))
+)
+
+
+@st.composite
+def inventories(draw: st.DrawFn) -> model.Inventory:
+    services = draw(
+        st.dictionaries(names, st.tuples(names, st.lists(ports, max_size=2).map(tuple), options), max_size=4)
+    )
+    nodes = draw(st.dictionaries(names, st.tuples(st.booleans(), st.integers(0, 9)), max_size=4))
+    backends = draw(st.dictionaries(names, st.tuples(st.booleans(), st.booleans(), st.integers(0, 9)), max_size=6))
+    return model.Inventory(
+        tuple(model.Service(key, *value) for key, value in sorted(services.items())),
+        tuple(
+            model.Backend(
+                key,
+                "s",
+                "n",
+                None,
+                key,
+                weight,
+                model.Intent.DRAINING if draining else model.Intent.ACTIVE,
+                ready,
+                local=False,
+            )
+            for key, (draining, ready, weight) in sorted(backends.items())
+        ),
+        tuple(
+            model.Node(key, key, ipaddress.ip_address("192.0.2.1"), up, weight)
+            for key, (up, weight) in sorted(nodes.items())
+        ),
+        source="relay",
+    )
+
+
+def passed(message: wire.Message) -> wire.Message:
+    return wire.decode(wire.encode(message))
+
+
+@given(inventories())
+def test_inventory_survives_the_wire(inventory: model.Inventory) -> None:
+    snapshot = passed(wire.Snapshot(1, wire.content_of(inventory, {})))
+    assert isinstance(snapshot, wire.Snapshot)
+    assert wire.inventory_of(snapshot.content) == inventory
+
+
+@given(inventories(), inventories(), st.dictionaries(names, st.sampled_from(["up", "down"])))
+def test_a_delta_leads_from_one_snapshot_to_the_next(a: model.Inventory, b: model.Inventory, v: dict[str, str]) -> None:
+    old = wire.Snapshot(4, wire.content_of(a, {}))
+    new = wire.Snapshot(5, wire.content_of(b, {key: wire.Verdict(value) for key, value in v.items()}))
+    delta = passed(wire.diff(old, new))
+    assert isinstance(delta, wire.Delta)
+    assert wire.patch(old, delta) == new
+    with pytest.raises(wire.WireError, match="from generation 4, this node has 5"):
+        wire.patch(new, delta)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused_and_nothing_else(data: bytes) -> None:
+    try:
+        wire.decode(data)
+    except wire.WireError as error:
+        assert "not a message of the relay" in str(error)
+
+
+def test_unknown_fields_are_ignored_and_unknown_values_named() -> None:
+    newer = msgspec.msgpack.encode(
+        {"type": "hello", "version": 2, "oldest": 1, "mesh": "9", "engine": "", "extra": [1]}
+    )
+    hello = wire.decode(newer)
+    assert isinstance(hello, wire.Hello)
+    wire.check_version(hello)
+    with pytest.raises(wire.WireError, match="upgrade this node"):
+        wire.check_version(wire.Hello(9, 8, "9"))
+    odd = wire.Content(services={"s": wire.WireService("s", "s", (), wire.WireOptions("sticky"))})
+    with pytest.raises(wire.WireError, match="sticky"):
+        wire.inventory_of(odd)
+
+
+def test_headers_of_a_swarm_key_are_stripped() -> None:
+    pem = b"-----BEGIN PRIVATE KEY-----\nkek-version: 0\nraft-dek: abc=\n\nMC4CAQ\n-----END PRIVATE KEY-----\n"
+    plain = b"-----BEGIN PRIVATE KEY-----\nMC4CAQ\n-----END PRIVATE KEY-----\n"
+    assert strip_headers(pem) == plain
+    assert strip_headers(plain) == plain
