@@ -56,13 +56,13 @@ def clang() -> str:
 
 def build_objects() -> None:
     """bpf/*.bpf.c -> mesh/datapath/objects/*.bpf.o, those that are older than a source."""
-    sources = [p for p in Path("bpf").rglob("*.h")]
+    headers = list(Path("bpf").rglob("*.h"))
     target = Path("mesh/datapath/objects")
     target.mkdir(exist_ok=True)
     digest = abi_digest()
     for source in sorted(Path("bpf").glob("*.bpf.c")):
         output = target / source.with_suffix(".o").name
-        newest = max(p.stat().st_mtime_ns for p in [source, *sources, Path("setup.py")])
+        newest = max(p.stat().st_mtime_ns for p in [source, *headers, Path("setup.py")])
         if output.exists() and output.stat().st_mtime_ns > newest:
             continue
         multiarch = sysconfig.get_config_var("MULTIARCH")
@@ -73,7 +73,7 @@ def build_objects() -> None:
         try:
             subprocess.run([*command, "-c", str(source), "-o", str(partial)], check=True)
         except subprocess.CalledProcessError:
-            raise SystemExit(f"setup.py: {source} does not compile (libbpf-dev and linux-libc-dev are needed)") from None
+            raise SystemExit(f"setup.py: {source} does not compile (it needs libbpf-dev, linux-libc-dev)") from None
         partial.rename(output)
 
 

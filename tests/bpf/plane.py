@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel engine's programs under BPF_PROG_TEST_RUN: maps set up by hand, packets in, packets out. Nothing is pinned
+or attached: all is gone with the object."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from mesh import _bpf
+
+ROOT: Final = Path(__file__).parents[2]
+OBJECTS: Final = ROOT / "mesh/datapath/objects"
+ABI: Final = (ROOT / "bpf/include/mesh/abi.h").read_text()
+VERDICTS: Final = re.findall(r"X\((\w+),", ABI[ABI.index("define MESH_VERDICTS") : ABI.index("MESH_VERDICT_ENUM")])
+OK, SHOT, REDIRECT = 0, 2, 7
+TCP, UDP = 6, 17
+FREE, ACTIVE, DRAINING = 0, 1, 2
+CLIENT, DENY, PASS_IF_NONE, HOLD = 1, 2, 4, 8
+ALLOW_RULE, DENY_RULE = 1, 2
+NONE, PASS = 0, 1
+TRACKED = 0x80000000
+ARENA_SLOTS = 1 << 20
+SHARED: Final = [
+    "mesh_ports",
+    "mesh_exact",
+    "mesh_addresses",
+    "mesh_frontends",
+    "mesh_arenas",
+    "mesh_backends",
+    "mesh_acl",
+    "mesh_flows",
+    "mesh_replies",
+    "mesh_openings",
+    "mesh_fragments",
+    "mesh_verdicts",
+    "mesh_fcounts",
+    "mesh_bcounts",
+    "mesh_config",
+    "mesh_dialled",
+    "mesh_peers",
+]
+LARGE: Final = {
+    "mesh_flows",
+    "mesh_replies",
+    "mesh_openings",
+    "mesh_fragments",
+    "mesh_frontends",
+    "mesh_backends",
+    "mesh_fcounts",
+    "mesh_bcounts",
+}
+HAIRPIN, HAIRPIN6 = "169.254.77.1", "fe80::6d65:7368"
+
+
+def packed(address: str) -> bytes:
+    """16 bytes, IPv4 mapped."""
+    ip = ipaddress.ip_address(address)
+    return ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("=I", value)
+
+
+class Plane:
+    """One node's data plane. Ids are given by the caller; tables are lists of (current, previous)."""
+
+    def __init__(self, objects: Sequence[str] = ("ingress", "task"), *, entries: int = 4096) -> None:
+        self.programs: dict[str, _bpf.Program] = {}
+        self.maps: dict[str, _bpf.Map] = {}
+        for name in objects:
+            item = _bpf.Object(str(OBJECTS / f"{name}.bpf.o"))
+            own = set(item.maps())
+            for shared in own & set(SHARED):
+                if shared in self.maps:
+                    item.reuse(shared, self.maps[shared])
+                elif shared in LARGE:
+                    item.resize(shared, entries)
+            item.load()
+            for shared in own & set(SHARED):
+                self.maps.setdefault(shared, item.map(shared))
+            for program in item.programs():
+                self.programs[program] = item.program(program)
+        self.arena = _bpf.Map.create(_bpf.ARRAY, "arena", 4, 8, ARENA_SLOTS, _bpf.MMAPABLE)
+        self.maps["mesh_arenas"].update(u32(0), u32(self.arena.fileno()))
+        self.free = 0
+        self.configure()
+
+    def configure(self, cookie: int = 0) -> None:
+        self.maps["mesh_config"].update(
+            u32(0), struct.pack("=Q16s16sII", cookie, packed(HAIRPIN), packed(HAIRPIN6), 0, 0)
+        )
+
+    def table(self, slots: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Store a table; returns (first, size)."""
+        first = self.free
+        self.free += len(slots)
+        keys = b"".join(u32(first + i) for i in range(len(slots)))
+        self.arena.update_batch(keys, b"".join(struct.pack("=II", *slot) for slot in slots))
+        return first, len(slots)
+
+    def frontend(
+        self,
+        number: int,
+        port: int,
+        slots: Sequence[tuple[int, int]],
+        *,
+        protocol: int = TCP,
+        address: str = "::",
+        flags: int = 0,
+        acl: int = 0,
+    ) -> None:
+        """Put a frontend, or give it another table, flags, rules."""
+        first, size = self.table(slots)
+        self.maps["mesh_frontends"].update(u32(number), struct.pack("=IIII", first, size, flags, acl))
+        index = u32((0 if protocol == TCP else 65536) + port)
+        word = struct.unpack("=I", self.maps["mesh_ports"].lookup(index) or bytes(4))[0]
+        if address == "::":
+            word = word & 0x80000000 | number
+        else:
+            word |= 0x80000000
+            key = packed(address) + struct.pack("!HB5x", port, protocol)
+            self.maps["mesh_exact"].update(key, u32(number))
+        self.maps["mesh_ports"].update(index, u32(word))
+
+    def backend(
+        self,
+        owner: int,
+        address: str,
+        port: int,
+        *,
+        protocol: int = TCP,
+        state: int = ACTIVE,
+        epoch: int = 1,
+        ifindex: int = 1,
+        bridge: int = 1,
+    ) -> None:
+        value = packed(address) + struct.pack("!HBB", port, protocol, state)
+        value += struct.pack("=III6s26x", epoch, ifindex, bridge, bytes(6))
+        self.maps["mesh_backends"].update(u32(owner), value)
+
+    def local(self, *addresses: str) -> None:
+        for address in addresses:
+            self.maps["mesh_addresses"].update(packed(address), u32(1))
+
+    def rule(self, acl: int, network: str, rule: int) -> None:
+        net = ipaddress.ip_network(network)
+        bits = 32 + net.prefixlen + (96 if net.version == 4 else 0)
+        key = struct.pack("=II", bits, acl) + packed(str(net.network_address))
+        self.maps["mesh_acl"].update(key, u32(rule))
+
+    def run(self, program: str, frame: bytes, *, ifindex: int = 1, gso: int = 0) -> _bpf.RunResult:
+        """One packet through a program, as if it came in by `ifindex`."""
+        return self.programs[program].test_run(frame, context(ifindex, gso))
+
+    def verdicts(self) -> dict[str, int]:
+        """Counted so far, those above 0."""
+        _, values = self.maps["mesh_verdicts"].sums()
+        counts = struct.unpack(f"={len(VERDICTS)}Q", values)
+        return {name: count for name, count in zip(VERDICTS, counts, strict=True) if count}
+
+    def counts(self, name: str, number: int) -> tuple[int, ...]:
+        """(packets_in, bytes_in, packets_out, bytes_out, starts, ends) of a frontend (`mesh_fcounts`) or a backend."""
+        raw = self.maps[name].lookup(u32(number))
+        assert raw
+        each = struct.iter_unpack("=6Q", raw)
+        return tuple(map(sum, zip(*each, strict=True)))
+
+
+def context(ifindex: int = 1, gso: int = 0) -> bytes:
+    """A struct __sk_buff (linux/bpf.h) with what a test run may set."""
+    skb = bytearray(192)
+    struct.pack_into("=I", skb, 40, ifindex)
+    struct.pack_into("=I", skb, 176, gso)
+    return bytes(skb)
+
+
+def explained(result: _bpf.RunResult) -> tuple[str, int, int, int, int]:
+    """mesh_explain's answer: verdict ("" for not ours), frontend, hash, slot, owner."""
+    verdict, *rest = struct.unpack_from("=5I", result.ctx, 48)
+    name = VERDICTS[verdict] if verdict < len(VERDICTS) else ""
+    return (name, *rest)
