@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration from file < environment < flags, and the flags themselves. What cannot be used is a ConfigError."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from mesh.config import DEFAULT_CONFIG_FILE, Config
+from mesh.errors import ConfigError
+
+KEYS: Final[Mapping[str, Field[Any]]] = {field.name: field for field in fields(Config)}
+PREFIX: Final = "MESH_"
+NOT_KEYS: Final = frozenset({"MESH_CONFIG", "MESH_SANITIZE"})  # the file itself; a build option
+
+_TYPES: Final[Mapping[str, type]] = {"str": str, "int": int, "float": float}
+_KINDS: Final = {"str": "a string", "int": "a whole number", "float": "a number"}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def config_options(function: _Function) -> _Function:
+    """Decorate a click command with `--config` and one flag per key; values not given are None. See `load`."""
+    for name, key in reversed(list(KEYS.items())):
+        choices = key.metadata["choices"]
+        default = f"{key.default:g}" if key.type == "float" else key.default
+        function = click.option(
+            f"--{name.replace('_', '-')}",
+            name,
+            metavar="|".join(choices) if choices else str(key.type).replace("str", "text").upper(),
+            help=f"{key.metadata['help'].capitalize()}.  [default: {default if default != '' else 'none'}]",
+        )(function)
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help=f"Configuration file, TOML.  [default: {DEFAULT_CONFIG_FILE}, if it exists]",
+    )(function)
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Config:
+    """The configuration: default < file < environment < flags. Call it again with the same flags to reload.
+
+    Args:
+        flags: values by key, None where not given; `config` is the file.
+        environ: the environment; None: the process's own.
+
+    Raises:
+        ConfigError: a key is unknown (the message names the nearest known one), a value cannot be used, the file
+            cannot be read; `where` is the file and line, the variable or the flag.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    named = flags.get("config") or environ.get("MESH_CONFIG")
+    file = Path(named) if named else DEFAULT_CONFIG_FILE
+    if named or file.exists():
+        values |= _read(file)
+    for variable, text in environ.items():
+        if variable.startswith(PREFIX) and variable not in NOT_KEYS:
+            name = variable.removeprefix(PREFIX).lower()
+            if name not in KEYS:
+                near = _nearest(name)
+                raise ConfigError("no such key", where=variable, remedy=near and f"did you mean MESH_{near.upper()}?")
+            values[name] = _value(name, text, variable)
+    for name, text in flags.items():
+        if name in KEYS and text is not None:
+            values[name] = _value(name, text, f"--{name.replace('_', '-')}")
+    return Config(**values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(file), remedy="see --config") from error
+    except ValueError as error:  # TOML and UTF-8; the message has the line
+        raise ConfigError(str(error), where=str(file), remedy="correct the file") from error
+    values = {}
+    for name, value in table.items():
+        match = re.search(rf"^[ \t]*\[?[\"']?{re.escape(name)}\b", text, re.MULTILINE)
+        where = f"{file}:{text.count(chr(10), 0, match.start()) + 1}" if match else str(file)
+        if name not in KEYS:
+            near = _nearest(name)
+            raise ConfigError(f"no such key: {name}", where=where, remedy=near and f"did you mean {near}?")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ConfigError(f"{name} must be {_KINDS[str(KEYS[name].type)]}", where=where)
+        if isinstance(value, str) != (KEYS[name].type == "str"):
+            raise ConfigError(f"{name} must be {_KINDS[str(KEYS[name].type)]}, not {value!r}", where=where)
+        values[name] = _value(name, value, where)
+    return values
+
+
+def _nearest(name: str) -> str:
+    return next(iter(difflib.get_close_matches(name, KEYS, 1, 0.5)), "")
+
+
+def _value(name: str, given: Any, where: str) -> Any:
+    """The value of a key in the key's type, within its bounds."""
+    key = KEYS[name]
+    kind = str(key.type)
+    choices, most = key.metadata["choices"], key.metadata["most"]
+    try:
+        if kind == "int" and isinstance(given, float) and not given.is_integer():
+            raise ValueError
+        value = _TYPES[kind](given)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} must be {_KINDS[kind]}, not {given!r}", where=where) from error
+    if choices and value not in choices:
+        raise ConfigError(f"{name} is {given!r}, which is none of {', '.join(choices)}", where=where)
+    if kind != "str" and not 0 <= value <= (most if most is not None else 10**9):
+        bounds = f"between 0 and {most:g}" if most is not None else "0 or more"
+        raise ConfigError(f"{name} must be {bounds}, not {given!r}", where=where)
+    return value

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where configuration comes from, in which order, and what is said about what cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mesh.config import Config
+from mesh.config_load import config_options, load
+from mesh.errors import ConfigError
+
+
+def written(tmp_path: Path, text: str) -> dict[str, str]:
+    file = tmp_path / "mesh.toml"
+    file.write_text(text)
+    return {"config": str(file)}
+
+
+def test_defaults() -> None:
+    assert load({}, {}) == Config()
+
+
+def test_flags_win_over_the_environment_over_the_file(tmp_path: Path) -> None:
+    flags = written(tmp_path, 'engine = "kernel"\nthreads = 4\nretries = 1\nidle_timeout = 7\n')
+    config = load({**flags, "threads": "9", "static_file": None}, {"MESH_THREADS": "5", "MESH_RETRIES": "2"})
+    assert (config.engine, config.threads, config.retries, config.idle_timeout) == ("kernel", 9, 2, 7.0)
+    assert isinstance(config.idle_timeout, float) and isinstance(config.threads, int)
+
+
+def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
+    assert load({}, {"MESH_CONFIG": written(tmp_path, "threads = 4")["config"]}).threads == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("\nengin = 'proxy'", r"mesh.toml:2: no such key: engin \(did you mean engine\?\)"),
+        ("threads = 'four'", r"mesh.toml:1: threads must be a whole number"),
+        ("threads = 1.5", "a whole number"),
+        ("threads = -1", "between 0 and 1024"),
+        ("retries = 17", "between 0 and 16"),
+        ("idle_timeout = -1", "0 or more"),
+        ("idle_timeout = nan", "0 or more"),
+        ("idle_timeout = true", "must be a number"),
+        ("state_dir = 7", "must be a string"),
+        ("panic_threshold = 1.5", "between 0 and 1"),
+        ("engine = 'ebpf'", "none of auto, kernel, proxy"),
+        ("[engine]\nname = 1", "must be a string"),
+        ("engine = =", "line 1"),
+    ],
+)
+def test_a_wrong_file_says_where(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(written(tmp_path, text), {})
+
+
+def test_wrong_environment_and_flags_say_where(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"MESH_THREAD: no such key \(did you mean MESH_THREADS\?\)"):
+        load({}, {"MESH_THREAD": "1"})
+    with pytest.raises(ConfigError, match="MESH_RETRIES: retries must be a whole number"):
+        load({}, {"MESH_RETRIES": "many"})
+    with pytest.raises(ConfigError, match="--connect-timeout: connect_timeout must be a number"):
+        load({"connect_timeout": "soon"}, {})
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
+        load({"config": tmp_path / "none.toml"}, {})
+
+
+def test_every_key_is_a_flag() -> None:
+    seen: dict[str, object] = {}
+
+    @click.command()
+    @config_options
+    def command(**flags: object) -> None:
+        seen.update(flags)
+
+    given = {"str": "auto", "int": "3", "float": "0.5"}
+    args = [part for f in fields(Config) for part in (f"--{f.name.replace('_', '-')}", given[str(f.type)])]
+    assert CliRunner().invoke(command, args).exit_code == 0
+    assert seen.keys() == {*asdict(Config()), "config"}
+    text = CliRunner().invoke(command, ["--help"]).output
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in fields(Config))
