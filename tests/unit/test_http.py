@@ -142,7 +142,7 @@ def test_endpoints(text: str, address: str, port: int) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", ":", "80", "192.0.2.7", "192.0.2.7:", "192.0.2.7:0", "192.0.2.7:65536", "192.0.2.7:-1", "host:80",
-             "2001:db8::7:80", "[192.0.2.7]:80", "[2001:db8::7]80", "192.0.2.7:８０"]
+             "2001:db8::7:80", "[192.0.2.7]:80", "[2001:db8::7]80", "192.0.2.7:\uff18\uff10"]
 )  # fmt: skip
 def test_wrong_endpoints(text: str) -> None:
     with pytest.raises(MeshError, match="is not an address and a port"):

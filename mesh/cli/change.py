@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs: drain, undrain, stop. They change a running daemon."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from mesh.cli.client import Json, call, daemon_options, echo_json
+from mesh.cli.main import DaemonUnreachableError, Exit
+
+KIND = click.Choice(["backend", "node"])
+
+
+@click.command()
+@click.argument("kind", type=KIND)
+@click.argument("name")
+@daemon_options
+def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
+    """Give a backend, or all backends of a node, no new connections. Those they have stay.
+
+    NAME is a name, an id, or the beginning of an id. It holds on this node until `mesh undrain`, also across restarts.
+    To take a node out for the whole swarm, use `docker node update --label-add mesh.weight=0 NODE`.
+
+    \b
+    Example:   mesh drain backend web.3
+               mesh drain node worker-3
+    """
+    _set_drained("/drain", kind, name, state_dir, as_json)
+
+
+@click.command()
+@click.argument("kind", type=KIND)
+@click.argument("name")
+@daemon_options
+def undrain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
+    """Take back a drain: new connections again.
+
+    \b
+    Example:   mesh undrain backend web.3
+    """
+    _set_drained("/undrain", kind, name, state_dir, as_json)
+
+
+def _set_drained(path: str, kind: str, name: str, state_dir: Path, as_json: bool) -> None:
+    answer = call(state_dir, path, body={"kind": kind, "name": name})
+    if as_json:
+        echo_json(answer)
+        return
+    what = "gets no new connections" if path == "/drain" else "gets new connections again"
+    click.echo(f"{kind} {answer.get('name') or answer.get('id') or name} {what}")
+
+
+@click.command()
+@click.option("--release", is_flag=True, help="Also hand the ports back to Docker's own mesh.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the daemon is gone.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait, seconds.")
+@daemon_options
+def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bool) -> None:
+    """Stop the daemon as SIGTERM does: accept nothing new, let connections end (at most drain_timeout), leave.
+
+    \b
+    Exit code: 0 it is gone (or going, with --no-wait); 1 still there after --timeout.
+    Example:   mesh stop --release
+    """
+    answer = call(state_dir, "/stop", body={"release": release})
+    gone = not wait or _wait_gone(state_dir, timeout)
+    if as_json:
+        echo_json({**answer, "gone": gone if wait else None})
+    elif wait:
+        pid = answer["pid"]
+        click.echo(f"daemon {pid} stopped" if gone else f"daemon {pid} is still draining after {timeout:g} s")
+    else:
+        click.echo(f"daemon {answer['pid']} is stopping")
+    if not gone:
+        sys.exit(Exit.NOT_READY)
+
+
+def _wait_gone(state_dir: Path, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            _: Json = call(state_dir, "/readyz", accept=(503,))
+        except DaemonUnreachableError:
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mesh check`: can the daemon run here, one verdict per question, with the remedy."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from mesh.cli.client import echo_json, echo_table
+from mesh.cli.facts import Finding, Verdict, check_host
+from mesh.cli.main import Exit
+from mesh.cli.swarm_facts import check_docker
+from mesh.config import Config
+from mesh.config_load import config_options, load
+from mesh.errors import ConfigError
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@config_options
+def check(as_json: bool, **flags: Any) -> None:
+    """Can it run here: configuration, kernel, privileges, ports, Docker, each with a verdict and a remedy.
+
+    Takes the flags of `mesh run`, so that it judges the configuration that would run. Changes nothing.
+
+    \b
+    Exit code: 0 all ok, or warnings only; 1 something would keep the daemon from serving.
+    Example:   mesh check --engine proxy --http-listen 127.0.0.1:9551
+    """
+    config, findings = _config(flags)
+    findings += [*check_host(config), *check_docker(config)]
+    if as_json:
+        echo_json([asdict(finding) for finding in findings])
+    else:
+        rows: list[tuple[object, ...]] = [(f.verdict.value, f.what, f.found) for f in findings]
+        echo_table(rows, "VERDICT", "WHAT", "FOUND", empty="")
+        remedies = [finding for finding in findings if finding.remedy and finding.verdict is not Verdict.OK]
+        for finding in remedies:
+            click.echo(f"\n{finding.verdict.value}: {finding.what}: {finding.remedy}")
+    if any(finding.verdict is Verdict.FAIL for finding in findings):
+        sys.exit(Exit.NOT_READY)
+
+
+def _config(flags: dict[str, Any]) -> tuple[Config, list[Finding]]:
+    """The configuration, or the default one and what is wrong with it."""
+    try:
+        return load(flags), [Finding("configuration", Verdict.OK, "can be used")]
+    except ConfigError as error:
+        found = f"{error.where}: {error.message}" if error.where else error.message
+        return Config(), [Finding("configuration", Verdict.FAIL, found, error.remedy or "correct it")]

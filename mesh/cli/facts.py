@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `mesh check` finds out about the host: kernel, privileges, limits, state directory, ports. Changes nothing."""
+
+from __future__ import annotations
+
+import enum
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mesh.cli.client import call
+from mesh.config import Config
+from mesh.errors import MeshError
+
+KERNEL_NEEDED: Final = (5, 15)
+CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}  # linux/capability.h
+FILES_WANTED: Final = 65536
+
+
+class Verdict(enum.Enum):
+    """What a finding means for the daemon."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One question, its answer, and what to do about it."""
+
+    what: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def check_host(config: Config) -> Iterator[Finding]:
+    """Everything that needs no Docker."""
+    # Capabilities and kernel are musts only for who insists on the kernel engine; auto falls back to the proxy engine.
+    missing = Verdict.FAIL if config.engine == "kernel" else Verdict.WARN
+    yield _kernel(missing)
+    yield _capabilities(missing)
+    yield _files()
+    yield _nft(config)
+    running, finding = _state_dir(Path(config.state_dir))
+    yield finding
+    if config.http_listen:
+        yield _http(config.http_listen, running)
+    if config.provider == "static":
+        yield _static_file(config.static_file)
+
+
+def _kernel(missing: Verdict) -> Finding:
+    release = platform.release()
+    version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
+    btf = Path("/sys/kernel/btf/vmlinux").exists()
+    if version >= KERNEL_NEEDED and btf:
+        return Finding("kernel", Verdict.OK, f"{release} with BTF")
+    found = release if version < KERNEL_NEEDED else f"{release} without BTF"
+    return Finding(
+        "kernel", missing, found, "the kernel engine needs 5.15 or newer with BTF; the proxy engine does not"
+    )
+
+
+def _capabilities(missing: Verdict) -> Finding:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    effective = int(match[1], 16) if match else 0
+    absent = [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
+    if not absent:
+        return Finding("capabilities", Verdict.OK, ", ".join(CAPABILITIES))
+    remedy = "run as root or with these capabilities; without them only the proxy engine with intercept = bind works"
+    return Finding("capabilities", missing, f"without {', '.join(absent)}", remedy)
+
+
+def _files() -> Finding:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    if hard == resource.RLIM_INFINITY or hard >= FILES_WANTED:
+        return Finding("open files", Verdict.OK, shown)
+    remedy = "the proxy engine needs two or more descriptors per connection; raise LimitNOFILE or `ulimit -Hn`"
+    return Finding("open files", Verdict.WARN, shown, remedy)
+
+
+def _nft(config: Config) -> Finding:
+    """Only the proxy engine on a Docker host needs it."""
+    if config.intercept == "bind" or config.engine == "kernel":
+        return Finding("nftables", Verdict.OK, "not needed with this configuration")
+    bad = Verdict.FAIL if config.intercept == "nft" else Verdict.WARN
+    command = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if command is None:
+        return Finding("nftables", bad, "no command nft", "install the package nftables")
+    done = subprocess.run([command, "list", "tables"], capture_output=True, text=True, check=False, timeout=10)
+    if done.returncode:
+        error = (done.stderr.strip().splitlines() or ["?"])[0]
+        return Finding("nftables", bad, error, "run as root, on a kernel with nf_tables")
+    return Finding("nftables", Verdict.OK, "usable")
+
+
+def _state_dir(path: Path) -> tuple[bool, Finding]:
+    """Whether a daemon answers there already, and what is to be said about the directory."""
+    what = "state directory"
+    try:
+        pid = call(path, "/state")["pid"]
+    except MeshError:
+        pass
+    else:
+        remedy = "`mesh run --take-over` replaces it without refusing a connection"
+        return True, Finding(what, Verdict.WARN, f"{path}: a daemon runs there, pid {pid}", remedy)
+    nearest = next((p for p in (path, *path.parents) if p.exists()), path)
+    if not nearest.is_dir():
+        return False, Finding(what, Verdict.FAIL, f"{nearest} is not a directory", "set state_dir to another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return False, Finding(what, Verdict.FAIL, f"{nearest} cannot be written", "run as root, or set state_dir")
+    return False, Finding(what, Verdict.OK, f"{path}" + ("" if nearest == path else ", will be created"))
+
+
+def split_listen(listen: str) -> tuple[str, int] | None:
+    """HOST:PORT of a listen address; None if it is not one."""
+    host, separator, port = listen.rpartition(":")
+    return (host.strip("[]"), int(port)) if separator and port.isdigit() and int(port) < 65536 else None
+
+
+def _http(listen: str, running: bool) -> Finding:
+    what = "HTTP port"
+    address = split_listen(listen)
+    if address is None:
+        return Finding(
+            what, Verdict.FAIL, f"{listen!r} is not HOST:PORT", "set http_listen, for example 127.0.0.1:9550"
+        )
+    try:
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family[0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(family[4])
+    except OSError as error:
+        if running:
+            return Finding(what, Verdict.OK, f"{listen}, held by the running daemon")
+        return Finding(
+            what, Verdict.FAIL, f"{listen}: {error.strerror}", "set http_listen to a free one, or to nothing"
+        )
+    return Finding(what, Verdict.OK, f"{listen} is free")
+
+
+def _static_file(path: str) -> Finding:
+    what = "static file"
+    if path and os.access(path, os.R_OK):
+        return Finding(what, Verdict.OK, path)
+    return Finding(what, Verdict.FAIL, path or "none given", "set static_file to a readable TOML file")

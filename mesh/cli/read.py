@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns: status, services, backends, and explain. They only read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mesh.cli.client import Json, call, daemon_options, duration, echo_json, echo_table
+from mesh.cli.main import DaemonRefusedError, Exit
+
+_ID_SHOWN = 12
+
+
+@click.command()
+@daemon_options
+def status(state_dir: Path, as_json: bool) -> None:
+    """Is it well: engine, source of services, what is served, and what is wrong.
+
+    \b
+    Exit code: 0 if the node serves all that it should, 1 if not (the reasons are printed).
+    Example:   mesh status --json | jq .ready
+    """
+    state = call(state_dir, "/state")
+    ready = call(state_dir, "/readyz", accept=(503,))
+    if as_json:
+        summary = {key: value for key, value in state.items() if key != "services"}
+        echo_json({"ready": ready["ready"], "reasons": ready["reasons"], **summary})
+    else:
+        _print_status(state, ready)
+    if not ready["ready"]:
+        sys.exit(Exit.NOT_READY)
+
+
+def _print_status(state: Json, ready: Json) -> None:
+    provider, generation, apply = state["provider"], state["generation"], state["apply"]
+    age = provider["age_seconds"]
+    read = "nothing read yet" if age is None else f"read {duration(age)} ago"
+    source = [provider["kind"], "connected" if provider["connected"] else "AWAY", read]
+    if provider.get("doorbell"):
+        source.append(f"changes by {provider['doorbell']}")
+    frontends = [frontend for service in state["services"] for frontend in service["frontends"]]
+    served = sum(1 for frontend in frontends if frontend["served"])
+    backends = {target["backend"] for frontend in frontends for target in frontend["targets"]}
+    rows: list[tuple[str, str]] = [
+        ("ready", "yes" if ready["ready"] else "NO"),
+        ("daemon", f"mesh {state['version']}, pid {state['pid']}, up {duration(time.time() - state['started'])}"),
+        ("engine", f"{state['engine']} ({state['engine_reason']})" if state["engine_reason"] else state["engine"]),
+        ("source", ", ".join(source)),
+        ("serving", f"{len(state['services'])} services, {served} of {len(frontends)} ports, {len(backends)} backends"),
+        ("generation", f"{generation['applied']} applied of {generation['desired']}"),
+        ("applies", f"{apply['count']}, {apply['failed']} failed"),
+    ]
+    if drained := [*state["drained"]["nodes"], *state["drained"]["backends"]]:
+        rows.append(("drained", ", ".join(drained)))
+    if state["stopping"]:
+        rows.append(("stopping", "waiting for connections to end"))
+    for title, text in rows:
+        click.echo(f"{title:<11}{text}")
+    errors = [error for error in (provider["error"], apply["last_error"]) if error]
+    for title, lines in (("Not ready:", ready["reasons"]), ("Errors:", errors), ("Problems:", state["problems"])):
+        if lines:
+            click.echo(f"\n{title}")
+        for line in lines:
+            click.echo(f"  - {line}")
+
+
+def _selected(state: Json, names: tuple[str, ...]) -> list[Json]:
+    """The services named (name, or the beginning of an id), or all."""
+    services: list[Json] = state["services"]
+    if not names:
+        return services
+    chosen = [s for s in services if s["name"] in names or s["id"].startswith(names)]
+    for name in names:
+        if not any(s["name"] == name or s["id"].startswith(name) for s in chosen):
+            raise DaemonRefusedError(f"no service {name!r} is published", remedy="`mesh services` lists them")
+    return chosen
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[SERVICE]...")
+@daemon_options
+def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
+    """What is published: services, their ports, and how many backends take new connections.
+
+    \b
+    TAKING NEW   backends that new connections can be given to, of all that are known
+    TRANSITION   slots of the table that are passing from one backend to another
+    Example:     mesh services web
+    """
+    chosen = _selected(call(state_dir, "/state"), names)
+    if as_json:
+        echo_json(chosen)
+        return
+    rows: list[tuple[object, ...]] = []
+    for service in chosen:
+        for frontend in service["frontends"]:
+            targets = frontend["targets"]
+            eligible = sum(1 for target in targets if target["weight"] > 0)
+            notes = [] if frontend["served"] else ["NOT SERVED, see mesh status"]
+            notes += ["every backend is down: all are used"] if frontend["panic"] else []
+            notes += [f"{key}={value}" for key, value in _unusual(service["options"])]
+            transition = f"{frontend['tracked_slots']}/{frontend['table_size']}"
+            taking = f"{eligible}/{len(targets)}"
+            rows.append((service["name"], frontend["frontend"], taking, transition, "; ".join(notes)))
+    echo_table(rows, "SERVICE", "PORT", "TAKING NEW", "TRANSITION", "NOTES", empty="No service is published.")
+
+
+def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options worth a word in a table: those with one value that is not what nearly everybody has."""
+    usual = {"affinity": "flow", "proxy_protocol": "off", "locality": "cluster", "enable": True}
+    for key, value in options.items():
+        if key in usual and value != usual[key]:
+            yield key.replace("_", "-"), value
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[SERVICE]...")
+@daemon_options
+def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
+    """Who serves: every backend with its health, and its share of new connections.
+
+    \b
+    Example:   mesh backends web
+               mesh backends --json | jq '.[] | select(.health == "down") | .name'
+    """
+    flat = [
+        {"service": service["name"], "frontend": frontend["frontend"], "table_size": frontend["table_size"], **target}
+        for service in _selected(call(state_dir, "/state"), names)
+        for frontend in service["frontends"]
+        for target in frontend["targets"]
+    ]
+    if as_json:
+        echo_json(flat)
+        return
+    rows: list[tuple[object, ...]] = [
+        (
+            b["service"],
+            b["frontend"],
+            b["name"] or b["backend"],
+            b["backend"][:_ID_SHOWN],
+            b["node"][:_ID_SHOWN],
+            address_port(b),
+            b["health"] + (f" ({b['health_reason']})" if b["health_reason"] and b["health"] == "down" else ""),
+            b["intent"],
+            b["weight"],
+            f"{100 * b['slots'] / (b['table_size'] or 1):.1f} %",
+        )
+        for b in flat
+    ]
+    headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "HEALTH", "INTENT", "WEIGHT", "SHARE")
+    echo_table(rows, *headers, empty="No backend is known.")
+
+
+def address_port(target: Json) -> str:
+    """ADDRESS:PORT, IPv6 in brackets."""
+    address = str(target["address"])
+    return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
+
+
+@click.command()
+@click.argument("source", metavar="SRC:PORT")
+@click.argument("destination", metavar="DST:PORT")
+@click.option("--proto", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True, help="Protocol.")
+@daemon_options
+def explain(source: str, destination: str, proto: str, state_dir: Path, as_json: bool) -> None:
+    """Where a new connection goes, and why: its slot, its backend, and the next choices.
+
+    SRC:PORT is the client's address as this node sees it, DST:PORT what the client calls. IPv6 in brackets.
+
+    \b
+    Exit code: 0 a backend takes it; 1 none does; 4 nothing is published there.
+    Example:   mesh explain 192.0.2.7:40000 192.0.2.1:8080
+               mesh explain '[2001:db8::7]:40000' '[2001:db8::1]:53' --proto udp
+    """
+    query = {"source": source, "destination": destination, "protocol": proto}
+    answer = call(state_dir, "/explain", query=query)
+    if as_json:
+        echo_json(answer)
+    else:
+        _print_explanation(answer)
+    if not answer.get("backend"):
+        sys.exit(Exit.NOT_READY)
+
+
+def describe(backend: object) -> str:
+    """A backend of an explanation in a few words."""
+    if not isinstance(backend, dict):
+        return str(backend or "none")
+    name = backend.get("name") or backend.get("backend") or backend.get("id")
+    where = f" at {address_port(backend)}" if backend.get("address") else ""
+    return f"{name}{where}" + (f" on node {backend['node'][:_ID_SHOWN]}" if backend.get("node") else "")
+
+
+def _print_explanation(answer: Json) -> None:
+    rows = [
+        ("service", f"{answer['service']} ({answer['frontend']})"),
+        ("backend", describe(answer["backend"])),
+        ("slot", f"{answer['slot']} of {answer['table_size']} (hash {answer['hash']:#010x})"),
+    ]
+    if answer.get("previous") not in (None, answer.get("current")):
+        rows.append(("previous", f"{describe(answer['previous'])}: keeps the connections it has"))
+    rows += [("next" if i == 0 else "", f"{i + 1}. {describe(choice)}") for i, choice in enumerate(answer["next"])]
+    for title, text in rows:
+        click.echo(f"{title:<10}{text}")
+    for reason in answer["reasons"]:
+        click.echo(f"  - {reason}")

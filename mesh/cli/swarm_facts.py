@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `mesh check` finds out about Docker and the swarm through the Engine's socket. Reads only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+
+from mesh.cli.facts import Finding, Verdict
+from mesh.config import Config
+
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
+_LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
+
+
+def check_docker(config: Config) -> Iterator[Finding]:
+    """Whether the Engine answers, whether this node is of a swarm, and who holds its published ports."""
+    if config.provider in ("static", "demo"):
+        yield Finding("Docker", Verdict.OK, f"not needed with provider = {config.provider}")
+        return
+    # auto serves the demo where there is no Docker; swarm has nothing to serve then.
+    missing = Verdict.FAIL if config.provider == "swarm" else Verdict.WARN
+    try:
+        version, info, services = asyncio.run(_ask(config.docker_host))
+    except PermissionError:
+        yield Finding("Docker", missing, f"no permission for {config.docker_host}", "run as root or in group docker")
+        return
+    except (OSError, ValueError, TimeoutError, aiohttp.ClientError) as error:
+        found = f"{config.docker_host}: {str(error) or type(error).__name__}"
+        yield Finding("Docker", missing, found, "start Docker, or set docker_host to its socket")
+        return
+    yield Finding("Docker", Verdict.OK, f"Engine {version.get('Version')}, API {version.get('ApiVersion')}")
+    swarm = info.get("Swarm") or {}
+    if swarm.get("LocalNodeState") != "active":
+        yield Finding("swarm", missing, f"this node is {swarm.get('LocalNodeState') or 'of none'}", "docker swarm init")
+        return
+    if not swarm.get("ControlAvailable"):
+        yield Finding(
+            "swarm", missing, "this node is a worker", "run mesh on a manager: only managers know the services"
+        )
+        return
+    yield Finding("swarm", Verdict.OK, f"manager {swarm.get('NodeID')}")
+    yield from _ports(services, config)
+
+
+async def _ask(host: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """/version, /info and, from a manager, /services (else an empty list)."""
+    connector = aiohttp.UnixConnector(host.removeprefix("unix://")) if host.startswith("unix://") else None
+    base = "http://docker" if connector else host.replace("tcp://", "http://", 1)
+    async with aiohttp.ClientSession(base, connector=connector, timeout=_TIMEOUT) as session:
+
+        async def get(path: str) -> Any:
+            async with session.get(path) as response:
+                return msgspec.json.decode(await response.read()) if response.status == 200 else None
+
+        try:
+            version, info = await get("/version"), await get("/info")
+        except aiohttp.ClientConnectorError as error:
+            raise error.os_error from error
+        if not isinstance(version, dict) or not isinstance(info, dict):
+            raise ValueError("what answers there is not a Docker Engine")
+        services = await get("/services")
+        return version, info, services if isinstance(services, list) else []
+
+
+def _ports(services: list[dict[str, Any]], config: Config) -> Iterator[Finding]:
+    """Published ports, and which of them somebody listens on: old Engines do, and then only nft can take them over."""
+    published = {
+        int(port["PublishedPort"])
+        for service in services
+        for port in service.get("Endpoint", {}).get("Ports") or []
+        if port.get("PublishMode") == "ingress" and port.get("Protocol") == "tcp"
+    }
+    held = sorted(published & listening())
+    if held and config.intercept == "bind":
+        found = f"{len(held)} of {len(published)} published TCP ports are held by a process: {held[:5]}"
+        yield Finding("published ports", Verdict.WARN, found, "set intercept = auto, which takes them over by nftables")
+    else:
+        found = f"{len(published)} published TCP ports" + (f", {len(held)} also held by a process" if held else "")
+        yield Finding("published ports", Verdict.OK, found)
+
+
+def listening() -> set[int]:
+    """TCP ports on which any process of this network namespace listens (proc(5), /proc/net/tcp)."""
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if Path(table).exists():
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTEN:
+                    ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
