@@ -1,1 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Docker Swarm as a source of the inventory."""
+
+from mesh.swarm.provider import SwarmProvider, detect
+
+__all__ = ["SwarmProvider", "detect"]

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Service options as people write them: `mesh.*` labels of a swarm service, keys of the static file. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mesh.model import (
+    TABLE_SIZES,
+    WEIGHT_MAX,
+    Affinity,
+    HealthCheck,
+    Locality,
+    Network,
+    ProbeKind,
+    Problem,
+    ProxyProtocol,
+    ServiceOptions,
+)
+
+PREFIX: Final = "mesh."
+NODE_WEIGHT: Final = "mesh.weight"
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NOBODY: Final[tuple[Network, ...]] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    accepts: str  # for people
+    parse: Callable[[str], Any]  # raises ValueError
+
+
+def _boolean(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}[
+        text.lower()
+    ]
+
+
+def _integer(low: int, high: int) -> _Option:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    return _Option(f"a whole number from {low} to {high}", parse)
+
+
+def _duration(low: float, high: float) -> _Option:
+    def parse(text: str) -> float:
+        match = _DURATION.fullmatch(text)
+        seconds = float(match[1]) * _SECONDS[match[2]] if match else -1.0
+        if not low <= seconds <= high:
+            raise ValueError(text)
+        return seconds
+
+    return _Option(f"a duration from {low:g}s to {high:g}s, such as 2s or 500ms", parse)
+
+
+def _one_of(kind: type[enum.Enum]) -> _Option:
+    return _Option(f"one of: {', '.join(sorted(str(v.value) for v in kind))}", kind)
+
+
+def _probe(text: str) -> tuple[ProbeKind, str]:
+    kind, colon, path = text.partition(":")
+    if kind == "http" and not colon:
+        return ProbeKind.HTTP, "/"
+    if kind == "http" and re.fullmatch(r"/[!-~]*", path):
+        return ProbeKind.HTTP, path
+    if colon:
+        raise ValueError(text)
+    return {"tcp": ProbeKind.TCP, "off": ProbeKind.OFF}[kind], "/"
+
+
+def _table_size(text: str) -> int:
+    return {str(size): size for size in TABLE_SIZES}[text]
+
+
+_NETWORKS: Final = "networks separated by commas, such as 10.0.0.0/8, 2001:db8::/32"
+_OPTIONS: Final[dict[str, _Option]] = {
+    "enable": _Option("one of: true, false", _boolean),
+    "affinity": _one_of(Affinity),
+    "proxy-protocol": _one_of(ProxyProtocol),
+    "health": _Option("one of: tcp, http:/path, off", _probe),
+    "health.interval": _duration(0.1, 3600),
+    "health.timeout": _duration(0.01, 300),
+    "health.rise": _integer(1, 100),
+    "health.fall": _integer(1, 100),
+    "table-size": _Option(f"one of: {', '.join(map(str, TABLE_SIZES))}", _table_size),
+    "locality": _one_of(Locality),
+    "allow": _Option(_NETWORKS, str),
+    "deny": _Option(_NETWORKS, str),
+}
+KEYS: Final = tuple(_OPTIONS)
+"""Names of the options, without prefix."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that was probably meant, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """What a user wrote, quoted, at a length that fits a message."""
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+class _Reader:
+    def __init__(self, values: Mapping[str, str], place: Callable[[str], str]) -> None:
+        self.values = values
+        self.place = place
+        self.problems: list[Problem] = []
+
+    def get(self, key: str, default: Any) -> Any:
+        text = self.values.get(key)
+        if text is None:
+            return default
+        option = _OPTIONS[key]
+        try:
+            return option.parse(text.strip())
+        except (ValueError, KeyError):
+            remedy = "the default applies until it is corrected"
+            self.problems.append(Problem(self.place(key), f"{shorten(text)} is not {option.accepts}", remedy))
+            return default
+
+    def networks(self, key: str) -> tuple[Network, ...]:
+        """The right entries. Where `allow` has none that is right, nobody is let in: an error opens nothing."""
+        found: list[Network] = []
+        wrong = False
+        for entry in self.values.get(key, "").replace(",", " ").split():
+            try:
+                found.append(ipaddress.ip_network(entry, strict=False))
+            except ValueError:
+                wrong = True
+                remedy = "the other entries apply" + (", nobody else is let in" if key == "allow" else "")
+                self.problems.append(Problem(self.place(key), f"{shorten(entry)} is not one of {_NETWORKS}", remedy))
+        self._nobody = key == "allow" and wrong and not found
+        return tuple(dict.fromkeys(found))
+
+    def options(self) -> ServiceOptions:
+        default = ServiceOptions()
+        probe, path = self.get("health", (default.health.kind, default.health.path))
+        allow = self.networks("allow")
+        nobody = self._nobody
+        return ServiceOptions(
+            enable=self.get("enable", default.enable),
+            affinity=self.get("affinity", default.affinity),
+            proxy_protocol=self.get("proxy-protocol", default.proxy_protocol),
+            health=HealthCheck(
+                kind=probe,
+                path=path,
+                interval=self.get("health.interval", default.health.interval),
+                timeout=self.get("health.timeout", default.health.timeout),
+                rise=self.get("health.rise", default.health.rise),
+                fall=self.get("health.fall", default.health.fall),
+            ),
+            table_size=self.get("table-size", default.table_size),
+            locality=self.get("locality", default.locality),
+            allow=allow,
+            deny=_NOBODY if nobody else self.networks("deny"),
+        )
+
+
+def parse_options(values: Mapping[str, str], place: Callable[[str], str]) -> tuple[ServiceOptions, list[Problem]]:
+    """Options from text, and what is wrong with it; never raises.
+
+    Args:
+        values: by name without prefix ("affinity", "health.interval"); unknown names are problems.
+        place: gives the place of a name, for the message.
+    """
+    reader = _Reader(values, place)
+    options = reader.options()
+    for key in sorted(values.keys() - _OPTIONS.keys()):
+        near = nearest(key, KEYS)
+        remedy = f"did you mean {near}?" if near else f"known: {', '.join(KEYS)}"
+        reader.problems.append(Problem(place(key), "unknown option", remedy))
+    return options, reader.problems
+
+
+def service_options(service: str, labels: Mapping[str, str]) -> tuple[ServiceOptions, list[Problem]]:
+    """Options of a swarm service from its labels; those without the prefix `mesh.` are other people's."""
+    ours = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
+    options, problems = parse_options(ours, lambda key: f"service {service}, label {PREFIX}{key}")
+    return options, [_with_prefix(p) for p in problems]
+
+
+def _with_prefix(problem: Problem) -> Problem:
+    if not problem.message.startswith("unknown option"):
+        return problem
+    label = problem.where.rsplit(" ", 1)[-1]
+    if label == NODE_WEIGHT:
+        return Problem(problem.where, "is a label of nodes, not of services", "docker node update --label-add")
+    near = nearest(label, [PREFIX + key for key in KEYS])
+    remedy = f"did you mean {near}?" if near else f"known: {', '.join(PREFIX + key for key in KEYS)}"
+    return Problem(problem.where, "unknown label", remedy)
+
+
+def node_weight(node: str, labels: Mapping[str, str]) -> tuple[int, list[Problem]]:
+    """Weight of a node from its label `mesh.weight` (default 1; 0: no new flows to its tasks)."""
+    text = labels.get(NODE_WEIGHT)
+    option = _integer(0, WEIGHT_MAX)
+    problems = []
+    weight = 1
+    if text is not None:
+        try:
+            weight = option.parse(text.strip())
+        except ValueError:
+            remedy = "1 applies until it is corrected"
+            where = f"node {node}, label {NODE_WEIGHT}"
+            problems.append(Problem(where, f"{shorten(text)} is not {option.accepts}", remedy))
+    for label in sorted(k for k in labels if k.startswith(PREFIX) and k != NODE_WEIGHT):
+        remedy = f"a node has {NODE_WEIGHT}; other labels go on the service"
+        problems.append(Problem(f"node {node}, label {label}", "unknown label", remedy))
+    return weight, problems

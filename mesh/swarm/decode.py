@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Engine answered -> Inventory. Pure: the rules of which task receives what are here and nowhere else."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import msgspec
+
+from mesh import labels
+from mesh.errors import ProviderError
+from mesh.model import Address, Backend, Intent, Inventory, Node, Problem, PublishedPort, Service
+from mesh.model import Protocol as Transport
+from mesh.swarm import schema
+
+T = TypeVar("T")
+
+TASK_LABEL: Final = "com.docker.swarm.task.id"
+_PROTOCOLS: Final = {"tcp": Transport.TCP, "udp": Transport.UDP}
+_STARTING: Final = frozenset({"starting"})  # the container exists; its HEALTHCHECK has not passed yet
+_RUNNING: Final = frozenset({"running"})
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Bodies of one complete read. `unready` lists the containers that are starting or unhealthy by HEALTHCHECK."""
+
+    info: bytes
+    services: bytes
+    tasks: bytes
+    nodes: bytes
+    containers: bytes
+    unready: bytes
+    gateway: bytes  # network docker_gwbridge; "{}" while there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """This node's part: which containers of tasks run, which are not ready, and where they are reached."""
+
+    node: str = ""
+    running: frozenset[str] = frozenset()
+    unready: frozenset[str] = frozenset()
+    addresses: Mapping[str, Address] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A decoded read."""
+
+    inventory: Inventory
+    local: Local
+
+
+def parse(body: bytes, kind: type[T], source: str) -> T:
+    """One JSON body.
+
+    Raises:
+        ProviderError: it is not JSON, or not what `kind` asks for; `where` has the source, the message the JSON path.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProviderError(
+            f"the Engine's answer cannot be used: {error}", where=source, remedy="the last good state serves on"
+        ) from None
+
+
+def decode(answers: Answers) -> Read:
+    """The inventory of one complete read; equal reads give equal inventories.
+
+    Raises:
+        ProviderError: a body cannot be used, or the node is no manager.
+    """
+    info = parse(answers.info, schema.Info, "GET /info")
+    if not info.swarm.control_available:
+        raise not_a_manager(info.swarm.local_node_state)
+    services = parse(answers.services, list[schema.Service], "GET /services")
+    tasks = parse(answers.tasks, list[schema.Task], "GET /tasks")
+    nodes = parse(answers.nodes, list[schema.Node], "GET /nodes")
+    local = _local(info.swarm.node_id, answers)
+    problems: list[Problem] = []
+    known_nodes = _nodes(nodes, problems)
+    known_services = _services(services, problems)
+    names = {s.id: s.name for s in known_services}
+    backends = (b for t in tasks if t.service_id in names and (b := _backend(t, names[t.service_id], local)))
+    inventory = Inventory(
+        services=known_services,
+        backends=tuple(sorted(backends, key=lambda b: b.id)),
+        nodes=known_nodes,
+        problems=tuple(problems),
+        source="swarm",
+    )
+    return Read(inventory, local)
+
+
+def not_a_manager(state: str) -> ProviderError:
+    """The error for a node that cannot answer for the swarm; `state` is Swarm.LocalNodeState."""
+    if state == "active":
+        return ProviderError(
+            "this node is a swarm worker, and only managers know services and tasks",
+            where="GET /info",
+            remedy="run on a manager, or promote the node: docker node promote",
+        )
+    return ProviderError(
+        f"this node is not in a swarm (state: {state or 'unknown'})",
+        where="GET /info",
+        remedy="docker swarm init, or join as a manager",
+    )
+
+
+def _local(node: str, answers: Answers) -> Local:
+    containers = parse(answers.containers, list[schema.Container], "GET /containers/json")
+    unready = parse(answers.unready, list[schema.Container], "GET /containers/json")
+    gateway = parse(answers.gateway, schema.Network, "GET /networks/docker_gwbridge")
+    addresses = {}
+    for container, endpoint in (gateway.containers or {}).items():
+        if found := _address(endpoint.ipv4_address) or _address(endpoint.ipv6_address):
+            addresses[container] = found
+    return Local(node, frozenset(c.id for c in containers), frozenset(c.id for c in unready), addresses)
+
+
+def _address(text: str) -> Address | None:
+    """An address with or without prefix length or port; None where there is none, or the unspecified one."""
+    bare = text.partition("/")[0]
+    if bare.startswith("[") or bare.count(":") == 1:
+        bare = bare.rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return None
+    return None if address.is_unspecified else address
+
+
+def _nodes(nodes: Iterable[schema.Node], problems: list[Problem]) -> tuple[Node, ...]:
+    found = []
+    for node in sorted(nodes, key=lambda n: n.id):
+        name = node.description.hostname or node.id
+        weight, wrong = labels.node_weight(name, node.spec.labels or {})
+        problems += wrong
+        # A manager that was initialised without an address reports 0.0.0.0 as its own.
+        address = _address(node.status.addr) or _address(node.manager_status.addr if node.manager_status else "")
+        found.append(Node(node.id, name, address, node.status.state == "ready", weight))
+    return tuple(found)
+
+
+def _services(services: Iterable[schema.Service], problems: list[Problem]) -> tuple[Service, ...]:
+    """Services with a port in ingress mode, as allocated (Endpoint.Ports); others are no business of the mesh."""
+    found = []
+    for service in sorted(services, key=lambda s: s.id):
+        ports = []
+        for port in (service.endpoint.ports if service.endpoint else None) or ():
+            if port.publish_mode != "ingress" or not port.published_port:
+                continue
+            where = f"service {service.spec.name}, port {port.published_port}/{port.protocol}"
+            if port.protocol not in _PROTOCOLS:
+                problems.append(Problem(where, f"protocol {port.protocol} is not served", "tcp and udp are"))
+            elif not (0 < port.published_port < 65536 and 0 < port.target_port < 65536):
+                problems.append(Problem(where, f"ports are 1 to 65535, target is {port.target_port}"))
+            else:
+                ports.append(PublishedPort(port.published_port, port.target_port, _PROTOCOLS[port.protocol]))
+        if ports:
+            options, wrong = labels.service_options(service.spec.name, service.spec.labels or {})
+            problems += wrong
+            found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options))
+    return tuple(found)
+
+
+def _backend(task: schema.Task, service_name: str, local: Local) -> Backend | None:
+    """The task as a backend, or None while it has nothing that could answer.
+
+    It drains from the moment its desired state leaves `running`, and is gone when its container has ended: the local
+    Engine knows that before the swarm does.
+    """
+    state = task.status.state
+    draining = task.desired_state != "running"
+    if state not in _RUNNING and (draining or state not in _STARTING):
+        return None
+    status = task.status.container_status
+    container = status.container_id if status else ""
+    here = task.node_id == local.node
+    if here and container not in local.running:
+        return None
+    return Backend(
+        id=task.id,
+        service=task.service_id,
+        node=task.node_id,
+        address=(local.addresses or {}).get(container) if here else None,
+        name=f"{service_name}.{task.slot or task.node_id}",
+        intent=Intent.DRAINING if draining else Intent.ACTIVE,
+        ready=state in _RUNNING and not (here and container in local.unready),
+        local=here,
+        container=container if here else "",
+    )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Client of Docker's Engine API: negotiated version, complete reads, the stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Final
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+
+from mesh.errors import ConfigError, ProviderError
+from mesh.swarm import schema
+from mesh.swarm.decode import TASK_LABEL, Answers, parse
+
+API_NEWEST: Final = (1, 51)
+"""The newest version whose answers were checked against what is read of them."""
+BODY_LIMIT: Final = 256 * 1024 * 1024
+_REQUEST_SECONDS: Final = 10.0
+_CONNECT_SECONDS: Final = 3.0
+_AWAY: Final = "is dockerd running, and may this user read the socket?"
+
+_EVENTS: Final = {
+    "type": ["container", "service", "node"],
+    # Not exec_*: every HEALTHCHECK of every container causes three of those.
+    "event": ["start", "die", "kill", "health_status", "destroy", "create", "update", "remove"],
+}
+
+
+def _filters(value: object) -> str:
+    return "?filters=" + quote(json.dumps(value))
+
+
+_CONTAINERS: Final = "/containers/json" + _filters({"label": [TASK_LABEL]})
+_UNREADY: Final = "/containers/json" + _filters({"label": [TASK_LABEL], "health": ["starting", "unhealthy"]})
+
+
+def engine_url(host: str) -> tuple[str, str]:
+    """Base URL and socket path (empty for TCP) of a DOCKER_HOST.
+
+    Raises:
+        ConfigError: it is no address of an Engine.
+    """
+    url = urlsplit(host)
+    if url.scheme == "unix" and url.path:
+        return "http://docker", url.path
+    if url.scheme in ("tcp", "http") and url.netloc:
+        return f"http://{url.netloc}", ""
+    raise ConfigError(
+        f"{host!r} is no address of a Docker Engine",
+        where="docker_host",
+        remedy="such as unix:///var/run/docker.sock or tcp://127.0.0.1:2375",
+    )
+
+
+class Engine:
+    """One Engine, by its DOCKER_HOST. Create and close on the event loop that uses it.
+
+    Raises:
+        ConfigError: `host` is no address of an Engine.
+    """
+
+    def __init__(self, host: str, *, request_seconds: float = _REQUEST_SECONDS) -> None:
+        self.host = host
+        self._base, path = engine_url(host)
+        connector = aiohttp.UnixConnector(path=path, limit=0) if path else aiohttp.TCPConnector(limit=0)
+        self._prefix = ""
+        timeout = aiohttp.ClientTimeout(total=request_seconds, sock_connect=_CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def negotiate(self) -> str:
+        """Choose the API version: the newest that both sides know. Returns it, such as "1.41".
+
+        Raises:
+            ProviderError: the Engine is away, or answers what cannot be used.
+        """
+        self._prefix = ""
+        version = parse(await self._get("/version"), schema.Version, "GET /version")
+        newest, oldest = _number(version.api_version), _number(version.min_api_version)
+        chosen = ".".join(map(str, max(min(newest, API_NEWEST), oldest)))
+        self._prefix = f"/v{chosen}"
+        return chosen
+
+    async def read(self) -> Answers:
+        """All that makes an inventory, whole or not at all.
+
+        Raises:
+            ProviderError: the Engine is away, too slow, no manager, or answers half.
+        """
+        if not self._prefix:
+            await self.negotiate()
+        paths = ("/info", "/services", "/tasks", "/nodes", _CONTAINERS, _UNREADY, "/networks/docker_gwbridge")
+        try:
+            async with asyncio.TaskGroup() as group:
+                reads = [group.create_task(self._get(path)) for path in paths]
+        except BaseExceptionGroup as failed:
+            self._prefix = ""  # another Engine may be there next time
+            raise _first(failed) from None
+        return Answers(*(r.result() for r in reads))
+
+    async def info(self) -> schema.Info:
+        """GET /info.
+
+        Raises:
+            ProviderError: the Engine is away, or answers what cannot be used.
+        """
+        return parse(await self._get("/info"), schema.Info, "GET /info")
+
+    async def _get(self, path: str) -> bytes:
+        name = path.partition("?")[0]
+        where = f"{self.host} GET {name}"
+        try:
+            async with self._session.get(self._base + self._prefix + path) as reply:
+                body = await reply.content.read(BODY_LIMIT) if reply.status >= 400 else await _whole(reply, where)
+                status = reply.status
+        except TimeoutError:
+            raise ProviderError("the Engine does not answer in time", where=where, remedy=_AWAY) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ProviderError(f"{type(error).__name__}: {error}", where=where, remedy=_AWAY) from None
+        if status == 404 and name.startswith("/networks/"):
+            return b"{}"  # no task has run here yet
+        if status != 200:
+            said = body[:200].decode(errors="replace").strip()
+            raise ProviderError(f"the Engine answers {status}: {said}", where=where)
+        return body
+
+    async def events(self) -> AsyncGenerator[schema.Event | None, None]:
+        """Events of local containers, services and nodes as they happen; first None, once the stream is open.
+
+        Raises:
+            ProviderError: the stream cannot be opened, has ended, or carries what cannot be used.
+        """
+        where = f"{self.host} GET /events"
+        url = self._base + self._prefix + "/events" + _filters(_EVENTS)
+        forever = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+        try:
+            async with self._session.get(url, timeout=forever) as reply:
+                if reply.status != 200:
+                    raise ProviderError(f"the Engine answers {reply.status}", where=where)
+                yield None
+                async for line in reply.content:
+                    yield parse(line, schema.Event, where)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ProviderError(f"{type(error).__name__}: {error}", where=where, remedy=_AWAY) from None
+        raise ProviderError("the stream has ended", where=where)
+
+
+async def _whole(reply: aiohttp.ClientResponse, where: str) -> bytes:
+    parts = bytearray()
+    async for part in reply.content.iter_any():
+        parts += part
+        if len(parts) > BODY_LIMIT:
+            raise ProviderError(f"the answer is longer than {BODY_LIMIT >> 20} MiB", where=where)
+    return bytes(parts)
+
+
+def _number(version: str) -> tuple[int, int]:
+    try:
+        major, minor = version.split(".")
+        return int(major), int(minor)
+    except ValueError:
+        raise ProviderError(f"{version!r} is no API version", where="GET /version") from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

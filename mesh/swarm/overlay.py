@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What local events already said and the last read could not know yet: a death takes effect without a re-read. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from mesh.model import Inventory
+from mesh.swarm import schema
+from mesh.swarm.decode import TASK_LABEL, Read
+
+_HEALTH: Final = {"health_status: healthy": True, "health_status: unhealthy": False}
+_SURE_DEATH: Final = ("9", "SIGKILL", "KILL")
+_LOUD: Final = frozenset({"start", "die", "kill", "destroy", "create", "update", "remove"})
+
+
+@dataclass
+class Overlay:
+    """Deaths and health by container id, each with the number of the read after which it was heard."""
+
+    dead: dict[str, int] = field(default_factory=dict)
+    ready: dict[str, tuple[bool, int]] = field(default_factory=dict)
+
+    def hear(self, event: schema.Event, read: int) -> tuple[bool, bool]:
+        """Note an event. `read` counts the reads that have begun.
+
+        Returns whether what is noted has changed, and whether the Engine should be read again.
+        """
+        container = event.actor.id
+        if event.type != "container":
+            return False, event.action in _LOUD
+        attributes = event.actor.attributes or {}
+        if TASK_LABEL not in attributes:
+            return False, False
+        if event.action == "die" or (event.action == "kill" and attributes.get("signal") in _SURE_DEATH):
+            fresh = container not in self.dead
+            self.dead[container] = read
+            return fresh, True
+        if event.action == "start":
+            return self.dead.pop(container, None) is not None, True
+        if event.action in _HEALTH:
+            self.ready[container] = (_HEALTH[event.action], read)
+            return True, True
+        return False, event.action in _LOUD
+
+    def settle(self, begun: int, running: Set[str]) -> None:
+        """A read that was the `begun`-th to begin is done: forget what it knew itself.
+
+        A death is forgotten only when the Engine no longer lists the container: it announces deaths before its list
+        shows them.
+        """
+        self.dead = {c: at for c, at in self.dead.items() if c in running or at >= begun}
+        self.ready = {c: (ok, at) for c, (ok, at) in self.ready.items() if at >= begun}
+
+    def apply(self, read: Read) -> Inventory:
+        """The inventory as of now."""
+        if not self.dead and not self.ready:
+            return read.inventory
+        backends = []
+        for backend in read.inventory.backends:
+            if backend.container and backend.container in self.dead:
+                continue
+            heard = self.ready.get(backend.container) if backend.container else None
+            # "healthy" is not enough to be ready: the swarm has to call the task running, which the next read tells.
+            backends.append(replace(backend, ready=False) if heard is not None and not heard[0] else backend)
+        return replace(read.inventory, backends=tuple(backends))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The swarm provider: re-reads the Engine when the doorbell rings, publishes what it found when it differs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from mesh.config import Config
+from mesh.errors import ConfigError, ProviderError
+from mesh.model import Inventory
+from mesh.provider import ProviderStatus, Publish
+from mesh.swarm.decode import Read, decode
+from mesh.swarm.engine import Engine, engine_url
+from mesh.swarm.overlay import Overlay
+from mesh.swarm.watch import watch
+
+_QUIET_SECONDS: Final = 0.1  # at least so long between the end of a read and the next
+_QUIET_SHARE: Final = 2.0  # and so many times as long as the read took, so that a slow Engine is not swamped
+_QUIET_MOST: Final = 2.0
+_RETRY_FIRST: Final = 0.2
+_RETRY_MOST: Final = 3.0
+_STREAM_CALM: Final = 5.0  # a stream that lived so long starts its retries from the first again
+
+log = structlog.get_logger()
+
+
+class SwarmProvider:
+    """Source of the inventory on a swarm manager; see mesh.provider.Provider for the contract.
+
+    Raises:
+        ConfigError: docker_host is no address of an Engine.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._watch_socket = Path(config.docker_exec_root) / "swarm" / "control.sock"
+        self._certificates = Path(config.docker_data_root) / "swarm" / "certificates"
+        self._overlay = Overlay()
+        self._read: Read | None = None
+        self._published: Inventory | None = None
+        self._publish: Publish = _nowhere
+        self._begun = 0  # reads that have begun
+        self._last_good: float | None = None
+        self._error = ""
+        self._watching = False
+        self._hearing = False
+        self._ring = asyncio.Event()
+        engine_url(config.docker_host)
+
+    async def run(self, publish: Publish) -> None:
+        """Read, publish and follow until cancelled."""
+        self._publish = publish
+        engine = Engine(self._config.docker_host)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read_forever(engine))
+                group.create_task(self._forever("events", lambda: self._hear(engine)))
+                group.create_task(self._forever("watch", self._watch))
+        finally:
+            await engine.close()
+
+    def reload(self) -> None:
+        """Read again now."""
+        self._ring.set()
+
+    def status(self) -> ProviderStatus:
+        """How it is doing."""
+        return ProviderStatus(
+            kind="swarm",
+            connected=self._last_good is not None and not self._error,
+            age_seconds=None if self._last_good is None else time.monotonic() - self._last_good,
+            error=self._error,
+            doorbell="watch" if self._watching else "events" if self._hearing else "poll",
+            node_id=self._read.local.node if self._read else "",
+        )
+
+    @property
+    def reads(self) -> int:
+        """Reads of the Engine that have begun, since the start."""
+        return self._begun
+
+    async def _read_forever(self, engine: Engine) -> None:
+        retry = _RETRY_FIRST
+        while True:
+            self._ring.clear()
+            self._begun += 1
+            started = time.monotonic()
+            try:
+                self._accept(decode(await engine.read()), self._begun)
+            except ProviderError as error:
+                if str(error) != self._error:
+                    log.warning("docker is away, the last state serves on", error=str(error))
+                self._error = str(error)
+                await self._rest(retry * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
+                retry = min(retry * 2, _RETRY_MOST)
+                continue
+            if self._error:
+                log.info("docker is back")
+                self._error = ""
+            retry = _RETRY_FIRST
+            took = time.monotonic() - started
+            await asyncio.sleep(min(max(_QUIET_SECONDS, took * _QUIET_SHARE), _QUIET_MOST))
+            await self._rest(self._interval())
+
+    def _interval(self) -> float:
+        # Without Watch, nobody announces a change of a task's desired state.
+        return self._config.docker_resync_interval if self._watching else self._config.docker_poll_interval
+
+    async def _rest(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ring.wait()
+
+    def _accept(self, read: Read, begun: int) -> None:
+        self._overlay.settle(begun, read.local.running)
+        self._read = read
+        self._last_good = time.monotonic()
+        self._publish_now()
+
+    def _publish_now(self) -> None:
+        """Publish the last read with what events have said since, if that differs from what was published."""
+        if self._read is None:
+            return
+        inventory = self._overlay.apply(self._read)
+        if inventory == self._published:
+            return
+        known = set(self._published.problems) if self._published else set()
+        for problem in inventory.problems:
+            if problem not in known:
+                log.warning("label cannot be used", problem=str(problem))
+        self._published = inventory
+        self._publish(inventory)
+
+    async def _hear(self, engine: Engine) -> None:
+        async with contextlib.aclosing(engine.events()) as events:
+            async for event in events:
+                if event is None:
+                    self._hearing = True
+                    self._ring.set()  # what happened before the stream was open
+                    continue
+                changed, ring = self._overlay.hear(event, self._begun)
+                if changed:
+                    self._publish_now()
+                if ring:
+                    self._ring.set()
+
+    async def _watch(self) -> None:
+        async with contextlib.aclosing(watch(self._watch_socket, self._certificates)) as rings:
+            async for _ in rings:
+                if not self._watching:
+                    self._watching = True
+                    log.info("changes are announced by the swarm", doorbell="watch")
+                self._ring.set()
+
+    async def _forever(self, name: str, follow: Callable[[], Awaitable[None]]) -> None:
+        """Follow a stream; when it ends, again: after a pause."""
+        retry = _RETRY_FIRST
+        said = ""
+        while True:
+            started = time.monotonic()
+            try:
+                await follow()
+            except ProviderError as error:
+                if str(error) != said:
+                    log.info("changes are not announced for now", doorbell=name, reason=str(error))
+                said = str(error)
+            finally:
+                if name == "watch":
+                    self._watching = False
+                else:
+                    self._hearing = False
+            self._ring.set()
+            if time.monotonic() - started > _STREAM_CALM:
+                retry = _RETRY_FIRST
+                said = ""
+            await asyncio.sleep(retry * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
+            retry = min(retry * 2, _RETRY_MOST)
+
+
+async def detect(config: Config) -> bool:
+    """Whether docker_host is a swarm manager that answers."""
+    try:
+        engine = Engine(config.docker_host, request_seconds=3.0)
+    except ConfigError:
+        return False
+    try:
+        return (await engine.info()).swarm.control_available
+    except ProviderError:
+        return False
+    finally:
+        await engine.close()
+
+
+def _nowhere(inventory: Inventory) -> None:
+    del inventory
