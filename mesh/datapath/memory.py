@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that forwards nothing: it holds what it is given and answers look-ups. For tests and dry runs."""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from collections.abc import Callable, Sequence
+
+from mesh._maglev import hash_client, hash_flow, slot_of
+from mesh.datapath.base import Applied, BackendEntry, Choice, Counters, FrontendEntry, Plan, Signal, Stats
+from mesh.errors import DatapathError
+from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend
+
+
+def mapped(address: Address) -> bytes:
+    """An address as 16 bytes in network order, IPv4 as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2)."""
+    packed = address.packed
+    return packed if len(packed) == 16 else b"\x00" * 10 + b"\xff\xff" + packed
+
+
+class MemoryDatapath:
+    """Keeps every plan in `plans`. `before_apply` is called in `apply` and may block or raise, as an engine may."""
+
+    name = "memory"
+
+    def __init__(self, survived: Applied | None = None) -> None:
+        self.plans: list[Plan] = []
+        self.before_apply: Callable[[Plan], None] = lambda plan: None
+        self.refused: set[Frontend] = set()  # frontends that cannot be served, as if their port were taken
+        self.feed: list[Signal] = []  # what `signals` returns next
+        self.closed: bool | None = None  # the `release` that `close` was called with
+        self.threads: set[int] = set()  # which threads called `apply`
+        self._applied = survived or Applied()
+
+    def open(self) -> Applied:
+        return self._applied
+
+    def apply(self, plan: Plan) -> Applied:
+        self.threads.add(threading.get_ident())
+        self.before_apply(plan)
+        self._check(plan)
+        self.plans.append(plan)
+        result = plan.result
+        if self.refused:
+            served = {f: e for f, e in result.frontends.items() if f not in self.refused}
+            result = Applied(result.generation, served, result.backends)
+        self._applied = result
+        return result
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse what a real engine could not do: a name that is not held when it is needed."""
+        held = {entry.id for entry in self._applied.backends.values()} | {e.id for e in plan.put_backends}
+        for entry in plan.put_frontends:
+            missing = {owner for owner in entry.table.owners() if owner > 1} - held
+            if missing or not set(entry.backends) <= held:
+                raise DatapathError(f"{entry.state.frontend} names backends {sorted(missing)} that were not put")
+        left = {f: e for f, e in self._applied.frontends.items() if f not in plan.drop_frontends}
+        left |= {entry.state.frontend: entry for entry in plan.put_frontends}
+        for dropped in plan.drop_backends:
+            for frontend, entry in left.items():
+                if dropped.id in entry.backends:
+                    raise DatapathError(f"backend {dropped.id} is dropped, but {frontend} still names it")
+
+    def problems(self) -> Sequence[str]:
+        return [f"{frontend} is taken by another process (stop it)" for frontend in sorted(self.refused)]
+
+    def stats(self) -> Stats:
+        return Stats(frontends={frontend: Counters() for frontend in self._applied.frontends})
+
+    def signals(self) -> Sequence[Signal]:
+        feed, self.feed = self.feed, []
+        return feed
+
+    def lookup(self, flow: Flow) -> Choice | None:
+        return lookup(self._applied, flow)
+
+    def drain(self, seconds: float) -> int:
+        return 0
+
+    def close(self, *, release: bool) -> None:
+        self.closed = release
+
+
+def lookup(applied: Applied, flow: Flow) -> Choice | None:
+    """Where a new connection of this flow goes by the tables in `applied`; None where no frontend matches."""
+    entry = _match(applied, flow)
+    if entry is None:
+        return None
+    source = mapped(flow.source)
+    if entry.state.options.affinity is Affinity.CLIENT_IP:
+        hashed = hash_client(source)
+    else:
+        destination = mapped(flow.destination)
+        hashed = hash_flow(source, flow.source_port, destination, flow.destination_port, int(flow.protocol))
+    slot = slot_of(hashed, entry.table.size)
+    current, previous, _ = entry.table.slot(slot)
+    entries = {e.id: e for e in applied.backends.values() if e.id in entry.backends}
+    choices: list[BackendEntry] = [entries[o] for o in entry.table.choices(hashed) if o in entries]
+    following = tuple(c for c in choices if c.id != current)
+    return Choice(entry.state.frontend, hashed, slot, current, previous, entries.get(current), following)
+
+
+def _match(applied: Applied, flow: Flow) -> FrontendEntry | None:
+    """The frontend of the exact address, else the one of every address."""
+    candidates: list[Address] = [flow.destination, ANY_ADDRESS]
+    if isinstance(flow.destination, ipaddress.IPv6Address) and flow.destination.ipv4_mapped:
+        candidates.insert(1, flow.destination.ipv4_mapped)
+    for address in candidates:
+        entry = applied.frontends.get(Frontend(address, flow.destination_port, flow.protocol))
+        if entry is not None:
+            return entry
+    return None

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What exists, how it does and what the operator wants, composed into what this node should serve. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mesh.config import Config
+from mesh.model import (
+    TABLE_SIZES,
+    WEIGHT_MAX,
+    Backend,
+    DesiredState,
+    Frontend,
+    FrontendState,
+    Health,
+    HealthView,
+    Intent,
+    Inventory,
+    Locality,
+    Node,
+    Problem,
+    PublishedPort,
+    Service,
+    ServiceOptions,
+    Target,
+)
+
+SERVING: Final = "serving"
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Ids that the operator has drained, apart from anything the orchestrator wants."""
+
+    backends: frozenset[str] = frozenset()
+    nodes: frozenset[str] = frozenset()
+
+
+def standing(backend: Backend, node: Node | None, health: Health, drained: Drained) -> str:
+    """Why a backend gets no new flows, in a word or two for people; `SERVING` where it does.
+
+    One of: serving, draining, not ready, drained, node drained, node down, node weight 0, weight 0, no address, down.
+    """
+    reasons = (
+        (backend.intent is Intent.DRAINING, "draining"),
+        (not backend.ready, "not ready"),
+        (backend.id in drained.backends, "drained"),
+        (backend.node in drained.nodes, "node drained"),
+        (node is not None and not node.up, "node down"),
+        (node is not None and node.weight <= 0, "node weight 0"),
+        (backend.weight <= 0, "weight 0"),
+        (backend.address is None, "no address"),
+        (health is Health.DOWN, "down"),
+    )
+    return next((reason for holds, reason in reasons if holds), SERVING)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A backend of a service with the weight it would have, were it up."""
+
+    backend: Backend
+    weight: int
+    up: bool
+
+
+def compose(inventory: Inventory, health: HealthView, drained: Drained, config: Config) -> DesiredState:
+    """What the node should serve. `generation` is left at 0: the loop counts.
+
+    A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
+    weighs nothing, and our probes do not say DOWN. Otherwise it stays with weight 0, so that its flows stay. Where the
+    share of backends that probes let through is at or below `config.panic_threshold`, the probes of that service are
+    disregarded (`panic`). Two services with one frontend: the first by id keeps it.
+    """
+    nodes = {node.id: node for node in inventory.nodes}
+    members: defaultdict[str, list[_Member]] = defaultdict(list)
+    for backend in sorted(inventory.backends, key=lambda b: b.id):
+        if backend.address is not None:
+            members[backend.service].append(_member(backend, nodes.get(backend.node), health, drained))
+    frontends: dict[Frontend, FrontendState] = {}
+    problems = list(inventory.problems)
+    for service in sorted(inventory.services, key=lambda s: s.id):
+        if service.options.enable:
+            problems += _add_service(frontends, service, members[service.id], config)
+    return DesiredState(0, dict(sorted(frontends.items())), tuple(problems))
+
+
+def _member(backend: Backend, node: Node | None, health: HealthView, drained: Drained) -> _Member:
+    verdict = health.of(backend.id)
+    if standing(backend, node, Health.UNKNOWN, drained) != SERVING:
+        return _Member(backend, 0, up=False)
+    weight = min(backend.weight * (node.weight if node else 1), WEIGHT_MAX)
+    return _Member(backend, weight, up=verdict is not Health.DOWN)
+
+
+def _add_service(
+    frontends: dict[Frontend, FrontendState], service: Service, members: Sequence[_Member], config: Config
+) -> list[Problem]:
+    problems: list[Problem] = []
+    eligible = [m for m in members if m.weight]
+    healthy = sum(m.up for m in eligible)
+    panic = healthy < len(eligible) and healthy <= config.panic_threshold * len(eligible)
+    if panic:
+        problems.append(
+            Problem(
+                f"service {service.name}",
+                f"{len(eligible) - healthy} of {len(eligible)} backends are down by our probes, so all are used again",
+                "look at the backends' health_reason, or set the label mesh.health=off if the probe is wrong",
+            )
+        )
+    weights = _weights(members, service.options, panic=panic)
+    options, problem = _fitting(service, len(members))
+    if problem:
+        problems.append(problem)
+    for port in sorted(set(service.ports)):
+        taken = frontends.get(port.frontend)
+        if taken is not None:
+            problems.append(
+                Problem(
+                    f"service {service.name}, port {port.published}/{port.protocol}",
+                    f"{port.frontend} is already published by service {taken.service_name}, which keeps it",
+                    "publish one of the two on another port",
+                )
+            )
+            continue
+        targets = tuple(_target(m.backend, port, weights[m.backend.id]) for m in members)
+        frontends[port.frontend] = FrontendState(port.frontend, service.id, service.name, options, targets, panic)
+    return problems
+
+
+def _weights(members: Sequence[_Member], options: ServiceOptions, *, panic: bool) -> Mapping[str, int]:
+    weights = {m.backend.id: m.weight if m.up or panic else 0 for m in members}
+    if options.locality is Locality.LOCAL_FIRST and any(m.backend.local and weights[m.backend.id] for m in members):
+        return {m.backend.id: weights[m.backend.id] if m.backend.local else 0 for m in members}
+    return weights
+
+
+def _fitting(service: Service, count: int) -> tuple[ServiceOptions, Problem | None]:
+    """The service's options with a table that `count` backends fit in; nodes agree, since all know all backends."""
+    size = service.options.table_size
+    if count <= size:
+        return service.options, None
+    fitting = next((s for s in TABLE_SIZES if s >= count), TABLE_SIZES[-1])
+    return replace(service.options, table_size=fitting), Problem(
+        f"service {service.name}, table size {size}",
+        f"{count} backends do not fit, so {fitting} slots are used",
+        f"set mesh.table-size to {fitting} or more",
+    )
+
+
+def _target(backend: Backend, port: PublishedPort, weight: int) -> Target:
+    assert backend.address is not None
+    return Target(backend.id, backend.address, port.target, weight, backend.local, backend.node, backend.container)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The difference between what an engine holds and what it should hold, as steps that make before they break. Pure."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from typing import Final
+
+from mesh._maglev import SlotTable, backend_seed
+from mesh.datapath.base import (
+    OWNER_FIRST,
+    OWNER_PASS,
+    Applied,
+    BackendEntry,
+    BackendKey,
+    FrontendEntry,
+    Plan,
+)
+from mesh.errors import DatapathError
+from mesh.model import DesiredState, Frontend, FrontendState, Target
+
+MAX_BACKENDS: Final = 65536  # MESH_MAX_BACKENDS of abi.h: ids are below it
+MAX_FRONTENDS: Final = 16384  # MESH_MAX_FRONTENDS
+
+
+def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset()) -> Plan:
+    """The steps from `applied` to `desired`; `plan(p.result, desired).empty` holds for each result `p`.
+
+    A backend keeps its id for as long as it is held. A frontend that is the same keeps the very same table; one that
+    changed gets a transition from its table, a new one a transition from PASS. A backend that left a frontend's
+    targets under one port while it lives on under another stays until no flow can belong to it.
+
+    Args:
+        applied: what the engine holds.
+        desired: what it should hold.
+        reserved: ids freed so recently that something may still name them; not given out.
+
+    Raises:
+        DatapathError: more backends or frontends than the engines' maps have room for.
+    """
+    if len(desired.frontends) > MAX_FRONTENDS:
+        raise DatapathError(
+            f"{len(desired.frontends)} published ports, but there is room for {MAX_FRONTENDS}",
+            where="plan",
+            remedy="take services out with the label mesh.enable=false",
+        )
+    backends = _assign(applied, _wanted(desired), reserved)
+    names = {entry.id: entry for entry in applied.backends.values()}
+    frontends = {
+        frontend: _frontend(applied.frontends.get(frontend), state, applied, names, backends)
+        for frontend, state in desired.frontends.items()
+    }
+    return _steps(applied, desired.generation, frontends, backends)
+
+
+def settle(applied: Applied, due: Collection[Frontend]) -> Plan:
+    """The steps that take the tables of the frontends `due` out of their transition (after a long calm)."""
+    frontends = dict(applied.frontends)
+    for frontend in due:
+        entry = frontends.get(frontend)
+        if entry is not None and entry.table.tracked:
+            table = entry.table.settled()
+            ids = {applied.backends[key].id for key in _keys(entry.state) if key in applied.backends}
+            frontends[frontend] = FrontendEntry(entry.state, table, _named(table, ids))
+    used = {owner for entry in frontends.values() for owner in entry.backends}
+    backends = {key: entry for key, entry in applied.backends.items() if entry.id in used}
+    return _steps(applied, applied.generation, frontends, backends)
+
+
+def key_of(state: FrontendState, target: Target) -> BackendKey:
+    """The key under which an engine holds a frontend's target."""
+    return BackendKey(target.backend, target.port, int(state.frontend.protocol))
+
+
+def _keys(state: FrontendState) -> Iterator[BackendKey]:
+    return (key_of(state, target) for target in state.targets)
+
+
+def _wanted(desired: DesiredState) -> dict[BackendKey, Target]:
+    """Every target by key. Frontends that share a key share its first target's description."""
+    wanted: dict[BackendKey, Target] = {}
+    for state in desired.frontends.values():
+        for target in state.targets:
+            wanted.setdefault(key_of(state, target), target)
+    return wanted
+
+
+def _assign(
+    applied: Applied, wanted: Mapping[BackendKey, Target], reserved: Set[int]
+) -> dict[BackendKey, BackendEntry]:
+    """Entries for all wanted keys: known keys keep their id, new ones get the lowest that is free."""
+    used = {entry.id for entry in applied.backends.values()} | reserved
+    free = (n for n in itertools.count(OWNER_FIRST) if n not in used)
+    entries: dict[BackendKey, BackendEntry] = {}
+    for key in sorted(wanted):
+        held = applied.backends.get(key)
+        if held is not None and held.target == wanted[key]:
+            entries[key] = held
+            continue
+        number = held.id if held is not None else next(free)
+        if number >= MAX_BACKENDS:
+            raise DatapathError(
+                f"{len(wanted)} backends, but there is room for {MAX_BACKENDS - OWNER_FIRST}",
+                where="plan",
+                remedy="take services out with the label mesh.enable=false",
+            )
+        entries[key] = BackendEntry(number, key, wanted[key])
+    return entries
+
+
+@functools.lru_cache(maxsize=8)
+def _passing(size: int) -> SlotTable:
+    return SlotTable.uniform(size, OWNER_PASS)
+
+
+def _frontend(
+    held: FrontendEntry | None,
+    state: FrontendState,
+    applied: Applied,
+    names: Mapping[int, BackendEntry],
+    backends: dict[BackendKey, BackendEntry],
+) -> FrontendEntry:
+    """The entry for one frontend. Entries of left ports that flows may still name are put into `backends`."""
+    ids = {backends[key].id for key in _keys(state)}
+    if held is None:
+        table = _passing(state.options.table_size).transition(_build(state, backends))
+        return FrontendEntry(state, table, _named(table, ids))
+    alive = {target.backend for target in state.targets}
+    stale = [owner for owner in held.backends if owner not in ids]
+    gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)
+    same_size = held.table.size == state.options.table_size
+    if not gone and same_size and _drawn(held.state, applied.backends) == _drawn(state, backends):
+        entry = held if held.state == state else FrontendEntry(state, held.table, _named(held.table, ids))
+    else:
+        table = held.table.transition(_build(state, backends), gone)
+        entry = FrontendEntry(state, table, _named(table, ids))
+    _keep((owner for owner in entry.backends if owner not in ids), names, backends)
+    return entry
+
+
+def _keep(owners: Iterable[int], names: Mapping[int, BackendEntry], backends: dict[BackendKey, BackendEntry]) -> None:
+    for owner in owners:
+        entry = names.get(owner)
+        if entry is not None:
+            backends.setdefault(entry.key, entry)
+
+
+def _drawn(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) -> list[tuple[BackendKey, int, int]]:
+    """What a table is a function of, besides its size: key (hence seed), id and weight of all that get slots."""
+    keyed = ((key_of(state, target), target.weight) for target in state.targets if target.weight)
+    return sorted((key, backends[key].id if key in backends else 0, weight) for key, weight in keyed)
+
+
+def _build(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) -> SlotTable:
+    return SlotTable.build(
+        state.options.table_size,
+        (
+            (backend_seed(target.backend), backends[key_of(state, target)].id, target.weight)
+            for target in state.targets
+            if target.weight
+        ),
+    )
+
+
+def _named(table: SlotTable, ids: Set[int]) -> tuple[int, ...]:
+    return tuple(sorted(ids | {owner for owner in table.owners() if owner >= OWNER_FIRST}))
+
+
+def _steps(
+    applied: Applied,
+    generation: int,
+    frontends: Mapping[Frontend, FrontendEntry],
+    backends: Mapping[BackendKey, BackendEntry],
+) -> Plan:
+    return Plan(
+        generation=generation,
+        put_backends=tuple(entry for key, entry in backends.items() if applied.backends.get(key) != entry),
+        put_frontends=tuple(
+            entry for frontend, entry in frontends.items() if applied.frontends.get(frontend) is not entry
+        ),
+        drop_frontends=tuple(frontend for frontend in applied.frontends if frontend not in frontends),
+        drop_backends=tuple(entry for key, entry in applied.backends.items() if key not in backends),
+        result=Applied(generation, frontends, backends),
+    )

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compose: who is served, and by whom."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.config import Config
+from mesh.model import (
+    Backend,
+    DesiredState,
+    Health,
+    HealthView,
+    Intent,
+    Inventory,
+    Locality,
+    Node,
+    Protocol,
+    PublishedPort,
+    Service,
+    ServiceOptions,
+)
+from mesh.reconcile.compose import SERVING, Drained, compose, standing
+from tests.unit.inventories import health_views, inventories
+
+CONFIG = Config()
+ADDRESS = ipaddress.IPv4Address("172.18.0.2")
+
+
+def service(name: str = "web", port: int = 8080, **options: object) -> Service:
+    return Service(name, name, (PublishedPort(port, 80, Protocol.TCP),), ServiceOptions(**options))  # type: ignore[arg-type]
+
+
+def backend(name: str, **changes: object) -> Backend:
+    plain = Backend(id=name, service="web", node="n", address=ADDRESS)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def weights(desired: DesiredState) -> dict[str, int]:
+    (state,) = desired.frontends.values()
+    return {target.backend: target.weight for target in state.targets}
+
+
+def of(*backends: Backend, node: Node | None = None, **options: object) -> Inventory:
+    return Inventory((service(**options),), backends, (node,) if node else ())  # type: ignore[arg-type]
+
+
+def test_a_backend_without_new_flows_stays_with_weight_0() -> None:
+    inventory = of(
+        backend("a"),
+        backend("b", intent=Intent.DRAINING),
+        backend("c", ready=False),
+        backend("d"),
+        backend("e"),
+        backend("f", weight=5),
+    )
+    desired = compose(inventory, HealthView({"d": Health.DOWN}), Drained(frozenset({"e"})), CONFIG)
+    assert weights(desired) == {"a": 1, "b": 0, "c": 0, "d": 0, "e": 0, "f": 5}
+
+
+def test_weights_of_node_and_backend_multiply_within_bounds() -> None:
+    inventory = of(backend("a", weight=2), backend("b", weight=65535), node=Node("n", "n", weight=3))
+    assert weights(compose(inventory, HealthView(), Drained(), CONFIG)) == {"a": 6, "b": 65535}
+
+
+def test_a_node_that_is_down_drained_or_weightless_gets_no_new_flows() -> None:
+    for node, drained in (
+        (Node("n", "n", up=False), Drained()),
+        (Node("n", "n", weight=0), Drained()),
+        (Node("n", "n"), Drained(nodes=frozenset({"n"}))),
+    ):
+        assert weights(compose(of(backend("a"), node=node), HealthView(), drained, CONFIG)) == {"a": 0}
+
+
+def test_a_backend_without_address_is_left_out() -> None:
+    assert weights(compose(of(backend("a"), backend("b", address=None)), HealthView(), Drained(), CONFIG)) == {"a": 1}
+
+
+def test_all_down_means_all_used_and_a_problem() -> None:
+    down = HealthView({"a": Health.DOWN, "b": Health.DOWN})
+    desired = compose(of(backend("a"), backend("b"), backend("c", intent=Intent.DRAINING)), down, Drained(), CONFIG)
+    assert weights(desired) == {"a": 1, "b": 1, "c": 0}
+    assert next(iter(desired.frontends.values())).panic
+    assert "all are used again" in desired.problems[0].message
+
+
+def test_the_panic_threshold_is_a_share_of_the_eligible() -> None:
+    down = HealthView({"a": Health.DOWN, "b": Health.DOWN})
+    inventory = of(*(backend(n) for n in "abcd"))
+    assert weights(compose(inventory, down, Drained(), CONFIG)) == {"a": 0, "b": 0, "c": 1, "d": 1}
+    panicky = compose(inventory, down, Drained(), replace(CONFIG, panic_threshold=0.5))
+    assert weights(panicky) == {"a": 1, "b": 1, "c": 1, "d": 1}
+
+
+def test_no_panic_where_the_orchestrator_took_everything_away() -> None:
+    desired = compose(of(backend("a", intent=Intent.DRAINING)), HealthView({"a": Health.DOWN}), Drained(), CONFIG)
+    assert weights(desired) == {"a": 0}
+    assert not desired.problems
+
+
+def test_two_services_on_one_port_the_first_by_id_keeps_it() -> None:
+    desired = compose(Inventory((service("b"), service("a"))), HealthView(), Drained(), CONFIG)
+    (state,) = desired.frontends.values()
+    assert state.service == "a"
+    (problem,) = desired.problems
+    assert "service b" in problem.where
+    assert "published by service a" in problem.message
+
+
+def test_local_first_uses_remote_backends_only_without_local_ones() -> None:
+    backends = (backend("a"), backend("b", local=False))
+    inventory = of(*backends, locality=Locality.LOCAL_FIRST)
+    assert weights(compose(inventory, HealthView(), Drained(), CONFIG)) == {"a": 1, "b": 0}
+    assert weights(compose(inventory, HealthView({"a": Health.DOWN}), Drained(), CONFIG)) == {"a": 0, "b": 1}
+
+
+def test_a_table_too_small_is_replaced_by_one_that_fits() -> None:
+    backends = (backend(f"b{n}", address=ADDRESS + n) for n in range(1100))
+    desired = compose(of(*backends, table_size=1021), HealthView(), Drained(), CONFIG)
+    (state,) = desired.frontends.values()
+    assert state.options.table_size == 4093
+    assert "1100 backends do not fit" in desired.problems[0].message
+
+
+def test_a_disabled_service_is_not_served() -> None:
+    assert not compose(of(backend("a"), enable=False), HealthView(), Drained(), CONFIG).frontends
+
+
+@given(inventories(), health_views(), st.randoms())
+def test_the_order_of_things_does_not_matter(inventory: Inventory, health: HealthView, random: object) -> None:
+    def shuffled(items: tuple[object, ...]) -> tuple[object, ...]:
+        mixed = list(items)
+        random.shuffle(mixed)  # type: ignore[attr-defined]
+        return tuple(mixed)
+
+    other = replace(
+        inventory,
+        services=shuffled(inventory.services),  # type: ignore[arg-type]
+        backends=shuffled(inventory.backends),  # type: ignore[arg-type]
+    )
+    one, two = (compose(i, health, Drained(), CONFIG) for i in (inventory, other))
+    assert one == two
+    assert list(one.frontends) == sorted(one.frontends)
+
+
+@given(inventories(), health_views())
+def test_new_flows_only_where_everybody_agrees(inventory: Inventory, health: HealthView) -> None:
+    desired = compose(inventory, health, Drained(), CONFIG)
+    backends = {b.id: b for b in inventory.backends}
+    nodes = {n.id: n for n in inventory.nodes}
+    for state in desired.frontends.values():
+        assert [t.backend for t in state.targets] == sorted(t.backend for t in state.targets)
+        for target in state.targets:
+            known = backends[target.backend]
+            why = standing(known, nodes.get(known.node), health.of(known.id), Drained())
+            if target.weight:
+                assert why == SERVING or (why == "down" and state.panic)
+            elif state.options.locality is Locality.CLUSTER:
+                assert why != SERVING
