@@ -154,4 +154,6 @@ def _fitting(service: Service, count: int) -> tuple[ServiceOptions, Problem | No
 
 def _target(backend: Backend, port: PublishedPort, weight: int) -> Target:
     assert backend.address is not None
-    return Target(backend.id, backend.address, port.target, weight, backend.local, backend.node, backend.container)
+    return Target(
+        backend.id, backend.address, backend.port or port.target, weight, backend.local, backend.node, backend.container
+    )

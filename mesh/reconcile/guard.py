@@ -19,6 +19,7 @@ from mesh.config import Config
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Health, HealthView, Target
 
 FOREVER: Final = float("inf")
+Place = tuple[Address, int]
 Held = tuple[str, str]  # a service's id and a backend's, or "" for the whole service
 
 
@@ -129,16 +130,20 @@ def _missing_backends(
     return holding
 
 
-def _owners(desired: DesiredState) -> dict[Address, str]:
-    return {target.address: target.backend for state in desired.frontends.values() for target in state.targets}
+def _owners(desired: DesiredState) -> dict[Place, str]:
+    return {
+        (target.address, target.port): target.backend
+        for state in desired.frontends.values()
+        for target in state.targets
+    }
 
 
-def _still_its_own(target: Target, owners: Mapping[Address, str]) -> bool:
+def _still_its_own(target: Target, owners: Mapping[Place, str]) -> bool:
     """Whether nobody else has the address of a missing backend now: flows must not reach the wrong service."""
-    return owners.get(target.address, target.backend) == target.backend
+    return owners.get((target.address, target.port), target.backend) == target.backend
 
 
-def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Address, str]) -> bool:
+def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Place, str]) -> bool:
     """Whether a missing backend can be put back: its frontend is still its service's, its address still its own."""
     service, backend = key
     places = [
@@ -153,7 +158,7 @@ def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Add
 
 
 def _put_back(
-    desired: DesiredState, old: _View, holding: Mapping[Held, float], owners: Mapping[Address, str]
+    desired: DesiredState, old: _View, holding: Mapping[Held, float], owners: Mapping[Place, str]
 ) -> DesiredState:
     if not holding:
         return desired
