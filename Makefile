@@ -61,6 +61,7 @@ bench-deps: build bench/requirements.txt
 	deploy/debian-packages $(BENCH_PACKAGES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	$(MAKE) --no-print-directory --silent -C bench/load
+	$(MAKE) --no-print-directory --silent -C bench/prog
 
 bench: bench-deps
 	$(BIN)/python -m bench.run $(ARGS)

@@ -192,7 +192,8 @@ class Lab:
             if done():
                 return
             time.sleep(0.05)
-        raise LabError(f"{process.args}: does not serve\n{self.tail(log)}")
+        said = self.tail(log)
+        raise LabError(f"does not serve: {said.rpartition(chr(10))[2]}\n{' '.join(process.args)}\n{said}")
 
     def tail(self, log: str) -> str:
         """The last lines of a process's log."""

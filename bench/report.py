@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from tabulate import tabulate
 
@@ -116,11 +117,21 @@ def memory_cell(row: Mapping[str, int]) -> str:
 
 def programs(raw: Raw) -> str:
     """Cost of the eBPF programs per packet."""
-    rows = [
-        [row["path"], number(row["ns"]), number(row["spread_ns"]), str(row.get("budget_ns", "")), row["verdict"]]
-        for row in raw["programs"]["paths"]
-    ]
-    return table(rows, ["path", "ns, empty program subtracted", "± ns", "budget", ""])
+    return table(program_rows(raw["programs"]), PROGRAM_HEADERS)
+
+
+PROGRAM_HEADERS: Final = ("path", "flows", "ns", "±", "budget", "verdicts")
+
+
+def program_rows(costs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What bench_prog measured: path, flows, ns, spread, budget and whether it is kept, verdicts."""
+    rows = []
+    for cost in costs:
+        budget = cost["budget_ns"]
+        kept = "" if budget is None else f"≤ {budget:g}: {'kept' if cost['ns'] <= budget else 'missed'}"
+        ns = [f"{cost['ns']:.0f}", f"{cost['spread_ns']:.0f}"]
+        rows.append([cost["path"], f"{cost['flows']:,}", *ns, kept, cost["verdict"]])
+    return rows
 
 
 def control(raw: Raw) -> str:
@@ -140,9 +151,19 @@ def about(raw: Raw) -> str:
     how = f"{settings['rounds']} rounds of {settings['duration']} s, congestion control {machine['congestion_control']}"
     versions = table([[LABELS[side], text] for side, text in raw["versions"].items()], ["side", "version"])
     missing = "".join(
-        f"\nNot measured: {LABELS[side]}: {why.splitlines()[0]}.\n" for side, why in raw["missing"].items()
+        f"\nNot measured: {LABELS.get(side, side)}: {why.splitlines()[0]}.\n" for side, why in raw["missing"].items()
     )
     return f"{raw['began']}. {where}; {how}.\n\n{versions}\n{missing}"
+
+
+def functions(raw: Raw) -> list[str]:
+    """The parts about what is no traffic."""
+    parts = []
+    if raw["programs"]:
+        parts += ["## eBPF programs", "ns per packet, what an empty program costs subtracted.", programs(raw)]
+    if raw["control"]:
+        parts += ["## Control plane", control(raw)]
+    return parts
 
 
 def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
@@ -167,10 +188,7 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
             "MiB: the side's processes / the whole machine (sockets of all ends included) since idle.",
         ]
         parts += [memory(raw)]
-    if raw.get("programs"):
-        parts += ["## eBPF programs, per packet", programs(raw)]
-    if raw.get("control"):
-        parts += ["## Control plane", control(raw)]
+    parts += functions(raw)
     parts += ["± is half the distance between the best and the worst round. * other load disturbed some of the rounds."]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bench import bars, machine
+from bench import bars, functions, machine, report
 from bench.lab import CLIENTS, ECHO_PORT, OUT, Lab, LabError
 from bench.peers import SIDES, Side
 from bench.scenarios import SCENARIOS, Scenario
@@ -41,6 +41,7 @@ class Settings:
     warmup: float
     budget: float
     quick: bool
+    functions: bool  # also what is no traffic
     sides: list[type[Side]] = field(default_factory=list)
     scenarios: list[Scenario] = field(default_factory=list)
 
@@ -65,8 +66,20 @@ class Run:
             "versions": {},
             "missing": {},
             "runs": [],
+            "programs": [],
+            "control": [],
             "memory": [],
         }
+
+    def functions(self) -> None:
+        """What is no traffic: the programs per packet, the control plane's functions."""
+        for name, measure in functions.ALL.items():
+            print(f"{name}...", flush=True)
+            try:
+                self.data[name] = measure()
+            except LabError as error:
+                self.data["missing"][name] = str(error)
+                print(f"  failed: {error}", flush=True)
 
     @property
     def elapsed(self) -> float:
@@ -84,12 +97,14 @@ class Run:
                 self.data["versions"][side.name] = side.version()
                 sides.append(side)
         total = self.settings.rounds * len(sides)
-        done = 0
+        done, began = 0, time.monotonic()
         for number in range(self.settings.rounds):
             for side in random.sample(sides, len(sides)):
                 done += 1
-                left = self.elapsed / max(done - 1, 1) * (total - done + 1) if done > 1 else 0.0
-                eta = f", {left:.0f} s left" if left else ""
+                if side.name in self.data["missing"]:
+                    continue
+                left = (time.monotonic() - began) / (done - 1) * (total - done + 1) if done > 1 else 0.0
+                eta = f", about {left:.0f} s left" if left else ""
                 print(f"[{done}/{total}] round {number + 1}, {side.label}{eta}", flush=True)
                 self._side(side, number)
 
@@ -198,6 +213,7 @@ def parse(argv: list[str]) -> Settings:
         warmup=0.2 if options.quick else 0.3,
         budget=options.budget or (180.0 if options.quick else 1000.0),
         quick=options.quick,
+        functions=not options.side and not options.scenario,
         sides=[s for s in SIDES if not options.side or s.name in options.side],
         scenarios=[s for s in SCENARIOS if s.name in wanted],
     )
@@ -213,10 +229,14 @@ def main(argv: list[str]) -> int:
     with Lab() as lab:
         run = Run(lab, settings)
         try:
+            if settings.functions:
+                run.functions()
             run.run()
         finally:
             run.data["seconds"] = round(run.elapsed)
             write(run.data)
+    for part in report.functions(run.data):
+        print(part)
     print(bars.text(run.data))
     return 0
 

