@@ -14,8 +14,10 @@ struct choice {
 	__u32 hash;
 	__u32 slot;
 	__u32 owner;
-	__u32 start; /* the packet starts a TCP flow */
-	__u32 note;  /* the flow cache must learn the owner */
+	__u16 start;  /* the packet starts a flow */
+	__u8 note;    /* the flow cache must learn the owner */
+	__u8 trusted; /* source rules do not apply */
+	__u32 pad;
 };
 
 INLINE __u32 stamp_now(void)
@@ -164,7 +166,8 @@ INLINE void choose(const struct mesh_flow *flow, struct choice *c)
 		return;
 	c->flags = frontend->flags;
 	c->hash = c->flags & MESH_FRONTEND_CLIENT ? mesh_hash_client(&flow->source) : mesh_hash_flow(flow);
-	if (unlikely(frontend->acl || (c->flags & MESH_FRONTEND_DENY)) && is_denied(frontend, &flow->source)) {
+	if (unlikely(frontend->acl || (c->flags & MESH_FRONTEND_DENY)) && !c->trusted &&
+	    is_denied(frontend, &flow->source)) {
 		c->owner = MESH_OWNER_NONE;
 		c->verdict = MESH_VERDICT_DENIED;
 		return;

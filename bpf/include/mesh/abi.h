@@ -217,14 +217,14 @@ _Static_assert(sizeof(struct mesh_peer_key) == 32, "mesh_peer_key is 32 bytes");
 
 struct mesh_dialled {
 	struct mesh_addr called;
+	struct mesh_addr backend; /* where it went instead */
 	__be16 called_port;
-	__u8 protocol;
-	__u8 pad;
+	__be16 backend_port;
 	__u32 owner;
 	__u32 epoch;
 	__u32 frontend;
 };
-_Static_assert(sizeof(struct mesh_dialled) == 32, "mesh_dialled is 32 bytes");
+_Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 
 /* What became of a packet. X(name, help): metrics, docs and code use these names. Packets that are not ours (no
  * frontend has the port, or the destination is not this node's) are not counted: every packet of the host would pay for

@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Processes of this node that call a published port of it: the socket is connected straight to a task, and no packet is
+ * ever rewritten. Host network namespace only: containers' sockets are served by their packets (task.bpf.c).
+ * Source rules do not apply: these processes can reach the tasks without us.
+ */
+#include <linux/in.h>
+#include "lib/count.h"
+#include "lib/select.h"
+
+#define ALLOW    1 /* let the call go on */
+#define REJECT   0 /* EPERM */
+#define LOOPBACK bpf_htonl(0x7f000000)
+#define NET8     bpf_htonl(0xff000000)
+
+enum call { CONNECT, SEND };
+
+INLINE int same_address(const struct mesh_addr *a, const struct mesh_addr *b)
+{
+	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
+}
+
+INLINE void get_v4(const struct bpf_sock_addr *ctx, struct mesh_addr *address)
+{
+	address->halves[0] = 0;
+	address->words[2] = bpf_htonl(0xffff);
+	address->words[3] = ctx->user_ip4;
+}
+
+INLINE void get_v6(const struct bpf_sock_addr *ctx, struct mesh_addr *address)
+{
+	address->words[0] = ctx->user_ip6[0];
+	address->words[1] = ctx->user_ip6[1];
+	address->words[2] = ctx->user_ip6[2];
+	address->words[3] = ctx->user_ip6[3];
+}
+
+INLINE void set_v6(struct bpf_sock_addr *ctx, const struct mesh_addr *address)
+{
+	ctx->user_ip6[0] = address->words[0];
+	ctx->user_ip6[1] = address->words[1];
+	ctx->user_ip6[2] = address->words[2];
+	ctx->user_ip6[3] = address->words[3];
+}
+
+INLINE int is_v4(const struct mesh_addr *a)
+{
+	return a->halves[0] == 0 && a->words[2] == bpf_htonl(0xffff);
+}
+
+/* Addresses that mean this node to a socket: 127.0.0.0/8, ::1 and the unspecified ones. */
+INLINE int is_loopback(const struct mesh_addr *a)
+{
+	if (is_v4(a))
+		return (a->words[3] & NET8) == LOOPBACK || a->words[3] == 0;
+	return a->halves[0] == 0 && a->words[2] == 0 && (a->words[3] == 0 || a->words[3] == bpf_htonl(1));
+}
+
+/* Whether a socket's own address keeps it from talking to a task. */
+INLINE int is_bound_to_loopback(struct bpf_sock *sk)
+{
+	return sk->family == 2 ? (sk->src_ip4 & NET8) == LOOPBACK
+			       : sk->src_ip6[0] == 0 && sk->src_ip6[1] == 0 && sk->src_ip6[2] == 0 &&
+					 sk->src_ip6[3] == bpf_htonl(1);
+}
+
+/* The frontend that a socket of the host's namespace calls; 0: none. */
+INLINE __u32 called_frontend(struct bpf_sock_addr *ctx, struct mesh_flow *flow)
+{
+	__u32 zero = 0, word;
+	struct mesh_config *node;
+
+	if (flow->protocol != IPPROTO_TCP && flow->protocol != IPPROTO_UDP)
+		return 0;
+	word = port_word(flow->protocol, flow->destination_port);
+	if (likely(!word))
+		return 0;
+	node = bpf_map_lookup_elem(&mesh_config, &zero);
+	if (!node || !node->netns_cookie || bpf_get_netns_cookie(ctx) != node->netns_cookie)
+		return 0;
+	if (is_loopback(&flow->destination))
+		return word & MESH_PORT_FRONTEND;
+	return find_frontend(flow, word);
+}
+
+/* Whether the task that a socket talks to about this address may go on serving it (unconnected UDP). */
+INLINE int is_still_good(const struct mesh_dialled *dialled, const struct mesh_flow *flow)
+{
+	struct mesh_backend *backend;
+
+	if (dialled->called_port != flow->destination_port || !same_address(&dialled->called, &flow->destination))
+		return 0;
+	backend = find_backend(dialled->owner);
+	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == dialled->epoch;
+}
+
+/* Choose a task for a call; fills `to`. Returns a verdict: SOCKET, or why not. */
+INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, struct mesh_dialled *to)
+{
+	struct choice c = {.frontend = frontend, .start = 1, .trusted = 1};
+
+	/* With affinity all of a node's processes are one client. */
+	flow->source = flow->destination;
+	flow->source_port = (__be16)bpf_get_prandom_u32();
+	choose(flow, &c);
+	if (c.owner == MESH_OWNER_PASS)
+		return MESH_VERDICT_SOCKET_PASS;
+	if (!c.backend)
+		return c.verdict == MESH_VERDICT_REFUSED ? MESH_VERDICT_SOCKET_NONE : MESH_VERDICT_SOCKET_PASS;
+	to->called = flow->destination;
+	to->called_port = flow->destination_port;
+	to->backend = c.backend->address;
+	to->backend_port = c.backend->port;
+	to->owner = c.owner;
+	to->epoch = c.backend->epoch;
+	to->frontend = frontend;
+	return MESH_VERDICT_SOCKET;
+}
+
+/* What a datagram socket dialled before, where the task is still there; else a new choice, remembered. */
+INLINE __u32 dial(struct bpf_sock_addr *ctx, enum call call, int v6, struct mesh_dialled *to)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct mesh_dialled *dialled;
+	struct mesh_flow flow = {.destination_port = (__be16)ctx->user_port, .protocol = (__u8)ctx->protocol};
+	__u32 frontend, verdict;
+
+	if (v6)
+		get_v6(ctx, &flow.destination);
+	else
+		get_v4(ctx, &flow.destination);
+	frontend = called_frontend(ctx, &flow);
+	if (likely(!frontend) || !sk || is_bound_to_loopback(sk))
+		return MESH_VERDICT_COUNT;
+	if (call == SEND) {
+		dialled = bpf_sk_storage_get(&mesh_dialled, sk, NULL, 0);
+		if (dialled && is_still_good(dialled, &flow)) {
+			*to = *dialled;
+			return MESH_VERDICT_SOCKET;
+		}
+	}
+	verdict = choose_task(&flow, frontend, to);
+	if (verdict != MESH_VERDICT_SOCKET)
+		return verdict;
+	if (is_v4(&to->backend) ? v6 && call == SEND : !v6) /* the kernel refuses to change a datagram's family */
+		return MESH_VERDICT_FAMILY;
+	if (call == SEND) {
+		struct mesh_peer_key key = {
+			.cookie = bpf_get_socket_cookie(ctx),
+			.address = to->backend,
+			.port = to->backend_port,
+		};
+
+		bpf_map_update_elem(&mesh_peers, &key, to, BPF_ANY);
+	}
+	dialled = bpf_sk_storage_get(&mesh_dialled, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!dialled)
+		return MESH_VERDICT_ERROR;
+	*dialled = *to;
+	return MESH_VERDICT_SOCKET;
+}
+
+INLINE int call(struct bpf_sock_addr *ctx, enum call call, int v6)
+{
+	struct mesh_dialled to = {};
+	__u32 verdict = dial(ctx, call, v6, &to);
+
+	if (likely(verdict == MESH_VERDICT_COUNT))
+		return ALLOW;
+	count_verdict(verdict);
+	if (verdict == MESH_VERDICT_SOCKET_NONE) {
+		if (ctx->protocol != IPPROTO_TCP)
+			return REJECT;
+		ctx->user_port = 0; /* nobody listens there: ECONNREFUSED instead of EPERM */
+		return ALLOW;
+	}
+	if (verdict != MESH_VERDICT_SOCKET)
+		return ALLOW;
+	if (v6)
+		set_v6(ctx, &to.backend);
+	else
+		ctx->user_ip4 = to.backend.words[3];
+	ctx->user_port = to.backend_port;
+	return ALLOW;
+}
+
+/* The peer's address as the process knows it. */
+INLINE int rename_peer(struct bpf_sock_addr *ctx, int v6, int datagram)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct mesh_dialled *dialled;
+	struct mesh_peer_key key = {.port = (__be16)ctx->user_port};
+
+	if (!sk)
+		return ALLOW;
+	if (v6)
+		get_v6(ctx, &key.address);
+	else
+		get_v4(ctx, &key.address);
+	dialled = bpf_sk_storage_get(&mesh_dialled, sk, NULL, 0);
+	if (likely(!dialled))
+		return ALLOW;
+	if (dialled->backend_port != key.port || !same_address(&dialled->backend, &key.address)) {
+		if (!datagram)
+			return ALLOW;
+		key.cookie = bpf_get_socket_cookie(ctx);
+		dialled = bpf_map_lookup_elem(&mesh_peers, &key);
+		if (!dialled)
+			return ALLOW;
+	}
+	if (v6)
+		set_v6(ctx, &dialled->called);
+	else
+		ctx->user_ip4 = dialled->called.words[3];
+	ctx->user_port = dialled->called_port;
+	return ALLOW;
+}
+
+SEC("cgroup/connect4")
+int mesh_connect4(struct bpf_sock_addr *ctx)
+{
+	return call(ctx, CONNECT, 0);
+}
+
+SEC("cgroup/connect6")
+int mesh_connect6(struct bpf_sock_addr *ctx)
+{
+	return call(ctx, CONNECT, 1);
+}
+
+SEC("cgroup/sendmsg4")
+int mesh_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return call(ctx, SEND, 0);
+}
+
+SEC("cgroup/sendmsg6")
+int mesh_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return call(ctx, SEND, 1);
+}
+
+SEC("cgroup/recvmsg4")
+int mesh_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return rename_peer(ctx, 0, 1);
+}
+
+SEC("cgroup/recvmsg6")
+int mesh_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return rename_peer(ctx, 1, 1);
+}
+
+SEC("cgroup/getpeername4")
+int mesh_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return rename_peer(ctx, 0, 0);
+}
+
+SEC("cgroup/getpeername6")
+int mesh_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return rename_peer(ctx, 1, 0);
+}
