@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Socket hooks on real sockets: a process in its own cgroup and namespace, tasks on that namespace's loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mesh import _bpf
+from tests.bpf.frames import NODE4, NODE6, TASK4, TASK6
+from tests.bpf.plane import FREE, PASS, UDP, Plane
+from tests.bpf.test_binding import inside
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf]
+
+ATTACH = {
+    "mesh_connect4": 10,
+    "mesh_connect6": 11,
+    "mesh_sendmsg4": 14,
+    "mesh_sendmsg6": 15,
+    "mesh_recvmsg4": 19,
+    "mesh_recvmsg6": 20,
+    "mesh_getpeername4": 29,
+    "mesh_getpeername6": 30,
+}
+SO_NETNS_COOKIE = 71
+TASK4B = "172.18.0.4"
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    name = f"meshsock{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        for command in ("link set lo up", *(f"addr add {a} dev lo" for a in (NODE4, TASK4, TASK4B))):
+            subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        for address in (NODE6, TASK6):
+            subprocess.run(["ip", "-n", name, "-6", "addr", "add", address, "dev", "lo", "nodad"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.fixture
+def plane(namespace: str) -> Iterator[Plane]:
+    """Ports 80/tcp, 53/udp -> TASK4, 86/tcp, 56/udp -> TASK6; this process is in the cgroup."""
+    p = Plane(["socket"])
+    found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/mounts").read_text(), re.MULTILINE)
+    assert found, "no cgroup2 is mounted"
+    own = Path("/proc/self/cgroup").read_text()
+    match = re.search(r"^0::(.*)$", own, re.MULTILINE)
+    assert match
+    home = Path(found[1]) / match[1].lstrip("/")
+    group = Path(found[1]) / f"meshsock{os.getpid()}"
+    group.mkdir()
+    links = []
+    directory = os.open(group, os.O_RDONLY)
+    try:
+        links = [_bpf.Link.create(p.programs[name], directory, kind) for name, kind in ATTACH.items()]
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        with inside(namespace), socket.socket() as s:
+            p.configure(int.from_bytes(s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little"))
+            p.local(NODE4, NODE6)
+            p.backend(2, TASK4, 8080)
+            p.backend(3, TASK6, 8080)
+            p.backend(4, TASK4, 5353, protocol=UDP)
+            p.backend(5, TASK6, 5353, protocol=UDP)
+            p.backend(6, TASK4B, 5353, protocol=UDP)
+            p.frontend(1, 80, [(2, 2)])
+            p.frontend(2, 86, [(3, 3)])
+            p.frontend(3, 53, [(4, 4)], protocol=UDP)
+            p.frontend(4, 56, [(5, 5)], protocol=UDP)
+            yield p
+    finally:
+        (home / "cgroup.procs").write_text(str(os.getpid()))
+        for link in links:
+            link.close()
+        os.close(directory)
+        for _ in range(100):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def echo(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Iterator[socket.socket]:
+    """A task: answers one message per call with its own address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, kind) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        stop = threading.Event()
+        if kind == socket.SOCK_STREAM:
+            server.listen()
+        server.settimeout(0.05)
+
+        def work() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    if kind == socket.SOCK_DGRAM:
+                        _, peer = server.recvfrom(100)
+                        server.sendto(address.encode(), peer)
+                    else:
+                        connection, _ = server.accept()
+                        connection.sendall(address.encode())
+                        connection.close()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield server
+        finally:
+            stop.set()
+            thread.join()
+
+
+def client(address: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
+    made.settimeout(5)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dialled", "port", "task"),
+    [
+        ("127.0.0.1", 80, TASK4),
+        ("127.1.2.3", 80, TASK4),
+        (NODE4, 80, TASK4),
+        ("::1", 80, TASK4),
+        ("::ffff:127.0.0.1", 80, TASK4),
+        (NODE6, 80, TASK4),
+        ("::1", 86, TASK6),
+        (NODE6, 86, TASK6),
+    ],
+)
+def test_tcp_reaches_a_task_and_shows_what_was_dialled(plane: Plane, dialled: str, port: int, task: str) -> None:
+    with echo(task, 8080), client(dialled) as s:
+        s.connect((dialled, port))
+        assert s.recv(100) == task.encode()
+        assert s.getpeername()[:2] == (dialled, port)
+    assert plane.verdicts() == {"SOCKET": 1}
+
+
+@pytest.mark.parametrize(
+    ("dialled", "port", "task"), [("127.0.0.1", 53, TASK4), ("::1", 53, TASK4), ("::1", 56, TASK6)]
+)
+def test_connected_udp(plane: Plane, dialled: str, port: int, task: str) -> None:
+    with echo(task, 5353, socket.SOCK_DGRAM), client(dialled, socket.SOCK_DGRAM) as s:
+        s.connect((dialled, port))
+        assert s.getpeername()[:2] == (dialled, port)
+        s.send(b"?")
+        answer, peer = s.recvfrom(100)
+        assert (answer, peer[:2]) == (task.encode(), (dialled, port))
+
+
+@pytest.mark.parametrize(
+    ("dialled", "port", "task"), [("127.0.0.1", 53, TASK4), (NODE4, 53, TASK4), ("::1", 56, TASK6)]
+)
+def test_unconnected_udp(plane: Plane, dialled: str, port: int, task: str) -> None:
+    with echo(task, 5353, socket.SOCK_DGRAM), client(dialled, socket.SOCK_DGRAM) as s:
+        for _ in range(3):
+            s.sendto(b"?", (dialled, port))
+            answer, peer = s.recvfrom(100)
+            assert (answer, peer[:2]) == (task.encode(), (dialled, port))
+
+
+def test_unconnected_udp_of_an_ipv6_socket_to_a_mapped_address(plane: Plane) -> None:
+    with echo(TASK4, 5353, socket.SOCK_DGRAM), client("::", socket.SOCK_DGRAM) as s:
+        s.sendto(b"?", ("::ffff:127.0.0.1", 53))
+        answer, peer = s.recvfrom(100)
+        assert (answer, peer[:2]) == (TASK4.encode(), ("::ffff:127.0.0.1", 53))
+
+
+def test_unconnected_udp_talks_to_two_frontends_and_leaves_a_task_that_is_gone(plane: Plane) -> None:
+    plane.frontend(5, 54, [(6, 6)], protocol=UDP)
+    with (
+        echo(TASK4, 5353, socket.SOCK_DGRAM),
+        echo(TASK4B, 5353, socket.SOCK_DGRAM),
+        client(NODE4, socket.SOCK_DGRAM) as s,
+    ):
+        s.sendto(b"?", (NODE4, 53))
+        s.sendto(b"?", (NODE4, 54))
+        got = dict(s.recvfrom(100)[::-1] for _ in range(2))
+        assert got == {(NODE4, 53): TASK4.encode(), (NODE4, 54): TASK4B.encode()}
+        plane.frontend(3, 53, [(6, 6)], protocol=UDP)
+        plane.backend(4, TASK4, 5353, protocol=UDP, state=FREE)
+        s.sendto(b"?", (NODE4, 53))
+        assert s.recvfrom(100) == (TASK4B.encode(), (NODE4, 53))
+
+
+def test_other_calls_are_left_alone(plane: Plane, namespace: str) -> None:
+    with echo(NODE4, 81), client(NODE4) as s:
+        s.connect((NODE4, 81))
+        assert s.getpeername() == (NODE4, 81)
+    with echo(TASK4B, 80), client(NODE4) as s:  # not this node's address
+        s.connect((TASK4B, 80))
+        assert s.recv(100) == TASK4B.encode()
+    assert plane.verdicts() == {}
+
+
+def test_other_namespaces_are_left_alone(plane: Plane) -> None:
+    plane.configure(12345)
+    with echo(NODE4, 80), client(NODE4) as s:
+        s.connect((NODE4, 80))
+        assert s.recv(100) == NODE4.encode()
+    assert plane.verdicts() == {}
+
+
+def test_socket_bound_to_loopback_is_left_alone(plane: Plane) -> None:
+    with echo("127.0.0.1", 80), client("127.0.0.1") as s:
+        s.bind(("127.0.0.1", 0))
+        s.connect(("127.0.0.1", 80))
+        assert s.recv(100) == b"127.0.0.1"
+
+
+def test_owner_pass_is_left_alone(plane: Plane) -> None:
+    plane.frontend(1, 80, [(PASS, PASS)])
+    with echo(NODE4, 80), client(NODE4) as s:
+        s.connect((NODE4, 80))
+        assert s.recv(100) == NODE4.encode()
+    assert plane.verdicts() == {"SOCKET_PASS": 1}
+
+
+def test_no_backend_is_refused_at_once(plane: Plane) -> None:
+    plane.frontend(1, 80, [(0, 0)])
+    plane.frontend(3, 53, [(0, 0)], protocol=UDP)
+    for dialled in ("127.0.0.1", "::1"):
+        with client(dialled) as s, pytest.raises(ConnectionRefusedError):
+            s.connect((dialled, 80))
+    with client("127.0.0.1", socket.SOCK_DGRAM) as s, pytest.raises(PermissionError) as error:
+        s.connect(("127.0.0.1", 53))
+    assert error.value.errno == errno.EPERM
+    assert plane.verdicts() == {"SOCKET_NONE": 3}
+
+
+def test_a_socket_that_is_connected_elsewhere_later_shows_its_new_peer(plane: Plane) -> None:
+    with client(NODE4, socket.SOCK_DGRAM) as s:
+        s.connect((NODE4, 53))
+        assert s.getpeername() == (NODE4, 53)
+        s.connect((TASK4B, 99))
+        assert s.getpeername() == (TASK4B, 99)
