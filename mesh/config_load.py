@@ -31,11 +31,12 @@ def config_options(function: _Function) -> _Function:
     for name, key in reversed(list(KEYS.items())):
         choices = key.metadata["choices"]
         default = f"{key.default:g}" if key.type == "float" else key.default
+        meaning = key.metadata["help"]
         function = click.option(
             f"--{name.replace('_', '-')}",
             name,
             metavar="|".join(choices) if choices else str(key.type).replace("str", "text").upper(),
-            help=f"{key.metadata['help'].capitalize()}.  [default: {default if default != '' else 'none'}]",
+            help=f"{meaning[0].upper()}{meaning[1:]}.  [default: {default if default != '' else 'none'}]",
         )(function)
     return click.option(
         "--config",

@@ -15,7 +15,7 @@ from mesh.cli.main import DaemonUnreachableError, Exit
 KIND = click.Choice(["backend", "node"])
 
 
-@click.command()
+@click.command(short_help="No new connections to a backend or a node.")
 @click.argument("kind", type=KIND)
 @click.argument("name")
 @daemon_options
@@ -32,7 +32,7 @@ def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
     _set_drained("/drain", kind, name, state_dir, as_json)
 
 
-@click.command()
+@click.command(short_help="Take back a drain.")
 @click.argument("kind", type=KIND)
 @click.argument("name")
 @daemon_options
@@ -54,7 +54,7 @@ def _set_drained(path: str, kind: str, name: str, state_dir: Path, as_json: bool
     click.echo(f"{kind} {answer.get('name') or answer.get('id') or name} {what}")
 
 
-@click.command()
+@click.command(short_help="Stop the daemon, optionally hand the ports back.")
 @click.option("--release", is_flag=True, help="Also hand the ports back to Docker's own mesh.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the daemon is gone.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait, seconds.")

@@ -18,7 +18,7 @@ from mesh.config_load import config_options, load
 from mesh.errors import ConfigError
 
 
-@click.command()
+@click.command(short_help="Can it run here: verdicts and remedies.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options
 def check(as_json: bool, **flags: Any) -> None:

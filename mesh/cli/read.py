@@ -17,7 +17,7 @@ from mesh.cli.main import DaemonRefusedError, Exit
 _ID_SHOWN = 12
 
 
-@click.command()
+@click.command(short_help="Is it well, and what is wrong.")
 @daemon_options
 def status(state_dir: Path, as_json: bool) -> None:
     """Is it well: engine, source of services, what is served, and what is wrong.
@@ -82,7 +82,7 @@ def _selected(state: Json, names: tuple[str, ...]) -> list[Json]:
     return chosen
 
 
-@click.command()
+@click.command(short_help="What is published.")
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
 @daemon_options
 def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
@@ -119,7 +119,7 @@ def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key.replace("_", "-"), value
 
 
-@click.command()
+@click.command(short_help="Who serves: health, share of new connections.")
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
 @daemon_options
 def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
@@ -163,7 +163,7 @@ def address_port(target: Json) -> str:
     return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
 
 
-@click.command()
+@click.command(short_help="Where a connection goes, and why.")
 @click.argument("source", metavar="SRC:PORT")
 @click.argument("destination", metavar="DST:PORT")
 @click.option("--proto", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True, help="Protocol.")

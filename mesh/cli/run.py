@@ -12,7 +12,7 @@ import click
 from mesh.config_load import config_options, load
 
 
-@click.command()
+@click.command(short_help="The daemon.")
 @click.option(
     "--take-over", is_flag=True, help="Take the ports over from the daemon that runs in this state directory."
 )
@@ -30,5 +30,6 @@ def run(take_over: bool, **flags: Any) -> None:
                mesh run --provider static --static-file services.toml
                mesh run --take-over                       upgrade: no connection is refused
     """
+    config = load(flags)
     agent: Any = importlib.import_module("mesh.agent")  # late: the engines are not needed by the other commands
-    sys.exit(agent.run(load(flags), reload=lambda: load(flags), take_over=take_over))
+    sys.exit(agent.run(config, reload=lambda: load(flags), take_over=take_over))

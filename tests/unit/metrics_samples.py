@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from mesh.datapath.base import CONNECT_BUCKETS, BackendKey, Counters, Failure, Stats
+from mesh.errors import MeshError
 from mesh.metrics.collector import Snapshot
-from mesh.model import ANY_ADDRESS, Frontend, Protocol
+from mesh.metrics.view import Json
+from mesh.model import ANY_ADDRESS, Flow, Frontend, Protocol
 
 
 def frontend(index: int) -> Frontend:
@@ -101,4 +104,55 @@ def snapshot(services: int = 2, backends: int = 3) -> Snapshot:
     return Snapshot(stats(services, backends), state(services, backends), True)
 
 
-ADDRESS = ipaddress.ip_address("127.0.0.1")
+EXPLANATION = {
+    "frontend": "*:10000/tcp",
+    "service": "web0",
+    "hash": 0xDEADBEEF,
+    "table_size": 16381,
+    "slot": 7,
+    "current": target(0, 1),
+    "previous": target(0, 1),
+    "tracked": False,
+    "backend": target(0, 1),
+    "reasons": ["slot 7 belongs to web0.1"],
+    "next": [target(0, 2), target(0, 0)],
+}
+
+
+class SampleView:
+    """An AgentView whose answers are set by the test and that notes what it was asked to change."""
+
+    def __init__(self) -> None:
+        self.shown = state()
+        self.reasons: list[str] = []
+        self.changed: list[tuple[str, str, bool]] = []
+        self.stopped = asyncio.Event()
+        self.released = False
+        self.flows: list[Flow] = []
+
+    def state(self) -> Json:
+        return self.shown
+
+    def ready(self) -> tuple[bool, Sequence[str]]:
+        return not self.reasons, self.reasons
+
+    async def stats(self) -> Stats:
+        return stats()
+
+    async def explain(self, flow: Flow) -> Json:
+        self.flows.append(flow)
+        if flow.destination_port == 1:
+            return {"error": "no service publishes port 1/tcp", "remedy": "mesh services lists what is published"}
+        if flow.destination_port == 2:
+            return {**EXPLANATION, "current": None, "backend": None, "next": [], "reasons": ["no backend may be used"]}
+        return EXPLANATION
+
+    async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
+        if name == "nobody":
+            raise MeshError("no backend has this name", where="nobody", remedy="mesh backends lists them")
+        self.changed.append((kind, name, drained))
+        return {"kind": kind, "id": name, "drained": drained}
+
+    async def stop(self, *, release: bool) -> None:
+        self.released = release
+        self.stopped.set()

@@ -4,54 +4,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from mesh.datapath.base import Stats
 from mesh.errors import MeshError
 from mesh.metrics.http import make_app, parse_endpoint
-from mesh.metrics.view import Json
-from mesh.model import Flow
-from tests.unit.metrics_samples import state, stats
-
-
-class SampleView:
-    """An AgentView whose answers are set by the test and that notes what it was asked to change."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
-        self.changed: list[tuple[str, str, bool]] = []
-        self.stopped = asyncio.Event()
-        self.released = False
-        self.flows: list[Flow] = []
-
-    def state(self) -> Json:
-        return state()
-
-    def ready(self) -> tuple[bool, Sequence[str]]:
-        return not self.reasons, self.reasons
-
-    async def stats(self) -> Stats:
-        return stats()
-
-    async def explain(self, flow: Flow) -> Json:
-        self.flows.append(flow)
-        if flow.destination_port == 1:
-            return {"error": "no service publishes port 1/tcp", "remedy": "mesh services lists what is published"}
-        return {"slot": 7}
-
-    async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
-        if name == "nobody":
-            raise MeshError("no backend has this name", where="nobody", remedy="mesh backends lists them")
-        self.changed.append((kind, name, drained))
-        return {"kind": kind, "id": name, "drained": drained}
-
-    async def stop(self, *, release: bool) -> None:
-        self.released = release
-        self.stopped.set()
+from tests.unit.metrics_samples import EXPLANATION, SampleView, state
 
 
 @pytest.fixture(params=[True, False], ids=["control", "public"])
@@ -93,7 +54,7 @@ async def test_explain(served: Served) -> None:
     view, session, _ = served
     query = {"source": "[2001:db8::7]:40000", "destination": "192.0.2.1:80", "protocol": "udp"}
     async with session.get("/explain", params=query) as answer:
-        assert (answer.status, await answer.json()) == (200, {"slot": 7})
+        assert (answer.status, await answer.json()) == (200, EXPLANATION)
     flow = view.flows[0]
     assert (str(flow.source), flow.source_port, str(flow.destination), flow.destination_port, str(flow.protocol)) == (
         "2001:db8::7", 40000, "192.0.2.1", 80, "udp",

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a process of its own against the real HTTP application on a real control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from mesh.cli.main import Exit, main
+from mesh.metrics.http import make_app
+from tests.unit.metrics_samples import SampleView
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+async def mesh(*args: object, **env: str) -> Done:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MESH_")} | env
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "mesh", *map(str, args),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environ,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert "Traceback" not in err.decode(), err.decode()
+    return Done(process.returncode or 0, out.decode(), err.decode())
+
+
+Daemon = tuple[SampleView, Callable[..., Awaitable[Done]]]
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
+    view = SampleView()
+    runner = web.AppRunner(make_app(view, control=True))
+    await runner.setup()
+    await web.UnixSite(runner, tmp_path / "mesh.sock").start()
+
+    async def stopped() -> None:
+        await view.stopped.wait()
+        await runner.cleanup()
+
+    stopping = asyncio.create_task(stopped())
+    yield view, lambda *args: mesh(*args, MESH_STATE_DIR=str(tmp_path))
+    stopping.cancel()
+    await runner.cleanup()
+
+
+async def test_status(daemon: Daemon) -> None:
+    view, run = daemon
+    done = await run("status")
+    assert (done.code, done.err) == (Exit.OK, "")
+    assert "ready      yes" in done.out and "2 services, 2 of 2 ports, 6 backends" in done.out
+    view.reasons.append("*:10000/tcp is not served: the port is taken")
+    view.shown["problems"].append("service web0, label mesh.affinity: 'sticky' is not one of: flow, client-ip")
+    done = await run("status")
+    assert done.code == Exit.NOT_READY
+    assert all(text in done.out for text in ("ready      NO", view.reasons[0], "mesh.affinity"))
+    done = await run("status", "--json")
+    assert (done.code, done.json()["ready"], done.json()["reasons"]) == (Exit.NOT_READY, False, view.reasons)
+
+
+async def test_services_and_backends(daemon: Daemon) -> None:
+    view, run = daemon
+    view.shown["services"][1]["options"] = {"affinity": "client-ip"}
+    view.shown["services"][1]["frontends"][0]["targets"][0].update(weight=0, health="down", health_reason="refused")
+    done = await run("services")
+    assert done.code == 0 and "2/3" in done.out and "affinity=client-ip" in done.out
+    done = await run("services", "web1", "--json")
+    assert [service["name"] for service in done.json()] == ["web1"]
+    done = await run("backends", "web1")
+    assert done.code == 0 and "down (refused)" in done.out and "172.18.0.1:80" in done.out and "web0" not in done.out
+    assert len((await run("backends", "--json")).json()) == 6
+    done = await run("backends", "nobody")
+    assert done.code == Exit.REFUSED and "no service 'nobody'" in done.err and "mesh services" in done.err
+
+
+async def test_explain(daemon: Daemon) -> None:
+    view, run = daemon
+    done = await run("explain", "[2001:db8::7]:40000", "[2001:db8::1]:53", "--proto", "udp")
+    assert done.code == 0 and "web0.1 at 172.18.0.2:80" in done.out and "7 of 16381" in done.out
+    assert "1. web0.2" in done.out and "2. web0.0" in done.out
+    assert (view.flows[0].source_port, str(view.flows[0].protocol)) == (40000, "udp")
+    done = await run("explain", "192.0.2.7:40000", "192.0.2.1:1")
+    assert done.code == Exit.REFUSED and "no service publishes" in done.err and "mesh services" in done.err
+    done = await run("explain", "192.0.2.7:40000", "192.0.2.1:2")
+    assert done.code == Exit.NOT_READY and "no backend may be used" in done.out
+    done = await run("explain", "web:40000", "192.0.2.1:80")
+    assert done.code == Exit.REFUSED and "names are not looked up" in done.err
+    assert (await run("explain", "192.0.2.7:1", "192.0.2.1:80", "--json")).json()["slot"] == 7
+
+
+async def test_drain_and_undrain(daemon: Daemon) -> None:
+    view, run = daemon
+    done = await run("drain", "node", "node-a")
+    assert done.code == 0 and "gets no new connections" in done.out
+    done = await run("undrain", "backend", "web0.1", "--json")
+    assert done.code == 0 and done.json()["drained"] is False
+    assert view.changed == [("node", "node-a", True), ("backend", "web0.1", False)]
+    done = await run("drain", "backend", "nobody")
+    assert done.code == Exit.REFUSED and "mesh backends lists them" in done.err
+    assert (await run("drain", "service", "web0")).code == Exit.USAGE
+
+
+async def test_stop_waits_until_it_is_gone(daemon: Daemon) -> None:
+    view, run = daemon
+    done = await run("stop", "--release")
+    assert (done.code, view.released) == (0, True) and "daemon 4711 stopped" in done.out
+    done = await run("status")
+    assert done.code == Exit.UNREACHABLE
+
+
+async def test_nobody_answers(tmp_path: Path) -> None:
+    done = await mesh("status", "--state-dir", tmp_path)
+    assert done.code == Exit.UNREACHABLE and f"{tmp_path}/mesh.sock" in done.err and "mesh run" in done.err
+    assert done.err.count("\n") == 1
+
+
+async def test_what_answers_is_not_the_daemon(tmp_path: Path) -> None:
+    async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH\r\n")
+        writer.close()
+
+    server = await asyncio.start_unix_server(garbage, tmp_path / "mesh.sock")
+    async with server:
+        done = await mesh("services", "--state-dir", tmp_path)
+    assert done.code == Exit.UNREACHABLE and done.err.count("\n") == 1
+
+
+async def test_check_judges_the_configuration_that_would_run(tmp_path: Path) -> None:
+    args = ("check", "--json", "--provider", "demo", "--state-dir", tmp_path / "new", "--http-listen", "127.0.0.1:0")
+    done = await mesh(*args)
+    verdicts = {finding["what"]: finding["verdict"] for finding in done.json()}
+    assert verdicts["configuration"] == verdicts["state directory"] == verdicts["HTTP port"] == "ok"
+    assert verdicts["Docker"] == "ok"
+    assert done.code == (Exit.NOT_READY if "fail" in verdicts.values() else Exit.OK)
+    assert not (tmp_path / "new").exists()
+
+
+async def test_check_names_remedies(tmp_path: Path) -> None:
+    (tmp_path / "mesh.toml").write_text("engin = 'proxy'\n")
+    done = await mesh("check", "--config", tmp_path / "mesh.toml")
+    assert done.code == Exit.NOT_READY and "did you mean engine?" in done.out
+    file = tmp_path / "file"
+    file.touch(mode=stat.S_IRUSR)
+    done = await mesh("check", "--provider", "swarm", "--docker-host", f"unix://{file}", "--state-dir", file)
+    assert done.code == Exit.NOT_READY
+    assert f"{file} is not a directory" in done.out and "start Docker" in done.out
+    server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
+    async with server:
+        taken = server.sockets[0].getsockname()[1]
+        done = await mesh("check", "--http-listen", f"127.0.0.1:{taken}", "--json")
+    (finding,) = [f for f in done.json() if f["what"] == "HTTP port"]
+    assert finding["verdict"] == "fail" and "free one" in finding["remedy"]
+
+
+async def test_check_sees_the_running_daemon(daemon: Daemon) -> None:
+    _, run = daemon
+    done = await run("check", "--json", "--provider", "demo")
+    (finding,) = [f for f in done.json() if f["what"] == "state directory"]
+    assert finding["verdict"] == "warn" and "pid 4711" in finding["found"] and "--take-over" in finding["remedy"]
+
+
+async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
+    """The Engine's documented answers of a manager and of a worker, over a real socket."""
+    manager = True
+
+    async def version(request: web.Request) -> web.Response:
+        return web.json_response({"Version": "20.10.24", "ApiVersion": "1.41"})
+
+    async def info(request: web.Request) -> web.Response:
+        swarm = {"LocalNodeState": "active", "ControlAvailable": manager, "NodeID": "n1"}
+        return web.json_response({"Swarm": swarm})
+
+    async def services(request: web.Request) -> web.Response:
+        ports = [{"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 80, "PublishMode": "ingress"}]
+        return web.json_response([{"Endpoint": {"Ports": ports}}, {"Endpoint": {}}])
+
+    app = web.Application()
+    app.add_routes([web.get("/version", version), web.get("/info", info), web.get("/services", services)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, tmp_path / "docker.sock").start()
+    args = ("check", "--json", "--provider", "swarm", "--docker-host", f"unix://{tmp_path}/docker.sock")
+    found = {f["what"]: (f["verdict"], f["found"]) for f in (await mesh(*args)).json()}
+    assert found["Docker"] == ("ok", "Engine 20.10.24, API 1.41")
+    assert found["swarm"] == ("ok", "manager n1") and found["published ports"][1].startswith("1 published")
+    manager = False
+    done = await mesh(*args)
+    assert done.code == Exit.NOT_READY and "worker" in done.out
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("command", [None, *main.commands])
+async def test_help_teaches(command: str | None) -> None:
+    done = await mesh(*([command] if command else []), "--help")
+    assert done.code == 0 and ("Example" in done.out or command is None)
+    assert command is not None or all(name in done.out for name in main.commands)
+
+
+async def test_wrong_usage() -> None:
+    assert (await mesh("stats")).code == Exit.USAGE
+    done = await mesh("run", "--threads", "many")
+    assert done.code == Exit.USAGE and "--threads: threads must be a whole number" in done.err
