@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The parts of `mesh._fastpath`, one responsibility each: inline C-level functions, compiled into that one extension.
+
+Order of use: sys (the kernel's interface) <- types (all structs) <- select (which backend) <- proxyproto <- stream (moving
+bytes) <- tcp (connections), udp (sessions) <- worker (the loop of one thread).
+"""

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, cdivision=True
+"""UDP: a session per flow with a socket connected to its backend; datagrams move in batches, both ways.
+
+SO_REUSEPORT gives all datagrams of a flow to one thread. A reply leaves from the address that the client called.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
+from mesh.fastpath.select cimport cause_of, choose, from_sockaddr, hash_of, is_scarce, is_v4, map_v4, permitted
+from mesh.fastpath.sessions cimport (
+    session_bury, session_find, session_link, session_new, session_touch, session_unlink)
+from mesh.fastpath.sys cimport (
+    CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, EAGAIN, EINTR, EPOLLERR, EPOLLET, EPOLLIN,
+    EPOLL_CTL_ADD, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, IP_PKTINFO, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_CLOEXEC,
+    SOCK_DGRAM, SOCK_NONBLOCK, SOL_SOCKET, SO_ERROR, close, cmsghdr, connect, epoll_ctl, epoll_event, errno, fp_add,
+    fp_count, fp_load, fp_now, getsockopt, in6_pktinfo, in_pktinfo, msghdr, recvmmsg, sendmmsg, sockaddr, sockaddr_in6,
+    socket, socklen_t)
+from mesh.fastpath.types cimport (
+    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, TRIES_MOST, backend, counters, datagrams,
+    engine, frontend, listener, pair, route, session, target, worker)
+
+cdef enum:
+    ROUNDS = 4  # batches per event
+
+
+cdef inline void session_close(worker *w, session *s) noexcept nogil:
+    """No socket any more: the session's backend is gone, or the session ends."""
+    cdef counters *counts
+    if s.fd < 0:
+        return
+    close(s.fd)
+    s.fd = -1
+    counts = &s.pair.counts[w.index]
+    fp_count(&counts.closed, 1)
+    fp_count(&counts.ended, 1)
+    s.pair = NULL
+
+
+cdef inline void session_end(worker *w, session *s) noexcept nogil:
+    session_close(w, s)
+    session_unlink(w, s)
+    s.listener.sessions -= 1
+    fp_add(&w.engine.sessions, -1)
+    fp_count(&w.totals.sessions, -1)
+    session_bury(w, s)
+
+
+cdef inline bint evict(worker *w, session *keep) noexcept nogil:
+    """Make room: end the session that was silent longest."""
+    cdef session *s = w.oldest
+    if s is keep and s is not NULL:
+        s = s.newer
+    if s is NULL:
+        return False
+    session_end(w, s)
+    fp_count(&w.totals.udp_evictions, 1)
+    return True
+
+
+cdef inline int session_dial(worker *w, session *s, backend *b, pair *to) noexcept nogil:
+    """A socket to the backend. Returns 0 or the errno."""
+    cdef epoll_event event
+    cdef int error
+    cdef int fd = socket(b.address.sin6_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    if fd < 0 and is_scarce(errno) and evict(w, s):
+        fd = socket(b.address.sin6_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return errno
+    event.events = EPOLLIN | EPOLLET
+    event.data.ptr = s
+    if (connect(fd, <const sockaddr *>&b.address, b.length) != 0
+            or epoll_ctl(w.epoll, EPOLL_CTL_ADD, fd, &event) != 0):
+        error = errno
+        close(fd)
+        return error
+    s.fd = fd
+    s.pair = to
+    fp_count(&to.counts[w.index].begun, 1)
+    fp_count(&to.counts[w.index].opened, 1)
+    return 0
+
+
+cdef inline bint session_route(worker *w, session *s) noexcept nogil:
+    """Give the session its next choice. False: nobody can be reached; the datagram is dropped."""
+    cdef route *way = <route *>fp_load(&s.listener.frontend.route)
+    cdef backend *b = NULL
+    cdef target *t
+    cdef int error = 0
+    cdef int cause = FAIL_NO_BACKEND
+    cdef bint again = s.tries != 0
+    while True:
+        t = NULL
+        if s.tries <= w.engine.retries:
+            t = choose(w.engine, way, s.hash, &s.again, s.tried, s.tries, &b)
+        if t is NULL:
+            if not again:
+                fp_count(&s.listener.frontend.counts[w.index].failed[cause], 1)
+                s.tries = 0
+                s.again = 0
+                return False
+            again = False  # all were tried over the session's life: begin anew
+            s.tries = 0
+            s.again = 0
+            continue
+        s.tried[s.tries] = t.backend
+        s.tries += 1
+        s.backend = t.backend
+        error = session_dial(w, s, b, t.pair)
+        if error == 0:
+            return True
+        cause = cause_of(error)
+        fp_count(&t.pair.counts[w.index].failed[cause], 1)
+        if is_scarce(error):
+            fp_count(&s.listener.frontend.counts[w.index].failed[FAIL_LIMIT], 1)
+            return False
+
+
+cdef inline void session_refused(worker *w, session *s, int error) noexcept nogil:
+    """The backend is not there (ICMP): off it at once. The next datagram goes to the next choice."""
+    cdef counters *counts
+    if s.fd < 0:
+        return
+    counts = &s.pair.counts[w.index]
+    fp_count(&counts.failed[cause_of(error)], 1)
+    fp_count(&counts.retried, 1)
+    session_close(w, s)
+
+
+cdef inline void called_address(msghdr *m, mesh_addr *out) noexcept nogil:
+    """The address that the client called, from the control data; `out` stays as it is where there is none."""
+    cdef cmsghdr *c = CMSG_FIRSTHDR(m)
+    cdef in_pktinfo four
+    cdef in6_pktinfo six
+    while c is not NULL:
+        if c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_PKTINFO:
+            memcpy(&six, CMSG_DATA(c), sizeof(six))
+            memcpy(out.bytes, &six.ipi6_addr, 16)
+        elif c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_PKTINFO:
+            memcpy(&four, CMSG_DATA(c), sizeof(four))
+            map_v4(out, &four.ipi_addr)
+        c = CMSG_NXTHDR(m, c)
+
+
+cdef inline void set_source(msghdr *m, const session *s, char *control) noexcept nogil:
+    """Let a reply leave from the address that the client called."""
+    cdef cmsghdr *c
+    cdef in_pktinfo four
+    cdef in6_pktinfo six
+    memset(control, 0, CONTROL)
+    m.msg_control = control
+    if s.listener.six:
+        m.msg_controllen = CMSG_SPACE(sizeof(six))
+        c = CMSG_FIRSTHDR(m)
+        c.cmsg_level = IPPROTO_IPV6
+        c.cmsg_type = IPV6_PKTINFO
+        c.cmsg_len = CMSG_LEN(sizeof(six))
+        memset(&six, 0, sizeof(six))
+        memcpy(&six.ipi6_addr, s.flow.destination.bytes, 16)
+        if s.client.sin6_scope_id:
+            six.ipi6_ifindex = s.client.sin6_scope_id
+        memcpy(CMSG_DATA(c), &six, sizeof(six))
+    else:
+        m.msg_controllen = CMSG_SPACE(sizeof(four))
+        c = CMSG_FIRSTHDR(m)
+        c.cmsg_level = IPPROTO_IP
+        c.cmsg_type = IP_PKTINFO
+        c.cmsg_len = CMSG_LEN(sizeof(four))
+        memset(&four, 0, sizeof(four))
+        memcpy(&four.ipi_spec_dst, &s.flow.destination.bytes[12], 4)
+        memcpy(CMSG_DATA(c), &four, sizeof(four))
+
+
+cdef inline session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
+    """The session that a received datagram belongs to, made where it is new. NULL: it may not pass."""
+    cdef frontend *f = l.frontend
+    cdef route *way
+    cdef mesh_flow flow
+    cdef session *s
+    cdef msghdr *m = &d.messages[i].msg_hdr
+    cdef uint32_t key
+    memset(&flow, 0, sizeof(flow))
+    flow.destination = f.address
+    from_sockaddr(&d.names[i], &flow.source, &flow.source_port)
+    if f.any:
+        called_address(m, &flow.destination)
+    flow.destination_port = f.port
+    flow.protocol = 17
+    key = mesh_hash_flow(&flow)
+    s = session_find(w, &flow, key, l)
+    if s is not NULL:
+        return s
+    way = <route *>fp_load(&f.route)
+    if not permitted(way, &flow.source):
+        fp_count(&f.counts[w.index].failed[FAIL_DENIED], 1)
+        return NULL
+    while fp_add(&w.engine.sessions, 1) >= w.engine.udp_most:
+        fp_add(&w.engine.sessions, -1)
+        if not evict(w, NULL):
+            fp_count(&f.counts[w.index].failed[FAIL_LIMIT], 1)
+            return NULL
+    s = session_new(w)
+    if s is NULL:
+        fp_add(&w.engine.sessions, -1)
+        fp_count(&f.counts[w.index].failed[FAIL_LIMIT], 1)
+        return NULL
+    s.flow = flow
+    s.listener = l
+    s.hash = hash_of(way, &flow)
+    s.client = d.names[i]
+    s.client_length = m.msg_namelen
+    l.sessions += 1
+    fp_count(&w.totals.sessions, 1)
+    session_link(w, s, key)
+    return s
+
+
+cdef inline void forward(worker *w, session *s, datagrams *d, const int *which, int count) noexcept nogil:
+    """Send datagrams of the input batch to the session's backend; a refusal moves on to its next choice."""
+    cdef datagrams *out = &w.output
+    cdef int i, sent
+    cdef int done = 0
+    cdef int turns = 0
+    cdef counters *counts
+    for i in range(count):
+        memset(&out.messages[i].msg_hdr, 0, sizeof(msghdr))
+        out.vectors[i].iov_base = d.vectors[which[i]].iov_base
+        out.vectors[i].iov_len = d.messages[which[i]].msg_len
+        out.messages[i].msg_hdr.msg_iov = &out.vectors[i]
+        out.messages[i].msg_hdr.msg_iovlen = 1
+    while done < count:
+        if s.fd < 0:
+            turns += 1
+            if turns > TRIES_MOST or not session_route(w, s):
+                break
+        sent = sendmmsg(s.fd, &out.messages[done], count - done, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN or is_scarce(errno) or cause_of(errno) > 2:
+                break
+            session_refused(w, s, errno)
+            continue
+        counts = &s.pair.counts[w.index]
+        fp_count(&counts.packets_in, sent)
+        for i in range(done, done + sent):
+            fp_count(&counts.bytes_in, out.vectors[i].iov_len)
+        done += sent
+    if done < count:
+        fp_count(&w.totals.udp_dropped, count - done)
+
+
+cdef inline void prepare(datagrams *d, char *arena) noexcept nogil:
+    """Room for one batch; the kernel overwrites lengths, so every receive needs it anew."""
+    cdef int i
+    cdef msghdr *m
+    for i in range(BATCH):
+        d.vectors[i].iov_base = arena + i * DATAGRAM
+        d.vectors[i].iov_len = DATAGRAM
+        m = &d.messages[i].msg_hdr
+        m.msg_name = &d.names[i]
+        m.msg_namelen = sizeof(sockaddr_in6)
+        m.msg_iov = &d.vectors[i]
+        m.msg_iovlen = 1
+        m.msg_control = &d.control[i][0]
+        m.msg_controllen = CONTROL
+        m.msg_flags = 0
+
+
+cdef inline void on_datagrams(worker *w, listener *l) noexcept nogil:
+    """Datagrams of clients."""
+    cdef datagrams *d = &w.input
+    cdef int which[BATCH]
+    cdef int turn, i, j, got, count
+    cdef session *s
+    for turn in range(ROUNDS):
+        prepare(d, w.arena)
+        got = recvmmsg(l.fd, d.messages, BATCH, MSG_DONTWAIT, NULL)
+        if got <= 0:
+            return
+        for i in range(got):
+            s = session_of(w, l, d, i)
+            w.owner[i] = s
+            if s is NULL:
+                fp_count(&w.totals.udp_dropped, 1)
+            else:
+                session_touch(w, s)
+        for i in range(got):
+            s = w.owner[i]
+            if s is NULL:
+                continue
+            count = 0
+            for j in range(i, got):
+                if w.owner[j] is s:
+                    which[count] = j
+                    count += 1
+                    w.owner[j] = NULL
+            if s.dead:  # evicted by a later flow of this batch
+                fp_count(&w.totals.udp_dropped, count)
+            else:
+                forward(w, s, d, which, count)
+        if got < BATCH:
+            return
+
+
+cdef inline void reply(worker *w, session *s, datagrams *d, int got) noexcept nogil:
+    """Send what the backend said to the client."""
+    cdef datagrams *out = &w.output
+    cdef counters *counts = &s.pair.counts[w.index]
+    cdef msghdr *m
+    cdef int i, sent
+    cdef int done = 0
+    for i in range(got):
+        out.vectors[i].iov_base = d.vectors[i].iov_base
+        out.vectors[i].iov_len = d.messages[i].msg_len
+        m = &out.messages[i].msg_hdr
+        memset(m, 0, sizeof(msghdr))
+        m.msg_name = &s.client
+        m.msg_namelen = s.client_length
+        m.msg_iov = &out.vectors[i]
+        m.msg_iovlen = 1
+        set_source(m, s, &out.control[i][0])
+    while done < got:
+        sent = sendmmsg(s.listener.fd, &out.messages[done], got - done, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent <= 0:
+            if errno == EINTR:
+                continue
+            fp_count(&w.totals.udp_dropped, 1)  # the client's side is full, or refuses: this one is lost, as on a wire
+            if errno == EAGAIN:
+                fp_count(&w.totals.udp_dropped, got - done - 1)
+                return
+            done += 1
+            continue
+        fp_count(&counts.packets_out, sent)
+        for i in range(done, done + sent):
+            fp_count(&counts.bytes_out, out.vectors[i].iov_len)
+        done += sent
+
+
+cdef inline void on_session(worker *w, session *s, uint32_t events) noexcept nogil:
+    """Datagrams of a backend, or the news that it is not there."""
+    cdef datagrams *d = &w.input
+    cdef int got
+    if s.dead:
+        return
+    while s.fd >= 0:
+        prepare(d, w.arena)
+        got = recvmmsg(s.fd, d.messages, BATCH, MSG_DONTWAIT, NULL)
+        if got < 0:
+            if errno == EINTR:
+                continue
+            if errno != EAGAIN:
+                session_refused(w, s, errno)
+            return
+        if got == 0:
+            return
+        session_touch(w, s)
+        reply(w, s, d, got)
+        if got < BATCH and not events & EPOLLERR:
+            return
+
+
+cdef inline void sessions_expire(worker *w) noexcept nogil:
+    while w.oldest is not NULL and w.oldest.seen + w.engine.udp_idle_ns <= w.now:
+        session_end(w, w.oldest)
+
+
+cdef inline void sessions_forget(worker *w, uint32_t id) noexcept nogil:
+    """A backend is gone, or elsewhere: its sessions end now."""
+    cdef session *s = w.oldest
+    cdef session *next
+    while s is not NULL:
+        next = s.newer
+        if s.fd >= 0 and s.backend == id:
+            session_end(w, s)
+        s = next
+
+
+cdef inline void sessions_leave(worker *w, listener *l) noexcept nogil:
+    """End the sessions of a listener, or of all where it is NULL."""
+    cdef session *s = w.oldest
+    cdef session *next
+    while s is not NULL:
+        next = s.newer
+        if l is NULL or s.listener is l:
+            session_end(w, s)
+        s = next
