@@ -46,7 +46,7 @@ cdef inline int bind_reusing(int fd, backend *b, uint32_t salt) noexcept nogil:
     memset(&local, 0, sizeof(local))
     local.sin6_family = b.address.sin6_family
     for i in range(PORT_TRIES):
-        port = PORT_FIRST + <uint32_t>(((fp_now() >> 6) * 2654435761 + salt + i * 7919) % PORT_COUNT)
+        port = PORT_FIRST + <uint32_t>(((fp_now() >> 6) * 48271 + salt + <uint32_t>i * 7919) % PORT_COUNT)
         wire[0] = <uint8_t>(port >> 8)
         wire[1] = <uint8_t>port
         memcpy(&local.sin6_port, wire, 2)  # at the same place in a sockaddr_in

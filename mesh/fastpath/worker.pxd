@@ -158,8 +158,8 @@ cdef inline int64_t left(uint64_t started, uint64_t span, uint64_t now) noexcept
 
 
 cdef inline int wait_ms(worker *w) noexcept nogil:
-    """How long to sleep at most: until the first deadline, for ever where there is none."""
-    cdef int64_t nearest = 0x7fffffffffffffff
+    """How long to sleep at most: until the first deadline, a minute where there is none."""
+    cdef int64_t nearest = 60000 * <int64_t>1000000
     cdef engine *e = w.engine
     if w.ready_head is not NULL:
         return 0
@@ -173,11 +173,7 @@ cdef inline int wait_ms(worker *w) noexcept nogil:
         nearest = min(nearest, left(w.oldest.seen, e.udp_idle_ns, w.now))
     if w.paused:
         nearest = min(nearest, left(w.resume_at, 0, w.now))
-    if nearest == 0x7fffffffffffffff:
-        return -1
-    if nearest <= 0:
-        return 0
-    return <int>(min(nearest, 60000000000) // 1000000) + 1
+    return <int>(nearest // 1000000) + 1 if nearest > 0 else 0
 
 
 cdef inline void dispatch(worker *w, epoll_event *event) noexcept nogil:

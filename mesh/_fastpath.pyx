@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The user-space forwarding engine: threads that carry connections and datagrams with no Python object and no GIL.
+
+This file is what Python sees of it; the engine itself is in mesh/fastpath/*.pxd. All methods are called from one
+thread at a time, but for `Pair.read`, `Front.read` and `Engine.totals`, which any thread may call at any time.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable, mesh_addr
+from mesh.fastpath.select cimport is_v4
+from mesh.fastpath.sys cimport (
+    AF_INET, AF_INET6, close, fp_load, fp_peek, fp_store, pthread_join, sockaddr_in, sockaddr_in6)
+from mesh.fastpath.types cimport (
+    BACKENDS, BUCKETS, CAUSES, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC,
+    OP_UNLISTEN, OP_YIELD, TRIES_MOST, backend, counters, engine, frontend, listener, pair, prefix, route, target,
+    totals, worker)
+from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
+
+RETRIES_MOST = TRIES_MOST - 1
+
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **out, size_t alignment, size_t size)
+
+
+cdef counters *counters_new(uint32_t threads) except NULL:
+    cdef void *memory = NULL
+    if posix_memalign(&memory, 64, threads * sizeof(counters)) != 0:
+        raise MemoryError
+    memset(memory, 0, threads * sizeof(counters))
+    return <counters *>memory
+
+
+cdef tuple counters_sum(const counters *of, uint32_t threads):
+    """Sum over the threads; ends before beginnings, so that what is open is never negative."""
+    cdef uint64_t ended = 0, closed = 0, begun = 0, opened = 0, retried = 0
+    cdef uint64_t into = 0, out = 0, packets_in = 0, packets_out = 0, spent = 0
+    cdef uint64_t[CAUSES] failed
+    cdef uint64_t[BUCKETS] connect
+    cdef uint32_t i
+    cdef int k
+    cdef counters *c
+    memset(failed, 0, sizeof(failed))
+    memset(connect, 0, sizeof(connect))
+    for i in range(threads):
+        c = <counters *>&of[i]
+        ended += fp_peek(&c.ended)
+        closed += fp_peek(&c.closed)
+    for i in range(threads):
+        c = <counters *>&of[i]
+        opened += fp_peek(&c.opened)
+        begun += fp_peek(&c.begun)
+        retried += fp_peek(&c.retried)
+        into += fp_peek(&c.bytes_in)
+        out += fp_peek(&c.bytes_out)
+        packets_in += fp_peek(&c.packets_in)
+        packets_out += fp_peek(&c.packets_out)
+        spent += fp_peek(&c.connect_ns)
+        for k in range(CAUSES):
+            failed[k] += fp_peek(&c.failed[k])
+        for k in range(BUCKETS):
+            connect[k] += fp_peek(&c.connect[k])
+    return (begun, ended, opened, closed, retried, tuple([failed[k] for k in range(CAUSES)]), into, out, packets_in,
+            packets_out, tuple([connect[k] for k in range(BUCKETS)]), spent)
+
+
+cdef class Pair:
+    """A frontend with one backend of it: what their connections count into."""
+
+    cdef pair c
+    cdef uint32_t threads
+    cdef uint32_t routes  # published routes that name it
+    cdef Front front  # lives as long as connections of this pair may
+
+    def __cinit__(self, Front front not None):
+        self.front = front
+        self.threads = front.threads
+        self.c.counts = counters_new(self.threads)
+        front.members += 1
+
+    def __dealloc__(self):
+        free(self.c.counts)
+
+    def read(self):
+        return counters_sum(self.c.counts, self.threads)
+
+
+cdef class Front:
+    """A frontend: its route, and the counters of what never reached a backend."""
+
+    cdef frontend c
+    cdef uint32_t threads
+    cdef uint32_t listeners
+    cdef uint32_t members  # pairs of it that are not released
+    cdef list pairs  # those of the published route: they live as long as it does
+
+    def __cinit__(self, Engine owner not None, bytes address not None, uint16_t port, bint any):
+        cdef uint8_t wire[2]
+        if len(address) != 16:
+            raise ValueError("an address is 16 bytes, IPv4 as IPv4-mapped")
+        self.threads = owner.e.threads
+        self.c.counts = counters_new(self.threads)
+        memcpy(self.c.address.bytes, <const uint8_t *>address, 16)
+        wire[0] = port >> 8
+        wire[1] = port & 0xff
+        memcpy(&self.c.port, wire, 2)
+        self.c.any = any
+        self.pairs = []
+
+    def __dealloc__(self):
+        free(self.c.counts)
+        route_free(self.c.route)
+
+    def read(self):
+        return counters_sum(self.c.counts, self.threads)
+
+
+cdef void route_free(route *way) noexcept nogil:
+    if way is NULL:
+        return
+    free(way.slots)
+    free(way.targets)
+    free(way.allow)
+    free(way.deny)
+    free(way)
+
+
+cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
+    """Networks as (16 bytes, prefix length of 128)."""
+    cdef prefix *out
+    cdef bytes address
+    cdef uint32_t i
+    count[0] = len(nets)
+    if not nets:
+        return NULL
+    out = <prefix *>calloc(len(nets), sizeof(prefix))
+    if out is NULL:
+        raise MemoryError
+    for i in range(count[0]):
+        address, bits = nets[i]
+        memcpy(out[i].address.bytes, <const uint8_t *>address, 16)
+        out[i].bits = bits
+    return out
+
+
+cdef int route_index(route *way, SlotTable table, uint32_t *index) except -1:
+    """Slots as indices into the targets, so that a look-up touches four bytes a slot and owners may be renumbered."""
+    cdef uint32_t i, owner
+    way.size = table.size
+    way.slots = <uint32_t *>malloc(table.size * sizeof(uint32_t))
+    if way.slots is NULL:
+        raise MemoryError
+    with nogil:
+        for i in range(table.size):
+            owner = table.slots[i].current
+            way.slots[i] = index[owner] if owner < BACKENDS else 0
+    return 0
+
+
+cdef class Engine:
+    """The threads and all that they carry.
+
+    Args:
+        threads: how many, at least 1.
+        retries: further choices after the first, 0..RETRIES_MOST.
+        connect_timeout, idle_timeout (0: never), udp_idle_timeout: seconds.
+        udp_sessions, connections, pipes: upper bounds, all threads together.
+
+    Raises:
+        OSError: descriptors or memory for the threads cannot be had.
+    """
+
+    cdef engine e
+    cdef bint running
+    cdef uint32_t started
+    cdef set held  # Fronts and Pairs that threads may know of
+    cdef list garbage  # addresses of routes that were replaced and may still be read
+
+    def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
+                  double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes):
+        cdef uint32_t i
+        if not 1 <= threads <= 1024 or retries >= TRIES_MOST:
+            raise ValueError("threads are 1..1024, retries 0..15")
+        self.e.threads = threads
+        self.e.retries = retries
+        self.e.connect_ns = <uint64_t>(connect_timeout * 1e9)
+        self.e.idle_ns = <uint64_t>(idle_timeout * 1e9)
+        self.e.udp_idle_ns = <uint64_t>(udp_idle_timeout * 1e9)
+        self.e.udp_most = udp_sessions
+        self.e.connections_most = connections
+        self.e.pipes_most = pipes
+        self.held = set()
+        self.garbage = []
+        self.e.backends = <backend **>calloc(BACKENDS, sizeof(backend *))
+        self.e.workers = <worker **>calloc(threads, sizeof(worker *))
+        if self.e.backends is NULL or self.e.workers is NULL:
+            raise MemoryError
+        for i in range(threads):
+            self.e.workers[i] = worker_new(&self.e, i)
+            if self.e.workers[i] is NULL:
+                raise OSError("no descriptors or memory for a forwarding thread")
+        self.running = True
+        for i in range(threads):
+            if not worker_start(self.e.workers[i]):
+                raise OSError("a forwarding thread could not be started")
+            self.started += 1
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        self.stop()
+        if self.e.workers is not NULL:
+            for i in range(self.e.threads):
+                if self.e.workers[i] is not NULL:
+                    worker_free(self.e.workers[i])
+            free(self.e.workers)
+        if self.e.backends is not NULL:
+            for i in range(BACKENDS):
+                free(self.e.backends[i])
+            free(self.e.backends)
+        self.sweep()
+
+    cdef void stop(self) noexcept:
+        cdef uint32_t i
+        if not self.running:
+            return
+        self.running = False
+        with nogil:
+            for i in range(self.started):
+                post(self.e.workers[i], OP_QUIT, NULL)
+            for i in range(self.started):
+                pthread_join(self.e.workers[i].thread, NULL)
+
+    cdef void sweep(self) noexcept:
+        for address in self.garbage:
+            route_free(<route *><size_t>address)
+        self.garbage.clear()
+
+    cdef void tell(self, int op, void *argument) noexcept:
+        if self.running:
+            with nogil:
+                call(&self.e, op, argument)
+
+    def close(self):
+        """Reset what is open and end the threads; counters stay readable."""
+        self.stop()
+        self.sweep()
+
+    def put_backend(self, uint32_t owner, bytes address not None, uint16_t port):
+        """Where an owner is. Where it was elsewhere before, its UDP sessions end now."""
+        cdef backend *b
+        cdef backend *old
+        cdef sockaddr_in four
+        cdef mesh_addr mapped
+        cdef uint8_t wire[2]
+        if not MESH_OWNER_FIRST <= owner < BACKENDS or len(address) != 16:
+            raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}, or its address not 16 bytes")
+        b = <backend *>calloc(1, sizeof(backend))
+        if b is NULL:
+            raise MemoryError
+        wire[0] = port >> 8
+        wire[1] = port & 0xff
+        memcpy(mapped.bytes, <const uint8_t *>address, 16)
+        b.id = owner
+        b.near = 1
+        if is_v4(&mapped):
+            memset(&four, 0, sizeof(four))
+            four.sin_family = AF_INET
+            memcpy(&four.sin_port, wire, 2)
+            memcpy(&four.sin_addr, &mapped.bytes[12], 4)
+            memcpy(&b.address, &four, sizeof(four))
+            b.length = sizeof(four)
+        else:
+            b.address.sin6_family = AF_INET6
+            memcpy(&b.address.sin6_port, wire, 2)
+            memcpy(&b.address.sin6_addr, mapped.bytes, 16)
+            b.length = sizeof(sockaddr_in6)
+        old = <backend *>fp_load(&self.e.backends[owner])
+        fp_store(&self.e.backends[owner], b)
+        if old is not NULL:
+            self.tell(OP_FORGET, <void *><size_t>owner)
+            free(old)
+
+    def drop_backend(self, uint32_t owner):
+        """No new flows; its UDP sessions end now, its connections by themselves."""
+        cdef backend *old
+        if not MESH_OWNER_FIRST <= owner < BACKENDS:
+            raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}")
+        old = <backend *>fp_load(&self.e.backends[owner])
+        if old is NULL:
+            return
+        fp_store(&self.e.backends[owner], NULL)
+        self.tell(OP_FORGET, <void *><size_t>owner)
+        free(old)
+
+    def front(self, bytes address not None, uint16_t port, bint any):
+        """A new frontend. `port` is the one that clients call, `any`: the called address must be asked of the socket."""
+        cdef Front made = Front(self, address, port, any)
+        self.held.add(made)
+        return made
+
+    def pair(self, Front front not None):
+        """New counters for a backend of a frontend."""
+        cdef Pair made = Pair(front)
+        self.held.add(made)
+        return made
+
+    def release(self, thing not None):
+        """Forget a Pair that no route names and no connection uses, or a Front without listeners and pairs.
+
+        Returns False where it is still in use. Call `collect` between the put_route that leaves it out and this.
+        """
+        cdef Pair one
+        if thing not in self.held:
+            return True
+        if isinstance(thing, Front):
+            if (<Front>thing).listeners or (<Front>thing).members:
+                return False
+        else:
+            one = thing
+            counts = one.read()
+            if self.garbage or one.routes or counts[0] != counts[1]:
+                return False
+            one.front.members -= 1
+        self.held.discard(thing)
+        return True
+
+    def put_route(self, Front front not None, SlotTable table not None, pairs not None, *, bint by_client,
+                  bint announce, list allow not None, list deny not None):
+        """New connections of a frontend go by this table from now on.
+
+        Args:
+            pairs: Pair by owner, for every owner that may get connections; slots of others refuse.
+            by_client: hash the client's address alone.
+            announce: begin every connection with a PROXY protocol v2 header.
+            allow, deny: networks as (16 bytes, prefix length of 128).
+        """
+        cdef uint32_t *index = <uint32_t *>calloc(BACKENDS, sizeof(uint32_t))
+        cdef route *way = <route *>calloc(1, sizeof(route))
+        cdef uint32_t i = 0
+        cdef Pair one
+        cdef route *old
+        try:
+            if index is NULL or way is NULL:
+                raise MemoryError
+            way.targets = <target *>calloc(len(pairs) + 1, sizeof(target))
+            if way.targets is NULL:
+                raise MemoryError
+            for owner, one in pairs.items():
+                if not MESH_OWNER_FIRST <= owner < BACKENDS:
+                    raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}")
+                i += 1
+                way.targets[i].pair = &one.c
+                way.targets[i].backend = owner
+                index[<uint32_t>owner] = i
+            way.count = i
+            way.by_client = by_client
+            way.announce = announce
+            way.allow = prefixes_new(allow, &way.allows)
+            way.deny = prefixes_new(deny, &way.denies)
+            route_index(way, table, index)
+        except BaseException:
+            route_free(way)
+            raise
+        finally:
+            free(index)
+        old = <route *>fp_load(&front.c.route)
+        fp_store(&front.c.route, way)
+        for one in front.pairs:
+            one.routes -= 1
+        if old is not NULL:
+            self.garbage.append(<size_t>old)
+        front.pairs = list(pairs.values())
+        for one in front.pairs:
+            one.routes += 1
+
+    def collect(self):
+        """Free what was replaced, once every thread has passed through its loop."""
+        if self.garbage:
+            self.tell(OP_SYNC, NULL)
+            self.sweep()
+
+    def listen(self, Front front not None, int fd, *, bint stream, bint six, uint32_t thread):
+        """Take clients from a listening socket (it belongs to the engine from here on), in one thread."""
+        cdef listener *l = <listener *>calloc(1, sizeof(listener))
+        cdef worker *w = self.e.workers[thread % self.e.threads]
+        if l is NULL:
+            raise MemoryError
+        l.kind = KIND_LISTENER if stream else KIND_DATAGRAMS
+        l.stream = stream
+        l.six = six
+        l.fd = fd
+        l.burst = 1
+        l.frontend = &front.c
+        front.listeners += 1
+        with nogil:
+            post(w, OP_LISTEN, l)
+            await_done(w)
+
+    def unlisten(self, Front front not None):
+        """Stop at once: serve what the kernel has accepted already, then close the sockets. UDP sessions end."""
+        if front.listeners:
+            self.tell(OP_UNLISTEN, &front.c)
+            front.listeners = 0
+
+    def yield_sockets(self):
+        """Stop accepting on all frontends and leave the queues to the process that shares the sockets."""
+        self.tell(OP_YIELD, NULL)
+
+    def abort(self):
+        """Reset all connections and end all sessions."""
+        self.tell(OP_ABORT, NULL)
+
+    def totals(self):
+        """Counters and gauges of all threads by name, and how many connections and sessions there are."""
+        cdef totals sum
+        cdef totals *t
+        cdef uint32_t i
+        cdef size_t k
+        memset(&sum, 0, sizeof(sum))
+        for i in range(self.e.threads):
+            t = &self.e.workers[i].totals
+            for k in range(sizeof(totals) // sizeof(uint64_t)):
+                (<uint64_t *>&sum)[k] += fp_peek(&(<uint64_t *>t)[k])
+        return sum

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the proxy engine gets connections: its own sockets on the published ports, or nftables beside whoever has them.
+
+`bind` listens on the published port. `nft` listens on a port of the kernel's choice and lets a table of its own change
+the destination port (never the address, so that the called address stays what it was) of new flows to local addresses,
+ahead of Docker's rules. Connection tracking keeps established flows where they are, in both directions of a change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import ipaddress
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.errors import DatapathError
+from mesh.model import ANY_ADDRESS, Frontend, Protocol
+
+PRIORITY: Final = -110  # ahead of Docker's chains, which are at dstnat, -100
+BACKLOG: Final = 4096
+RECEIVE_BUFFER: Final = 4 << 20
+KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+IPV6_RECVPKTINFO: Final = 49
+IP_PKTINFO: Final = 8
+
+
+@dataclass(slots=True)
+class Opened:
+    """Listening sockets of one frontend. `port` is where they listen; `redirected` where nftables leads there."""
+
+    sockets: list[socket.socket]
+    port: int
+    redirected: bool
+
+
+def table_name(state_dir: str) -> str:
+    """The nftables table of this instance: one state directory, one daemon, one table."""
+    return f"mesh_{hashlib.sha256(state_dir.encode()).hexdigest()[:8]}"
+
+
+def listening_socket(frontend: Frontend, port: int) -> socket.socket:
+    """A bound socket (listening, for TCP) that shares its port with the other threads' (SO_REUSEPORT).
+
+    Raises:
+        OSError: as socket() and bind() say.
+    """
+    kind = socket.SOCK_STREAM if frontend.protocol is Protocol.TCP else socket.SOCK_DGRAM
+    family = socket.AF_INET6 if frontend.address.version == 6 else socket.AF_INET
+    host = str(frontend.address)
+    try:
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        if frontend.address != ANY_ADDRESS or error.errno != errno.EAFNOSUPPORT:
+            raise
+        family, host = socket.AF_INET, str(ipaddress.IPv4Address(0))  # a host without IPv6
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, frontend.address != ANY_ADDRESS)
+        if kind == socket.SOCK_STREAM:
+            # Accepted sockets inherit these, at no system call each.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEP_ALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+            else:
+                sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        sock.bind((host, port))
+        if kind == socket.SOCK_STREAM:
+            sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listening_sockets(frontend: Frontend, port: int, count: int) -> list[socket.socket]:
+    """`count` sockets on one port; port 0: the kernel chooses it for the first, the others share it."""
+    made: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            made.append(listening_socket(frontend, port))
+            port = made[0].getsockname()[1]
+    except OSError:
+        for sock in made:
+            sock.close()
+        raise
+    return made
+
+
+def why(frontend: Frontend, error: OSError) -> DatapathError:
+    """One sentence for a port that cannot be had."""
+    where = f"frontend {frontend}"
+    if error.errno == errno.EADDRINUSE:
+        return DatapathError(
+            "another process listens on this port",
+            where=where,
+            remedy='stop it (ss -lntup names it), or set intercept = "nft"',
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return DatapathError(
+            "no permission to listen on this port", where=where, remedy="run as root, or grant CAP_NET_BIND_SERVICE"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return DatapathError(
+            "this node does not have the address", where=where, remedy="publish on an address of the node, or on all"
+        )
+    return DatapathError(f"cannot listen: {error.strerror}", where=where)
+
+
+class NftTable:
+    """Our nftables table. Every change replaces it whole in one transaction."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rules: tuple[str, ...] | None = None
+
+    @staticmethod
+    def usable() -> bool:
+        """Whether the nft command is there and may list the ruleset."""
+        if shutil.which("nft") is None:
+            return False
+        done = subprocess.run(["nft", "list", "tables"], capture_output=True, check=False, timeout=10)
+        return done.returncode == 0
+
+    def replace(self, ports: Mapping[Frontend, int]) -> None:
+        """Redirect exactly these frontends to these ports. None: the hooks stay, so that established flows go on.
+
+        Raises:
+            DatapathError: nft refused; what was there before is still there.
+        """
+        rules = tuple(self._rules_of(ports))
+        if rules == self._rules:
+            return
+        chains = "".join(
+            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
+            + "".join(f"    {rule}\n" for rule in rules)
+            + "  }\n"
+            for hook in ("prerouting", "output")
+        )
+        self._run(f"table inet {self.name}\ndelete table inet {self.name}\ntable inet {self.name} {{\n{chains}}}\n")
+        self._rules = rules
+
+    def delete(self) -> None:
+        """Take the table away. Where nobody else uses NAT on this host, flows that it redirected end."""
+        self._run(f"table inet {self.name}\ndelete table inet {self.name}\n")
+        self._rules = None
+
+    @staticmethod
+    def _rules_of(ports: Mapping[Frontend, int]) -> Iterable[str]:
+        for protocol in Protocol:
+            chosen = {f: port for f, port in sorted(ports.items()) if f.protocol is protocol}
+            for frontend, port in chosen.items():
+                if frontend.address != ANY_ADDRESS:
+                    family = "ip6" if frontend.address.version == 6 else "ip"
+                    yield f"{family} daddr {frontend.address} {protocol} dport {frontend.port} dnat to :{port}"
+            pairs = ", ".join(f"{f.port} : {port}" for f, port in chosen.items() if f.address == ANY_ADDRESS)
+            if pairs:
+                yield f"fib daddr type local meta l4proto {protocol} dnat to :{protocol} dport map {{ {pairs} }}"
+
+    def _run(self, script: str) -> None:
+        try:
+            done = subprocess.run(
+                ["nft", "-f", "-"], input=script, text=True, capture_output=True, check=False, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise DatapathError(
+                f"cannot run nft: {error}", remedy='install nftables, or set intercept = "bind"'
+            ) from None
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            raise DatapathError(f"nft refused the table: {lines[0]}", where=f"nftables table inet {self.name}")
+
+
+class Interceptor:
+    """Opens and keeps the listening sockets of frontends.
+
+    Args:
+        mode: "bind", "nft", or "auto": nft on a Docker host where it works, else bind; a port that is taken is then
+            had by nft.
+        docker_host: dockerd runs here, so that its own rules and sockets may have the ports.
+        threads: sockets per frontend at least.
+        table: name of the nftables table.
+        inherited: sockets of an earlier process; ownership passes to the interceptor.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        *,
+        docker_host: bool,
+        threads: int,
+        table: str,
+        inherited: Mapping[Frontend, Sequence[int]] | None = None,
+    ) -> None:
+        self._mode = mode
+        self._threads = threads
+        self._table = NftTable(table)
+        self._can_nft = mode != "bind" and NftTable.usable()
+        if mode == "nft" and not self._can_nft:
+            raise DatapathError(
+                "nftables cannot be used", remedy='install nft and run with CAP_NET_ADMIN, or set intercept = "bind"'
+            )
+        self._prefer_nft = mode == "nft" or (mode == "auto" and docker_host and self._can_nft)
+        self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
+        self._opened: dict[Frontend, Opened] = {}
+        self._touched = False
+        self._yielded = False
+        self.notes: dict[Frontend, str] = {}
+        if self._can_nft and not any(self._is_redirected(f, s) for f, s in self._inherited.items()):
+            self._table.delete()  # left behind by a process that was killed
+
+    def listen(self, frontend: Frontend) -> Opened:
+        """The sockets of a frontend, opened now if they are not open yet. Redirection begins with `commit`.
+
+        Raises:
+            DatapathError: the port cannot be had; says why.
+        """
+        if frontend not in self._opened:
+            self._opened[frontend] = self._adopt(frontend) or self._open(frontend)
+        return self._opened[frontend]
+
+    def forget(self, frontend: Frontend) -> None:
+        """Redirect no more (with the next `commit`); the sockets are the caller's to close."""
+        self._opened.pop(frontend, None)
+        self.notes.pop(frontend, None)
+
+    def commit(self) -> None:
+        """Bring nftables in line.
+
+        Raises:
+            DatapathError: nft refused; what was redirected before still is.
+        """
+        ports = {f: o.port for f, o in self._opened.items() if o.redirected}
+        if ports or self._touched:
+            self._touched = True
+            self._table.replace(ports)
+
+    def drop_inherited(self) -> None:
+        """Close inherited sockets that no frontend has asked for."""
+        for sockets in self._inherited.values():
+            for sock in sockets:
+                sock.close()
+        self._inherited.clear()
+
+    def hand_back(self) -> None:
+        """Redirect nothing any more, but keep the hooks that established flows need."""
+        if self._touched and not self._yielded:
+            self._table.replace({})
+
+    def yield_table(self) -> None:
+        """Another process has taken the table over."""
+        self._yielded = True
+
+    def close(self) -> None:
+        self.drop_inherited()
+        self._opened.clear()
+        if self._touched and not self._yielded:
+            with contextlib.suppress(DatapathError):
+                self._table.delete()
+
+    @staticmethod
+    def _is_redirected(frontend: Frontend, sockets: Sequence[socket.socket]) -> bool:
+        return bool(sockets) and sockets[0].getsockname()[1] != frontend.port
+
+    def _adopt(self, frontend: Frontend) -> Opened | None:
+        sockets = self._inherited.pop(frontend, None)
+        if not sockets:
+            return None
+        port: int = sockets[0].getsockname()[1]
+        missing = self._threads - len(sockets)
+        if missing > 0:
+            with contextlib.suppress(OSError):  # fewer threads then take connections
+                sockets.extend(listening_sockets(frontend, port, missing))
+        return Opened(sockets, port, port != frontend.port)
+
+    def _open(self, frontend: Frontend) -> Opened:
+        try:
+            if not self._prefer_nft:
+                try:
+                    return Opened(listening_sockets(frontend, frontend.port, self._threads), frontend.port, False)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or not self._can_nft:
+                        raise
+                    self.notes[frontend] = (
+                        f"frontend {frontend}: another process listens on this port; its new connections are "
+                        "redirected to the mesh by nftables"
+                    )
+            sockets = listening_sockets(frontend, 0, self._threads)
+            return Opened(sockets, sockets[0].getsockname()[1], True)
+        except OSError as error:
+            raise why(frontend, error) from None
