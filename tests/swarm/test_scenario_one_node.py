@@ -281,6 +281,23 @@ def test_killed_daemon_starts_again(site: Site) -> None:
     assert set(report.identities) == tasks
 
 
+def test_take_over_refuses_nobody(site: Site) -> None:
+    """A new process takes the ports over from the running one under load: 0 of 20,000 new connections fail."""
+    site.swarm.create("web", replicas=4, publish=[f"{WEB}:8080"])
+    site.up(4)
+    old = site.daemon.process
+    with site.load("-n", "20000", "-c", "64", "-r", "1000") as fresh, site.load("-c", "50", "-k", "200") as kept:
+        kept.wait_ready()
+        wait_for(lambda: opened(site) > 4000, "load under way")
+        site.daemon.start("--take-over")
+        established = kept.stop()
+        new = fresh.wait()
+    assert old.wait(60) == 0
+    assert (new.ok, new.failures) == (20000, ())
+    assert (established.ok, established.failures) == (50, ())
+    assert site.daemon.process.poll() is None
+
+
 def test_nothing_is_left_on_the_node(site: Site) -> None:
     """After SIGTERM: no rules, no listener, no process; and the next start serves again."""
     site.swarm.create("web", replicas=2, publish=[f"{WEB}:8080"])

@@ -24,6 +24,8 @@ STDLIB_ONLY = {"mesh.model", "mesh.errors"}
 def part(module: str) -> str:
     """What a module belongs to: `mesh.swarm.api` to swarm, `mesh.agent_socket` to agent, `mesh.log` to log."""
     names = module.split(".")
+    if names[-1] == "__main__":
+        return names[-1]
     return re.split(r"(?<=.)_", names[1])[0] if len(names) > 1 else ""
 
 
@@ -32,12 +34,12 @@ def layer(module: str) -> int:
         return 0
     if module in CONTRACTS:
         return 1
-    return {"agent": 4, "cli": 5}.get(part(module), 3 if part(module) in SIBLINGS else 2)
+    return {"agent": 4, "cli": 5, "__main__": 5}.get(part(module), 3 if part(module) in SIBLINGS else 2)
 
 
 def is_extension(module: str) -> bool:
     """Of the compiled part: `mesh._bpf`, `mesh._libbpf`, `mesh.fastpath.*`."""
-    return module.split(".")[1:2] == ["fastpath"] or module.startswith("mesh._")
+    return module.split(".")[1:2] == ["fastpath"] or bool(re.match(r"mesh\._[a-z]", module))
 
 
 def name_of(path: Path) -> str:
