@@ -25,7 +25,16 @@ def programs() -> list[dict[str, Any]]:
 def control_plane() -> list[dict[str, Any]]:
     """The control plane's micro-benchmarks (test_control_plane.py), by pytest-benchmark."""
     path = OUT / "control.json"
-    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable-gc"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-disable-gc",
+        "--benchmark-max-time=0.5",
+    ]
     argv += [f"--benchmark-json={path}", "bench/test_control_plane.py"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=OUT.parents[1])
     if done.returncode:
