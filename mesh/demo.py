@@ -68,10 +68,10 @@ class DemoProvider:
         """Start the backends, all on one port. Returns it."""
         target = _free_port([str(address) for address in ADDRESSES], 18080)
         for index, address in enumerate(ADDRESSES):
-            runner = web.AppRunner(_backend(f"demo.{index + 1}"), access_log=None)
+            runner = web.AppRunner(_backend(f"demo.{index + 1}"), access_log=None, shutdown_timeout=1.0)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await web.TCPSite(runner, str(address), target, shutdown_timeout=1.0).start()
+            await web.TCPSite(runner, str(address), target).start()
         return target
 
 

@@ -181,6 +181,9 @@ FAMILIES: Final = (
 
 ENGINE_HELP: Final = {
     "threads": "Forwarding threads of the proxy engine.",
+    "relay_sources_lost": "Times that this worker lost the manager it got its services from.",
+    "relay_snapshots_for_slow_nodes": "Whole inventories that a manager sent because a worker fell behind.",
+    "relay_bytes_sent": "Bytes that this manager's relay sent to workers.",
 }
 """Help of what engines report themselves (Stats.gauges and Stats.totals), by name without `mesh_` and `_total`."""
 
