@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The static file: what it says, where it is wrong, and that a broken edit changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.config import Config
+from mesh.errors import ConfigError, ProviderError
+from mesh.model import Affinity, Intent, Inventory, ProbeKind, Protocol, PublishedPort
+from mesh.static import StaticProvider, parse_static
+
+GOOD = """\
+[[services]]
+name = "web"
+[services.options]
+affinity = "client-ip"
+table-size = 65537
+health = "http:/ready"
+health-interval = "500ms"
+allow = ["10.0.0.0/8", "2001:db8::/32"]
+[[services.ports]]
+published = 8000
+target = 8080
+[[services.ports]]
+published = 53
+target = 5353
+protocol = "udp"
+address = "192.0.2.1"
+[[services.backends]]
+name = "b"
+address = "10.0.0.2"
+draining = true
+[[services.backends]]
+name = "a"
+address = "2001:db8::1"
+port = 81
+weight = 3
+
+[[services]]
+name = "api"
+ports = [{ published = 8001, target = 80 }]
+options = { enable = false, health = { check = "tcp", rise = 1 } }
+"""
+
+
+def test_a_file_becomes_an_inventory() -> None:
+    found = parse_static(GOOD, "x.toml")
+    api, web = found.services
+    assert web.ports == (
+        PublishedPort(53, 5353, Protocol.UDP, ipaddress.ip_address("192.0.2.1")),
+        PublishedPort(8000, 8080, Protocol.TCP),
+    )
+    assert (web.options.affinity, web.options.table_size) == (Affinity.CLIENT_IP, 65537)
+    assert (web.options.health.kind, web.options.health.path) == (ProbeKind.HTTP, "/ready")
+    assert web.options.health.interval == 0.5
+    assert [str(n) for n in web.options.allow] == ["10.0.0.0/8", "2001:db8::/32"]
+    assert not api.options.enable
+    assert api.options.health.rise == 1
+    a, b = found.backends
+    assert (a.id, a.service, a.port, a.weight, a.intent) == ("web/a", web.id, 81, 3, Intent.ACTIVE)
+    assert (b.id, str(b.address), b.port, b.intent) == ("web/b", "10.0.0.2", 0, Intent.DRAINING)
+    assert found.source == "static"
+
+
+def test_an_empty_file_is_an_empty_inventory() -> None:
+    assert parse_static("", "x.toml") == Inventory(source="static")
+
+
+@pytest.mark.parametrize(
+    ("edit", "line", "said"),
+    [
+        (("target = 8080", "target = 808000"), 11, "65535"),
+        (("target = 8080", "targt = 8080"), 11, "did you mean target?"),
+        (("target = 8080", "target = "), 11, "no TOML"),
+        (("published = 53", 'published = "53"'), 13, "Expected `int`"),
+        (("published = 8001", "published = 8000"), 29, "already published by service web"),
+        (('protocol = "udp"', 'protocol = "sctp"'), 15, "sctp"),
+        (('affinity = "client-ip"', 'affinity = "sticky"'), 4, "one of: client-ip, flow"),
+        (('affinity = "client-ip"', 'afinity = "flow"'), 4, "did you mean affinity?"),
+        (('health-interval = "500ms"', 'health-interval = "500"'), 7, "duration"),
+        (('"10.0.0.0/8"', '"10.0.0.0/33"'), 8, "networks"),
+        (("table-size = 65537", "table-size = 65536"), 5, "16381"),
+        (("table-size = 65537", "table-size = [1]"), 5, "neither text"),
+        (('address = "10.0.0.2"', 'address = "10.0.0.2:80"'), 19, "no address"),
+        (('address = "10.0.0.2"', 'address = "0.0.0.0"'), 19, "cannot be connected to"),
+        (('name = "a"', 'name = "b"'), 22, "another backend b"),
+        (('name = "a"', 'name = "a b"'), 22, "regex"),
+        (("weight = 3", "weight = -1"), 25, ">= 0"),
+        (('name = "api"', 'name = "web"'), 28, "another service web"),
+        (('[[services]]\nname = "api"', '[[service]]\nname = "api"'), 27, "did you mean services?"),
+    ],
+)
+def test_an_error_names_line_and_remedy(edit: tuple[str, str], line: int, said: str) -> None:
+    broken = GOOD.replace(*edit, 1)
+    with pytest.raises(ProviderError) as caught:
+        parse_static(broken, "x.toml")
+    assert said in str(caught.value)
+    assert caught.value.where == f"x.toml:{line}"
+
+
+@given(st.text(alphabet=GOOD + "\"'[]{}=.#\n") | st.text())
+def test_any_text_gives_an_inventory_or_an_error(text: str) -> None:
+    with contextlib.suppress(ProviderError):
+        parse_static(text, "x.toml")
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(0, 40), st.text(max_size=8))
+def test_any_edit_gives_an_inventory_or_an_error(at: int, length: int, text: str) -> None:
+    with contextlib.suppress(ProviderError):
+        parse_static(GOOD[:at] + text + GOOD[at + length :], "x.toml")
+
+
+class Follower:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.provider = StaticProvider(Config(static_file=str(path)))
+        self.inventories: list[Inventory] = []
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(30):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    def replace(self, text: str) -> None:
+        """As editors do: another file takes the name."""
+        draft = self.path.with_suffix(".new")
+        draft.write_text(text)
+        os.replace(draft, self.path)  # noqa: PTH105
+
+
+@contextlib.asynccontextmanager
+async def following(path: Path) -> AsyncIterator[Follower]:
+    follower = Follower(path)
+    task = asyncio.create_task(follower.provider.run(follower.inventories.append))
+    try:
+        yield follower
+        assert not task.done()
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_changes_are_followed_and_broken_edits_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "services.toml"
+    path.write_text(GOOD)
+    async with following(path) as follower:
+        status = follower.provider.status
+        await follower.until(lambda: len(follower.inventories) == 1)
+        assert status().connected
+        follower.replace(GOOD.replace("weight = 3", "weight = x"))
+        await follower.until(lambda: status().error)
+        assert f"{path}:25" in status().error
+        assert not status().connected
+        assert len(follower.inventories) == 1
+        path.unlink()
+        await follower.until(lambda: "No such file" in status().error)
+        follower.replace(GOOD.replace("weight = 3", "weight = 4"))
+        await follower.until(lambda: len(follower.inventories) == 2)
+        assert follower.inventories[-1].backends[0].weight == 4
+        await follower.until(lambda: status().connected)
+
+
+async def test_reload_reads_at_once_and_publishes_only_changes(tmp_path: Path) -> None:
+    path = tmp_path / "services.toml"
+    path.write_text(GOOD)
+    async with following(path) as follower:
+        await follower.until(lambda: follower.inventories)
+        path.write_text(GOOD + "# nothing new\n")
+        follower.provider.reload()
+        await asyncio.sleep(0.3)
+        assert len(follower.inventories) == 1
+        path.write_text("")
+        follower.provider.reload()
+        await follower.until(lambda: follower.inventories[-1] == Inventory(source="static"))
+
+
+async def test_a_file_that_is_not_there_is_said_and_awaited(tmp_path: Path) -> None:
+    path = tmp_path / "services.toml"
+    async with following(path) as follower:
+        await follower.until(lambda: follower.provider.status().error)
+        assert follower.provider.status().age_seconds is None
+        path.write_bytes(b"name = '\xff'\n")
+        await follower.until(lambda: "not UTF-8" in follower.provider.status().error)
+        path.write_text(GOOD)
+        await follower.until(lambda: follower.inventories)
+
+
+def test_no_file_configured() -> None:
+    with pytest.raises(ConfigError, match="static_file"):
+        StaticProvider(Config())
