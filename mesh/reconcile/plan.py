@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from typing import Final
 
 from mesh._maglev import SlotTable, backend_seed
@@ -23,6 +24,7 @@ from mesh.model import DesiredState, Frontend, FrontendState, Target
 
 MAX_BACKENDS: Final = 65536  # MESH_MAX_BACKENDS of abi.h: ids are below it
 MAX_FRONTENDS: Final = 16384  # MESH_MAX_FRONTENDS
+_NEVER: Final = -1  # a weight that no target has
 
 
 def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset()) -> Plan:
@@ -67,6 +69,22 @@ def settle(applied: Applied, due: Collection[Frontend]) -> Plan:
     used = {owner for entry in frontends.values() for owner in entry.backends}
     backends = {key: entry for key, entry in applied.backends.items() if entry.id in used}
     return _steps(applied, applied.generation, frontends, backends)
+
+
+def doubtful(applied: Applied, failed: Plan) -> Applied:
+    """What an engine may hold after `failed` was carried out to an unknown part: whatever it touched is due again.
+
+    Both ends of every step are in it, so that the next plan, whatever is desired by then, puts or drops each thing
+    that was touched and gives no id of it to anybody else.
+    """
+    backends = dict(applied.backends) | {entry.key: entry for entry in failed.put_backends}
+    for touched in (*failed.put_backends, *failed.drop_backends):
+        backends[touched.key] = replace(touched, target=replace(touched.target, weight=_NEVER))
+    frontends = dict(applied.frontends) | {entry.state.frontend: entry for entry in failed.put_frontends}
+    for frontend in (*(entry.state.frontend for entry in failed.put_frontends), *failed.drop_frontends):
+        entry = frontends[frontend]
+        frontends[frontend] = replace(entry, state=replace(entry.state, service_name=""))
+    return Applied(applied.generation, frontends, backends)
 
 
 def key_of(state: FrontendState, target: Target) -> BackendKey:

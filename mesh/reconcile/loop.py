@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one writer: whatever changes marks the loop dirty; it composes, guards, plans and applies, on a worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
+
+import structlog
+
+from mesh.config import Config
+from mesh.datapath.base import Applied, Datapath, Plan
+from mesh.errors import DatapathError
+from mesh.model import DesiredState, Frontend, HealthView, Inventory
+from mesh.reconcile.compose import Drained, compose
+from mesh.reconcile.guard import FOREVER, Guarded, Held, guard
+from mesh.reconcile.plan import doubtful, plan, settle
+
+COALESCE: Final = 0.01  # seconds from the first change to its apply: what comes meanwhile costs nothing more
+BACKOFF: Final = (0.2, 30.0)  # seconds until a failed apply is tried again: first, most; doubled each time
+RESERVED_PLANS: Final = 16  # an id freed by one of so many plans is not given out again
+
+_Result = TypeVar("_Result")
+log = structlog.get_logger("mesh.reconcile")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All inputs of compose, and what came out behind the guard."""
+
+    inventory: Inventory = field(default_factory=Inventory)
+    health: HealthView = field(default_factory=HealthView)
+    drained: Drained = field(default_factory=Drained)
+    desired: DesiredState = field(default_factory=DesiredState)
+
+
+@dataclass(slots=True)
+class Counts:
+    """How applying goes; the `apply` key of AgentView.state."""
+
+    count: int = 0
+    failed: int = 0
+    last_seconds: float = 0.0
+    last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What one step starts from: nothing of it changes while the worker has it."""
+
+    picture: Picture  # `desired` is that of the step before
+    config: Config
+    held: Mapping[Held, float]
+    applied: Applied
+    reserved: frozenset[int]
+    settling: Sequence[Frontend]
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    guarded: Guarded
+    plan: Plan
+    applied: Applied
+    seconds: float
+    error: str = ""
+    complete: bool = True  # all of the plan is held now
+    problems: tuple[str, ...] = ()
+
+
+OnChange = Callable[[Picture, Picture], None]
+
+
+class Reconciler:
+    """Brings an engine to what inventory, health and the operator say, and keeps it there.
+
+    All methods are called on the event loop. Nothing is applied before the first inventory, so nothing that an engine
+    adopted is removed because nothing is known yet.
+
+    Args:
+        datapath: opened by `open`, and used from one worker thread only.
+        on_change: called on the event loop with the picture before and after, whenever what should be served, or why,
+            has changed; must not block.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        datapath: Datapath,
+        config: Config,
+        *,
+        on_change: OnChange = lambda before, after: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.datapath = datapath
+        self.applied = Applied()
+        self.picture = Picture()
+        self.counts = Counts()
+        self.problems: tuple[str, ...] = ()  # the engine's
+        self._config = config
+        self._inventory: Inventory | None = None
+        self._health = HealthView()
+        self._drained = Drained()
+        self._on_change = on_change
+        self._clock = clock
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-apply")
+        self._dirty = asyncio.Event()
+        self._held: Mapping[Held, float] = {}
+        self._freed: deque[frozenset[int]] = deque(maxlen=RESERVED_PLANS)
+        self._changed: dict[Frontend, float] = {}  # when a table last changed
+        self._retry_at = FOREVER
+        self._failures = 0
+        self._settled = asyncio.Event()
+
+    @property
+    def known(self) -> bool:
+        """Whether there was an inventory yet."""
+        return self._inventory is not None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all that is known is applied."""
+        return self.known and not self._dirty.is_set() and self._settled.is_set()
+
+    def publish(self, inventory: Inventory) -> None:
+        """Take a provider's inventory."""
+        self._inventory = inventory
+        self._mark()
+
+    def set_health(self, health: HealthView) -> None:
+        self._health = health
+        self._mark()
+
+    def set_drained(self, drained: Drained) -> None:
+        self._drained = drained
+        self._mark()
+
+    def set_config(self, config: Config) -> None:
+        self._config = config
+        self._mark()
+
+    def _mark(self) -> None:
+        self._dirty.set()
+
+    async def on_worker(self, function: Callable[..., _Result], *args: object) -> _Result:
+        """Call something of the engine on its thread; it is waited for even if the caller is cancelled."""
+        future = asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    async def open(self) -> Applied:
+        """Open the engine; what it adopted from an earlier process is where the first plan starts from.
+
+        Raises:
+            DatapathError: it cannot run here.
+        """
+        self.applied = await self.on_worker(self.datapath.open)
+        states = {frontend: entry.state for frontend, entry in self.applied.frontends.items()}
+        self.picture = replace(self.picture, desired=DesiredState(self.applied.generation, states))
+        self._changed = dict.fromkeys(states, self._clock())
+        return self.applied
+
+    async def run(self) -> None:
+        """Follow changes until cancelled. Errors stay in here, are shown in `counts`, and are retried."""
+        while True:
+            await self._wait()
+            await asyncio.sleep(COALESCE)
+            self._dirty.clear()
+            if self._inventory is None:
+                continue
+            now = self._clock()
+            picture = Picture(self._inventory, self._health, self._drained, self.picture.desired)
+            reserved = frozenset().union(*self._freed)
+            task = _Task(picture, self._config, self._held, self.applied, reserved, self._due(now), now)
+            self._settled.clear()
+            self._take(picture, await self.on_worker(self._step, task))
+
+    async def _wait(self) -> None:
+        """Until something changed, or time has come for what was put off."""
+        until = min(self._retry_at, self._next_settling(), min(self._held.values(), default=FOREVER))
+        if until < FOREVER:
+            try:
+                async with asyncio.timeout(max(until - self._clock(), 0.0)):
+                    await self._dirty.wait()
+            except TimeoutError:
+                return
+        else:
+            await self._dirty.wait()
+
+    def _step(self, task: _Task) -> _Outcome:
+        """Compose, guard, plan and apply. On the worker thread; touches nothing of the loop's own."""
+        start = time.perf_counter()
+        picture, applied = task.picture, task.applied
+        composed = compose(picture.inventory, picture.health, picture.drained, task.config)
+        previous = picture.desired
+        guarded = guard(previous, composed, task.held, health=picture.health, now=task.now, config=task.config)
+        same = guarded.desired.frontends == previous.frontends
+        desired = replace(guarded.desired, generation=previous.generation + (not same))
+        guarded = replace(guarded, desired=desired)
+        step, error, complete = Plan(desired.generation, result=applied), "", True
+        try:
+            step = plan(applied, desired, task.reserved)
+            if step.empty and task.settling:
+                step = settle(applied, task.settling)
+            if not step.empty:
+                applied = self.datapath.apply(step)
+                complete = applied is step.result or plan(applied, desired, task.reserved).empty
+        except Exception as failure:
+            error = str(failure) if isinstance(failure, DatapathError) else f"{type(failure).__name__}: {failure}"
+            applied = doubtful(applied, step)
+        problems = tuple(self.datapath.problems())
+        return _Outcome(guarded, step, applied, time.perf_counter() - start, error, complete and not error, problems)
+
+    def _take(self, picture: Picture, outcome: _Outcome) -> None:
+        before, self.picture = self.picture, replace(picture, desired=outcome.guarded.desired)
+        self._held = outcome.guarded.held
+        self.applied = outcome.applied
+        for message in outcome.guarded.messages:
+            log.warning("guard", message=message)
+        now = self._clock()
+        if not outcome.plan.empty or outcome.error:
+            self._count(outcome)
+        for entry in outcome.plan.put_frontends:
+            self._changed[entry.state.frontend] = now
+        for frontend in outcome.plan.drop_frontends:
+            self._changed.pop(frontend, None)
+        self._freed.append(frozenset(entry.id for entry in outcome.plan.drop_backends))
+        for problem in outcome.problems:
+            if problem not in self.problems:
+                log.error("not served as asked", problem=problem)
+        self.problems = outcome.problems
+        if outcome.complete:
+            self._failures, self._retry_at = 0, FOREVER
+        else:
+            first, most = BACKOFF
+            self._retry_at = now + min(first * 2**self._failures, most)
+            self._failures = min(self._failures + 1, 16)
+        self._settled.set()
+        if self.picture != before:
+            self._on_change(before, self.picture)
+
+    def _count(self, outcome: _Outcome) -> None:
+        self.counts.count += 1
+        self.counts.last_seconds = outcome.seconds
+        if outcome.error and outcome.error != self.counts.last_error:
+            log.error("apply failed; what was applied before serves on", error=outcome.error)
+        elif self.counts.last_error and not outcome.error:
+            log.info("apply works again", failed=self.counts.failed)
+        self.counts.failed += bool(outcome.error)
+        self.counts.last_error = outcome.error
+
+    def _settles_at(self, frontend: Frontend) -> float:
+        return self._changed.get(frontend, 0.0) + self._config.transition_calm
+
+    def _next_settling(self) -> float:
+        if not self._config.transition_calm:
+            return FOREVER
+        tracked = (f for f, entry in self.applied.frontends.items() if entry.table.tracked)
+        return min((self._settles_at(f) for f in tracked), default=FOREVER)
+
+    def _due(self, now: float) -> list[Frontend]:
+        if not self._config.transition_calm:
+            return []
+        return [f for f, e in self.applied.frontends.items() if e.table.tracked and self._settles_at(f) <= now]
+
+    async def close(self, *, release: bool) -> None:
+        """Close the engine, after `run` was cancelled."""
+        await self.on_worker(lambda: self.datapath.close(release=release))
+        self._worker.shutdown(wait=False)
