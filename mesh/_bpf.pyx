@@ -356,6 +356,17 @@ cdef class Program(Handle):
             raise failure(fd, "open program", f"with id {id}")
         return Program.own(fd)
 
+    @staticmethod
+    def passing():
+        """A tc program that passes every packet on, to find out whether attaching works."""
+        cdef int fd
+        mesh_log_start()
+        with nogil:
+            fd = mesh_passing()
+        if fd < 0:
+            raise failure(fd, "load", "an empty program", log=True)
+        return Program.own(fd)
+
     def statistics(self):
         """(nanoseconds, runs) while `Statistics` were on."""
         cdef bpf_prog_info info
@@ -483,6 +494,15 @@ def tc_detach(int ifindex, bint ingress, uint32_t handle, uint32_t priority):
     with nogil:
         err = mesh_tc(-1, ifindex, ingress, handle, priority, 0, &created)
     return err == 0
+
+
+def tc_clear(int ifindex):
+    """Remove the clsact qdisc with all its filters."""
+    cdef int err
+    with nogil:
+        err = mesh_tc_clear(ifindex)
+    if err:
+        raise failure(err, "remove", f"clsact of interface {ifindex}")
 
 
 def tc_program(int ifindex, bint ingress, uint32_t handle, uint32_t priority):

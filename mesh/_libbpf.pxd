@@ -90,6 +90,21 @@ cdef extern from *:
         opts.flags = BPF_TC_F_REPLACE;
         return bpf_tc_attach(&hook, &opts);
     }
+    static int mesh_passing(void)
+    {
+        const struct bpf_insn code[] = {
+            {.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0, .imm = -1}, /* TC_ACT_UNSPEC */
+            {.code = BPF_JMP | BPF_EXIT},
+        };
+
+        return bpf_prog_load(BPF_PROG_TYPE_SCHED_CLS, "mesh_passing", "Dual BSD/GPL", code, 2, NULL);
+    }
+    static int mesh_tc_clear(int ifindex)
+    {
+        LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = BPF_TC_INGRESS | BPF_TC_EGRESS);
+
+        return bpf_tc_hook_destroy(&hook);
+    }
     static int mesh_tc_program(int ifindex, int ingress, __u32 handle, __u32 priority, __u32 *id)
     {
         LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex,
@@ -164,6 +179,8 @@ cdef extern from *:
     int mesh_batch_update(int fd, const void *keys, const void *values, uint32_t *count) nogil
     int mesh_batch_delete(int fd, const void *keys, uint32_t *count) nogil
     int mesh_tc(int fd, int ifindex, int ingress, uint32_t handle, uint32_t priority, int attach, int *created) nogil
+    int mesh_passing() nogil
+    int mesh_tc_clear(int ifindex) nogil
     int mesh_tc_program(int ifindex, int ingress, uint32_t handle, uint32_t priority, uint32_t *id) nogil
     int mesh_test_run(int fd, const void *data, uint32_t size, void *out, uint32_t *out_size, const void *ctx,
                       void *ctx_out, uint32_t *ctx_size, int repeat, uint32_t flags, uint32_t *retval,

@@ -41,6 +41,14 @@ class Config:
         "how the proxy engine gets connections; auto: nft on a Docker host, else bind",
         choices=("auto", "nft", "bind"),
     )
+    interfaces: str = _key("", "kernel engine: those that face clients, names or globs, comma separated; empty: all")
+    no_backend: str = _key(
+        "refuse", "kernel engine: a frontend without a backend; pass: to the kernel", choices=("refuse", "pass")
+    )
+    bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins, mounted there if there is none")
+    cgroup: str = _key("", "kernel engine: root of cgroup2, for local processes; empty: where it is mounted")
+    flow_cache: int = _key(65536, "kernel engine: flows remembered while slots are in transition", most=1 << 24)
+    max_replies: int = _key(524288, "kernel engine: flows at once, the most silent gives way", most=1 << 26)
     threads: int = _key(0, "forwarding threads of the proxy engine; 0: one per core", most=1024)
     connect_timeout: float = _key(3.0, "seconds until the proxy engine tries a flow's next choice")
     retries: int = _key(3, "further choices after the first", most=16)

@@ -29,6 +29,16 @@ COUNTS: Final = struct.Struct("=6Q")
 CONFIG: Final = struct.Struct("=Q16s16sIxxxx")
 ADDRESS_SIZE: Final = 16
 
+
+class NETWORK:
+    """Headers on the wire (RFC 791, 8200, 9293, 768), without options."""
+
+    ipv4: Final = struct.Struct(">BBHHHBBH4s4s")
+    ipv6: Final = struct.Struct(">IHBB16s16s")
+    tcp: Final = struct.Struct(">HHIIBBHHH")
+    udp: Final = struct.Struct(">HHHH")
+
+
 ARENA_BITS: Final = 20
 ARENA_SLOTS: Final = 1 << ARENA_BITS
 SLOT_SIZE: Final = 8
@@ -54,6 +64,8 @@ ACL_ALLOW: Final = 1
 ACL_DENY: Final = 2
 
 SETTING_OFF: Final = 0x1
+
+STAMP_SHIFT: Final = 30  # stamps are CLOCK_MONOTONIC nanoseconds >> STAMP_SHIFT
 
 
 def be16(value: int) -> int:
@@ -82,6 +94,10 @@ def pack_u32(value: int) -> bytes:
 
 
 def unpack_u32(data: bytes) -> int:
+    return int.from_bytes(data, sys.byteorder)
+
+
+def unpack_u64(data: bytes) -> int:
     return int.from_bytes(data, sys.byteorder)
 
 
@@ -197,7 +213,7 @@ def unpack_flow(data: bytes) -> Flow:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """mesh_note: the owner of a flow whose slot is in transition. `stamp`: CLOCK_MONOTONIC, seconds, last seen."""
+    """mesh_note: the owner of a flow whose slot is in transition. `stamp`: when it was last seen."""
 
     owner: int
     epoch: int

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel engine: eBPF programs forward, this process only writes their maps. docs/ARCHITECTURE.md has the picture.
+
+Programs and maps are pinned under <bpf_fs>/mesh/<instance>/<contract>/: traffic goes on when the agent is gone, and the
+next agent adopts what it finds. Another contract is built beside, switched to, and the old one is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable, hash_flow
+from mesh.config import Config
+from mesh.datapath import codec, kernel_maps, kernel_stats
+from mesh.datapath.base import (
+    OWNER_FIRST,
+    OWNER_PASS,
+    Applied,
+    BackendEntry,
+    BackendKey,
+    Choice,
+    FrontendEntry,
+    Plan,
+    Signal,
+    Stats,
+)
+from mesh.datapath.codec import BackendSlot
+from mesh.datapath.kernel_attach import Attachments, cgroup_root
+from mesh.datapath.kernel_maps import KernelMaps
+from mesh.datapath.kernel_names import NamesFile
+from mesh.datapath.kernel_places import Place, Places, wanted
+from mesh.datapath.kernel_rtnl import Monitor, Netlink
+from mesh.datapath.kernel_rules import compile_rules
+from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie
+from mesh.errors import DatapathError
+from mesh.model import Affinity, Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
+
+# What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
+HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
+HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
+# Connecting to these means this node (RFC 1122, 3.2.1.3; Linux does so for IPv6 too).
+UNSPECIFIED: Final = (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
+HOLD: Final = 10.0  # seconds for which UDP flows that were there before a take-over are left where they are
+QUIET: Final = 0.05  # seconds between two looks at the network, however fast it changes
+LOOK: Final = 5.0  # seconds after which to look although nothing was announced
+UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
+REPLY_CLOSED: Final = 0x4 | 0x8
+
+log = structlog.get_logger(__name__)
+
+
+class KernelDatapath:
+    """mesh.datapath.base.Datapath over eBPF."""
+
+    name = "kernel"
+
+    def __init__(self, config: Config, *, docker_host: bool = False) -> None:
+        self._config = config
+        self._docker_host = docker_host
+        self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
+        self._home = Path(config.bpf_fs) / "mesh"
+        self._lock = threading.RLock()
+        self._names = NamesFile(Path(config.state_dir) / "kernel-names.json")
+        self._applied = Applied()
+        self._tables: dict[Frontend, SlotTable] = {}
+        self._places: dict[int, Place] = {}
+        self._problems: list[str] = []
+        self._holding: dict[Frontend, float] = {}  # until when, monotonic
+        self._others: list[Path] = []  # pins of builds with another contract
+        self._attached = False
+        self._stopping = False
+        self._follower: threading.Thread | None = None
+
+    # ---- start ----
+
+    def open(self) -> Applied:
+        """Load, adopt, attach what was attached. See Datapath.open."""
+        ensure_bpf_fs(Path(self._config.bpf_fs))
+        Path(self._config.state_dir).mkdir(parents=True, exist_ok=True)
+        home = self._home / instance(self._config)
+        directory = home / f"{ABI_VERSION}-{ABI_DIGEST}"
+        self._others = [p for p in home.glob("*") if p.name != directory.name]
+        sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
+        self._directory = directory
+        self._programs, maps = kernel_maps.load(directory, sizes)
+        self._maps = KernelMaps(maps, directory)
+        self._check_hash()
+        self._monitor = Monitor()
+        self._netlink = Netlink()
+        self._finder = Places(self._netlink)
+        self._attach = Attachments(self._programs, directory / "links")
+        self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6)
+        self._applied = self._adopted()
+        self._look()
+        if self._maps.served and not self._others:
+            self._sync()
+        self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
+        self._follower.start()
+        return self._applied
+
+    def _check_hash(self) -> None:
+        """Programs and user space must hash alike, or nodes would disagree: ask the loaded program."""
+        flow = Flow(ipaddress.ip_address("198.51.100.7"), 40000, ipaddress.ip_address("192.0.2.1"), 9, Protocol.TCP)
+        source, destination = codec.pack_address(flow.source), codec.pack_address(flow.destination)
+        expected = hash_flow(source, flow.source_port, destination, flow.destination_port, int(flow.protocol))
+        found = kernel_stats.explain(self._programs["mesh_explain"], flow)
+        if found.hash != expected:
+            raise DatapathError(
+                f"the loaded program hashes a known flow to {found.hash:#x}, not {expected:#x}",
+                where="kernel engine",
+                remedy="build the package again",
+            )
+
+    def _adopted(self) -> Applied:
+        """What the maps hold, named by the file where that fits."""
+        names = self._names.read()
+        backends: dict[BackendKey, BackendEntry] = {}
+        for number, slot in self._maps.backends.items():
+            if slot.state == codec.BACKEND_FREE:
+                continue
+            entry = names.backends.get(number)
+            place = (slot.address, slot.port, slot.protocol)
+            if entry is None or (entry.target.address, entry.key.port, entry.key.protocol) != place:
+                key = BackendKey(f"adopted-{number}", slot.port, slot.protocol)
+                weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
+                entry = BackendEntry(number, key, Target(key.backend, slot.address, slot.port, weight))
+            backends[entry.key] = entry
+        frontends: dict[Frontend, FrontendEntry] = {}
+        for frontend in list(self._maps.served):
+            try:
+                table = SlotTable.from_slots(self._maps.read_table(frontend))
+            except ValueError:
+                self._maps.drop_frontend(frontend)
+                continue
+            state = names.frontends.get(frontend) or FrontendState(
+                frontend, "", "", ServiceOptions(table_size=table.size)
+            )
+            keys = (BackendKey(t.backend, t.port, int(frontend.protocol)) for t in state.targets)
+            ids = {backends[key].id for key in keys if key in backends}
+            ids |= {owner for owner in table.owners() if owner >= OWNER_FIRST}
+            frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
+            self._tables[frontend] = table
+        return Applied(names.generation, frontends, backends)
+
+    # ---- plans ----
+
+    def apply(self, plan: Plan) -> Applied:
+        """See Datapath.apply. Steps are those of bpf/lib/maps.h."""
+        with self._lock:
+            self._write_names(plan, self._applied, plan.result)
+            backends = {**self._by_id(self._applied), **{e.id: e for e in plan.result.backends.values()}}
+            self._look(backends.values())
+            if not self._others:
+                self._sync()
+            self._maps.put_backends({e.id: self._slot(e) for e in plan.put_backends})
+            for entry in plan.put_frontends:
+                self._put_frontend(entry)
+            for frontend in plan.drop_frontends:
+                self._maps.drop_frontend(frontend)
+                self._tables.pop(frontend, None)
+                self._holding.pop(frontend, None)
+            self._maps.free_backends(e.id for e in plan.drop_backends)
+            self._applied = plan.result
+            self._write_names(plan, plan.result)
+            self._place_all()
+            if self._others:
+                self._switch()
+            self._sync()
+            self._monitor.wake()
+            return self._applied
+
+    @staticmethod
+    def _by_id(applied: Applied) -> dict[int, BackendEntry]:
+        return {entry.id: entry for entry in applied.backends.values()}
+
+    def _write_names(self, plan: Plan, *states: Applied) -> None:
+        backends: dict[int, BackendEntry] = {}
+        frontends: dict[Frontend, FrontendState] = {}
+        for state in states:
+            backends |= self._by_id(state)
+            frontends |= {frontend: entry.state for frontend, entry in state.frontends.items()}
+        self._names.write(plan.generation, backends.values(), frontends.values())
+
+    def _slot(self, entry: BackendEntry) -> BackendSlot:
+        place = self._places.get(entry.id, Place())
+        return BackendSlot(
+            address=entry.target.address,
+            port=entry.key.port,
+            protocol=entry.key.protocol,
+            state=codec.BACKEND_ACTIVE if entry.target.weight else codec.BACKEND_DRAINING,
+            epoch=0,
+            ifindex=place.veth,
+            bridge=place.via,
+            mac=place.mac,
+        )
+
+    def _put_frontend(self, entry: FrontendEntry) -> None:
+        frontend, options = entry.state.frontend, entry.state.options
+        held = self._applied.frontends.get(frontend)
+        new = frontend not in self._maps.served
+        if new and frontend.protocol is Protocol.UDP:
+            self._holding[frontend] = time.monotonic() + HOLD
+        same_rules = (
+            not new
+            and held is not None
+            and (held.state.options.allow, held.state.options.deny) == (options.allow, options.deny)
+        )
+        same_table = self._tables.get(frontend) is entry.table
+        self._maps.put_frontend(
+            frontend,
+            slots=None if same_table else entry.table.to_bytes(),
+            flags=self._flags(frontend, options),
+            rules=None if same_rules else compile_rules(options.allow, options.deny),
+        )
+        self._tables[frontend] = entry.table
+
+    def _flags(self, frontend: Frontend, options: ServiceOptions) -> int:
+        flags = codec.FRONTEND_CLIENT if options.affinity is Affinity.CLIENT_IP else 0
+        flags |= codec.FRONTEND_DENY if options.allow else 0
+        flags |= codec.FRONTEND_PASS_IF_NONE if self._config.no_backend == "pass" else 0
+        return flags | (codec.FRONTEND_HOLD if frontend in self._holding else 0)
+
+    # ---- what happens around us ----
+
+    def _look(self, backends: Iterable[BackendEntry] | None = None) -> None:
+        """See where everything is now."""
+        entries = self._applied.backends.values() if backends is None else backends
+        self._finder.refresh()
+        self._maps.set_addresses([*self._finder.topology.addresses, *UNSPECIFIED])
+        self._places = {entry.id: self._finder.find(entry.target.address) for entry in entries}
+
+    def _place_all(self) -> None:
+        """Write where backends are, of those that were somewhere else before."""
+        self._maps.put_backends({e.id: self._slot(e) for e in self._applied.backends.values()})
+
+    def _sync(self) -> None:
+        """Have the programs where they belong."""
+        topology = self._finder.topology
+        if not self._attached:
+            self._attach.adopt(topology.interfaces)
+            self._attached = True
+        problems = self._attach.sync(wanted(topology, self._places.values(), self._patterns))
+        group = Path(self._config.cgroup) if self._config.cgroup else cgroup_root()
+        self._problems = problems + self._attach.sync_sockets(group)
+
+    def _switch(self) -> None:
+        """Tables are published: take over the attachments of a build with another contract, and remove its pins."""
+        for other in self._others:
+            self._attach.move_from(other / "links")
+        self._sync()
+        for other in self._others:
+            remove_pins(other)
+        self._others = []
+
+    def _follow(self) -> None:
+        """Thread: containers, interfaces and addresses come and go."""
+        while not self._stopping:
+            try:
+                self._monitor.wait(self._wait_for())
+                if self._stopping:
+                    return
+                with self._lock:
+                    self._release_holds()
+                    self._look()
+                    self._place_all()
+                    if self._attached:
+                        self._sync()
+            except Exception as error:  # the next look tries again
+                if not self._stopping:
+                    log.warning("network change not followed", error=str(error))
+            time.sleep(QUIET)
+
+    def _wait_for(self) -> float:
+        now = time.monotonic()
+        return max(0.0, min([LOOK, *(until - now for until in self._holding.values())]))
+
+    def _release_holds(self) -> None:
+        now = time.monotonic()
+        for frontend in [f for f, until in self._holding.items() if until <= now]:
+            del self._holding[frontend]
+            entry = self._applied.frontends.get(frontend)
+            if entry is not None and frontend in self._maps.served:
+                self._maps.put_frontend(frontend, None, self._flags(frontend, entry.state.options), None)
+
+    # ---- reads ----
+
+    def problems(self) -> Sequence[str]:
+        """See Datapath.problems."""
+        found = list(self._problems)
+        for entry in list(self._applied.backends.values()):
+            place = self._places.get(entry.id)
+            if place is not None and place.own:
+                found.append(
+                    f"backend {entry.key.backend}: {entry.target.address} is an address of this node itself, which the "
+                    "kernel engine does not serve (run with engine = proxy)"
+                )
+            elif place is not None and not place.via:
+                found.append(f"backend {entry.key.backend}: no route to {entry.target.address} (is its network up?)")
+        return found
+
+    def stats(self) -> Stats:
+        """See Datapath.stats."""
+        with self._lock:
+            applied, served = self._applied, dict(self._maps.served)
+        return kernel_stats.read(self._maps, applied, served)
+
+    def signals(self) -> Sequence[Signal]:
+        """None: a task's refusal goes to the client as it is, and health learns of it by probes."""
+        return ()
+
+    def lookup(self, flow: Flow) -> Choice | None:
+        """See Datapath.lookup."""
+        return kernel_stats.lookup(self._applied, self._finder.topology.addresses, flow)
+
+    def explain(self, flow: Flow) -> kernel_stats.Explanation:
+        """What the loaded program itself says of a flow that starts now."""
+        return kernel_stats.explain(self._programs["mesh_explain"], flow)
+
+    def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
+        """Slots by frontend that noted flows have used in the last `seconds`: `keep` of SlotTable.settled."""
+        return kernel_stats.live_slots(self._maps, self._applied, seconds)
+
+    # ---- stop ----
+
+    def drain(self, seconds: float) -> int:
+        """Nothing to wait for: flows live in the kernel and go on without this process."""
+        return 0
+
+    def live_flows(self) -> int:
+        """How many flows are under way, as far as can be told: TCP until both ends closed, UDP for a minute."""
+        now = time.monotonic_ns() >> codec.STAMP_SHIFT
+        return sum(
+            flags & REPLY_CLOSED != REPLY_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
+            for protocol, flags, stamp in self._maps.replies()
+        )
+
+    def close(self, *, release: bool) -> None:
+        """Stop. The data plane lives on; with `release` flows that start are left to who served the ports before, and
+        all is taken off once the flows under way have ended. Where some last longer than `drain_timeout`, the programs
+        stay for them, and go with the next `mesh stop --release` or reboot."""
+        if release:
+            self._hand_back()
+        self._stopping = True
+        with contextlib.suppress(AttributeError):
+            self._monitor.wake()
+        if self._follower is not None:
+            self._follower.join()
+            self._monitor.close()
+            self._netlink.close()
+            if release and self._live_until(time.monotonic() + self._config.drain_timeout) == 0:
+                self._attach.detach()
+                remove_pins(self._directory)
+                with contextlib.suppress(OSError):
+                    self._directory.parent.rmdir()
+                self._names.remove()
+            self._maps.close()
+
+    def _hand_back(self) -> None:
+        with self._lock:
+            for entry in self._applied.frontends.values():
+                table = entry.table.transition(SlotTable.uniform(entry.table.size, OWNER_PASS))
+                self._put_frontend(FrontendEntry(entry.state, table, entry.backends))
+
+    def _live_until(self, deadline: float) -> int:
+        while (live := self.live_flows()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return live
+
+
+def remove_pins(directory: Path) -> None:
+    """Remove a pin directory with all that is in it; what nothing else holds is freed."""
+    if not directory.is_dir():
+        return
+    for each in directory.iterdir():
+        if each.is_dir():
+            remove_pins(each)
+        else:
+            each.unlink(missing_ok=True)
+    directory.rmdir()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where slot tables lie: ranges of arenas that are written by plain stores and re-used once nobody reads them."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from mesh import _bpf
+from mesh.datapath import codec
+from mesh.datapath.codec import ARENA_SLOTS, SLOT_SIZE, Table
+from mesh.errors import DatapathError
+
+GRACE: Final = 1.0  # seconds; a program runs for microseconds, so nobody reads a range this long after it was replaced
+
+
+class Ranges:
+    """Free ranges of one arena, in slots. Pure."""
+
+    def __init__(self, size: int) -> None:
+        self._free: list[tuple[int, int]] = [(0, size)]  # (start, length), sorted, never adjacent
+        self.free = size
+
+    def take(self, length: int) -> int | None:
+        """The start of a free range of `length`, now taken; None: there is none."""
+        for i, (start, room) in enumerate(self._free):
+            if room >= length:
+                self._free[i : i + 1] = [(start + length, room - length)] if room > length else []
+                self.free -= length
+                return start
+        return None
+
+    def claim(self, start: int, length: int) -> bool:
+        """Take just this range. Returns whether it was free."""
+        i = bisect.bisect_right(self._free, (start, ARENA_SLOTS)) - 1
+        if i < 0:
+            return False
+        first, room = self._free[i]
+        if start + length > first + room:
+            return False
+        rest = [(first, start - first), (start + length, first + room - start - length)]
+        self._free[i : i + 1] = [r for r in rest if r[1]]
+        self.free -= length
+        return True
+
+    def give(self, start: int, length: int) -> None:
+        """Give a range back."""
+        self.free += length
+        i = bisect.bisect_left(self._free, (start, 0))
+        if i < len(self._free) and self._free[i][0] == start + length:
+            length += self._free.pop(i)[1]
+        if i and sum(self._free[i - 1]) == start:
+            start, before = self._free.pop(i - 1)
+            length += before
+            i -= 1
+        self._free.insert(i, (start, length))
+
+
+@dataclass(slots=True)
+class Arena:
+    """One array of ARENA_SLOTS slots, mapped."""
+
+    map: _bpf.Map
+    slots: _bpf.Mapping
+    ranges: Ranges = field(default_factory=lambda: Ranges(ARENA_SLOTS))
+
+
+class Arenas:
+    """All arenas of one pin directory."""
+
+    def __init__(self, outer: _bpf.Map, directory: Path) -> None:
+        self._outer = outer
+        self._directory = directory
+        self._arenas: list[Arena] = []
+        self._freed: list[tuple[float, Table]] = []
+        while (pin := self._pin(len(self._arenas))).exists():
+            found = _bpf.Map.open(str(pin))
+            self._arenas.append(Arena(found, _bpf.Mapping(found)))
+
+    def _pin(self, index: int) -> Path:
+        return self._directory / f"arena_{index}"
+
+    def __len__(self) -> int:
+        return len(self._arenas)
+
+    def claim(self, table: Table) -> bool:
+        """Take the range of a table that is already in use (adoption). Returns whether that made sense."""
+        return table.arena < len(self._arenas) and self._arenas[table.arena].ranges.claim(table.offset, table.size)
+
+    def publish(self, slots: bytes) -> Table:
+        """Write a table's slots into a free range; nothing refers to it yet."""
+        size = len(slots) // SLOT_SIZE
+        self._reclaim()
+        table = self._take(size) or self._take(size, first=self._grow())
+        if table is None:
+            raise DatapathError(f"a table of {size} slots does not fit in an arena")
+        self._arenas[table.arena].slots.write(table.offset * SLOT_SIZE, slots)
+        return table
+
+    def _take(self, size: int, first: int = 0) -> Table | None:
+        for index in range(first, len(self._arenas)):
+            ranges = self._arenas[index].ranges
+            if ranges.free >= size and (offset := ranges.take(size)) is not None:
+                return Table(index, offset, size)
+        return None
+
+    def read(self, table: Table) -> bytes:
+        """The slots of a table."""
+        return self._arenas[table.arena].slots.read(table.offset * SLOT_SIZE, table.size * SLOT_SIZE)
+
+    def retire(self, table: Table) -> None:
+        """Nothing refers to the table any more: its range is free once no running program can read it."""
+        self._freed.append((time.monotonic() + GRACE, table))
+
+    def _reclaim(self) -> None:
+        now = time.monotonic()
+        while self._freed and self._freed[0][0] <= now:
+            table = self._freed.pop(0)[1]
+            self._arenas[table.arena].ranges.give(table.offset, table.size)
+
+    def _grow(self) -> int:
+        """Create one more arena; returns its index."""
+        index = len(self._arenas)
+        if index >= codec.MAX_ARENAS:
+            raise DatapathError(
+                "no room for further slot tables",
+                where="kernel engine",
+                remedy="choose smaller mesh.table-size labels",
+            )
+        made = _bpf.Map.create(_bpf.ARRAY, "mesh_arena", 4, SLOT_SIZE, ARENA_SLOTS, _bpf.MMAPABLE)
+        pin = self._pin(index)
+        if pin.exists():
+            os.unlink(pin)  # noqa: PTH108
+        self._outer.update(codec.pack_u32(index), codec.pack_u32(made.fileno()))
+        made.pin(str(pin))
+        self._arenas.append(Arena(made, _bpf.Mapping(made)))
+        return index

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs' maps as one pin directory holds them: load, adopt, publish. bpf/lib/maps.h has the order of steps."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from mesh import _bpf
+from mesh._maglev import ABI_DIGEST
+from mesh.datapath import codec
+from mesh.datapath.codec import BackendSlot, Table
+from mesh.datapath.kernel_arena import GRACE, Arenas
+from mesh.errors import BpfError, DatapathError
+from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
+
+OBJECTS: Final = Path(__file__).parent / "objects"
+FILES: Final = ("ingress.bpf.o", "task.bpf.o", "socket.bpf.o")
+ONE: Final = codec.pack_u32(1)
+
+
+def load(directory: Path, sizes: Mapping[str, int]) -> tuple[dict[str, _bpf.Program], dict[str, _bpf.Map]]:
+    """Load all objects over the maps pinned in `directory`, and pin those that are new there.
+
+    Args:
+        directory: in a bpf file system, may be absent.
+        sizes: entries by map name, for maps that are created now.
+
+    Raises:
+        DatapathError: an object is missing, is of another build, or is refused by the kernel.
+    """
+    programs: dict[str, _bpf.Program] = {}
+    maps: dict[str, _bpf.Map] = {}
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for file in FILES:
+        path = OBJECTS / file
+        if not path.exists():
+            raise DatapathError("is missing", where=str(path), remedy="build the package again, with clang installed")
+        opened = _bpf.Object(str(path))
+        digest = opened.get("mesh_abi_digest", ".rodata.abi").rstrip(b"\0").decode()
+        if digest != ABI_DIGEST:
+            raise DatapathError(
+                f"is of another build (contract {digest}, this is {ABI_DIGEST})",
+                where=str(path),
+                remedy="build the package again",
+            )
+        names = [name for name in opened.maps() if name.startswith("mesh_")]
+        fresh = []
+        for name in names:
+            pin = directory / name
+            if name not in maps and pin.exists():
+                maps[name] = _bpf.Map.open(str(pin))
+            if name in maps:
+                opened.reuse(name, maps[name])
+            else:
+                fresh.append(name)
+                if name in sizes:
+                    opened.resize(name, sizes[name])
+        opened.load()
+        for name in fresh:
+            maps[name] = opened.map(name)
+            maps[name].pin(str(directory / name))
+        programs |= {name: opened.program(name) for name in opened.programs()}
+    return programs, maps
+
+
+def probe() -> None:
+    """Load the ingress programs over small maps and let go of them again.
+
+    Raises:
+        DatapathError: the kernel refuses them, or the object is missing.
+    """
+    path = OBJECTS / FILES[0]
+    if not path.exists():
+        raise DatapathError("is missing", where=str(path), remedy="build the package again, with clang installed")
+    opened = _bpf.Object(str(path))
+    for name in ("mesh_flows", "mesh_replies", "mesh_openings", "mesh_bcounts", "mesh_fcounts", "mesh_backends"):
+        opened.resize(name, 1024)
+    opened.load()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A frontend as the maps have it."""
+
+    id: int
+    table: Table
+    flags: int
+    acl: int
+
+
+class KernelMaps:
+    """All writes to the maps. Not for several threads at once, but for `counts` and `notes`."""
+
+    def __init__(self, maps: Mapping[str, _bpf.Map], directory: Path) -> None:
+        self._maps = maps
+        self._ports = _bpf.Mapping(maps["mesh_ports"])
+        self._frontends = _bpf.Mapping(maps["mesh_frontends"])
+        self._backends = _bpf.Mapping(maps["mesh_backends"])
+        self._config = _bpf.Mapping(maps["mesh_config"])
+        self._exact = maps["mesh_exact"]
+        self._acl = maps["mesh_acl"]
+        self._addresses = maps["mesh_addresses"]
+        self.arenas = Arenas(maps["mesh_arenas"], directory)
+        self.served: dict[Frontend, Served] = {}
+        self.backends: dict[int, BackendSlot] = {}
+        self._free: list[int] = list(range(1, codec.MAX_FRONTENDS))
+        self._freed: list[tuple[float, int]] = []
+        self._acls = 0
+        self._adopt()
+
+    # ---- adoption ----
+
+    def _adopt(self) -> None:
+        """Read back what an earlier process left; what makes no sense is taken out."""
+        for frontend, number in list(self._published()):
+            table = codec.table_of(self._frontends.load64(number * 16))
+            flags, acl = codec.options_of(self._frontends.load64(number * 16 + 8))
+            if table.size and not self.arenas.claim(table):
+                self._unpublish(frontend)
+                continue
+            self.served[frontend] = Served(number, table, flags, acl)
+        taken = {s.id for s in self.served.values()}
+        self._free = [n for n in self._free if n not in taken]
+        rules = [codec.unpack_acl_key(key) for key in self._keys(self._acl)]
+        self._acls = max((acl for acl, _ in rules), default=0)
+        used = {s.acl for s in self.served.values()}
+        self._drop_rules(rule for rule in rules if rule[0] not in used)
+        step = codec.BACKEND.size
+        data = self._backends.read(0, codec.MAX_BACKENDS * step)
+        empty = bytes(step)
+        for number in range(2, codec.MAX_BACKENDS):
+            row = data[number * step : (number + 1) * step]
+            if row != empty:
+                self.backends[number] = codec.unpack_backend(row)
+
+    def _published(self) -> Iterator[tuple[Frontend, int]]:
+        """(frontend, id) of all that ports and exact keys name."""
+        words = self._ports.read(0, self._ports.size)
+        empty = bytes(8 * 256)
+        for base in range(0, len(words), len(empty)):
+            if words[base : base + len(empty)] == empty:
+                continue
+            for offset in range(base, base + len(empty), 8):
+                number = codec.unpack_u32(words[offset : offset + 4]) & codec.PORT_FRONTEND
+                if number:
+                    port, udp = offset // 8 % codec.PORT_UDP, offset // 8 >= codec.PORT_UDP
+                    yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
+        keys, values = self._exact.dump()
+        for i in range(len(values) // 4):
+            key = keys[i * codec.FRONTEND_KEY.size : (i + 1) * codec.FRONTEND_KEY.size]
+            yield codec.unpack_frontend_key(key), codec.unpack_u32(values[4 * i : 4 * i + 4])
+
+    @staticmethod
+    def _keys(source: _bpf.Map) -> list[bytes]:
+        keys, _ = source.dump()
+        return [keys[i : i + source.key_size] for i in range(0, len(keys), source.key_size)]
+
+    # ---- the node ----
+
+    def configure(self, netns_cookie: int, hairpin: Address, hairpin6: Address, *, off: bool = False) -> None:
+        """Write what holds for the whole node."""
+        self._config.write(0, codec.pack_config(netns_cookie, hairpin, hairpin6, codec.SETTING_OFF if off else 0))
+
+    def set_addresses(self, addresses: Iterable[Address]) -> None:
+        """Make these, and no others, the node's own."""
+        wanted = {codec.pack_address(a) for a in addresses}
+        held = set(self._keys(self._addresses))
+        for key in wanted - held:
+            self._addresses.update(key, ONE)
+        for key in held - wanted:
+            self._addresses.delete(key)
+
+    # ---- backends ----
+
+    def put_backends(self, entries: Mapping[int, BackendSlot]) -> None:
+        """Write backends; `epoch` of the argument is ignored and goes up where an id is given to somebody else."""
+        fresh = []
+        for number, entry in entries.items():
+            held = self.backends.get(number)
+            same = held is not None and (held.address, held.port, held.protocol) == (
+                entry.address,
+                entry.port,
+                entry.protocol,
+            )
+            epoch = (held.epoch if held else 0) + (0 if same and held and held.state else 1)
+            new = replace(entry, epoch=epoch & 0xFFFFFFFF)
+            if new == held:
+                continue
+            if not same:
+                fresh.append(number)
+            self._write_backend(number, new, in_place=same)
+        if fresh:
+            self._zero("mesh_bcounts", fresh)
+
+    def _write_backend(self, number: int, new: BackendSlot, *, in_place: bool) -> None:
+        offset, row = number * codec.BACKEND.size, codec.pack_backend(new)
+        word = offset + codec.BACKEND_STATE_OFFSET
+        if not in_place:  # a free id: nothing refers to it
+            self._backends.store32(word, 0)
+            self._backends.write(offset, row[: codec.BACKEND_STATE_OFFSET])
+        self._backends.write(word + 8, row[codec.BACKEND_STATE_OFFSET + 8 :])
+        both = row[codec.BACKEND_STATE_OFFSET : codec.BACKEND_STATE_OFFSET + 8]  # port, protocol, state and epoch
+        self._backends.store64(word, codec.unpack_u64(both))
+        self.backends[number] = new
+
+    def free_backends(self, numbers: Iterable[int]) -> None:
+        """These are gone: their flows go to their slots' current owners. Their epochs stay."""
+        for number in numbers:
+            held = self.backends.get(number)
+            if held is not None and held.state != codec.BACKEND_FREE:
+                self._write_backend(number, replace(held, state=codec.BACKEND_FREE), in_place=True)
+
+    # ---- frontends ----
+
+    def put_frontend(
+        self, frontend: Frontend, slots: bytes | None, flags: int, rules: Sequence[tuple[Network, int]] | None
+    ) -> None:
+        """Serve a frontend, or change how it is served.
+
+        Args:
+            slots: its table as mesh_slot array; None: as it is.
+            rules: source rules, each with ACL_ALLOW or ACL_DENY; None: as they are.
+        """
+        held = self.served.get(frontend)
+        if slots is not None:
+            table = self.arenas.publish(slots)
+        elif held is not None:
+            table = held.table
+        else:
+            raise ValueError(f"{frontend} has no table yet")
+        acl = self._put_rules(rules) if rules is not None else (held.acl if held else 0)
+        number = held.id if held else self._new_id(frontend)
+        if held is None or (flags, acl) != (held.flags, held.acl):
+            self._frontends.store64(number * 16 + 8, codec.options_word(flags, acl))
+        if held is None or table != held.table:
+            self._frontends.store64(number * 16, codec.table_word(table))
+        self.served[frontend] = Served(number, table, flags, acl)
+        if held is None:
+            self._publish(frontend, number)
+            return
+        if table != held.table:
+            self.arenas.retire(held.table)
+        if acl != held.acl:
+            self._forget_rules(held.acl)
+
+    def _new_id(self, frontend: Frontend) -> int:
+        now = time.monotonic()
+        while self._freed and self._freed[0][0] <= now:
+            heapq.heappush(self._free, self._freed.pop(0)[1])
+        if not self._free and self._freed:
+            time.sleep(GRACE)
+            return self._new_id(frontend)
+        if not self._free:
+            raise DatapathError(f"no room for more than {codec.MAX_FRONTENDS - 1} frontends", where=str(frontend))
+        number = heapq.heappop(self._free)
+        self._zero("mesh_fcounts", [number])
+        return number
+
+    def _publish(self, frontend: Frontend, number: int) -> None:
+        offset = codec.port_index(frontend.port, frontend.protocol) * self._ports.step
+        word = self._ports.load32(offset)
+        if frontend.address == ANY_ADDRESS:
+            self._ports.store32(offset, word & codec.PORT_EXACT | number)
+            return
+        self._exact.update(codec.pack_frontend_key(frontend), codec.pack_u32(number))
+        self._ports.store32(offset, word | codec.PORT_EXACT)
+
+    def _unpublish(self, frontend: Frontend) -> None:
+        offset = codec.port_index(frontend.port, frontend.protocol) * self._ports.step
+        word = self._ports.load32(offset)
+        if frontend.address == ANY_ADDRESS:
+            self._ports.store32(offset, word & codec.PORT_EXACT)
+            return
+        self._exact.delete(codec.pack_frontend_key(frontend))
+        others = (f for f in self.served if f != frontend and f.address != ANY_ADDRESS)
+        if not any((f.port, f.protocol) == (frontend.port, frontend.protocol) for f in others):
+            self._ports.store32(offset, word & codec.PORT_FRONTEND)
+
+    def drop_frontend(self, frontend: Frontend) -> None:
+        """Serve it no longer: its packets are left to the kernel."""
+        held = self.served.get(frontend)
+        if held is None:
+            return
+        self._unpublish(frontend)
+        del self.served[frontend]
+        self._freed.append((time.monotonic() + GRACE, held.id))
+        self.arenas.retire(held.table)
+        self._forget_rules(held.acl)
+
+    def read_table(self, frontend: Frontend) -> bytes:
+        """The slots of a served frontend, as mesh_slot array."""
+        return self.arenas.read(self.served[frontend].table)
+
+    # ---- source rules ----
+
+    def _put_rules(self, rules: Sequence[tuple[Network, int]]) -> int:
+        if not rules:
+            return 0
+        self._acls += 1
+        for network, action in rules:
+            self._acl.update(codec.pack_acl_key(self._acls, network), codec.pack_u32(action))
+        return self._acls
+
+    def _forget_rules(self, acl: int) -> None:
+        if acl:
+            keys = (codec.unpack_acl_key(key) for key in self._keys(self._acl))
+            self._drop_rules(rule for rule in keys if rule[0] == acl)
+
+    def _drop_rules(self, rules: Iterable[tuple[int, Network]]) -> None:
+        for acl, network in rules:
+            self._acl.delete(codec.pack_acl_key(acl, network))
+
+    # ---- counters and the flow cache ----
+
+    def _zero(self, name: str, numbers: Sequence[int]) -> None:
+        target = self._maps[name]
+        target.update_batch(b"".join(map(codec.pack_u32, numbers)), bytes(target.stride * len(numbers)))
+
+    def counts(self, name: str, limit: int) -> bytes:
+        """The first `limit` rows of a per-CPU array, summed; any thread."""
+        return self._maps[name].sums(limit)[1]
+
+    def notes(self) -> Iterator[tuple[bytes, codec.Note]]:
+        """(flow as mesh_flow bytes, note) of the whole flow cache; any thread."""
+        keys, values = self._maps["mesh_flows"].dump()
+        step, row = codec.FLOW.size, codec.NOTE.size
+        for i in range(len(keys) // step):
+            yield keys[i * step : (i + 1) * step], codec.unpack_note(values[i * row : (i + 1) * row])
+
+    def size(self, name: str) -> int:
+        """How many entries a map has room for."""
+        return self._maps[name].max_entries
+
+    def replies(self) -> Iterator[tuple[int, int, int]]:
+        """(protocol, flags, stamp) of the whole reverse translation; any thread."""
+        keys, values = self._maps["mesh_replies"].dump()
+        step, row = codec.FLOW.size, codec.REPLY.size
+        for i in range(len(keys) // step):
+            protocol = codec.FLOW.unpack_from(keys, i * step)[4]
+            fields = codec.REPLY.unpack_from(values, i * row)
+            yield protocol, fields[3], fields[8]
+
+    def entries(self, name: str) -> int:
+        """How many entries a hash has; any thread."""
+        source = self._maps[name]
+        return len(source.dump()[0]) // source.key_size
+
+    def close(self) -> None:
+        """Let go of the descriptors; what is pinned lives on."""
+        for each in self._maps.values():
+            with contextlib.suppress(BpfError):
+                each.close()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are on this node: which interfaces face clients, and behind which interface each backend is."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
+from mesh.model import Address
+
+INGRESS: Final = "mesh_ingress"
+TASK: Final = "mesh_task"
+NO_MAC: Final = bytes(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How a packet gets to a backend.
+
+    `veth`: host side of its veth, 0: unknown. `via`: interface by which this node reaches it, 0: not at all.
+    """
+
+    veth: int = 0
+    via: int = 0
+    mac: bytes = NO_MAC
+    own: bool = False  # it is an address of this node itself
+
+
+class Places:
+    """Finds backends. Remembers routes until interfaces or addresses change."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+        self._routes: dict[Address, Route | None] = {}
+        self.topology = Topology()
+
+    def refresh(self) -> None:
+        """Read the tables anew."""
+        new = self._netlink.topology()
+        if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
+            self._routes.clear()
+        self.topology = new
+
+    def find(self, address: Address) -> Place:
+        """Where a backend's address is. Asks for its MAC if nobody has; the answer is seen by a later `refresh`."""
+        if address not in self._routes:
+            self._routes[address] = self._netlink.route(address)
+        route = self._routes[address]
+        if route is None:
+            del self._routes[address]  # there may be one by the next time
+            return Place()
+        if route.local:
+            return Place(via=route.interface, own=True)
+        via = self.topology.interfaces.get(route.interface)
+        if via is None or route.gateway is not None:
+            return Place(via=route.interface)
+        mac = self.topology.neighbours.get((via.index, address))
+        if mac is None:
+            with contextlib.suppress(OSError):
+                self._netlink.resolve(via.index, address)
+            return Place(via=via.index, veth=via.index if via.kind == "veth" else 0)
+        port = via if via.kind == "veth" else self._port(via, mac)
+        return Place(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
+
+    def _port(self, bridge: Interface, mac: bytes) -> Interface | None:
+        index = self.topology.ports.get((bridge.index, mac))
+        return None if index is None else self.topology.interfaces.get(index)
+
+
+def wanted(topology: Topology, places: Iterable[Place], patterns: Sequence[str] = ()) -> Mapping[int, str]:
+    """Which program goes on which interface. Pure.
+
+    Tasks' interfaces: all veths of every bridge through which a backend is reached (containers on it may call ports of
+    this node too), and veths by which one is reached directly. Facing clients: the interfaces that `patterns` name;
+    without patterns every other Ethernet interface that is up and no port of a bridge or bond, bridges included.
+    """
+    vias = {place.via for place in places if not place.own}
+    bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
+    found: dict[int, str] = {}
+    for interface in topology.interfaces.values():
+        direct = interface.index in vias and interface.kind == "veth"
+        if direct or (interface.kind == "veth" and interface.master in vias):
+            found[interface.index] = TASK
+        elif patterns:
+            if any(fnmatch.fnmatchcase(interface.name, pattern) for pattern in patterns):
+                found[interface.index] = INGRESS
+        elif interface.up and interface.ethernet and not interface.master and interface.index not in bridges:
+            found[interface.index] = INGRESS
+    return found

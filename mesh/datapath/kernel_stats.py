@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel engine's counters and look-ups: reads only, any thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from mesh import _bpf
+from mesh._maglev import hash_client, hash_flow, slot_of
+from mesh.datapath import codec
+from mesh.datapath.base import OWNER_FIRST, Applied, Choice, Counters, Stats
+from mesh.datapath.kernel_maps import KernelMaps, Served
+from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
+
+VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
+SKB: Final = 192  # bytes of struct __sk_buff
+SKB_CB: Final = 48  # offset of its cb
+ETHER: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
+
+
+def counters(row: codec.CountsRow, protocol: int) -> Counters:
+    """A row of mesh_counts. UDP has no end: its flows count as closed, none as active."""
+    ended = min(row.ends, row.starts) if protocol == Protocol.TCP else row.starts
+    return Counters(
+        opened=row.starts,
+        closed=ended,
+        active=row.starts - ended,
+        bytes_in=row.bytes_in,
+        bytes_out=row.bytes_out,
+        packets_in=row.packets_in,
+        packets_out=row.packets_out,
+    )
+
+
+def read(maps: KernelMaps, applied: Applied, served: Mapping[Frontend, Served]) -> Stats:
+    """All counters. A backend that several frontends share is told once, under the first of them."""
+    top = max((s.id for s in served.values()), default=0) + 1
+    rows = codec.unpack_counts(maps.counts("mesh_fcounts", top))
+    frontends = {
+        frontend: counters(rows[served[frontend].id], frontend.protocol)
+        for frontend in applied.frontends
+        if frontend in served
+    }
+    names = {entry.id: key for key, entry in applied.backends.items()}
+    rows = codec.unpack_counts(maps.counts("mesh_bcounts", max(names, default=0) + 1))
+    backends = {}
+    for frontend, entry in applied.frontends.items():
+        for number in entry.backends:
+            key = names.pop(number, None)
+            if key is not None:
+                backends[frontend, key] = counters(rows[number], frontend.protocol)
+    raw = maps.counts("mesh_verdicts", len(VERDICTS))
+    verdicts = {name: codec.unpack_u64(raw[8 * i : 8 * i + 8]) for i, name in enumerate(VERDICTS)}
+    tracked = any(entry.table.tracked for entry in applied.frontends.values())
+    gauges = {
+        "flow_cache_entries": float(maps.entries("mesh_flows")) if tracked else 0.0,
+        "flow_cache_size": float(maps.size("mesh_flows")),
+        "table_arenas": float(len(maps.arenas)),
+    }
+    return Stats(frontends=frontends, backends=backends, verdicts=verdicts, gauges=gauges)
+
+
+def lookup(applied: Applied, addresses: frozenset[Address], flow: Flow) -> Choice | None:
+    """Where a new flow would go by the applied tables."""
+    protocol = Protocol(flow.protocol)
+    entry = applied.frontends.get(Frontend(flow.destination, flow.destination_port, protocol))
+    if entry is None and flow.destination in addresses:
+        entry = applied.frontends.get(Frontend(ANY_ADDRESS, flow.destination_port, protocol))
+    if entry is None:
+        return None
+    source = codec.pack_address(flow.source)
+    if entry.state.options.affinity is Affinity.CLIENT_IP:
+        number = hash_client(source)
+    else:
+        destination = codec.pack_address(flow.destination)
+        number = hash_flow(source, flow.source_port, destination, flow.destination_port, int(protocol))
+    slot = slot_of(number, entry.table.size)
+    current, previous, _ = entry.table.slot(slot)
+    names = {each.id: each for each in applied.backends.values()}
+    choices = [names[owner] for owner in entry.table.choices(number) if owner in names and owner != current]
+    return Choice(
+        frontend=entry.state.frontend,
+        hash=number,
+        slot=slot,
+        owner=current,
+        previous=previous,
+        backend=names.get(current) if current >= OWNER_FIRST else None,
+        next=tuple(choices),
+    )
+
+
+def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Frontend, frozenset[int]]:
+    """Slots in transition with a noted flow that was seen in the last `seconds`: those that must not be settled yet."""
+    oldest = (time.monotonic_ns() - int(seconds * 1e9)) >> codec.STAMP_SHIFT
+    numbers = {served.id: frontend for frontend, served in maps.served.items()}
+    found: dict[Frontend, set[int]] = {}
+    for raw, note in maps.notes():
+        frontend = numbers.get(note.frontend)
+        entry = applied.frontends.get(frontend) if frontend is not None else None
+        if frontend is None or entry is None or note.stamp < oldest:
+            continue
+        source, destination, source_port, destination_port, protocol = codec.FLOW.unpack(raw)
+        if entry.state.options.affinity is Affinity.CLIENT_IP:
+            number = hash_client(source)
+        else:
+            ports = codec.be16(source_port), codec.be16(destination_port)
+            number = hash_flow(source, ports[0], destination, ports[1], protocol)
+        found.setdefault(frontend, set()).add(slot_of(number, entry.table.size))
+    return {frontend: frozenset(slots) for frontend, slots in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the loaded program says of a flow's first packet."""
+
+    verdict: str  # a verdict's name, "not ours" where no frontend has the destination
+    frontend: int
+    hash: int
+    slot: int
+    owner: int
+
+
+def _packet(flow: Flow) -> bytes:
+    """The first packet of a flow, as it comes in; checksums are not looked at."""
+    if flow.protocol is Protocol.TCP:
+        segment = codec.NETWORK.tcp.pack(flow.source_port, flow.destination_port, 0, 0, 0x50, 0x02, 65535, 0, 0)
+    else:
+        segment = codec.NETWORK.udp.pack(flow.source_port, flow.destination_port, 8, 0)
+    source, destination, protocol = flow.source.packed, flow.destination.packed, int(flow.protocol)
+    if flow.source.version == 4:
+        header = codec.NETWORK.ipv4.pack(0x45, 0, 20 + len(segment), 0, 0, 64, protocol, 0, source, destination)
+    else:
+        header = codec.NETWORK.ipv6.pack(6 << 28, len(segment), protocol, 64, source, destination)
+    return bytes(12) + ETHER[flow.source.version] + header + segment
+
+
+def explain(program: _bpf.Program, flow: Flow) -> Explanation:
+    """Ask the loaded program (mesh_explain) by a test run; nothing is counted or noted."""
+    answer = program.test_run(_packet(flow), bytes(SKB)).ctx
+    verdict, frontend, number, slot, owner = (
+        codec.unpack_u32(answer[SKB_CB + 4 * i : SKB_CB + 4 * i + 4]) for i in range(5)
+    )
+    name = VERDICTS[verdict] if verdict < len(VERDICTS) else "not ours"
+    return Explanation(name, frontend, number, slot, owner)

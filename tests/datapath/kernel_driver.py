@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that holds a KernelDatapath and does what it is told by lines of JSON: the engine without an agent."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.lab.netns import Namespace
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Driver:
+    """The test's side: starts the process in a namespace; `engine.open()` and so on are calls of `Served`."""
+
+    def __init__(self, namespace: Namespace, prefix: tuple[str, ...] = (), **config: object) -> None:
+        command = [*prefix, sys.executable, "-m", "tests.datapath.kernel_driver", json.dumps(config, default=str)]
+        self.process = subprocess.Popen(
+            namespace.command(*command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        def call(**arguments: object) -> Any:
+            assert self.process.stdin and self.process.stdout
+            self.process.stdin.write(json.dumps([name, arguments], default=str) + "\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline() or '["error", "the process has ended"]')
+            if answer[0] == "error":
+                raise RuntimeError(answer[1])
+            return answer[1]
+
+        return call
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=60)
+
+
+class Served:
+    """The process' side."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from mesh.config import Config
+        from mesh.datapath.base import Applied
+        from mesh.datapath.kernel import KernelDatapath
+
+        self.config = Config(**config)
+        self.engine = KernelDatapath(self.config)
+        self.applied = Applied()
+
+    def preflight(self) -> str | None:
+        from mesh.datapath.preflight import preflight
+
+        return preflight(self.config)
+
+    def open(self) -> dict[str, Any]:
+        self.applied = self.engine.open()
+        return {
+            "generation": self.applied.generation,
+            "frontends": {str(f): e.state.service_name for f, e in self.applied.frontends.items()},
+            "backends": {key.backend: entry.id for key, entry in self.applied.backends.items()},
+        }
+
+    def serve(self, services: list[dict[str, Any]]) -> dict[str, Any]:
+        """services: name, published, protocol, backends {name: [address, port, weight]}, options, address."""
+        from mesh.model import ANY_ADDRESS, DesiredState, Frontend, FrontendState, Protocol, ServiceOptions, Target
+        from mesh.reconcile.plan import plan
+
+        frontends = {}
+        for service in services:
+            options = dict(service.get("options", {}))
+            for key in ("allow", "deny"):
+                if key in options:
+                    options[key] = tuple(ipaddress.ip_network(text) for text in options[key])
+            address = ipaddress.ip_address(service["address"]) if "address" in service else ANY_ADDRESS
+            frontend = Frontend(address, service["published"], Protocol[service.get("protocol", "tcp").upper()])
+            targets = tuple(
+                Target(name, ipaddress.ip_address(where), port, weight)
+                for name, (where, port, weight) in sorted(service["backends"].items())
+            )
+            options.setdefault("table_size", 1021)
+            state = FrontendState(frontend, service["name"], service["name"], ServiceOptions(**options), targets)
+            frontends[frontend] = state
+        step = plan(self.applied, DesiredState(self.applied.generation + 1, frontends))
+        self.applied = self.engine.apply(step)
+        return {"ids": {key.backend: entry.id for key, entry in self.applied.backends.items()}}
+
+    def tracked(self) -> int:
+        return sum(entry.table.tracked_slots() for entry in self.applied.frontends.values())
+
+    def settle(self, seconds: float) -> dict[str, list[int]]:
+        return {str(f): sorted(slots) for f, slots in self.engine.live_slots(seconds).items()}
+
+    def stats(self) -> dict[str, Any]:
+        stats = self.engine.stats()
+        return {
+            "frontends": {str(f): dataclasses.asdict(c) | {"failed": {}} for f, c in stats.frontends.items()},
+            "backends": {k.backend: dataclasses.asdict(c) | {"failed": {}} for (_, k), c in stats.backends.items()},
+            "verdicts": dict(stats.verdicts),
+        }
+
+    def explain(self, source: str, port: int, destination: str, to: int, protocol: str = "tcp") -> list[Any]:
+        from mesh.model import Flow, Protocol
+
+        addresses = ipaddress.ip_address(source), ipaddress.ip_address(destination)
+        flow = Flow(addresses[0], port, addresses[1], to, Protocol[protocol.upper()])
+        choice = self.engine.lookup(flow)
+        seen = None if choice is None else {"hash": choice.hash, "slot": choice.slot, "owner": choice.owner}
+        return [seen, dataclasses.asdict(self.engine.explain(flow))]
+
+    def problems(self) -> list[str]:
+        return list(self.engine.problems())
+
+    def close(self, release: bool) -> None:
+        self.engine.close(release=release)
+
+
+def main() -> None:
+    served = Served(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            answer = ["ok", getattr(served, name)(**arguments)]
+        except Exception as error:  # the test sees it
+            answer = ["error", f"{type(error).__name__}: {error}"]
+        print(json.dumps(answer, default=str), flush=True)
+
+
+if __name__ == "__main__":
+    main()
