@@ -29,7 +29,7 @@ def test_ends_are_backends_and_frontends() -> None:
 
 
 @pytest.mark.root
-def test_open_close_reset_with_bytes_and_filters(need_root: None, tmp_path: Path) -> None:
+def test_open_close_reset_with_bytes_and_filters() -> None:
     """In a mount namespace of its own, because tracefs may not be mounted on this machine."""
     shell = 'mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing; exec "$@"'
     done = subprocess.run(

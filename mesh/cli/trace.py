@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mesh trace`: live connections, with bcc."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh.cli.client import call, daemon_options
+
+if TYPE_CHECKING:
+    from mesh.trace.connections import Row
+
+_HEADER = ("time", "event", "service", "backend", "client", "seconds", "in", "out", "rtt ms", "retr", "why")
+_WIDTHS = (12, 6, 16, 24, 22, 9, 10, 10, 7, 4, 0)
+
+
+def _wanted(service: str, backend: str, client: str) -> Callable[[Row], bool]:
+    try:
+        network = ipaddress.ip_network(client, strict=False) if client else None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give an address or a network", param_hint="--client") from error
+
+    def keep(row: Row) -> bool:
+        if service and row.service != service:
+            return False
+        if backend and not row.backend.startswith(backend):
+            return False
+        host = row.client.rpartition(":")[0].strip("[]")
+        return network is None or ipaddress.ip_address(host) in network
+
+    return keep
+
+
+def _line(values: tuple[object, ...]) -> str:
+    def shown(value: object, width: int) -> str:
+        text = f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+        return text.ljust(width)
+
+    return " ".join(shown(value, width) for value, width in zip(values, _WIDTHS, strict=True)).rstrip()
+
+
+@click.command(short_help="Live connections: who, whence, where to, how long, how much, why reset or dropped.")
+@click.option("--service", default="", help="Only this service.")
+@click.option("--backend", default="", help="Only backends whose name begins so.")
+@click.option("--client", default="", help="Only clients in this address or network.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Stop after so long (default: on ctrl-C).")
+@daemon_options
+def trace(service: str, backend: str, client: str, seconds: float | None, state_dir: Path, as_json: bool) -> None:
+    """Show connections through the mesh as they open and end, from the local tasks' own sockets.
+
+    Needs root, Debian's python3-bpfcc and kernel headers; it costs nothing while it is not running. With the kernel
+    engine the client is the real one. The proxy engine has two connections for one: the client's own is shown with an
+    empty backend, the one to the task with the node as its client.
+
+    \b
+    Example:   mesh trace --service web
+               mesh trace --client 192.0.2.0/24 --json
+    """
+    from mesh.trace.connections import ConnectionTrace  # noqa: PLC0415 -- bcc is optional
+
+    running = ConnectionTrace(lambda: call(state_dir, "/state"), _wanted(service, backend, client))
+    if not as_json:
+        click.echo(_line(_HEADER))
+    try:
+        for row in running.rows(seconds):
+            if as_json:
+                click.echo(json.dumps(row.as_dict()))
+                continue
+            moment = datetime.fromtimestamp(row.time).strftime("%H:%M:%S.%f")[:12]
+            click.echo(
+                _line(
+                    (
+                        *(moment, row.event, row.service, row.backend, row.client, row.duration, row.bytes_in),
+                        *(row.bytes_out, row.rtt_ms, row.retransmits, row.reason),
+                    )
+                )
+            )
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    if running.lost:
+        click.echo(f"mesh: {running.lost} events came too fast and are missing; narrow the filter", err=True)
