@@ -28,6 +28,7 @@ OUT: Final = Path(__file__).parent / "out"
 CLIENTS: Final = tuple(f"10.90.0.{2 + i}" for i in range(16))
 NODE: Final = "10.90.0.1"  # where the balanced ports are published
 BACKENDS: Final = tuple(f"172.30.0.{10 + i}" for i in range(4))
+FLOOD_NETWORK: Final = "10.91.0.0"  # /16, behind the client: where answers to a flood go, and end
 GATEWAY: Final = "172.30.0.1"
 BRIDGE: Final = "docker_gwbridge"
 ECHO_PORT: Final = 8080  # TCP and UDP
@@ -213,6 +214,7 @@ class Lab:
         for address in CLIENTS:
             self.run("client", "ip", "address", "add", f"{address}/24", "dev", "eth0")
         self.run("client", "ip", "route", "add", "default", "via", NODE)
+        self.run("node", "ip", "route", "add", f"{FLOOD_NETWORK}/16", "via", CLIENTS[0])
         self.run("node", "ip", "link", "add", BRIDGE, "type", "bridge")
         self.run("node", "ip", "link", "set", BRIDGE, "up")
         self.run("node", "ip", "address", "add", f"{GATEWAY}/16", "dev", BRIDGE)

@@ -86,7 +86,7 @@ def draw(raw: Raw, directory: Path) -> list[str]:
     """All plots of a run; returns their file names."""
     directory.mkdir(parents=True, exist_ok=True)
     measured = {run["scenario"] for run in raw["runs"]}
-    names = [scenario.name for scenario in SCENARIOS if scenario.name in measured]
+    names = [scenario.name for scenario in SCENARIOS if scenario.name in measured and not scenario.beside]
     figure(raw, names, directory / "work.svg")
     figure(raw, names, directory / "cpu.svg", cpu=True)
     return ["work.svg", "cpu.svg"]

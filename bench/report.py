@@ -21,7 +21,7 @@ from bench import bars, plots
 from bench.bars import PERCENTILES, Raw, Summary
 from bench.lab import OUT
 from bench.peers import SIDES
-from bench.scenarios import BY_NAME, SCENARIOS
+from bench.scenarios import BY_NAME, SCENARIOS, STRESS
 
 LABELS = {side.name: side.label for side in SIDES}
 YARDSTICK = "plain"
@@ -97,6 +97,21 @@ def latency_cell(summary: Summary, _: Summary | None) -> str:
     return " / ".join(number(summary.latency.get(mark, math.nan)) for mark in PERCENTILES)
 
 
+def stress(raw: Raw) -> str:
+    """What is left of a side's own work while something happens beside it, and the errors."""
+    summaries = bars.summarise(raw)
+    rows = []
+    for side in sides_of(raw):
+        cells = []
+        for name, alone in STRESS.items():
+            under, before = summaries.get((side, name)), summaries.get((side, alone))
+            known = under and before and before.median
+            cells.append(f"{under.median / before.median:.0%}, {under.errors:,} errors" if known else "")
+        if any(cells):
+            rows.append([LABELS[side], *cells])
+    return table(rows, ["share kept of what it does alone", *(BY_NAME[name].title for name in STRESS)])
+
+
 def memory(raw: Raw) -> str:
     """Memory by side and by open connections, MiB: of its processes, and of the machine since it was idle."""
     levels = sorted({row["level"] for row in raw["memory"]})
@@ -168,7 +183,7 @@ def functions(raw: Raw) -> list[str]:
 
 def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
     """The whole report."""
-    rates = [s.name for s in SCENARIOS if s.metric in ("per_second", "gbit")]
+    rates = [s.name for s in SCENARIOS if s.higher_is_better and not s.beside]
     timed = [s.name for s in SCENARIOS if s.metric.startswith("p") and s.metric != "per_second"]
     parts = [
         "# Results",
@@ -180,8 +195,10 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
     parts += ["## The bars", table(bars.rows(raw), ["side", "work", "bar", "measured", ""])]
     parts += ["## Throughput", grid(raw, rates, value_cell)]
     parts += ["## Latency", "µs, p50 / p99 / p99.9.", grid(raw, timed, latency_cell)]
+    if any(run["scenario"] in STRESS for run in raw["runs"]):
+        parts += ["## Under stress", stress(raw)]
     parts += ["## CPU", "µs of the whole machine's CPU per operation; per MB in bulk transfers."]
-    parts += [grid(raw, [s.name for s in SCENARIOS], cpu_cell)]
+    parts += [grid(raw, [s.name for s in SCENARIOS if not s.beside], cpu_cell)]
     if raw["memory"]:
         parts += [
             "## Memory",

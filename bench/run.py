@@ -8,6 +8,7 @@ which other processes used the machine is repeated, as long as there is time; wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -15,20 +16,27 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from bench import bars, functions, machine, report
-from bench.lab import CLIENTS, ECHO_PORT, OUT, Lab, LabError
+from bench.lab import CLIENTS, ECHO_PORT, FLOOD_NETWORK, OUT, Lab, LabError
 from bench.peers import SIDES, Side
 from bench.scenarios import SCENARIOS, Scenario
 
 FOREIGN_LIMIT: Final = 0.02  # of the machine's CPU time, used by others
 STOLEN_LIMIT: Final = 0.01  # of the machine's CPU time, not given by the hypervisor
 REPEATS: Final = 3  # attempts at a measurement that is disturbed
+OVERHEAD: Final = 0.2  # seconds around a measurement
+START: Final = 1.0  # seconds to start and stop a side
+FUNCTIONS: Final = 25.0  # seconds for what is no traffic
 HELD: Final = (10_000, 100_000)  # open connections at which memory is read
+FLOOD_RATE: Final = 20_000  # SYNs a second
+CHANGE_INTERVAL: Final = 0.3  # seconds; the static provider looks at its file four times a second
 LOAD_GRACE: Final = 15.0  # seconds that the load generator may take beyond its time
 
 
@@ -46,10 +54,33 @@ class Settings:
     scenarios: list[Scenario] = field(default_factory=list)
 
 
+def seconds(settings: Settings, scenario: Scenario) -> float:
+    """How long one measurement takes."""
+    return (scenario.duration or settings.duration) + settings.warmup + OVERHEAD
+
+
+def work(settings: Settings, side: type[Side], number: int) -> list[Scenario]:
+    """What a side is given in a round; the first is 0."""
+    return [scenario for scenario in settings.scenarios if side.does(scenario) and not (number and scenario.duration)]
+
+
+def planned(settings: Settings, sides: Sequence[type[Side]]) -> float:
+    """Seconds that a run takes in which nothing is repeated. What the budget has beyond that is for repeating."""
+    rounds = [(side, number) for side in sides for number in range(settings.rounds)]
+    total = sum(START + sum(seconds(settings, each) for each in work(settings, *one)) for one in rounds)
+    return total + (FUNCTIONS if settings.functions else 0)
+
+
 def held_levels(files: int) -> list[int]:
     """Numbers of open connections for the memory figures: HELD, or what a limit of `files` descriptors leaves."""
     possible = (files - 2048) // 2  # a proxy needs two for each
     return sorted({min(level, possible) for level in HELD if min(level, possible) > 0})
+
+
+def _keep_changing(side: Side, ended: threading.Event, happened: dict[str, int]) -> None:
+    while not ended.wait(CHANGE_INTERVAL):
+        happened["changes"] = happened.get("changes", 0) + 1
+        side.change(happened["changes"])
 
 
 class Run:
@@ -59,6 +90,7 @@ class Run:
         self.lab = lab
         self.settings = settings
         self.began = time.monotonic()
+        self.spare = 0.0  # seconds left for repeating in this round
         self.data: dict[str, Any] = {
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine.describe(),
@@ -96,9 +128,11 @@ class Run:
             else:
                 self.data["versions"][side.name] = side.version()
                 sides.append(side)
+        spare = self.settings.budget - planned(self.settings, sides)
         total = self.settings.rounds * len(sides)
         done, began = 0, time.monotonic()
         for number in range(self.settings.rounds):
+            self.spare = spare / self.settings.rounds
             for side in random.sample(sides, len(sides)):
                 done += 1
                 if side.name in self.data["missing"]:
@@ -114,7 +148,7 @@ class Run:
             side.start()
             if number == 0 and not kind.only:
                 self._memory(side)
-            chosen = [scenario for scenario in self.settings.scenarios if kind.does(scenario.name, udp=scenario.udp)]
+            chosen = work(self.settings, kind, number)
             for scenario in random.sample(chosen, len(chosen)):
                 self._measure(side, scenario, number)
         except LabError as error:
@@ -131,7 +165,8 @@ class Run:
             errors = f" errors {record['result']['errors']}" if record["result"]["errors"] else ""
             value = scenario.value(record["result"])
             print(f"  {scenario.title:38} {value:12,.1f} {scenario.unit}{errors}{mark}", flush=True)
-            if not record["disturbed"] or self.elapsed > self.settings.budget:
+            self.spare -= seconds(self.settings, scenario) if attempt else 0.0
+            if not record["disturbed"] or self.spare < seconds(self.settings, scenario):
                 return
 
     def _once(self, side: Side, scenario: Scenario) -> dict[str, Any]:
@@ -139,15 +174,16 @@ class Run:
         pids = self._pids(side, with_backends=True) if scenario.pinned else set()
         argv = ["taskset", "-c", str(cpu)] if scenario.pinned else []
         argv += [str(OUT / "load"), scenario.mode, *scenario.arguments, *self._ends(side, scenario.port)]
-        argv += ["--duration", str(self.settings.duration), "--warmup", str(self.settings.warmup)]
+        duration = scenario.duration or self.settings.duration
+        argv += ["--duration", str(duration), "--warmup", str(self.settings.warmup)]
         foreign, began = machine.foreign_seconds(), time.monotonic()
-        with machine.pinned(pids, cpu):
+        with machine.pinned(pids, cpu), self._beside(side, scenario, duration) as happened:
             done = subprocess.run(
                 self.lab.inside("client", *argv),
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=self.settings.duration + self.settings.warmup + LOAD_GRACE,
+                timeout=duration + self.settings.warmup + LOAD_GRACE,
             )
         if done.returncode:
             raise LabError(f"{' '.join(argv)}: {done.stderr.strip()}")
@@ -161,8 +197,36 @@ class Run:
             "foreign": round(share, 4),
             "stolen": round(stolen, 4),
             "disturbed": share > FOREIGN_LIMIT or stolen > STOLEN_LIMIT,
+            "happened": happened,
             "result": result,
         }
+
+    @contextlib.contextmanager
+    def _beside(self, side: Side, scenario: Scenario, duration: float) -> Iterator[dict[str, int]]:
+        """What happens while the load runs. Yields what is filled in by its end: {"sent": SYNs} or {"changes": N}."""
+        happened: dict[str, int] = {}
+        if scenario.beside == "flood":
+            address, _, port = side.targets(scenario.port)[0].partition(":")
+            length = str(duration + self.settings.warmup)
+            argv = (str(OUT / "flood"), FLOOD_NETWORK, address, port, str(FLOOD_RATE), length)
+            flood = self.lab.start("client", *argv, stdout=subprocess.PIPE)
+            yield happened
+            flood.wait(LOAD_GRACE)
+            assert flood.stdout
+            happened.update(json.loads(flood.stdout.read()))
+            self.lab.stop(flood)
+        elif scenario.beside == "changes":
+            ended = threading.Event()
+            changer = threading.Thread(target=_keep_changing, args=(side, ended, happened))
+            changer.start()
+            try:
+                yield happened
+            finally:
+                ended.set()
+                changer.join()
+                side.change(-1)
+        else:
+            yield happened
 
     def _ends(self, side: Side, port: int) -> list[str]:
         ends = [word for target in side.targets(port) for word in ("--target", target)]
@@ -201,17 +265,17 @@ def parse(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few minutes: shorter, fewer scenarios")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--duration", type=float, help="seconds per measurement (2.5; quick: 0.5)")
-    parser.add_argument("--budget", type=float, help="seconds after which nothing is repeated (1000; quick: 180)")
+    parser.add_argument("--duration", type=float, help="seconds per measurement (2; quick: 0.5)")
+    parser.add_argument("--budget", type=float, help="seconds, repeating included (1140; quick: 230)")
     parser.add_argument("--side", action="append", choices=[s.name for s in SIDES], help="only this one; repeatable")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="only this one")
     options = parser.parse_args(argv)
     wanted = options.scenario or [s.name for s in SCENARIOS if s.quick or not options.quick]
     return Settings(
         rounds=options.rounds,
-        duration=options.duration or (0.5 if options.quick else 2.5),
+        duration=options.duration or (0.5 if options.quick else 2.0),
         warmup=0.2 if options.quick else 0.3,
-        budget=options.budget or (180.0 if options.quick else 1000.0),
+        budget=options.budget or (230.0 if options.quick else 1140.0),
         quick=options.quick,
         functions=not options.side and not options.scenario,
         sides=[s for s in SIDES if not options.side or s.name in options.side],

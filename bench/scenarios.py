@@ -26,6 +26,8 @@ class Scenario:
     pinned: bool = False  # everything on one core
     udp: bool = False
     quick: bool = True  # also in bench-quick
+    beside: str = ""  # what happens meanwhile: "flood" | "changes"
+    duration: float = 0.0  # seconds, where it is not the run's; such a scenario is measured in the first round only
 
     @property
     def higher_is_better(self) -> bool:
@@ -93,5 +95,42 @@ SCENARIOS: Final = (
         "datagrams/s",
         udp=True,
     ),
+    Scenario(
+        "flood",
+        "requests under a SYN flood",
+        "requests",
+        ECHO_PORT,
+        MANY,
+        "per_second",
+        "req/s",
+        quick=False,
+        beside="flood",
+    ),
+    Scenario(
+        "changes",
+        "requests through table changes",
+        "requests",
+        ECHO_PORT,
+        MANY,
+        "per_second",
+        "req/s",
+        quick=False,
+        beside="changes",
+        duration=15.0,
+    ),
+    Scenario(
+        "changes-new",
+        "new connections through table changes",
+        "connections",
+        ECHO_PORT,
+        MANY,
+        "per_second",
+        "conn/s",
+        quick=False,
+        beside="changes",
+        duration=15.0,
+    ),
 )
+STRESS: Final = {"flood": "requests", "changes": "requests", "changes-new": "connections"}
+"""Scenarios that are another one with something happening beside it."""
 BY_NAME: Final = {scenario.name: scenario for scenario in SCENARIOS}

@@ -11,6 +11,7 @@ from string import Template
 from typing import Any, ClassVar
 
 from bench.lab import BACKENDS, ECHO_PORT, GATEWAY, NODE, SINK_PORT, SOURCE_PORT, Lab
+from bench.scenarios import Scenario
 
 HERE = Path(__file__).parent
 CORES = 2  # of workers, threads or processes for those that have to be told; the lab's machine has as many
@@ -22,6 +23,7 @@ class Side:
     name: ClassVar[str]  # in the raw data
     label: ClassVar[str]  # in tables and plots
     udp: ClassVar[bool] = True
+    changeable: ClassVar[bool] = False  # whether `change` works while it runs
     only: ClassVar[tuple[str, ...]] = ()  # the scenarios it is for; empty: all
 
     def __init__(self, lab: Lab) -> None:
@@ -29,9 +31,10 @@ class Side:
         self.processes: list[subprocess.Popen[Any]] = []
 
     @classmethod
-    def does(cls, scenario: str, *, udp: bool) -> bool:
+    def does(cls, scenario: Scenario) -> bool:
         """Whether a scenario is for this side."""
-        return (cls.udp or not udp) and (not cls.only or scenario in cls.only)
+        able = (cls.udp or not scenario.udp) and (cls.changeable or scenario.beside != "changes")
+        return able and (not cls.only or scenario.name in cls.only)
 
     @classmethod
     def missing(cls) -> str:
@@ -55,6 +58,10 @@ class Side:
         for process in self.processes:
             self.lab.stop(process)
         self.processes.clear()
+
+    def change(self, step: int) -> None:
+        """Change the set of backends, the `step`th time."""
+        raise NotImplementedError
 
     def targets(self, port: int) -> list[str]:
         """Where clients call for one of the lab's ports."""

@@ -41,6 +41,7 @@ class Mesh(Side):
     """The daemon with one engine."""
 
     engine: ClassVar[str]
+    changeable = True
     idle_services: ClassVar[int] = 0
 
     @classmethod
@@ -58,7 +59,8 @@ class Mesh(Side):
         log = f"{self.name}.log"
         source = ("--provider", "static", "--static-file", str(self.file))
         place = ("--state-dir", str(state), "--http-listen", "", "--drain-timeout", "0")
-        argv = (str(MESH), "run", "--engine", self.engine, *source, *place)
+        # Ports are bound, as those of the other proxies are.
+        argv = (str(MESH), "run", "--engine", self.engine, "--intercept", "bind", *source, *place)
         process = self.lab.start("node", *argv, log=log)
         self.processes.append(process)
         self.lab.wait_serving(process, self.targets(ECHO_PORT)[0], log=log)
@@ -69,6 +71,11 @@ class Mesh(Side):
         if self.processes:
             self.lab.run("node", str(MESH), "stop", "--release", "--state-dir", str(state), check=False)
         super().stop()
+
+    def change(self, step: int) -> None:
+        """No new flows to one backend, in turn; every fifth step is all of them."""
+        resting = step % (len(BACKENDS) + 1)
+        self.write(static_file(self.idle_services, tuple(int(i != resting) for i in range(len(BACKENDS)))))
 
     @property
     def file(self) -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from bench import bars, machine, report
 from bench.peers import SIDES
-from bench.run import held_levels, parse
+from bench.run import held_levels, parse, planned
 from bench.scenarios import BY_NAME, SCENARIOS, busy_seconds, cpu_per_operation
 
 RECORDED = json.loads((Path(__file__).parent / "bench_result.json").read_text())
@@ -116,7 +116,7 @@ def test_bars_name_what_exists():
     sides = {side.name: side for side in SIDES}
     for bar in bars.BARS:
         for name in (bar.side, *bar.against):
-            assert sides[name].does(bar.scenario, udp=BY_NAME[bar.scenario].udp)
+            assert sides[name].does(BY_NAME[bar.scenario])
 
 
 def test_the_report_holds_every_figure():
@@ -161,3 +161,10 @@ def test_quick_is_a_part_of_all():
     assert quick.sides == whole.sides == list(SIDES)
     needed = {bar.scenario for bar in bars.BARS}
     assert needed <= {scenario.name for scenario in quick.scenarios}
+
+
+def test_a_run_fits_its_time_with_room_to_repeat():
+    for arguments, minutes in ([], 20), (["--quick"], 4):
+        settings = parse(arguments)
+        assert planned(settings, SIDES) < settings.budget < minutes * 60
+        assert settings.rounds >= 3
