@@ -179,16 +179,51 @@ FAMILIES: Final = (
     BACKEND_WEIGHT, BACKEND_SLOTS, BACKEND_INFO, BACKEND_HEALTHY, BACKEND_DRAINING, VERDICTS,
 )  # fmt: skip
 
-ENGINE_HELP: Final = {
-    "threads": "Forwarding threads of the proxy engine.",
-    "relay_sources_lost": "Times that this worker lost the manager it got its services from.",
-    "relay_snapshots_for_slow_nodes": "Whole inventories that a manager sent because a worker fell behind.",
-    "relay_bytes_sent": "Bytes that this manager's relay sent to workers.",
+
+def _engine(name: str, kind: Kind, help_text: str) -> Family:
+    return Family(f"mesh_{name}" + ("_total" if kind is Kind.COUNTER else ""), kind, (), help_text)
+
+
+ENGINE: Final = {
+    (name, kind): _engine(name, kind, help_text)
+    for kind, name, help_text in (
+        (Kind.GAUGE, "proxy_threads", "Forwarding threads of the proxy engine."),
+        (Kind.GAUGE, "proxy_connections", "TCP connections in the proxy engine, those of drained frontends included."),
+        (Kind.GAUGE, "proxy_connecting", "TCP connections that wait for a backend to accept them."),
+        (Kind.GAUGE, "proxy_connections_limit", "TCP connections from which on accepting pauses."),
+        (Kind.GAUGE, "proxy_descriptors", "File descriptors that the proxy engine uses."),
+        (Kind.GAUGE, "proxy_descriptors_limit", "File descriptors that the process may use."),
+        (Kind.GAUGE, "proxy_pipes", "Pipes open for splicing."),
+        (Kind.GAUGE, "proxy_pipes_used", "Pipes that a transfer uses now."),
+        (Kind.GAUGE, "proxy_buffers_used", "Buffers that a transfer uses now."),
+        (Kind.GAUGE, "proxy_accept_paused", "Threads that accept nothing now because a limit is reached."),
+        (Kind.GAUGE, "udp_sessions", "UDP sessions in the proxy engine."),
+        (Kind.COUNTER, "proxy_accept_pauses", "Times that accepting paused because a limit was reached."),
+        (Kind.COUNTER, "proxy_accept_errors", "Times that accepting failed for lack of descriptors or memory."),
+        (
+            Kind.COUNTER,
+            "proxy_pipe_failures",
+            "Times that no pipe could be had, so that a transfer was copied instead.",
+        ),
+        (Kind.COUNTER, "udp_evictions", "UDP sessions ended before their time to make room for new ones."),
+        (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
+        (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager it got its services from."),
+        (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Whole inventories sent because a worker fell behind."),
+        (Kind.COUNTER, "relay_bytes_sent", "Bytes that this manager's relay sent to workers."),
+    )
 }
-"""Help of what engines report themselves (Stats.gauges and Stats.totals), by name without `mesh_` and `_total`."""
+"""What engines report themselves, by name in Stats.gauges (gauges) or Stats.totals (counters)."""
 
 
 def engine_family(name: str, kind: Kind) -> Family:
     """The family of an engine-wide gauge or counter, by its name in Stats.gauges or Stats.totals."""
-    suffix = "_total" if kind is Kind.COUNTER else ""
-    return Family(f"mesh_{name}{suffix}", kind, (), ENGINE_HELP.get(name, "Reported by the engine."))
+    return ENGINE.get((name, kind)) or _engine(name, kind, "Reported by the engine.")
+
+
+def table() -> str:
+    """All metrics as the Markdown table of docs/OPERATIONS.md."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for family in (*FAMILIES, *ENGINE.values()):
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        rows.append(f"| `{family.name}` | {family.kind.value} | {labels} | {family.help} |")
+    return "\n".join(rows)
