@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Final
@@ -39,15 +38,16 @@ class DemoProvider:
     def __init__(self, config: Config, *, port: int = 0) -> None:
         self._config = config
         self._port = port
-        self._read: float | None = None
+        self._published = False
         self._error = ""
 
     def reload(self) -> None:
         """Nothing to read again."""
 
     def status(self) -> ProviderStatus:
-        age = None if self._read is None else time.monotonic() - self._read
-        return ProviderStatus("demo", connected=age is not None, age_seconds=age, error=self._error)
+        """Its source is itself, so what it published is never old."""
+        age = 0.0 if self._published else None
+        return ProviderStatus("demo", connected=self._published, age_seconds=age, error=self._error)
 
     async def run(self, publish: Publish) -> None:
         async with AsyncExitStack() as stack:
@@ -59,7 +59,7 @@ class DemoProvider:
                 log.error("demo cannot start", error=str(error))
                 await asyncio.Event().wait()
                 return
-            self._read = time.monotonic()
+            self._published = True
             publish(_inventory(published, target))
             print(_welcome(published, self._config), flush=True)
             await asyncio.Event().wait()

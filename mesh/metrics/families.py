@@ -92,7 +92,10 @@ FAILED: Final = Family(
     "Connections that failed, by cause; a cause appears with its first failure.",
 )
 BYTES: Final = Family(
-    "mesh_bytes_total", Kind.COUNTER, (*_PORT, "direction"), "Payload bytes; in is from the client, out is to it."
+    "mesh_bytes_total",
+    Kind.COUNTER,
+    (*_PORT, "direction"),
+    "Bytes; in is from the client, out is to it. Payload in the proxy engine, packets in the kernel engine.",
 )
 PACKETS: Final = Family(
     "mesh_packets_total",
@@ -135,7 +138,7 @@ BACKEND_FAILED: Final = Family(
     "Connections that failed at this backend, by cause; a cause appears with its first failure.",
 )
 BACKEND_BYTES: Final = Family(
-    "mesh_backend_bytes_total", Kind.COUNTER, (*_TARGET, "direction"), "Payload bytes of this backend's connections."
+    "mesh_backend_bytes_total", Kind.COUNTER, (*_TARGET, "direction"), "Bytes of this backend's connections, likewise."
 )
 BACKEND_PACKETS: Final = Family(
     "mesh_backend_packets_total",
@@ -198,6 +201,9 @@ ENGINE: Final = {
         (Kind.GAUGE, "proxy_buffers_used", "Buffers that a transfer uses now."),
         (Kind.GAUGE, "proxy_accept_paused", "Threads that accept nothing now because a limit is reached."),
         (Kind.GAUGE, "udp_sessions", "UDP sessions in the proxy engine."),
+        (Kind.GAUGE, "flow_cache_entries", "Flows noted by the kernel engine because their slot is in transition."),
+        (Kind.GAUGE, "flow_cache_size", "Flows that the kernel engine can note; the oldest gives way."),
+        (Kind.GAUGE, "table_arenas", "Maps that hold the slot tables of the kernel engine."),
         (Kind.COUNTER, "proxy_accept_pauses", "Times that accepting paused because a limit was reached."),
         (Kind.COUNTER, "proxy_accept_errors", "Times that accepting failed for lack of descriptors or memory."),
         (
