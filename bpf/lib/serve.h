@@ -5,6 +5,7 @@
 #ifndef MESH_SERVE_H
 #define MESH_SERVE_H
 
+#include "refuse.h"
 #include "reply.h"
 
 INLINE struct mesh_config *config(void)
@@ -29,6 +30,15 @@ INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
 		return (int)bpf_redirect_peer(backend->ifindex, 0);
 	}
 	return (int)bpf_redirect_neigh(backend->bridge, NULL, 0, 0);
+}
+
+/* Send the packet back as a refusal; what cannot be answered is dropped. */
+INLINE int refuse(struct __sk_buff *skb, struct packet *p, int what, __u32 name)
+{
+	if (answer_client(skb, p, what))
+		return verdict(name == MESH_VERDICT_REFUSED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
+	count_verdict(name);
+	return (int)bpf_redirect(skb->ifindex, 0);
 }
 
 /* Ports of a further fragment from its first one. Returns 0 when they are known. */
@@ -84,10 +94,10 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_OK);
 	if (unlikely(p->ttl <= 1))
-		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
+		return refuse(skb, p, ANSWER_EXPIRED, MESH_VERDICT_EXPIRED);
 	flags = task_tuple(&to, p, c->backend, from_task);
 	if (unlikely(keep_reply(p, c, &to, skb->ifindex, flags)))
-		return verdict(MESH_VERDICT_COLLISION, TC_ACT_SHOT);
+		return refuse(skb, p, ANSWER_RESET, MESH_VERDICT_COLLISION);
 	if (unlikely(c->note || c->noted))
 		note_choice(&p->flow, c);
 	if (unlikely(rewrite(skb, p, &to)))
@@ -120,8 +130,9 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 		return forward(skb, p, &c, from_task);
 	if (c.note || c.noted)
 		note_choice(&p->flow, &c);
-	return verdict(c.verdict,
-		       c.verdict == MESH_VERDICT_DENIED || c.verdict == MESH_VERDICT_REFUSED ? TC_ACT_SHOT : TC_ACT_OK);
+	if (c.verdict == MESH_VERDICT_REFUSED)
+		return refuse(skb, p, ANSWER_RESET, MESH_VERDICT_REFUSED);
+	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_OK);
 }
 
 /* Packets that are rare, and those that are passed but counted where they are for us. */

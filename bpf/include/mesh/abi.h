@@ -244,14 +244,16 @@ _Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 	X(SOCKET_NONE, "the socket hook refused: the frontend has no backend")                                         \
 	X(DENIED, "dropped: the source is denied by mesh.allow or mesh.deny")                                          \
 	X(REFUSED, "no backend: reset or port unreachable sent to the client")                                         \
-	X(NO_BACKEND, "no backend: passed to the kernel, or dropped where no refusal may be sent")                     \
+	X(NO_BACKEND,                                                                                                  \
+	  "no backend: passed to the kernel as set, or dropped where an answer would be wrong (fragments, resets)")    \
 	X(FRAGMENT, "passed: a fragment whose first fragment was not seen")                                            \
 	X(FAMILY, "passed: the chosen task has no address of the client's IP version")                                 \
 	X(EXTENSION, "passed: IPv6 extension headers")                                                                 \
 	X(MALFORMED, "passed: truncated or contradictory headers on a frontend's port")                                \
 	X(COLLISION, "refused: the task has a flow of this client address and port that called another address")       \
 	X(EXPIRED, "dropped: TTL or hop limit used up; time exceeded sent to the client")                              \
-	X(TOO_BIG, "dropped: larger than the task's MTU; fragmentation needed sent to the client")                     \
+	X(TOO_BIG,                                                                                                     \
+	  "reply larger than the interface takes: passed for the kernel to tell the task, dropped without DF")         \
 	X(ERROR, "passed: a map or helper failed")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,

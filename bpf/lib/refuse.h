@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Answers made out of the packet that they answer: TCP reset (RFC 9293, 3.10.7.1), ICMP and ICMPv6 errors (RFC 792,
+ * 1812, 4443). They leave by the interface where the packet came in. An error quotes the IP header and the start of the
+ * transport header. A checksum that the packet's sender left to offload (CHECKSUM_PARTIAL: containers, virtual
+ * machines) stays so: what will be filled in later is reckoned with.
+ */
+#ifndef MESH_REFUSE_H
+#define MESH_REFUSE_H
+
+#include "rewrite.h"
+
+#define V4_HEADER ((__u32)sizeof(struct iphdr))
+#define V6_HEADER ((__u32)sizeof(struct ipv6hdr))
+#define HOPS      64u
+
+INLINE __u64 sum_address(const struct mesh_addr *a)
+{
+	return (__u64)a->words[0] + a->words[1] + a->words[2] + a->words[3];
+}
+
+/* Sum of the pseudo header from the flow's destination to its source (IPv4-mapped addresses: 0xffff adds nothing). */
+INLINE __u64 pseudo_sum(const struct packet *p, __u32 length, __u8 protocol)
+{
+	return sum_address(&p->flow.source) + sum_address(&p->flow.destination) + bpf_htonl(length) +
+	       bpf_htonl(protocol);
+}
+
+/* Whether the checksum at `offset` is left to offload: then a change of covered bytes does not touch it. */
+INLINE int is_partial(struct __sk_buff *skb, __u32 offset, __sum16 *check)
+{
+	__sum16 after = 0;
+
+	if (bpf_skb_load_bytes(skb, offset, check, 2) || bpf_l4_csum_replace(skb, offset, 0, bpf_htons(1), 2) ||
+	    bpf_skb_load_bytes(skb, offset, &after, 2))
+		return -1;
+	if (after == *check)
+		return 1;
+	return bpf_skb_store_bytes(skb, offset, check, 2, 0) ? -1 : 0;
+}
+
+/* Ethernet addresses swapped, an IP header from the flow's destination to its source. */
+INLINE int answer_headers(struct __sk_buff *skb, const struct packet *p, __u32 length, __u8 protocol)
+{
+	__u8 macs[12], swapped[12];
+
+	if (bpf_skb_load_bytes(skb, 0, macs, 12))
+		return -1;
+	__builtin_memcpy(swapped, macs + 6, 6);
+	__builtin_memcpy(swapped + 6, macs, 6);
+	if (bpf_skb_store_bytes(skb, 0, swapped, 12, 0))
+		return -1;
+	if (p->version == 4) {
+		__be16 words[10] = {
+			bpf_htons(0x4500), bpf_htons((__u16)(V4_HEADER + length)),   0,
+			bpf_htons(IP_DF),  bpf_htons((__u16)(HOPS << 8 | protocol)),
+		};
+		__u64 sum = 0;
+
+		__builtin_memcpy(words + 6, &p->flow.destination.words[3], 4);
+		__builtin_memcpy(words + 8, &p->flow.source.words[3], 4);
+		for (int i = 0; i < 10; i++)
+			sum += words[i];
+		words[5] = (__be16)~fold16(sum);
+		return (int)bpf_skb_store_bytes(skb, L3, words, sizeof(words), 0);
+	}
+	struct ipv6hdr ip = {
+		.version = 6,
+		.payload_len = bpf_htons((__u16)length),
+		.nexthdr = protocol,
+		.hop_limit = HOPS,
+	};
+
+	__builtin_memcpy(&ip.saddr, &p->flow.destination, 16);
+	__builtin_memcpy(&ip.daddr, &p->flow.source, 16);
+	return (int)bpf_skb_store_bytes(skb, L3, &ip, sizeof(ip), 0);
+}
+
+INLINE __u32 header_length(const struct packet *p)
+{
+	return p->version == 4 ? V4_HEADER : V6_HEADER;
+}
+
+/* The reset that a TCP segment gets from a port where nobody listens. */
+INLINE int send_reset(struct __sk_buff *skb, const struct packet *p)
+{
+	struct tcphdr got, tcp = {};
+	__sum16 check;
+	__u32 length;
+	__u64 sum;
+	int partial;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &got, sizeof(got)))
+		return -1;
+	length = p->length - header_length(p) - got.doff * 4u + got.syn + got.fin;
+	tcp.source = got.dest;
+	tcp.dest = got.source;
+	tcp.doff = 5;
+	tcp.rst = 1;
+	if (got.ack) {
+		tcp.seq = got.ack_seq;
+	} else {
+		tcp.ack_seq = bpf_htonl(bpf_ntohl(got.seq) + length);
+		tcp.ack = 1;
+	}
+	if (bpf_skb_change_tail(skb, p->l4 + (__u32)sizeof(tcp), 0))
+		return -1;
+	partial = is_partial(skb, p->l4 + TCP_CHECK, &check);
+	if (partial < 0)
+		return -1;
+	sum = pseudo_sum(p, sizeof(tcp), IPPROTO_TCP);
+	if (!partial)
+		sum += fold32((__u64)tcp.seq + tcp.ack_seq + (__u32)bpf_csum_diff(NULL, 0, (void *)&tcp.source, 4, 0) +
+			      (__u32)bpf_csum_diff(NULL, 0, (void *)&tcp + 12, 4, 0));
+	tcp.check = partial ? fold16(fold32(sum)) : (__sum16)~fold16(fold32(sum));
+	if (bpf_skb_store_bytes(skb, p->l4, &tcp, sizeof(tcp), 0))
+		return -1;
+	return answer_headers(skb, p, sizeof(tcp), IPPROTO_TCP);
+}
+
+/* Sum of the quoted bytes as they will be on the wire. `at`: offset of the quoted IP header. */
+INLINE int quoted_sum(struct __sk_buff *skb, const struct packet *p, __u32 at, __u64 *sum)
+{
+	__u32 header = header_length(p), l4 = at + header;
+	int tcp = p->flow.protocol == IPPROTO_TCP, partial;
+	__be32 words[15] = {};
+	__sum16 check;
+
+	partial = is_partial(skb, l4 + (tcp ? TCP_CHECK : UDP_CHECK), &check);
+	if (partial < 0)
+		return -1;
+	if (p->version == 4 ? bpf_skb_load_bytes(skb, at, words, V4_HEADER)
+			    : bpf_skb_load_bytes(skb, at, words, V6_HEADER))
+		return -1;
+	*sum = (__u32)bpf_csum_diff(NULL, 0, words, V6_HEADER, 0); /* zeros behind an IPv4 header */
+	if (partial) {
+		*sum += (__u16)~check; /* what was stored, once the rest is added and the complement filled in */
+		return 0;
+	}
+	__builtin_memset(words, 0, sizeof(words));
+	if (tcp ? bpf_skb_load_bytes(skb, l4, words, sizeof(struct tcphdr))
+		: bpf_skb_load_bytes(skb, l4, words, sizeof(struct udphdr)))
+		return -1;
+	*sum += (__u32)bpf_csum_diff(NULL, 0, words, sizeof(struct tcphdr), 0);
+	return 0;
+}
+
+/* An ICMP error about the packet. `type`, `code` are those of the packet's IP version. */
+INLINE int send_error(struct __sk_buff *skb, const struct packet *p, __u8 type, __u8 code)
+{
+	__u32 header = header_length(p), room = header + (__u32)sizeof(struct icmp);
+	__u32 quote = header + (p->flow.protocol == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr));
+	__u8 protocol = p->version == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6;
+	__u32 length = quote + (__u32)sizeof(struct icmp);
+	struct icmp icmp = {.type = type, .code = code};
+	__u64 sum = 0;
+
+	if (bpf_skb_change_tail(skb, L3 + quote, 0) || bpf_skb_adjust_room(skb, (__s32)room, BPF_ADJ_ROOM_MAC, 0) ||
+	    quoted_sum(skb, p, L3 + room, &sum))
+		return -1;
+	sum += bpf_htons((__u16)(type << 8 | code));
+	if (p->version == 6)
+		sum += pseudo_sum(p, length, protocol);
+	icmp.check = (__sum16)~fold16(fold32(sum));
+	if (bpf_skb_store_bytes(skb, L3 + header, &icmp, sizeof(icmp), 0))
+		return -1;
+	return answer_headers(skb, p, length, protocol);
+}
+
+/* Whether the packet may be answered at all: whole, without IP options, no reset. */
+INLINE int may_answer(const struct packet *p)
+{
+	return !p->fragment && p->l4 == L3 + header_length(p) && !(p->tcp_flags & TCP_RST);
+}
+
+#define ANSWER_RESET       0 /* TCP reset, for UDP port unreachable */
+#define ANSWER_UNREACHABLE 1
+#define ANSWER_EXPIRED     2
+
+/* Turn the packet into an answer to its sender. Not 0: it is spoilt, drop it. */
+static __noinline int answer_client(struct __sk_buff *skb, struct packet *p, int what)
+{
+	if (!p || !may_answer(p))
+		return -1;
+	if (what == ANSWER_RESET && p->flow.protocol == IPPROTO_TCP)
+		return send_reset(skb, p);
+	if (what == ANSWER_EXPIRED)
+		return p->version == 4 ? send_error(skb, p, ICMP4_TIME_EXCEEDED, 0) : send_error(skb, p, 3, 0);
+	return p->version == 4 ? send_error(skb, p, ICMP4_UNREACHABLE, 3) : send_error(skb, p, ICMP6_UNREACHABLE, 4);
+}
+
+#endif /* MESH_REFUSE_H */
