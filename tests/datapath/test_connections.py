@@ -49,10 +49,11 @@ def test_backends_come_and_go_under_load(topology: Topology) -> None:
             (("b1", "b2", "b3", "b4"), {"b2": 5}),
         ):
             topology.change(*topology.default(*backends, weights=weights))
+            assert peers.load(topology.client, address, WEB, "-n", "100", "-c", "8").ok == 100
         established, new = kept.stop(), fresh.stop()
     assert (established.ok, established.failures) == (200, ())
     assert (new.failed, new.failures) == (0, ())
-    assert new.ok > 100
+    assert new.ok > 0
 
 
 def test_removed_backend_takes_only_its_own_connections(topology: Topology) -> None:
@@ -72,7 +73,7 @@ def test_a_hundred_changes_in_a_row(topology: Topology) -> None:
     with (
         peers.Load(topology.client, address, WEB, "-c", "100", "-k", "50") as busy,
         peers.Load(topology.client, address, WEB, "-c", "100", "-k", "3600000") as silent,
-        peers.Load(topology.client, address, WEB, "-n", "0", "-c", "8", "-r", "100") as fresh,
+        peers.Load(topology.client, address, WEB, "-n", "0", "-c", "8", "-r", "400") as fresh,
     ):
         busy.wait_ready()
         silent.wait_ready()
@@ -92,7 +93,7 @@ def test_refusing_backend_costs_no_connection(topology: Topology) -> None:
     host.server.send_signal(signal.SIGTERM)
     host.server.wait(20)
     try:
-        report = peers.load(topology.client, topology.node.address, WEB, "-n", "1000", "-c", "16", "-p", "34000", "-v")
+        report = peers.load(topology.client, topology.node.address, WEB, "-n", "1000", "-c", "16", "-p", "27000", "-v")
         after = served(topology)
     finally:
         host.server = topology.run_server("b2", host.namespace)
@@ -125,7 +126,7 @@ def test_the_books_balance(topology: Topology) -> None:
     """After a soak with good, cut and refused connections: opened = closed + active, and descriptors are back."""
     client, address = topology.client, topology.node.address
     wait_for(lambda: served(topology)["active"] == 0, "no connection left of the tests before")
-    before, descriptors = served(topology), topology.daemon.descriptors()
+    before, descriptors = served(topology), held(topology)
     for _ in range(3):
         peers.load(client, address, WEB, "-n", "1500", "-c", "200")
         with peers.Load(client, address, WEB, "-c", "300", "-k", "20") as cut:
@@ -135,4 +136,9 @@ def test_the_books_balance(topology: Topology) -> None:
     after = served(topology)
     assert after["opened_total"] == after["closed_total"]
     assert after["opened_total"] - before["opened_total"] == 3 * (1500 + 300 + 50)
-    wait_for(lambda: topology.daemon.descriptors() <= descriptors, "descriptors back to where they were")
+    wait_for(lambda: held(topology) <= descriptors, "descriptors back to where they were")
+
+
+def held(topology: Topology) -> int:
+    """Descriptors of the daemon without the pipes that the proxy engine keeps for use again."""
+    return int(topology.daemon.descriptors() - 2 * topology.daemon.total("mesh_proxy_pipes"))

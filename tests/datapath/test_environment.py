@@ -58,7 +58,7 @@ def test_proxy_protocol_is_understood_by_nginx(topology: Topology) -> None:
         nginx = host.namespace.popen("nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"), stderr=log)
     try:
         wait_for(lambda: topology.listens(host.namespace, 8090), "nginx")
-        topology.change(Spec("proxied", ("8010:8090/tcp",), ("b1",), options={"proxy_protocol": "v2"}))
+        topology.change(Spec("proxied", ("8010:8090/tcp",), ("b1",), options={"proxy-protocol": "v2"}))
         for source, node in (
             (topology.client.address, topology.node.address),
             (topology.client.address6, topology.node.address6),
@@ -77,7 +77,7 @@ def test_broken_edit_keeps_the_last_good_state(topology: Topology) -> None:
     for broken in (
         "[[service]\n",
         good.replace('"172.31.0.12"', '"172.31.0.1222"'),
-        good.replace("[[service", "[[servce"),
+        good.replace("[[services", "[[servces"),
     ):
         topology.static_file.write_text(broken)
         shown = wait_for(lambda: topology.daemon.state()["provider"]["error"], "the error is shown")
@@ -98,7 +98,7 @@ def test_reload_on_edit(topology: Topology) -> None:
 
 def test_denied_clients(topology: Topology) -> None:
     web, *others = topology.default()
-    web.options["deny"] = ["192.0.2.77/32", "2001:db8::77/128"]
+    web.options["deny"] = "192.0.2.77/32, 2001:db8::77/128"
     topology.change(web, *others)
     topology.client.add_address("eth0", "192.0.2.77/24", "2001:db8::77/64")
     for source, node in (("192.0.2.77", topology.node.address), ("2001:db8::77", topology.node.address6)):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,12 +106,16 @@ class Topology:
         """The static file."""
         lines: list[str] = []
         for spec in specs:
-            lines += ["[[service]]", f'name = "{spec.name}"', f"ports = {json.dumps(spec.ports)}"]
-            lines += [f"{k} = {json.dumps(v)}" for k, v in {"table_size": TABLE_SIZE, **spec.options}.items()]
+            lines += ["[[services]]", f'name = "{spec.name}"', "[services.options]", f'table-size = "{TABLE_SIZE}"']
+            lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in spec.options.items()]
+            for port in spec.ports:
+                published, target, protocol = re.split("[:/]", port)
+                lines += ["[[services.ports]]", f"published = {published}", f"target = {target}"]
+                lines += [f'protocol = "{protocol}"']
             for name in spec.backends:
                 namespace = self.hosts[name].namespace
                 address = namespace.address if spec.family == 4 else namespace.address6
-                lines += ["[[service.backend]]", f'name = "{name}"', f'address = "{address}"']
+                lines += ["[[services.backends]]", f'name = "{name}"', f'address = "{address}"']
                 lines += [f"weight = {spec.weights.get(name, 1)}"]
         return "\n".join(lines) + "\n"
 
@@ -136,13 +142,16 @@ class Topology:
         """Write other services and wait until they are applied."""
         before = self.daemon.state()["generation"]["applied"]
         self.write(specs)
+        self.daemon.process.send_signal(signal.SIGHUP)
 
         def applied() -> bool:
             state = self.daemon.state()
-            wanted = {s.name: {b: s.weights.get(b, 1) for b in s.backends if s.weights.get(b, 1)} for s in specs}
+            wanted = {
+                s.name: {f"{s.name}/{b}": s.weights.get(b, 1) for b in s.backends if s.weights.get(b, 1)} for s in specs
+            }
             held = {s["name"]: active(backends_of(state, s["name"])) for s in state["services"]}
             generation = state["generation"]
-            return held == wanted and generation["applied"] == generation["desired"] and generation["applied"] > before
+            return held == wanted and generation["applied"] == generation["desired"] and generation["applied"] >= before
 
         wait_for(applied, "change of the static file applied", timeout=timeout)
 
@@ -151,7 +160,10 @@ class Topology:
     ) -> list[str]:
         """The backends that the oracle gives to a flow, the first choice first."""
         numbers = {name: reference.FIRST + i for i, name in enumerate(spec.backends)}
-        entries = [(reference.seed_of(name), numbers[name], spec.weights.get(name, 1)) for name in spec.backends]
+        entries = [
+            (reference.seed_of(f"{spec.name}/{name}"), numbers[name], spec.weights.get(name, 1))
+            for name in spec.backends
+        ]
         key = (spec.name, spec.backends, tuple(sorted(spec.weights.items())))
         if key not in self._tables:
             self._tables[key] = reference.maglev(TABLE_SIZE, entries)

@@ -236,7 +236,7 @@ static bool complete(bool *told)
 		return (stopping || (total && started >= total)) && finished == started;
 	for (unsigned long i = 0; i < limit; i++) {
 		busy += connections[i].state == READING || connections[i].state == CONNECTING;
-		used += connections[i].state == DEAD || connections[i].identity >= 0;
+		used += connections[i].state == DEAD || (connections[i].state != FREE && connections[i].identity >= 0);
 	}
 	if (!*told && used == limit) {
 		*told = true;
