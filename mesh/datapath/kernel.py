@@ -48,7 +48,7 @@ HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
 HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
 # Connecting to these means this node (RFC 1122, 3.2.1.3; Linux does so for IPv6 too).
 UNSPECIFIED: Final = (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
-HOLD: Final = 10.0  # seconds for which UDP flows that were there before a take-over are left where they are
+HOLD: Final = 5.0  # seconds in which UDP flows that were there before a take-over must speak to stay where they are
 QUIET: Final = 0.05  # seconds between two looks at the network, however fast it changes
 LOOK: Final = 5.0  # seconds after which to look although nothing was announced
 UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
@@ -76,6 +76,7 @@ class KernelDatapath:
         self._holding: dict[Frontend, float] = {}  # until when, monotonic
         self._others: list[Path] = []  # pins of builds with another contract
         self._attached = False
+        self._taking_over = False
         self._stopping = False
         self._follower: threading.Thread | None = None
 
@@ -99,6 +100,7 @@ class KernelDatapath:
         self._attach = Attachments(self._programs, directory / "links")
         self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6)
         self._applied = self._adopted()
+        self._taking_over = not self._maps.served
         self._look()
         if self._maps.served and not self._others:
             self._sync()
@@ -169,6 +171,7 @@ class KernelDatapath:
                 self._holding.pop(frontend, None)
             self._maps.free_backends(e.id for e in plan.drop_backends)
             self._applied = plan.result
+            self._taking_over = False
             self._write_names(plan, plan.result)
             self._place_all()
             if self._others:
@@ -206,7 +209,7 @@ class KernelDatapath:
         frontend, options = entry.state.frontend, entry.state.options
         held = self._applied.frontends.get(frontend)
         new = frontend not in self._maps.served
-        if new and frontend.protocol is Protocol.UDP:
+        if new and self._taking_over and is_held(frontend):
             self._holding[frontend] = time.monotonic() + HOLD
         same_rules = (
             not new
@@ -373,6 +376,18 @@ class KernelDatapath:
         while (live := self.live_flows()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return live
+
+
+def is_held(frontend: Frontend) -> bool:
+    """Whether a socket of this node has the UDP port: someone serves it, so flows may be under way."""
+    if frontend.protocol is not Protocol.UDP:
+        return False
+    for table in ("/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"):
+        with contextlib.suppress(OSError):
+            rows = Path(table).read_text().splitlines()[1:]
+            if any(int(row.split()[1].rpartition(":")[2], 16) == frontend.port for row in rows):
+                return True
+    return False
 
 
 def remove_pins(directory: Path) -> None:

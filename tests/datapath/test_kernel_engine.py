@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KernelDatapath by itself, in namespaces: what the suite over all engines cannot ask of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.datapath.kernel_driver import Driver
+from tests.lab.netns import Lab, Namespace, run, veth, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf]
+
+PORT, TARGET = 8000, 8080
+SERVER = """
+import socket, sys, threading
+name, port = sys.argv[1], int(sys.argv[2])
+def tcp(c, a):
+    c.sendall(f"{name} {a[0]}\\n".encode())
+    while data := c.recv(65536):
+        c.sendall(data)
+    c.close()
+def udp(s):
+    while True:
+        data, a = s.recvfrom(65536)
+        s.sendto(f"{name} {a[0]}".encode(), a)
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+u.bind(("0.0.0.0", port))
+threading.Thread(target=udp, args=(u,), daemon=True).start()
+s = socket.create_server(("0.0.0.0", port), backlog=1024)
+while True:
+    threading.Thread(target=tcp, args=s.accept(), daemon=True).start()
+"""
+
+
+class Connection:
+    """A TCP connection that knows who answers it."""
+
+    def __init__(self, namespace: Namespace, address: str, port: int = PORT, timeout: float = 5) -> None:
+        with namespace.entered():
+            self.socket = socket.create_connection((address, port), timeout=timeout)
+        text = b""
+        while not text.endswith(b"\n"):
+            text += self.socket.recv(1)
+        self.backend, self.seen = text.decode().split()
+
+    def echo(self, size: int = 1000) -> None:
+        """Send and get back; raises when the connection is broken."""
+        sent = os.urandom(size)
+        self.socket.sendall(sent)
+        got = b""
+        while len(got) < size:
+            data = self.socket.recv(65536)
+            assert data, "closed by the other side"
+            got += data
+        assert got == sent
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Plane:
+    """client --- node --- docker_gwbridge --- backends; drivers run on the node."""
+
+    def __init__(self, lab: Lab, backends: int = 3) -> None:
+        self.lab = lab
+        self.client, self.node = lab.host("client"), lab.host("node")
+        self.node.bridge("docker_gwbridge", "172.31.0.1/24")
+        self.node.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        self.namespaces: dict[str, Namespace] = {}
+        for number in range(1, backends + 1):
+            self.add(f"b{number}", number)
+        self.bpffs, self.state = lab.directory / "bpf", lab.directory / "state"
+        self.bpffs.mkdir()
+        run("mount", "-t", "bpf", "bpf", str(self.bpffs))
+        lab.on_close(lambda: run("umount", "-l", str(self.bpffs), check=False))
+
+    def add(self, name: str, number: int) -> None:
+        namespace = self.namespaces[name] = self.lab.namespace(name)
+        veth(self.node, f"veth{number}", namespace, "eth0")
+        self.node.ip("link", "set", f"veth{number}", "master", "docker_gwbridge")
+        namespace.add_address("eth0", f"172.31.0.{10 + number}/24")
+        namespace.ip("route", "add", "default", "via", "172.31.0.1")
+        serve(namespace, name, TARGET)
+
+    def driver(self, prefix: tuple[str, ...] = (), **config: object) -> Driver:
+        options = {"bpf_fs": self.bpffs, "state_dir": self.state, "engine": "kernel", "drain_timeout": 1.0}
+        driver = Driver(self.node, prefix, provider="static", **(options | config))
+        self.lab.on_close(lambda: driver.process.poll() is None and driver.kill())
+        return driver
+
+    def web(self, *names: str, weights: dict[str, int] | None = None, **more: Any) -> dict[str, Any]:
+        backends = {n: [self.namespaces[n].address, TARGET, (weights or {}).get(n, 1)] for n in names}
+        return {"name": "web", "published": PORT, "backends": backends, **more}
+
+    def calls(self, count: int, namespace: Namespace | None = None, address: str = "") -> Counter[str]:
+        found: Counter[str] = Counter()
+        for _ in range(count):
+            connection = Connection(namespace or self.client, address or self.node.address)
+            connection.echo()
+            connection.close()
+            found[connection.backend] += 1
+        return found
+
+    def pins(self) -> list[Path]:
+        return [p for p in (self.bpffs / "mesh").rglob("*") if not p.is_dir()]
+
+
+def serve(namespace: Namespace, name: str, port: int) -> subprocess.Popen[Any]:
+    process: subprocess.Popen[Any] = namespace.popen(sys.executable, "-c", SERVER, name, str(port))
+    wait_for(lambda: f":{port} " in namespace.run("ss", "-Htln").stdout, f"server {name}")
+    return process
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    with Lab() as lab:
+        yield Plane(lab)
+
+
+@pytest.fixture
+def engine(plane: Plane) -> Iterator[Driver]:
+    driver = plane.driver()
+    assert driver.preflight() is None
+    assert driver.open()["frontends"] == {}
+    driver.serve(services=[plane.web("b1", "b2", "b3")])
+    yield driver
+    if driver.process.poll() is None:
+        driver.close(release=True)
+        driver.end()
+
+
+def datagram(namespace: Namespace, address: str, port: int = PORT) -> str:
+    with namespace.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        sock.sendto(b"hello", (address, port))
+        data, peer = sock.recvfrom(1000)
+        assert peer == (address, port)
+        return data.decode()
+
+
+def test_every_backend_answers_and_sees_the_clients_address(plane: Plane, engine: Driver) -> None:
+    connections = [Connection(plane.client, plane.node.address) for _ in range(60)]
+    assert {c.seen for c in connections} == {plane.client.address}
+    assert {c.backend for c in connections} == {"b1", "b2", "b3"}
+    for connection in connections:
+        connection.echo(20000)
+        connection.close()
+    stats = wait_for(lambda: (s := engine.stats())["frontends"]["*:8000/tcp"]["closed"] == 60 and s, "60 closed")
+    frontend = stats["frontends"]["*:8000/tcp"]
+    assert (frontend["opened"], frontend["active"]) == (60, 0)
+    assert sum(b["opened"] for b in stats["backends"].values()) == 60
+    assert frontend["bytes_in"] > 60 * 20000 < frontend["bytes_out"]
+    assert engine.problems() == []
+
+
+def test_udp(plane: Plane, engine: Driver) -> None:
+    engine.serve(services=[plane.web("b1", "b2", "b3", protocol="udp")])
+    answers = [datagram(plane.client, plane.node.address).split() for _ in range(30)]
+    assert {name for name, _ in answers} == {"b1", "b2", "b3"}
+    assert {seen for _, seen in answers} == {plane.client.address}
+    assert len({datagram(plane.node, "127.0.0.1").split()[0] for _ in range(30)}) == 3
+
+
+def test_processes_of_the_node_are_connected_straight(plane: Plane, engine: Driver) -> None:
+    before = engine.stats()["verdicts"]["socket"]
+    for address in ("127.0.0.1", plane.node.address):
+        connection = Connection(plane.node, address)
+        assert connection.socket.getpeername() == (address, PORT)
+        connection.echo()
+        connection.close()
+    assert engine.stats()["verdicts"]["socket"] == before + 2
+
+
+def test_sockets_of_containers_are_not_hooked(plane: Plane, engine: Driver) -> None:
+    """The node's port is reached from a container by packets, although all share the root cgroup."""
+    before = engine.stats()["verdicts"]["socket"]
+    assert sum(plane.calls(30, plane.namespaces["b1"]).values()) == 30  # its own share included: hairpin
+    assert engine.stats()["verdicts"]["socket"] == before
+
+
+def test_explain_agrees_with_the_loaded_program_and_with_traffic(plane: Plane, engine: Driver) -> None:
+    ids = engine.serve(services=[plane.web("b1", "b2", "b3")])["ids"]
+    for _ in range(20):
+        connection = Connection(plane.client, plane.node.address)
+        source, port = connection.socket.getsockname()
+        ours, loaded = engine.explain(source=source, port=port, destination=plane.node.address, to=PORT)
+        assert (ours["hash"], ours["slot"], ours["owner"]) == (loaded["hash"], loaded["slot"], loaded["owner"])
+        assert loaded["owner"] == ids[connection.backend]
+        connection.close()
+    ours, loaded = engine.explain(source="192.0.2.99", port=1, destination=plane.node.address, to=4711)
+    assert (ours, loaded["verdict"]) == (None, "not ours")
+
+
+def test_connections_stay_through_a_hundred_changes(plane: Plane, engine: Driver) -> None:
+    connections = [Connection(plane.client, plane.node.address) for _ in range(30)]
+    sets = [("b1", "b2", "b3"), ("b1", "b2", "b3")]
+    for turn in range(100):
+        weights = {"b1": 1 + turn % 3, "b2": 1 + turn % 5, "b3": turn % 2}
+        engine.serve(services=[plane.web(*sets[turn % 2], weights=weights)])
+        for connection in connections[turn % 3 :: 3]:
+            connection.echo(100)
+    for connection in connections:
+        connection.echo(100)
+
+
+def test_a_draining_backend_keeps_its_connections_and_gets_no_new_ones(plane: Plane, engine: Driver) -> None:
+    connections = [Connection(plane.client, plane.node.address) for _ in range(30)]
+    engine.serve(services=[plane.web("b1", "b2", "b3", weights={"b2": 0})])
+    assert "b2" not in plane.calls(40)
+    for connection in connections:
+        connection.echo()
+    assert "b2" in {c.backend for c in connections}
+    engine.serve(services=[plane.web("b1", "b3")])
+    assert "b2" not in plane.calls(20)
+
+
+def test_traffic_outlives_the_agent_and_the_next_one_adopts(plane: Plane, engine: Driver) -> None:
+    ids = engine.serve(services=[plane.web("b1", "b2")])["ids"]
+    connections = [Connection(plane.client, plane.node.address) for _ in range(10)]
+    opened = wait_for(lambda: engine.stats()["frontends"]["*:8000/tcp"]["opened"], "counted")
+    engine.kill()
+    assert set(plane.calls(30)) == {"b1", "b2"}
+    for connection in connections:
+        connection.echo()
+    second = plane.driver()
+    adopted = second.open()
+    assert adopted["frontends"] == {"*:8000/tcp": "web"}
+    assert {name: ids[name] for name in adopted["backends"]} == adopted["backends"]
+    assert second.stats()["frontends"]["*:8000/tcp"]["opened"] >= opened + 30
+    second.serve(services=[plane.web("b1", "b2", "b3")])
+    assert set(plane.calls(60)) == {"b1", "b2", "b3"}
+    for connection in connections:
+        connection.echo()
+    second.close(release=True)
+
+
+def test_adoption_without_the_names_file(plane: Plane, engine: Driver) -> None:
+    connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
+    engine.kill()
+    (plane.state / "kernel-names.json").unlink()
+    second = plane.driver()
+    assert set(second.open()["frontends"]) == {"*:8000/tcp"}
+    assert sum(plane.calls(10).values()) == 10
+    second.serve(services=[plane.web("b1", "b2", "b3")])
+    for connection in connections:
+        connection.echo()
+    assert set(plane.calls(60)) == {"b1", "b2", "b3"}
+    second.close(release=True)
+
+
+def test_another_contract_is_built_beside_and_the_old_one_removed(plane: Plane, engine: Driver) -> None:
+    connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
+    engine.kill()
+    (home,) = (plane.bpffs / "mesh").iterdir()
+    (old,) = home.iterdir()
+    old.rename(home / "0-0123456789abcdef")  # stands for a build with other headers
+    second = plane.driver()
+    assert second.open()["frontends"] == {}
+    assert sum(plane.calls(10).values()) == 10  # still the old programs' work
+    second.serve(services=[plane.web("b1", "b2", "b3")])
+    assert [p.name for p in home.iterdir()] == [old.name]
+    assert set(plane.calls(60)) == {"b1", "b2", "b3"}
+    for connection in connections:  # owners are the same by the same table; a first packet rebuilds the way back
+        connection.echo()
+    second.close(release=True)
+
+
+def test_take_over_and_hand_back_cut_nothing(plane: Plane) -> None:
+    serve(plane.node, "before", PORT)  # something on the node serves the port already
+    old = [Connection(plane.client, plane.node.address) for _ in range(20)]
+    engine = plane.driver()
+    engine.open()
+    engine.serve(services=[plane.web("b1", "b2", "b3")])
+    assert "before" not in plane.calls(40)
+    for connection in old:
+        connection.echo()
+    ours = [Connection(plane.client, plane.node.address) for _ in range(20)]
+    closing = threading.Thread(target=lambda: engine.close(release=True))
+    closing.start()
+    wait_for(lambda: set(plane.calls(5)) == {"before"}, "handed back")
+    for connection in old + ours:
+        connection.echo()
+    for connection in ours:
+        connection.close()
+    closing.join()
+
+
+def test_hand_back_leaves_nothing(plane: Plane, engine: Driver) -> None:
+    plane.calls(20)
+    assert plane.pins()
+    engine.close(release=True)
+    engine.end()
+    assert plane.pins() == []
+    assert not list((plane.bpffs / "mesh").iterdir())
+    with pytest.raises(ConnectionRefusedError):
+        Connection(plane.client, plane.node.address)
+
+
+def test_flows_under_way_keep_the_programs_after_hand_back(plane: Plane, engine: Driver) -> None:
+    connection = Connection(plane.client, plane.node.address)
+    connection.echo()
+    engine.close(release=True)
+    engine.end()
+    connection.echo()
+    assert plane.pins()
+    with pytest.raises(ConnectionRefusedError):
+        Connection(plane.client, plane.node.address)
+
+
+def test_containers_come_and_go(plane: Plane, engine: Driver) -> None:
+    engine.serve(services=[plane.web("b1")])
+    assert set(plane.calls(5)) == {"b1"}
+    plane.namespaces.pop("b1").delete()
+    plane.add("b9", 1)  # the same address and interface name behind another veth
+    engine.serve(services=[plane.web("b9")])
+    assert set(plane.calls(10)) == {"b9"}
+    before = engine.stats()["verdicts"]["error"]
+    plane.add("b4", 4)
+    engine.serve(services=[plane.web("b4", "b9")])
+    assert set(plane.calls(30)) == {"b4", "b9"}
+    assert engine.stats()["verdicts"]["error"] == before
+    assert engine.problems() == []
+
+
+def test_source_rules(plane: Plane, engine: Driver) -> None:
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            connection = Connection(plane.client, plane.node.address, timeout=1)
+            connection.close()
+            return True
+        return False
+
+    cases: list[tuple[dict[str, list[str]], bool]] = [
+        ({"deny": ["192.0.2.0/24"]}, False),
+        ({"deny": ["192.0.3.0/24"]}, True),
+        ({"allow": ["192.0.2.0/24"]}, True),
+        ({"allow": ["10.0.0.0/8"]}, False),
+        ({"allow": ["192.0.2.0/24"], "deny": ["192.0.2.0/28"]}, False),
+        ({"allow": ["192.0.2.11/32"], "deny": ["192.0.2.0/24"]}, False),
+        ({}, True),
+    ]
+    for options, expected in cases:
+        engine.serve(services=[plane.web("b1", options=options)])
+        assert answers() is expected, options
+
+
+def test_frontend_with_an_address_of_its_own(plane: Plane, engine: Driver) -> None:
+    plane.node.add_address("eth0", "192.0.2.201/24")
+    one = plane.web("b1", address="192.0.2.201")
+    engine.serve(services=[one, plane.web("b2")])
+    assert set(plane.calls(10, address="192.0.2.201")) == {"b1"}
+    assert set(plane.calls(10)) == {"b2"}
+    engine.serve(services=[one])
+    with pytest.raises(ConnectionRefusedError):
+        plane.calls(1)
+    assert set(plane.calls(5, address="192.0.2.201")) == {"b1"}
+
+
+def test_many_services_are_published_and_read_at_once(plane: Plane, engine: Driver) -> None:
+    many = [plane.web("b1", "b2", "b3") | {"published": 10000 + n, "name": f"s{n}"} for n in range(1200)]
+    engine.serve(services=many)
+    for port in (10000, 10600, 11199):
+        connection = Connection(plane.client, plane.node.address, port)
+        connection.echo()
+        connection.close()
+    assert len(engine.stats()["frontends"]) == 1200
+    engine.serve(services=[plane.web("b1")])
+    assert set(plane.calls(5)) == {"b1"}
+
+
+def test_no_more_than_three_capabilities(plane: Plane) -> None:
+    """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, and a bpf file system that the user may write to; no root."""
+    if not shutil.which("setpriv"):
+        pytest.skip("setpriv (util-linux) drops the capabilities")
+    for directory in (plane.bpffs, plane.lab.directory):
+        directory.chmod(0o777)
+    caps = "-all,+net_admin,+cap_38,+cap_39"
+    user = ("--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={caps}", f"--ambient-caps={caps}")
+    driver = plane.driver(("setpriv", *user, f"--bounding-set={caps}"))
+    assert driver.preflight() is None
+    driver.open()
+    driver.serve(services=[plane.web("b1", "b2", "b3")])
+    assert driver.problems() == []
+    assert set(plane.calls(30)) == {"b1", "b2", "b3"}
+    assert sum(plane.calls(5, plane.node, "127.0.0.1").values()) == 5
+    driver.close(release=True)
+    assert plane.pins() == []
+
+
+def test_preflight_says_why_not(plane: Plane) -> None:
+    driver = plane.driver(("setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"))
+    assert "CAP_NET_ADMIN" in driver.preflight()
+
+
+def test_stop_without_release_leaves_everything(plane: Plane, engine: Driver) -> None:
+    connection = Connection(plane.client, plane.node.address)
+    engine.close(release=False)
+    engine.end()
+    connection.echo()
+    assert sum(plane.calls(10).values()) == 10
