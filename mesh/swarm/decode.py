@@ -19,6 +19,7 @@ from mesh.swarm import schema
 T = TypeVar("T")
 
 TASK_LABEL: Final = "com.docker.swarm.task.id"
+NO_GATEWAY: Final = b'{"Name": "", "Containers": {}}'
 _PROTOCOLS: Final = {"tcp": Transport.TCP, "udp": Transport.UDP}
 _STARTING: Final = frozenset({"starting"})  # the container exists; its HEALTHCHECK has not passed yet
 _RUNNING: Final = frozenset({"running"})
@@ -34,7 +35,7 @@ class Answers:
     nodes: bytes
     containers: bytes
     unready: bytes
-    gateway: bytes  # network docker_gwbridge; "{}" while there is none
+    gateway: bytes  # network docker_gwbridge; NO_GATEWAY while there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def _local(node: str, answers: Answers) -> Local:
     unready = parse(answers.unready, list[schema.Container], "GET /containers/json")
     gateway = parse(answers.gateway, schema.Network, "GET /networks/docker_gwbridge")
     addresses = {}
-    for container, endpoint in (gateway.containers or {}).items():
+    for container, endpoint in gateway.containers.items():
         if found := _address(endpoint.ipv4_address) or _address(endpoint.ipv6_address):
             addresses[container] = found
     return Local(node, frozenset(c.id for c in containers), frozenset(c.id for c in unready), addresses)

@@ -10,16 +10,18 @@ from typing import Final
 from urllib.parse import quote, urlsplit
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 
 from mesh.errors import ConfigError, ProviderError
 from mesh.swarm import schema
-from mesh.swarm.decode import TASK_LABEL, Answers, parse
+from mesh.swarm.decode import NO_GATEWAY, TASK_LABEL, Answers, parse
 
 API_NEWEST: Final = (1, 51)
 """The newest version whose answers were checked against what is read of them."""
 BODY_LIMIT: Final = 256 * 1024 * 1024
 _REQUEST_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 3.0
+_FAILURES: Final = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
 _AWAY: Final = "is dockerd running, and may this user read the socket?"
 
 _EVENTS: Final = {
@@ -120,10 +122,10 @@ class Engine:
                 status = reply.status
         except TimeoutError:
             raise ProviderError("the Engine does not answer in time", where=where, remedy=_AWAY) from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except _FAILURES as error:
             raise ProviderError(f"{type(error).__name__}: {error}", where=where, remedy=_AWAY) from None
         if status == 404 and name.startswith("/networks/"):
-            return b"{}"  # no task has run here yet
+            return NO_GATEWAY  # no task has run here yet
         if status != 200:
             said = body[:200].decode(errors="replace").strip()
             raise ProviderError(f"the Engine answers {status}: {said}", where=where)
@@ -145,7 +147,7 @@ class Engine:
                 yield None
                 async for line in reply.content:
                     yield parse(line, schema.Event, where)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except _FAILURES as error:
             raise ProviderError(f"{type(error).__name__}: {error}", where=where, remedy=_AWAY) from None
         raise ProviderError("the stream has ended", where=where)
 

@@ -123,7 +123,8 @@ class NetworkEndpoint(_Part, frozen=True):
 class Network(_Part, frozen=True):
     """GET /networks/docker_gwbridge."""
 
-    containers: dict[str, NetworkEndpoint] | None = None
+    name: str
+    containers: dict[str, NetworkEndpoint]
 
 
 class Actor(_Part, frozen=True):

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Engine's answers -> Inventory: which task receives what, and that any answer gives that or a ProviderError."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.errors import ProviderError
+from mesh.model import Intent, PublishedPort
+from mesh.model import Protocol as Transport
+from mesh.swarm import schema
+from mesh.swarm.decode import TASK_LABEL, Answers, decode
+from mesh.swarm.overlay import Overlay
+
+INFO = {"Name": "n1", "Swarm": {"NodeID": "node1", "LocalNodeState": "active", "ControlAvailable": True}}
+
+
+def service(**changes: Any) -> dict[str, Any]:
+    port = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"}
+    return {"ID": "s1", "Spec": {"Name": "web", "Labels": {}}, "Endpoint": {"Ports": [port]}} | changes
+
+
+def task(identity: str, state: str = "running", desired: str = "running", node: str = "node1") -> dict[str, Any]:
+    status = {"State": state, "ContainerStatus": {"ContainerID": f"c-{identity}"}}
+    return {"ID": identity, "ServiceID": "s1", "NodeID": node, "Slot": 1, "Status": status, "DesiredState": desired}
+
+
+def answers(
+    services: Any = None, tasks: Any = (), nodes: Any = (), running: Any = (), unready: Any = (), info: Any = None
+) -> Answers:
+    attached = {c: {"IPv4Address": f"172.18.0.{n}/16"} for n, c in enumerate(running, 2)}
+    parts = (
+        INFO if info is None else info,
+        [service()] if services is None else services,
+        list(tasks),
+        list(nodes),
+        [{"Id": c} for c in running],
+        [{"Id": c} for c in unready],
+        {"Name": "docker_gwbridge", "Containers": attached | {"ingress-sbox": {"IPv4Address": "172.18.0.99/16"}}},
+    )
+    return Answers(*(json.dumps(p).encode() for p in parts))
+
+
+def test_a_running_task_is_a_backend() -> None:
+    (backend,) = decode(answers(tasks=[task("t1")], running=["c-t1"])).inventory.backends
+    assert (backend.id, backend.service, backend.node, backend.container) == ("t1", "s1", "node1", "c-t1")
+    assert (str(backend.address), backend.ready, backend.intent, backend.local) == (
+        "172.18.0.2",
+        True,
+        Intent.ACTIVE,
+        True,
+    )
+    assert backend.name == "web.1"
+
+
+@pytest.mark.parametrize(
+    ("state", "desired", "expected"),
+    [
+        ("running", "running", (Intent.ACTIVE, True)),
+        ("running", "shutdown", (Intent.DRAINING, True)),
+        ("running", "remove", (Intent.DRAINING, True)),
+        ("starting", "running", (Intent.ACTIVE, False)),
+        ("starting", "shutdown", None),
+        ("preparing", "running", None),
+        ("assigned", "ready", None),
+        ("ready", "ready", None),
+        ("complete", "shutdown", None),
+        ("failed", "running", None),
+        ("a state of a later Engine", "running", None),
+    ],
+)
+def test_who_receives_what(state: str, desired: str, expected: tuple[Intent, bool] | None) -> None:
+    found = decode(answers(tasks=[task("t1", state, desired)], running=["c-t1"])).inventory.backends
+    assert [(b.intent, b.ready) for b in found] == ([expected] if expected else [])
+
+
+def test_a_task_whose_container_has_ended_is_gone() -> None:
+    assert not decode(answers(tasks=[task("t1")], running=[])).inventory.backends
+
+
+def test_an_unhealthy_container_is_not_ready() -> None:
+    (backend,) = decode(answers(tasks=[task("t1")], running=["c-t1"], unready=["c-t1"])).inventory.backends
+    assert not backend.ready
+
+
+def test_tasks_of_other_nodes_have_no_address_yet() -> None:
+    (backend,) = decode(answers(tasks=[task("t1", node="node2")])).inventory.backends
+    assert (backend.address, backend.local, backend.container, backend.ready) == (None, False, "", True)
+
+
+def test_only_ingress_ports_as_allocated() -> None:
+    ports = [
+        {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 30000, "PublishMode": "ingress"},
+        {"Protocol": "tcp", "TargetPort": 81, "PublishedPort": 81, "PublishMode": "host"},
+        {"Protocol": "sctp", "TargetPort": 82, "PublishedPort": 82, "PublishMode": "ingress"},
+        {"Protocol": "tcp", "TargetPort": 83, "PublishMode": "ingress"},  # not allocated yet
+        {"Protocol": "tcp", "TargetPort": 99999, "PublishedPort": 84, "PublishMode": "ingress"},
+    ]
+    inventory = decode(answers(services=[service(Endpoint={"Ports": ports})])).inventory
+    assert inventory.services[0].ports == (PublishedPort(30000, 53, Transport.UDP),)
+    assert [p.where for p in inventory.problems] == ["service web, port 82/sctp", "service web, port 84/tcp"]
+
+
+@pytest.mark.parametrize("endpoint", [None, {}, {"Ports": None}, {"Ports": []}])
+def test_services_that_publish_nothing_are_left_out(endpoint: Any) -> None:
+    inventory = decode(answers(services=[service(Endpoint=endpoint)], tasks=[task("t1")], running=["c-t1"])).inventory
+    assert not inventory.services
+    assert not inventory.backends
+
+
+def test_nodes() -> None:
+    nodes = [
+        {
+            "ID": "b",
+            "Spec": {"Labels": {"mesh.weight": "0"}},
+            "Description": {"Hostname": "n2"},
+            "Status": {"State": "down", "Addr": "10.0.0.2"},
+        },
+        {"ID": "a", "Status": {"State": "ready", "Addr": "0.0.0.0"}, "ManagerStatus": {"Addr": "[2001:db8::1]:2377"}},
+    ]
+    a, b = decode(answers(nodes=nodes)).inventory.nodes
+    assert (a.name, str(a.address), a.up, a.weight) == ("a", "2001:db8::1", True, 1)
+    assert (b.name, str(b.address), b.up, b.weight) == ("n2", "10.0.0.2", False, 0)
+
+
+def test_the_order_of_the_answer_does_not_matter() -> None:
+    tasks = [task(f"t{n}") for n in range(5)]
+    running = [f"c-t{n}" for n in range(5)]
+    assert decode(answers(tasks=tasks, running=running)) == decode(answers(tasks=tasks[::-1], running=running))
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [("active", "docker node promote"), ("inactive", "docker swarm init"), ("locked", "locked")]
+)
+def test_not_a_manager(state: str, said: str) -> None:
+    info = {"Swarm": {"LocalNodeState": state, "ControlAvailable": False}}
+    with pytest.raises(ProviderError, match=said):
+        decode(answers(info=info))
+
+
+def test_an_error_names_source_and_path() -> None:
+    broken = task("t1")
+    broken["Status"]["State"] = 7
+    with pytest.raises(ProviderError) as caught:
+        decode(answers(tasks=[task("t0"), broken]))
+    assert "GET /tasks" in str(caught.value)
+    assert "$[1].Status.State" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", Answers.__slots__)
+@pytest.mark.parametrize("body", [b"", b"null", b"<html>", b"[", b"[{}]", b"{", b"\xff", b"7", b"[" * 100000])
+def test_garbage_is_a_provider_error(part: str, body: bytes) -> None:
+    with pytest.raises(ProviderError):
+        decode(replace(answers(), **{part: body}))
+
+
+def mutations(value: Any, draw: Any) -> Any:
+    """A JSON value with some parts replaced by anything."""
+    anything = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just([]) | st.just({})
+    if draw(st.integers(0, 12)) == 0:
+        return draw(anything)
+    if isinstance(value, dict):
+        return {k: mutations(v, draw) for k, v in value.items() if draw(st.integers(0, 15))}
+    if isinstance(value, list):
+        return [mutations(v, draw) for v in value]
+    return value
+
+
+@given(st.data())
+def test_any_json_gives_an_inventory_or_a_provider_error(data: st.DataObject) -> None:
+    good = answers(
+        tasks=[task("t1"), task("t2", node="node2")],
+        nodes=[{"ID": "a", "Spec": {"Labels": {}}, "Status": {"State": "ready", "Addr": "10.0.0.1"}}],
+        running=["c-t1"],
+    )
+    parts = {k: mutations(json.loads(getattr(good, k)), data.draw) for k in Answers.__slots__}
+    with contextlib.suppress(ProviderError):
+        read = decode(Answers(**{k: json.dumps(v).encode() for k, v in parts.items()}))
+        assert [b.id for b in read.inventory.backends] == sorted(b.id for b in read.inventory.backends)
+
+
+@given(st.binary())
+def test_any_bytes_give_an_inventory_or_a_provider_error(body: bytes) -> None:
+    for part in Answers.__slots__:
+        with contextlib.suppress(ProviderError):
+            decode(replace(answers(), **{part: body}))
+
+
+def event(action: str, container: str = "c-t1", **attributes: str) -> schema.Event:
+    return schema.Event("container", action, schema.Actor(container, {TASK_LABEL: "t1"} | attributes))
+
+
+def test_a_death_counts_at_once_and_until_the_list_shows_it() -> None:
+    read = decode(answers(tasks=[task("t1"), task("t2")], running=["c-t1", "c-t2"]))
+    overlay = Overlay()
+    assert overlay.hear(event("die"), 1) == (True, True)
+    assert [b.id for b in overlay.apply(read).backends] == ["t2"]
+    overlay.settle(2, read.local.running)  # a read that began later, but whose list still has the container
+    assert [b.id for b in overlay.apply(read).backends] == ["t2"]
+    later = decode(answers(tasks=[task("t1"), task("t2")], running=["c-t2"]))
+    overlay.settle(3, later.local.running)
+    assert not overlay.dead
+
+
+def test_a_started_container_lives_again() -> None:
+    read = decode(answers(tasks=[task("t1")], running=["c-t1"]))
+    overlay = Overlay()
+    overlay.hear(event("die"), 1)
+    assert overlay.hear(event("start"), 1) == (True, True)
+    assert overlay.apply(read) is read.inventory
+
+
+def test_unhealthy_counts_at_once_and_until_a_later_read() -> None:
+    read = decode(answers(tasks=[task("t1")], running=["c-t1"]))
+    overlay = Overlay()
+    overlay.hear(event("health_status: unhealthy"), 4)
+    overlay.settle(4, read.local.running)  # began before
+    assert not overlay.apply(read).backends[0].ready
+    overlay.settle(5, read.local.running)
+    assert overlay.apply(read).backends[0].ready
+
+
+@pytest.mark.parametrize(
+    ("heard", "expected"),
+    [
+        (event("kill", signal="9"), (True, True)),
+        (event("kill", signal="1"), (False, True)),
+        (event("exec_start: /server --check"), (False, False)),
+        (schema.Event("container", "die", schema.Actor("x", {})), (False, False)),
+        (schema.Event("service", "update", schema.Actor("s1")), (False, True)),
+        (schema.Event(), (False, False)),
+    ],
+)
+def test_what_rings(heard: schema.Event, expected: tuple[bool, bool]) -> None:
+    assert Overlay().hear(heard, 1) == expected

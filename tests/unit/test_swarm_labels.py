@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels -> options: what is accepted, what is said about the rest."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.labels import KEYS, node_weight, parse_options, service_options
+from mesh.model import Affinity, HealthCheck, Locality, ProbeKind, ProxyProtocol, ServiceOptions
+
+
+def test_no_labels_are_the_defaults() -> None:
+    assert service_options("web", {}) == (ServiceOptions(), [])
+    assert service_options("web", {"traefik.enable": "true", "meshed": "x"}) == (ServiceOptions(), [])
+
+
+def test_every_label() -> None:
+    labels = {
+        "mesh.enable": "false",
+        "mesh.affinity": "client-ip",
+        "mesh.proxy-protocol": "v2",
+        "mesh.health": "http:/ready?full=1",
+        "mesh.health.interval": "500ms",
+        "mesh.health.timeout": "0.2s",
+        "mesh.health.rise": "1",
+        "mesh.health.fall": "5",
+        "mesh.table-size": "65537",
+        "mesh.locality": "local-first",
+        "mesh.allow": "10.0.0.0/8, 2001:db8::/32",
+        "mesh.deny": "10.1.2.3",
+    }
+    assert {k.removeprefix("mesh.") for k in labels} == set(KEYS)
+    options, problems = service_options("web", labels)
+    assert not problems
+    assert options == ServiceOptions(
+        enable=False,
+        affinity=Affinity.CLIENT_IP,
+        proxy_protocol=ProxyProtocol.V2,
+        health=HealthCheck(ProbeKind.HTTP, "/ready?full=1", 0.5, 0.2, 1, 5),
+        table_size=65537,
+        locality=Locality.LOCAL_FIRST,
+        allow=(ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("2001:db8::/32")),
+        deny=(ipaddress.ip_network("10.1.2.3/32"),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "path"),
+    [
+        ("tcp", ProbeKind.TCP, "/"),
+        ("off", ProbeKind.OFF, "/"),
+        ("http", ProbeKind.HTTP, "/"),
+        ("http:/", ProbeKind.HTTP, "/"),
+    ],
+)
+def test_probes(text: str, kind: ProbeKind, path: str) -> None:
+    options, problems = service_options("web", {"mesh.health": text})
+    assert (options.health.kind, options.health.path, problems) == (kind, path, [])
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "said"),
+    [
+        ("mesh.enable", "maybe", "true, false"),
+        ("mesh.affinity", "sticky", "one of: client-ip, flow"),
+        ("mesh.affinity", "", "one of: client-ip, flow"),
+        ("mesh.proxy-protocol", "v1", "one of: off, v2"),
+        ("mesh.health", "http:ready", "one of: tcp, http:/path, off"),
+        ("mesh.health", "http:/a b", "http:/path"),
+        ("mesh.health", "tcp:80", "http:/path"),
+        ("mesh.health.interval", "2", "such as 2s or 500ms"),
+        ("mesh.health.interval", "1ms", "0.1s to 3600s"),
+        ("mesh.health.rise", "0", "from 1 to 100"),
+        ("mesh.health.fall", "-1", "from 1 to 100"),
+        ("mesh.table-size", "1000", "1021, 4093, 16381, 65537, 655373"),
+        ("mesh.locality", "zone", "cluster, local-first"),
+        ("mesh.deny", "10.0.0.0/33", "networks separated by commas"),
+        ("mesh.afinity", "flow", "did you mean mesh.affinity?"),
+        ("mesh.health-interval", "2s", "did you mean mesh.health.interval?"),
+        ("mesh.zzz", "1", "known: mesh.enable, mesh.affinity"),
+        ("mesh.weight", "1", "label of nodes"),
+    ],
+)
+def test_a_wrong_label_is_one_message_and_the_default(label: str, value: str, said: str) -> None:
+    options, (problem,) = service_options("web", {label: value})
+    assert options == ServiceOptions()
+    assert problem.where == f"service web, label {label}"
+    assert said in str(problem)
+    assert value in str(problem) or "label" in problem.message
+
+
+def test_one_wrong_label_leaves_the_others() -> None:
+    options, problems = service_options("web", {"mesh.affinity": "client-ip", "mesh.table-size": "7"})
+    assert options.affinity is Affinity.CLIENT_IP
+    assert len(problems) == 1
+
+
+def test_a_wrong_allow_opens_nothing() -> None:
+    options, problems = service_options("web", {"mesh.allow": "10.0.0.0/8, 10.0.0.300"})
+    assert options.allow == (ipaddress.ip_network("10.0.0.0/8"),)
+    assert len(problems) == 1
+    options, problems = service_options("web", {"mesh.allow": "intranet", "mesh.deny": "10.0.0.1"})
+    assert {n.prefixlen for n in options.deny} == {0}
+    assert {n.version for n in options.deny} == {4, 6}
+    assert "nobody else is let in" in str(problems[0])
+
+
+@pytest.mark.parametrize(("text", "weight", "wrong"), [("0", 0, 0), ("65535", 65535, 0), ("65536", 1, 1), ("x", 1, 1)])
+def test_node_weight(text: str, weight: int, wrong: int) -> None:
+    found, problems = node_weight("n1", {"mesh.weight": text, "rack": "7"})
+    assert (found, len(problems)) == (weight, wrong)
+
+
+def test_node_labels_that_belong_elsewhere() -> None:
+    weight, (problem,) = node_weight("n1", {"mesh.affinity": "flow"})
+    assert weight == 1
+    assert "node n1, label mesh.affinity" in str(problem)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*KEYS, "weight", "x"]).map(lambda k: f"mesh.{k}") | st.text(),
+        st.text()
+        | st.from_regex(r"-?\d{0,30}(ms|s|m|h)?", fullmatch=True)
+        | st.sampled_from(["tcp", "http:/", "http:", "٣s", "²", "10.0.0.0/8", "::/0,,"]),
+    )
+)
+def test_any_labels_give_options(labels: dict[str, str]) -> None:
+    options, problems = service_options("web", labels)
+    assert options.health.interval >= 0.1
+    assert options.health.rise >= 1
+    assert all(str(p) for p in problems)
+    node_weight("n1", labels)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), st.text(max_size=5)))
+def test_what_is_not_refused_is_kept(values: dict[str, str]) -> None:
+    """A value that was refused equals no value."""
+    options, problems = parse_options(values, lambda key: key)
+    wrong = {p.where for p in problems}
+    if "allow" not in wrong:
+        assert parse_options({k: v for k, v in values.items() if k not in wrong or k == "deny"}, str)[0] == options
