@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people read says what the code does. `python -m tests.unit.test_docs` writes the generated tables anew."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mesh.cli.main import Exit, main
+from mesh.config import Config
+from mesh.config_load import load
+from mesh.datapath.base import Failure
+from mesh.labels import KEYS
+from mesh.metrics import families
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+OPERATIONS = ROOT / "docs" / "OPERATIONS.md"
+METRIC = re.compile(r"\bmesh_[a-z0-9_]+")
+SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+def config_table() -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key in fields(Config):
+        default = f"{key.default:g}" if key.type == "float" else str(key.default)
+        meaning = key.metadata["help"]
+        if key.metadata["choices"]:
+            meaning += f" ({', '.join(f'`{choice}`' for choice in key.metadata['choices'])})"
+        rows.append(f"| `{key.name}` | {f'`{default}`' if default else ''} | {meaning} |")
+    return "\n".join(rows)
+
+
+def example() -> str:
+    """deploy/mesh.toml.example."""
+    lines = [
+        "# SPDX-License-Identifier: Apache-2.0",
+        "# /etc/mesh/mesh.toml: every key with its default. Keep what you change. Environment (MESH_ENGINE, ...) and flags",
+        "# (--engine, ...) win over this file; unknown keys are refused. `mesh check` judges it, SIGHUP reads it again.",
+    ]
+    for key in fields(Config):
+        meaning, choices = key.metadata["help"], key.metadata["choices"]
+        value = json.dumps(key.default) if key.type == "str" else str(key.default)
+        one_of = f" One of: {', '.join(choices)}." if choices else ""
+        lines += ["", f"# {meaning[0].upper()}{meaning[1:]}.{one_of}", f"{key.name} = {value}"]
+    return "\n".join(lines) + "\n"
+
+
+EXAMPLE = ROOT / "deploy" / "mesh.toml.example"
+GENERATED = [(README, "config", config_table), (OPERATIONS, "metrics", families.table)]
+
+
+def split(text: str, name: str) -> tuple[str, str, str]:
+    """What is before, in and after the generated part of this name."""
+    before, begin, rest = text.partition(f"<!-- generated:{name} -->\n")
+    inside, end, after = rest.partition("<!-- /generated -->")
+    assert begin and end
+    return before + begin, inside, end + after
+
+
+@pytest.mark.parametrize(("file", "name", "table"), GENERATED)
+def test_generated_tables_are_up_to_date(file: Path, name: str, table: object) -> None:
+    assert callable(table)
+    assert split(file.read_text(), name)[1] == f"{table()}\n", "run: python -m tests.unit.test_docs"
+
+
+def known_metrics() -> set[str]:
+    names = {family.name for family in (*families.FAMILIES, *families.ENGINE.values())}
+    return names | {name + suffix for name in names for suffix in SUFFIXES}
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/OPERATIONS.md", "deploy/alerts.yml", "deploy/grafana.json"])
+def test_metrics_that_are_named_exist(file: str) -> None:
+    assert set(METRIC.findall((ROOT / file).read_text())) <= known_metrics()
+
+
+def documented(heading: str) -> set[str]:
+    """First column of the tables under a heading of OPERATIONS.md."""
+    section = OPERATIONS.read_text().partition(f"\n{heading}\n")[2]
+    section = re.split(r"\n#{2,3} ", section)[0]
+    return {
+        cell.strip("` ") for row in re.findall(r"^\| (`?[^|]+) \|", section, re.MULTILINE) for cell in row.split(",")
+    }
+
+
+def test_every_label_exit_code_cause_and_alert_is_explained() -> None:
+    assert {f"mesh.{key}" for key in KEYS} <= documented("## Labels")
+    assert {str(code.value) for code in Exit} <= documented("## Commands and exit codes")
+    assert {cause.value for cause in Failure} <= documented("## Metrics")
+    alerts = set(re.findall(r"- alert: (\w+)", (ROOT / "deploy/alerts.yml").read_text()))
+    assert alerts == documented("## Alerts") - {"alert"}
+
+
+def test_state_keys_are_explained() -> None:
+    from tests.unit.metrics_samples import state
+
+    shown = state()
+    service = shown["services"][0]
+    frontend = service["frontends"][0]
+    text = OPERATIONS.read_text().partition("### /state")[2].partition("\n## ")[0]
+    keys = {
+        *shown,
+        *service,
+        *frontend,
+        *frontend["targets"][0],
+        *shown["provider"],
+        *shown["apply"],
+        *shown["drained"],
+    }
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+
+
+def test_commands_that_are_shown_exist() -> None:
+    for file in (README, OPERATIONS):
+        shown = set(re.findall(r"(?:^|`|bin/)mesh ([a-z]+)", file.read_text(), re.MULTILINE))
+        assert shown <= set(main.commands), file
+
+
+def test_the_example_is_the_default() -> None:
+    assert load({"config": str(EXAMPLE)}, {}) == Config()
+    assert EXAMPLE.read_text() == example(), "run: python -m tests.unit.test_docs"
+
+
+def test_alert_rules_are_rules() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "rules", ROOT / "deploy/alerts.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_unit_waits_longer_than_the_daemon_drains() -> None:
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(ROOT / "deploy/mesh.service")
+    service = unit["Service"]
+    assert service["Type"] == "notify" and int(service["WatchdogSec"]) > 0
+    assert int(service["TimeoutStopSec"]) > Config().drain_timeout
+    assert service["ExecReload"].endswith("-HUP $MAINPID")
+
+
+def test_the_dashboard_is_whole() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    assert all(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+
+
+def test_links_lead_somewhere() -> None:
+    for file in (README, OPERATIONS):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
+            assert (file.parent / link).exists(), f"{file.name}: {link}"
+
+
+def write() -> None:
+    """Write what is generated into the documents."""
+    for file, name, table in GENERATED:
+        before, _, after = split(file.read_text(), name)
+        file.write_text(f"{before}{table()}\n{after}")
+    EXAMPLE.write_text(example())
+
+
+if __name__ == "__main__":
+    write()
