@@ -41,8 +41,8 @@ def example() -> str:
     """deploy/mesh.toml.example."""
     lines = [
         "# SPDX-License-Identifier: Apache-2.0",
-        "# /etc/mesh/mesh.toml: every key with its default. Keep what you change. Environment (MESH_ENGINE, ...) and flags",
-        "# (--engine, ...) win over this file; unknown keys are refused. `mesh check` judges it, SIGHUP reads it again.",
+        "# /etc/mesh/mesh.toml: every key with its default. Keep what you change. Environment (MESH_ENGINE, ...) and",
+        "# flags (--engine, ...) win over it; unknown keys are refused. `mesh check` judges it, SIGHUP reads it again.",
     ]
     for key in fields(Config):
         meaning, choices = key.metadata["help"], key.metadata["choices"]
