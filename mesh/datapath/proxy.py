@@ -6,97 +6,33 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from mesh._fastpath import RETRIES_MOST, Engine, Front, Pair
+from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable, hash_client, hash_flow, slot_of
 from mesh.config import Config
 from mesh.datapath.base import (
     OWNER_NONE,
     Applied,
     BackendEntry,
-    BackendKey,
     Choice,
-    Counters,
-    Failure,
     FrontendEntry,
     Plan,
     Signal,
     Stats,
 )
 from mesh.datapath.intercept import Interceptor, table_name
+from mesh.datapath.proxy_books import Books, FrontRecord, sixteen
 from mesh.errors import DatapathError
-from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
+from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
-if TYPE_CHECKING:
-    from mesh._fastpath import Counts
-
-CAUSES: Final = tuple(Failure)  # the engine's order
 RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
-KEEP_COUNTERS: Final = 60.0  # seconds for which the counters of what is gone can still be read
-SUSPECT: Final = (Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE)  # failures that speak against a backend
-ZERO: Final[Counts] = (0, 0, 0, 0, 0, (0,) * len(CAUSES), 0, 0, 0, 0, (0,) * 15, 0)
-
-
-@dataclass(slots=True)
-class PairRecord:
-    """What is kept of a frontend's backend. `told` is what `signals` has reported: good ones, bad ones by cause."""
-
-    pair: Pair
-    told: tuple[int, ...] = (0, 0, 0, 0)
-    idle_since: float | None = None
-
-
-@dataclass(slots=True)
-class FrontRecord:
-    """What is kept of a frontend; `entry` is None once it was dropped, until its connections have ended."""
-
-    front: Front
-    entry: FrontendEntry | None = None
-    pairs: dict[BackendKey, PairRecord] = field(default_factory=dict)
-    retired: Counts = ZERO  # counters of backends that are gone
-    descriptors: tuple[int, ...] = ()  # listening sockets, while it listens
-
-
-def sixteen(address: Address) -> bytes:
-    """An address as the engine has it: 16 bytes, IPv4 as IPv4-mapped IPv6."""
-    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
 
 
 def prefixes(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
     return [(sixteen(n.network_address), n.prefixlen + (96 if n.version == 4 else 0)) for n in networks]
-
-
-def add(a: Counts, b: Counts) -> Counts:
-    """Element-wise sum."""
-    return (
-        *(x + y for x, y in zip(a[:5], b[:5], strict=True)),
-        tuple(x + y for x, y in zip(a[5], b[5], strict=True)),
-        *(x + y for x, y in zip(a[6:10], b[6:10], strict=True)),
-        tuple(x + y for x, y in zip(a[10], b[10], strict=True)),
-        a[11] + b[11],
-    )  # type: ignore[return-value]
-
-
-def counters(counts: Counts, failed: tuple[int, ...]) -> Counters:
-    _, _, opened, closed, retried, _, into, out, packets_in, packets_out, connect, spent = counts
-    return Counters(
-        opened=opened,
-        closed=closed,
-        active=opened - closed,
-        retried=retried,
-        failed={cause: n for cause, n in zip(CAUSES, failed, strict=True) if n},
-        bytes_in=into,
-        bytes_out=out,
-        packets_in=packets_in,
-        packets_out=packets_out,
-        connect_seconds=connect,
-        connect_seconds_sum=spent / 1e9,
-    )
 
 
 class ProxyDatapath:
@@ -127,8 +63,7 @@ class ProxyDatapath:
         self._inherited = inherited
         self._docker_host = docker_host
         self._threads = config.threads or len(os.sched_getaffinity(0))
-        self._lock = threading.Lock()  # the records; never held while waiting
-        self._records: dict[Frontend, FrontRecord] = {}
+        self._books = Books()
         self._backends: dict[int, BackendEntry] = {}
         self._applied = Applied()
         self._problems: dict[Frontend, str] = {}
@@ -191,7 +126,7 @@ class ProxyDatapath:
                 engine.put_backend(backend.id, sixteen(backend.target.address), backend.target.port)
         except ValueError as error:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
-        with self._lock:
+        with self._books.lock:
             self._backends.update({b.id: b for b in (*plan.result.backends.values(), *plan.put_backends)})
         for entry in plan.put_frontends:
             try:
@@ -208,7 +143,7 @@ class ProxyDatapath:
         for backend in plan.drop_backends:
             if backend.id not in {b.id for b in plan.result.backends.values()}:
                 engine.drop_backend(backend.id)
-                with self._lock:
+                with self._books.lock:
                     self._backends.pop(backend.id, None)
         engine.collect()
         if self._first and plan.result.frontends:
@@ -219,7 +154,7 @@ class ProxyDatapath:
             frontends={f: e for f, e in plan.result.frontends.items() if f not in self._problems},
             backends=plan.result.backends,
         )
-        self._reap(time.monotonic())
+        self._books.reap(engine, self._applied.backends, time.monotonic())
         return self._applied
 
     def _opened(self) -> tuple[Engine, Interceptor]:
@@ -231,22 +166,9 @@ class ProxyDatapath:
         engine, intercept = self._opened()
         state = entry.state
         frontend = state.frontend
-        record = self._records.get(frontend)
-        if record is None:
-            any_address = frontend.address == ANY_ADDRESS
-            record = FrontRecord(engine.front(sixteen(frontend.address), frontend.port, any_address))
-            with self._lock:
-                self._records[frontend] = record
-        owners: dict[int, Pair] = {}
-        for owner in entry.backends:
-            backend = self._backends.get(owner)
-            if backend is None:
-                continue
-            if backend.key not in record.pairs:
-                with self._lock:
-                    record.pairs[backend.key] = PairRecord(engine.pair(record.front))
-            record.pairs[backend.key].idle_since = None
-            owners[owner] = record.pairs[backend.key].pair
+        record = self._books.record(frontend, engine)
+        known = (self._backends[owner] for owner in entry.backends if owner in self._backends)
+        owners = {backend.id: self._books.pair(record, backend.key, engine) for backend in known}
         engine.put_route(
             record.front,
             entry.table,
@@ -272,7 +194,7 @@ class ProxyDatapath:
 
     def _drop(self, frontend: Frontend) -> None:
         engine, _ = self._opened()
-        record = self._records.get(frontend)
+        record = self._books.records.get(frontend)
         if record is None or record.entry is None:
             return
         engine.unlisten(record.front)
@@ -286,98 +208,44 @@ class ProxyDatapath:
         table = SlotTable.uniform(1021, OWNER_NONE)
         engine.put_route(record.front, table, {}, by_client=False, announce=False, allow=[], deny=[])
 
-    def _reap(self, now: float) -> None:
-        """Let go of counters that nothing changes any more and that could be read for a while."""
-        engine, _ = self._opened()
-        live = set(self._applied.backends)
-        for frontend, record in list(self._records.items()):
-            for key, pair in list(record.pairs.items()):
-                if record.entry is not None and key in live:
-                    pair.idle_since = None
-                    continue
-                begun, ended, *_ = pair.pair.read()
-                if begun != ended or pair.idle_since is None:
-                    pair.idle_since = now if begun == ended else None
-                elif now - pair.idle_since >= KEEP_COUNTERS and engine.release(pair.pair):
-                    with self._lock:
-                        del record.pairs[key]
-                        record.retired = add(record.retired, pair.pair.read())
-            if record.entry is None and not record.pairs and engine.release(record.front):
-                with self._lock:
-                    del self._records[frontend]
-
     def problems(self) -> Sequence[str]:
         notes = self._intercept.notes if self._intercept else {}
         return (*self._general, *self._problems.values(), *notes.values())
 
     def stats(self) -> Stats:
-        """See `Datapath.stats`. A frontend's `failed` counts what its clients saw, a backend's every attempt."""
         if self._engine is None:
             return Stats()
-        with self._lock:
-            records = [(f, r, list(r.pairs.items()), r.retired) for f, r in self._records.items()]
-        frontends: dict[Frontend, Counters] = {}
-        backends: dict[tuple[Frontend, BackendKey], Counters] = {}
-        for frontend, record, pairs, retired in records:
-            total = retired
-            for key, pair in pairs:
-                counts = pair.pair.read()
-                total = add(total, counts)
-                backends[frontend, key] = counters(counts, counts[5])
-            frontends[frontend] = counters(total, record.front.read()[5])
+        frontends, backends = self._books.counters()
         totals = self._engine.totals()
         return Stats(
             frontends=frontends,
             backends=backends,
             gauges={
-                "proxy_threads": self._threads,
-                "proxy_connections": totals["connections"],
-                "proxy_connecting": totals["connecting"],
-                "proxy_connections_limit": self._limits["connections_limit"],
-                "proxy_descriptors": 2 * (totals["connections"] + totals["pipes_open"])
+                "threads": self._threads,
+                "connections": totals["connections"],
+                "connections_connecting": totals["connecting"],
+                "connections_limit": self._limits["connections_limit"],
+                "descriptors": 2 * (totals["connections"] + totals["pipes_open"])
                 + totals["sessions"]
                 + totals["listeners"],
-                "proxy_descriptors_limit": self._limits["descriptors_limit"],
-                "proxy_pipes": totals["pipes_open"],
-                "proxy_pipes_used": totals["pipes_used"],
-                "proxy_buffers_used": totals["buffers_used"],
-                "proxy_accept_paused": totals["paused"],
+                "descriptors_limit": self._limits["descriptors_limit"],
+                "pipes": totals["pipes_open"],
+                "pipes_used": totals["pipes_used"],
+                "buffers_used": totals["buffers_used"],
+                "accept_paused_threads": totals["paused"],
                 "udp_sessions": totals["sessions"],
             },
             totals={
-                "proxy_accept_pauses": totals["accept_pauses"],
-                "proxy_accept_errors": totals["accept_errors"],
-                "proxy_pipe_failures": totals["pipe_failures"],
+                "accept_pauses": totals["accept_pauses"],
+                "accept_errors": totals["accept_errors"],
+                "pipe_failures": totals["pipe_failures"],
                 "udp_evictions": totals["udp_evictions"],
                 "udp_dropped": totals["udp_dropped"],
             },
         )
 
     def signals(self) -> Sequence[Signal]:
-        with self._lock:
-            pairs = [(f, k, p) for f, r in self._records.items() for k, p in r.pairs.items()]
-        good: dict[str, int] = {}
-        bad: dict[tuple[str, Failure], int] = {}
-        for frontend, key, record in pairs:
-            counts = record.pair.read()
-            # A UDP session says nothing by itself; an answer does.
-            seen = (
-                counts[2] if frontend.protocol is Protocol.TCP else counts[9],
-                *(counts[5][CAUSES.index(cause)] for cause in SUSPECT),
-            )
-            if seen == record.told:
-                continue
-            fresh = [now - before for now, before in zip(seen, record.told, strict=True)]
-            record.told = seen
-            if fresh[0]:
-                good[key.backend] = good.get(key.backend, 0) + fresh[0]
-            for cause, n in zip(SUSPECT, fresh[1:], strict=True):
-                if n:
-                    bad[key.backend, cause] = bad.get((key.backend, cause), 0) + n
-        return (
-            *(Signal(backend, True, None, n) for backend, n in good.items()),
-            *(Signal(backend, False, cause, n) for (backend, cause), n in bad.items()),
-        )
+        return self._books.signals()
 
     def lookup(self, flow: Flow) -> Choice | None:
         applied = self._applied
@@ -410,23 +278,23 @@ class ProxyDatapath:
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's."""
-        with self._lock:
-            return {f: r.descriptors for f, r in self._records.items() if r.descriptors}
+        with self._books.lock:
+            return {f: r.descriptors for f, r in self._books.records.items() if r.descriptors}
 
     def stop_accepting(self) -> None:
         """Another process has the sockets of `listeners()` now: close ours without touching what waits in them."""
         engine, intercept = self._opened()
         intercept.yield_table()
         engine.yield_sockets()
-        with self._lock:
-            for record in self._records.values():
+        with self._books.lock:
+            for record in self._books.records.values():
                 record.descriptors = ()
 
     def drain(self, seconds: float) -> int:
         """Take no new connections and wait for those there are. UDP is served on until `close`: it has no ends."""
         engine, intercept = self._opened()
         intercept.hand_back()
-        for frontend, record in list(self._records.items()):
+        for frontend, record in list(self._books.records.items()):
             if frontend.protocol is Protocol.TCP and record.descriptors:
                 engine.unlisten(record.front)
                 record.descriptors = ()

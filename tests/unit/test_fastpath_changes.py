@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proxy engine while things change or fail: backends that refuse, new tables, limits, take-over, long use."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mesh.config import Config
+from mesh.datapath.base import Failure
+from mesh.datapath.proxy import ProxyDatapath
+from mesh.model import ServiceOptions
+from tests.unit.fastpath_bench import Served, TcpServer, call, engine, eventually, free_port, read_all, reset, tcp
+
+
+def refusing() -> tuple[str, int]:
+    return ("127.0.0.1", free_port())
+
+
+def ask(front, host: str = "127.0.0.1") -> bool:  # type: ignore[no-untyped-def]
+    """Whether a new connection is answered."""
+    try:
+        with call(front, host) as sock:
+            sock.sendall(b"x")
+            return sock.recv(1) == b"x"
+    except ConnectionError:
+        return False
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """An address that answers no SYN: a listener whose queue is full."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)
+    waiting = []
+    for _ in range(4):
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(listener.getsockname())
+        waiting.append(sock)
+    time.sleep(0.05)
+    yield listener.getsockname()
+    for sock in (*waiting, listener):
+        sock.close()
+
+
+def test_a_backend_that_refuses_costs_no_connection() -> None:
+    server, front = TcpServer(), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"gone": refusing(), "here": server.where, "gone2": refusing()}})
+        assert all(ask(front) for _ in range(200))
+        now = mesh.quiet(front)
+        gone = [mesh.of_backend(front, name) for name in ("gone", "gone2")]
+        assert (now.opened, now.failed) == (200, {})
+        assert now.retried == sum(c.failed[Failure.REFUSED] for c in gone) > 100
+        assert all(c.opened == 0 and c.retried == c.failed[Failure.REFUSED] for c in gone)
+        bad = {s.backend: s.count for s in mesh.datapath.signals() if not s.ok and s.cause is Failure.REFUSED}
+        assert bad == {n: mesh.of_backend(front, n).failed[Failure.REFUSED] for n in ("gone", "gone2")}
+
+
+def test_what_the_client_said_early_reaches_the_next_choice() -> None:
+    server, front = TcpServer(), tcp()
+    data = os.urandom(200_000)
+    with engine() as mesh:
+        mesh.serve({front: {"gone": refusing(), "here": server.where}})
+        for _ in range(30):
+            with call(front) as sock:
+                threading.Thread(target=lambda s=sock: (s.sendall(data), s.shutdown(socket.SHUT_WR))).start()
+                assert read_all(sock) == data
+        assert mesh.quiet(front).bytes_in == 30 * len(data)
+
+
+def test_all_refuse() -> None:
+    front = tcp()
+    with engine(retries=1) as mesh:
+        mesh.serve({front: {"a": refusing(), "b": refusing(), "c": refusing()}})
+        assert not any(ask(front) for _ in range(20))
+        now = mesh.quiet(front)
+        assert now.failed == {Failure.REFUSED: 20}
+        assert now.retried == 20
+
+
+def test_a_backend_that_does_not_answer(silent: tuple[str, int]) -> None:
+    server, front = TcpServer(), tcp()
+    with engine(connect_timeout=0.3) as mesh:
+        mesh.serve({front: {"silent": silent, "here": server.where}})
+        assert all(ask(front) for _ in range(6))
+        now = mesh.quiet(front)
+        assert now.failed == {}
+        assert mesh.of_backend(front, "silent").failed.get(Failure.TIMEOUT, 0) == now.retried
+        mesh.serve({front: {"silent": silent}})
+        assert not ask(front)
+        assert mesh.quiet(front).failed == {Failure.TIMEOUT: 1}
+
+
+def test_a_client_that_leaves_while_its_backend_does_not_answer(silent: tuple[str, int]) -> None:
+    front = tcp()
+    with engine(connect_timeout=30) as mesh:
+        mesh.serve({front: {"silent": silent}})
+        sock = call(front)
+        eventually(lambda: mesh.datapath.stats().gauges["connections_connecting"])
+        reset(sock)
+        assert mesh.quiet(front).failed == {Failure.OTHER: 1}
+
+
+def test_nobody_to_choose() -> None:
+    front = tcp()
+    with engine() as mesh:
+        mesh.serve({front: {}})
+        assert not ask(front)
+        assert mesh.quiet(front).failed == {Failure.NO_BACKEND: 1}
+
+
+def test_new_tables_under_traffic() -> None:
+    """Each connection is answered while backends come and go, and what is established stays where it is."""
+    servers = {f"b{i}": TcpServer() for i in range(6)}
+    front, stop = tcp(), threading.Event()
+    results: list[bool] = []
+
+    def client() -> None:
+        while not stop.is_set():
+            results.append(ask(front))
+
+    with engine() as mesh:
+        mesh.serve({front: {n: s.where for n, s in servers.items()}})
+        old = [call(front) for _ in range(30)]
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        for i in itertools.count():
+            if i > 60 and len(results) > 200:
+                break
+            mesh.serve({front: {n: s.where for j, (n, s) in enumerate(servers.items()) if (j + i) % 3}})
+        stop.set()
+        for thread in clients:
+            thread.join()
+        assert all(results), mesh.counters(front)
+        for sock in old:
+            sock.sendall(b"still here")
+            assert sock.recv(100) == b"still here"
+            sock.close()
+        now = mesh.quiet(front)
+        assert now.opened == len(results) + 30
+        assert now.failed == {}
+
+
+def test_weight_zero_keeps_connections_and_gets_none() -> None:
+    servers, front = {"a": TcpServer(), "b": TcpServer()}, tcp()
+    backends = {n: s.where for n, s in servers.items()}
+    with engine() as mesh:
+        mesh.serve({front: backends})
+        with call(front) as old:
+            eventually(lambda: any(s.accepted for s in servers.values()))
+            name = next(n for n, s in servers.items() if s.accepted)
+            mesh.serve({front: backends}, idle=[name])
+            assert all(ask(front) for _ in range(20))
+            assert servers[name].accepted == 1
+            old.sendall(b"x")
+            assert old.recv(1) == b"x"
+
+
+def test_a_removed_frontend_refuses_at_once_and_keeps_its_connections() -> None:
+    server, front, other = TcpServer(), tcp(), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
+        old = call(front)
+        old.sendall(b"x")
+        assert old.recv(1) == b"x"
+        queued = [call(front) for _ in range(20)]
+        mesh.serve({other: {"a": server.where}})
+        with pytest.raises(ConnectionRefusedError):
+            call(front)
+        for sock in (old, *queued):  # what the kernel had accepted is served
+            sock.sendall(b"y")
+            assert sock.recv(1) == b"y"
+            sock.close()
+        mesh.quiet(front)
+        mesh.serve({other: {"a": server.where}, front: {"a": server.where}})
+        assert ask(front)
+        assert mesh.quiet(front).opened == 22
+
+
+def test_a_port_that_is_taken() -> None:
+    server = TcpServer()
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as taken, engine() as mesh:
+        front, other = tcp(taken.getsockname()[1]), tcp()
+        applied = mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
+        assert list(applied.frontends) == [other]
+        assert mesh.datapath.problems() == (
+            f"frontend *:{front.port}/tcp: another process listens on this port "
+            '(stop it (ss -lntup names it), or set intercept = "nft")',
+        )
+        taken.close()
+        applied = mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
+        assert set(applied.frontends) == {front, other}
+        assert mesh.datapath.problems() == ()
+        assert ask(front)
+
+
+def test_more_clients_than_connections_wait() -> None:
+    server, front = TcpServer(), tcp()
+    with engine(max_connections=8) as mesh:
+        mesh.serve({front: {"a": server.where}})
+        socks = [call(front) for _ in range(24)]
+        for sock in socks:
+            sock.sendall(b"x")
+        eventually(lambda: mesh.counters(front).active == 8)
+        assert mesh.datapath.stats().totals["accept_pauses"] > 0
+        time.sleep(0.2)
+        assert mesh.counters(front).active == 8
+        for sock in socks:  # those that end make room for those that wait
+            sock.settimeout(0.01)
+        answered = set()
+        while len(answered) < 24:
+            for i, sock in enumerate(socks):
+                if i in answered:
+                    continue
+                try:
+                    assert sock.recv(1) == b"x"
+                except TimeoutError:
+                    continue
+                answered.add(i)
+                sock.close()
+        assert mesh.quiet(front).opened == 24
+
+
+STARVED = """
+import resource, socket, sys, time
+from mesh.datapath.base import Failure
+from tests.unit.fastpath_bench import TcpServer, call, engine, eventually, tcp
+
+server = TcpServer()
+front = tcp()
+with engine() as mesh:
+    mesh.serve({front: {"a": server.where}})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+    room = []
+    try:  # leave little
+        while True:
+            room.append(socket.socket())
+    except OSError:
+        for sock in room[-60:]:
+            sock.close()
+    clients = []
+    for _ in range(25):
+        try:
+            clients.append(call(front))
+        except OSError:
+            break
+    spent = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - spent < 0.25, "spins"
+    stats = mesh.datapath.stats()
+    assert stats.totals["accept_pauses"] > 0, stats
+    for sock in clients + room:
+        sock.close()
+    eventually(lambda: not mesh.datapath.stats().gauges["connections"])
+    with call(front) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+    mesh.quiet(front)
+print("survived")
+"""
+
+
+def test_out_of_descriptors() -> None:
+    done = subprocess.run([sys.executable, "-c", STARVED, "700"], capture_output=True, text=True, check=False)
+    assert done.stdout == "survived\n", done.stderr
+
+
+def test_thousands_of_connections_leave_nothing_behind() -> None:
+    servers, front = {"a": TcpServer(), "b": TcpServer()}, tcp()
+    with engine() as mesh:
+        mesh.serve({front: {n: s.where for n, s in servers.items()}})
+        assert ask(front)
+        mesh.quiet(front)
+        eventually(lambda: not any(s.open for s in servers.values()))
+        gc.collect()  # sockets of earlier tests
+        before = len(list(Path("/proc/self/fd").iterdir()))
+
+        def client(seed: int) -> None:
+            for i in range(500):
+                with call(front) as sock:
+                    sock.sendall(b"x" * ((i + seed) % 7 * 20000 + 1))
+                    if i % 5 == 0:
+                        reset(sock)
+                    elif i % 5 == 1:
+                        sock.recv(1)
+
+        clients = [threading.Thread(target=client, args=(n,)) for n in range(6)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        now = mesh.quiet(front)
+        assert now.opened + sum(now.failed.values()) >= 3001
+        eventually(lambda: not any(s.open for s in servers.values()))
+        pipes = mesh.datapath.stats().gauges["pipes"]
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 2 * pipes
+
+
+def test_many_connections_at_once() -> None:
+    servers, front = {"a": TcpServer(), "b": TcpServer()}, tcp()
+    with engine() as mesh:
+        mesh.serve({front: {n: s.where for n, s in servers.items()}})
+        socks = [call(front) for _ in range(1000)]
+        for i, sock in enumerate(socks):
+            sock.sendall(b"%d" % i)
+        for i, sock in enumerate(socks):
+            assert sock.recv(100) == b"%d" % i
+        assert mesh.counters(front).active == 1000
+        for sock in socks:
+            sock.close()
+        assert mesh.quiet(front).opened == 1000
+
+
+@pytest.mark.parametrize(("threads_before", "threads_after"), [(2, 1), (1, 3), (2, 2)])
+def test_take_over_refuses_nobody(threads_before: int, threads_after: int) -> None:
+    server, front, stop = TcpServer(), tcp(), threading.Event()
+    results: list[bool] = []
+
+    def client() -> None:
+        while not stop.is_set():
+            results.append(ask(front))
+
+    with engine(threads=threads_before) as old:
+        old.serve({front: {"a": server.where}})
+        kept = call(front)
+        kept.sendall(b"x")
+        assert kept.recv(1) == b"x"
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        # In life the descriptors cross a Unix socket; dup() has the same effect.
+        passed = {f: [os.dup(fd) for fd in fds] for f, fds in old.datapath.listeners().items()}
+        fresh = ProxyDatapath(Config(threads=threads_after, intercept="bind"), inherited=passed)
+        fresh.open()
+        new = Served(fresh)
+        try:
+            new.serve({front: {"a": server.where}})
+            old.datapath.stop_accepting()
+            assert old.datapath.listeners() == {}
+            already = old.counters(front).opened
+            count = len(results)
+            eventually(lambda: len(results) > count + 300)
+            kept.sendall(b"y")
+            assert kept.recv(1) == b"y"
+            kept.close()
+            assert old.datapath.drain(10) == 0
+            assert old.counters(front).opened == already
+            old.datapath.close(release=False)
+            count = len(results)
+            eventually(lambda: len(results) > count + 100)
+            stop.set()
+            for thread in clients:
+                thread.join()
+            assert all(results)
+            assert new.quiet(front).opened + already == len(results) + 1
+        finally:
+            stop.set()
+            fresh.close(release=True)
+
+
+def test_drain_serves_what_is_open() -> None:
+    server, front = TcpServer(), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where}})
+        sock = call(front)
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        left: list[int] = []
+        drainer = threading.Thread(target=lambda: left.append(mesh.datapath.drain(20)))
+        drainer.start()
+        eventually(lambda: not ask(front))
+        sock.sendall(b"y")
+        assert sock.recv(1) == b"y"
+        sock.close()
+        drainer.join()
+        assert left == [0]
+
+
+def test_drain_is_bounded_and_close_resets() -> None:
+    server, front = TcpServer(), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where}})
+        with call(front) as sock:
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+            assert mesh.datapath.drain(0.1) == 1
+            mesh.datapath.close(release=True)
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+
+
+def test_counters_of_what_is_gone_are_kept_for_a_while_and_then_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, front, other = TcpServer(), tcp(), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where, "b": server.where}, other: {"a": server.where}})
+        assert all(ask(front) for _ in range(20))
+        mesh.quiet(front)
+        opened = mesh.counters(front).opened
+        mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
+        assert mesh.of_backend(front, "b").opened > 0
+        monkeypatch.setattr("mesh.datapath.proxy_books.KEEP_COUNTERS", 0.0)
+        mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
+        assert {k.backend for (f, k) in mesh.datapath.stats().backends if f == front} == {"a"}
+        assert mesh.counters(front).opened == opened  # a frontend forgets nothing
+        for _ in range(3):
+            mesh.serve({other: {"a": server.where}})
+        assert set(mesh.datapath.stats().frontends) == {other}
+
+
+def test_an_unknown_owner_is_refused() -> None:
+    front = tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": refusing()}}, ServiceOptions(table_size=4093))
+        assert not ask(front)
