@@ -8,7 +8,7 @@ thread at a time, but for `Pair.read`, `Front.read` and `Engine.totals`, which a
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable, mesh_addr
 from mesh.fastpath.select cimport is_v4
@@ -278,6 +278,9 @@ cdef class Engine:
             memcpy(&b.address.sin6_addr, mapped.bytes, 16)
             b.length = sizeof(sockaddr_in6)
         old = <backend *>fp_load(&self.e.backends[owner])
+        if old is not NULL and old.length == b.length and memcmp(&old.address, &b.address, sizeof(b.address)) == 0:
+            free(b)  # only its weight or the like has changed: its sessions stay
+            return
         fp_store(&self.e.backends[owner], b)
         if old is not NULL:
             self.tell(OP_FORGET, <void *><size_t>owner)
