@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""At its limits and at its end the daemon pauses, waits and counts; it does not spin, die or cut what is under way."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import peers
+from tests.datapath.topology import WEB, Topology
+from tests.lab.netns import wait_for
+
+pytestmark = pytest.mark.root
+
+
+def test_limit_of_connections_pauses_accepting(make_topology: Callable[..., Topology]) -> None:
+    topology = make_topology(backends=2)
+    if topology.engine != "proxy":
+        pytest.skip("the kernel engine holds no connection: it has no such limit")
+    daemon = topology.serve(max_connections=50)
+    report = peers.load(topology.client, topology.node.address, WEB, "-n", "2000", "-c", "200")
+    assert (report.ok, report.failures) == (2000, ())
+    with peers.Load(topology.client, topology.node.address, WEB, "-c", "50", "-k", "3600000") as kept:
+        kept.wait_ready()
+        with peers.Load(topology.client, topology.node.address, WEB, "-n", "20", "-c", "20") as waiting:
+            wait_for(lambda: daemon.total("mesh_proxy_accept_paused") > 0, "accepting is paused")
+            spent = processor_time(daemon.process.pid)
+            wait_for(lambda: daemon.state()["pid"], "an answer meanwhile")
+            assert daemon.total("mesh_connections_active", service="web") <= 50
+            assert processor_time(daemon.process.pid) - spent < 1.0
+            assert waiting.running
+            kept.stop()
+            assert waiting.wait().ok == 20
+    assert daemon.total("mesh_proxy_accept_pauses_total") > 0
+
+
+def processor_time(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def test_a_backend_that_does_not_answer_costs_time_but_no_connection(make_topology: Callable[..., Topology]) -> None:
+    topology = make_topology(backends=3)
+    if topology.engine != "proxy":
+        pytest.skip("the kernel engine makes no connections: health finds such a backend")
+    topology.serve(connect_timeout=0.3)
+    topology.hosts["b3"].namespace.run("nft", "add", "table", "inet", "deaf")
+    topology.hosts["b3"].namespace.run(
+        "nft", "add", "chain", "inet", "deaf", "in", "{ type filter hook input priority 0; policy drop; }"
+    )
+    report = peers.load(topology.client, topology.node.address, WEB, "-n", "200", "-c", "50")
+    assert (report.ok, report.failures) == (200, ())
+    assert set(report.identities) == {"b1", "b2"}
+    assert topology.daemon.total("mesh_backend_connections_failed_total", cause="timeout") > 0
+
+
+def test_sigterm_lets_connections_end(make_topology: Callable[..., Topology]) -> None:
+    topology = make_topology(backends=2)
+    if topology.engine != "proxy":
+        pytest.skip("the kernel engine's connections do not depend on the daemon")
+    daemon = topology.serve(drain_timeout=30)
+    address = topology.node.address
+    with peers.Load(topology.client, address, WEB, "-n", "20", "-c", "20", "-u", "/slow?seconds=3") as long:
+        wait_for(lambda: daemon.total("mesh_connections_active", service="web") == 20, "transfers under way")
+        daemon.process.send_signal(signal.SIGTERM)
+        refused = wait_for(
+            lambda: peers.load(topology.client, address, WEB, "-n", "1", "-T", "2").failures, "new ones are refused"
+        )
+        report = long.wait()
+    assert refused[0][0] == "connect: ECONNREFUSED"
+    assert (report.ok, report.failures) == (20, ())
+    assert daemon.process.wait(30) == 0
+
+
+def test_sigterm_does_not_wait_for_ever(make_topology: Callable[..., Topology]) -> None:
+    topology = make_topology(backends=2)
+    daemon = topology.serve(drain_timeout=1)
+    with peers.Load(topology.client, topology.node.address, WEB, "-c", "10", "-k", "200") as kept:
+        kept.wait_ready()
+        assert daemon.stop() == 0
+
+
+def test_a_killed_backend_ends_its_connections_only(topology: Topology) -> None:
+    host = topology.hosts["b1"]
+    with peers.Load(topology.client, topology.node.address, WEB, "-c", "100", "-k", "100") as kept:
+        kept.wait_ready()
+        host.server.kill()
+        host.server.wait()
+        host.server = topology.run_server("b1", host.namespace)
+        wait_for(lambda: topology.listens(host.namespace, 8080), "b1 back")
+        assert peers.load(topology.client, topology.node.address, WEB, "-n", "200", "-c", "16").ok == 200
+        report = kept.stop()
+    assert report.failures_but_of("b1") == []
+    assert report.failed > 0
