@@ -192,7 +192,7 @@ class Lab:
         while time.monotonic() < deadline and process.poll() is None:
             if done():
                 return
-            time.sleep(0.05)
+            time.sleep(0.01)
         said = self.tail(log)
         raise LabError(f"does not serve: {said.rpartition(chr(10))[2]}\n{' '.join(process.args)}\n{said}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,12 @@ brackets the ratio to plain routing. Clients, sides and backends share the machi
 for the work after the side took its part: compare ratios, not absolute numbers. All sides use the same congestion
 control. What fails is counted and listed. Configurations, with their reasons, are in `bench/peers/`; `make bench`
 repeats all of it.
+"""
+
+
+MEMORY = """\
+Memory in MiB: of the side's processes / of the whole machine since it was idle (sockets of all ends included). Start:
+from nothing to the first connection that is served.
 """
 
 
@@ -118,9 +125,12 @@ def memory(raw: Raw) -> str:
     rows = []
     for side in sides_of(raw):
         found = {row["level"]: row for row in raw["memory"] if row["side"] == side}
-        if found:
-            rows.append([LABELS[side], *(memory_cell(found[level]) if level in found else "" for level in levels)])
-    return table(rows, ["", *(f"{level:,} connections" for level in levels)])
+        starts = [row["seconds"] for row in raw["starts"] if row["side"] == side]
+        start = f"{statistics.median(starts):.2f}" if starts else ""
+        if found or starts:
+            cells = (memory_cell(found[level]) if level in found else "" for level in levels)
+            rows.append([LABELS[side], *cells, start])
+    return table(rows, ["", *(f"MiB, {level:,} connections" for level in levels), "s, start"])
 
 
 def memory_cell(row: Mapping[str, int]) -> str:
@@ -199,11 +209,8 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
         parts += ["## Under stress", stress(raw)]
     parts += ["## CPU", "µs of the whole machine's CPU per operation; per MB in bulk transfers."]
     parts += [grid(raw, [s.name for s in SCENARIOS if not s.beside], cpu_cell)]
-    if raw["memory"]:
-        parts += [
-            "## Memory",
-            "MiB: the side's processes / the whole machine (sockets of all ends included) since idle.",
-        ]
+    if raw["memory"] or raw["starts"]:
+        parts += ["## Memory and start", MEMORY]
         parts += [memory(raw)]
     parts += functions(raw)
     parts += ["± is half the distance between the best and the worst round. * other load disturbed some of the rounds."]

@@ -101,6 +101,7 @@ class Run:
             "programs": [],
             "control": [],
             "memory": [],
+            "starts": [],
         }
 
     def functions(self) -> None:
@@ -145,7 +146,10 @@ class Run:
     def _side(self, kind: type[Side], number: int) -> None:
         side = kind(self.lab)
         try:
+            began = time.monotonic()
             side.start()
+            start = {"side": side.name, "round": number, "seconds": round(time.monotonic() - began, 3)}
+            self.data["starts"].append(start)
             if number == 0 and not kind.only:
                 self._memory(side)
             chosen = work(self.settings, kind, number)

@@ -49,6 +49,7 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
             {"path": "reply", "flows": 1, "ns": 140.0, "spread_ns": 2.0, "budget_ns": None, "verdict": "REPLY 100%"},
         ],
         "control": [{"name": "test_table_build", "stats": {"median": 0.0015}}],
+        "starts": [{"side": "plain", "round": 0, "seconds": 0.25}],
         "memory": [{"side": "plain", "level": 0, "open": 0, "process": 0, "machine": 0, "errors": {}}],
     }
 
