@@ -150,6 +150,7 @@ class Run:
             side.start()
             start = {"side": side.name, "round": number, "seconds": round(time.monotonic() - began, 3)}
             self.data["starts"].append(start)
+            side.settle()
             if number == 0 and not kind.only:
                 self._memory(side)
             chosen = work(self.settings, kind, number)

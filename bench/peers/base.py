@@ -53,6 +53,9 @@ class Side:
             bench.lab.LabError: it does not.
         """
 
+    def settle(self) -> None:
+        """Wait for the steady state, if it is not there once it serves. Not part of the time to start."""
+
     def stop(self) -> None:
         """Stop it; what it changed in the namespace is undone."""
         for process in self.processes:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
 from bench.lab import BACKENDS, ECHO_PORT, SINK_PORT, SOURCE_PORT
 from bench.peers.base import Side
+from mesh.datapath.kernel_attach import cgroup_root
 
 PORTS = ((ECHO_PORT, "tcp"), (ECHO_PORT, "udp"), (SOURCE_PORT, "tcp"), (SINK_PORT, "tcp"))
+CALM = 1.0  # seconds
 WIDE_SERVICES = 999  # idle ones, beside the one that is measured
 WIDE_BACKENDS = 10
 MESH = Path(sys.executable).parent / "mesh"
@@ -37,12 +40,17 @@ def static_file(idle_services: int = 0, weights: tuple[int, ...] = (1,) * len(BA
     return "\n".join(lines) + "\n"
 
 
+# A bpf file system of its own, which goes with the process: the host's may hold another daemon's pins.
+ISOLATE = ("unshare", "--mount", "sh", "-c", 'mount -t bpf bpf "$0" && exec "$@"')
+
+
 class Mesh(Side):
     """The daemon with one engine."""
 
     engine: ClassVar[str]
     changeable = True
     idle_services: ClassVar[int] = 0
+    cgroup: Path | None = None
 
     @classmethod
     def missing(cls) -> str:
@@ -59,11 +67,17 @@ class Mesh(Side):
         log = f"{self.name}.log"
         source = ("--provider", "static", "--static-file", str(self.file))
         place = ("--state-dir", str(state), "--http-listen", "", "--drain-timeout", "0")
-        # Ports are bound, as those of the other proxies are.
-        argv = (str(MESH), "run", "--engine", self.engine, "--intercept", "bind", *source, *place)
-        process = self.lab.start("node", *argv, log=log)
+        # Ports are bound, as those of the other proxies are. The calm is short: what is measured is the steady state
+        # that follows it, not the time after a take-over, when flows are still looked up.
+        how = ("--engine", self.engine, "--intercept", "bind", "--transition-calm", str(CALM))
+        argv = (str(MESH), "run", *how, *source, *place, *self.own_places())
+        process = self.lab.start("node", *ISOLATE, str(self.pins), *argv, log=log)
         self.processes.append(process)
         self.lab.wait_serving(process, self.targets(ECHO_PORT)[0], log=log)
+
+    def settle(self) -> None:
+        """Wait until no slot is in transition any more."""
+        time.sleep(2 * CALM)
 
     def stop(self) -> None:
         """Stop and release: the kernel engine's data plane would outlive the daemon."""
@@ -71,6 +85,22 @@ class Mesh(Side):
         if self.processes:
             self.lab.run("node", str(MESH), "stop", "--release", "--state-dir", str(state), check=False)
         super().stop()
+        if self.cgroup and self.cgroup.exists():
+            self.cgroup.rmdir()
+
+    @property
+    def pins(self) -> Path:
+        return self.lab.directory / "bpf"
+
+    def own_places(self) -> tuple[str, ...]:
+        """What keeps the daemon away from the host's pins and processes: a file system and a cgroup of its own."""
+        self.pins.mkdir(exist_ok=True)
+        root = cgroup_root() if self.engine == "kernel" else None
+        if root is None:
+            return ("--bpf-fs", str(self.pins))
+        self.cgroup = root / self.lab.prefix
+        self.cgroup.mkdir(exist_ok=True)
+        return ("--bpf-fs", str(self.pins), "--cgroup", str(self.cgroup))
 
     def change(self, step: int) -> None:
         """No new flows to one backend, in turn; every fifth step is all of them."""
