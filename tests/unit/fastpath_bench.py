@@ -60,9 +60,9 @@ def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
 class TcpServer:
     """A thread per connection; `seen` has what handlers left, `errors` what they raised."""
 
-    def __init__(self, handler: Handler = echo, host: str = "127.0.0.1") -> None:
+    def __init__(self, handler: Handler = echo, host: str = "127.0.0.1", port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self.listener = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=host == "::")
         self.where: Where = (host, self.listener.getsockname()[1])
         self.handler = handler
         self.accepted = 0
