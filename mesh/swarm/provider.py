@@ -94,7 +94,7 @@ class SwarmProvider:
             self._begun += 1
             started = time.monotonic()
             try:
-                self._accept(decode(await engine.read()), self._begun)
+                self._accept(await asyncio.to_thread(decode, await engine.read()), self._begun)
             except ProviderError as error:
                 if str(error) != self._error:
                     log.warning("docker is away, the last state serves on", error=str(error))
