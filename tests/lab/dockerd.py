@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,11 +209,14 @@ class Swarm:
 
         Args:
             options: further options of `docker service create`.
+            replicas: how many tasks there are; in mode global what to wait for.
             publish: as `--publish` takes it: "8000:8080" (published:target), "5000:8082/udp", "mode=host,...".
             labels: service labels.
             wait: until all replicas run.
         """
-        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name, "--replicas", str(replicas)]
+        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name]
+        if "global" not in options and "--mode=global" not in options:
+            command += ["--replicas", str(replicas)]
         identity = {"TASK_ID": "{{.Task.ID}}", "TASK_NAME": "{{.Task.Name}}", "NODE": "{{.Node.Hostname}}"}
         for variable, value in identity.items():
             command += ["--env", f"{variable}={value}"]
@@ -282,19 +284,24 @@ class Swarm:
         words = ["ps", "-q", "--no-trunc", "--filter", f"label=com.docker.swarm.service.name={name}"]
         return (node or self.manager).docker(*words).stdout.split()
 
-    def remove(self, *names: str, wait: bool = True) -> None:
-        """`docker service rm`, and until their containers are gone."""
-        if names:
-            self.docker("service", "rm", *names)
-        for name in names if wait else ():
-            for node in self.nodes:
-                wait_for(lambda n=name, x=node: not self.containers(n, x), f"end of {name}", timeout=90, interval=0.1)
+    def remove(self, *names: str) -> None:
+        """`docker service rm`, and until their containers have ended by themselves."""
+        self.docker("service", "rm", *names)
+        self._await_end(names)
 
     def reset(self) -> None:
-        """Remove all services: what a test that shares the swarm leaves to the next."""
-        self.remove(*self.docker("service", "ls", "-q", "--format", "{{.Name}}").split())
+        """Remove all services at once, without grace: what a test that shares the swarm leaves to the next."""
+        names = self.docker("service", "ls", "--format", "{{.Name}}").split()
+        if not names:
+            return
+        self.docker("service", "rm", *names)
+        for node in self.nodes:
+            if found := [c for name in names for c in self.containers(name, node)]:
+                node.docker("kill", *found, check=False)
+        self._await_end(names)
 
+    def _await_end(self, names: Sequence[str]) -> None:
+        def ended() -> bool:
+            return not any(self.containers(name, node) for name in names for node in self.nodes)
 
-def settle(seconds: float) -> None:
-    """Let traffic run for a while. Not for waiting: use wait_for."""
-    time.sleep(seconds)
+        wait_for(ended, f"end of {', '.join(names)}", timeout=90, interval=0.1)

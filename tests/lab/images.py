@@ -102,3 +102,12 @@ def of_binaries(tag: str, binaries: list[str], command: str, files: Mapping[str,
     stamps = [f"{p}:{Path(p).stat().st_mtime_ns}" for p in paths]
     key = "\n".join([*stamps, *(f"{n}={t}" for n, t in sorted((files or {}).items()))])
     return Image(tag, _cached(tag.replace("/", "-").replace(":", "-"), key, build), (f"CMD {command}",))
+
+
+def pattern(length: int) -> bytes:
+    """The bytes that the stand-in server answers to GET /bytes?n=<length>."""
+    block, x = bytearray(65536), 1
+    for i in range(len(block)):
+        x = (x * 1103515245 + 12345) & 0xFFFFFFFF
+        block[i] = x >> 16 & 0xFF
+    return (bytes(block) * (length // len(block) + 1))[:length]

@@ -2,7 +2,7 @@
 /* Stand-in for a user's service: static, no shell, PID 1 of its container. Says who it is and whom it sees.
  *
  *   HTTP :8080   GET /               who answers and whom it sees, as JSON
- *                GET /bytes?n=N      N bytes of the pattern (tests/lab/http.py has it too)
+ *                GET /bytes?n=N      N bytes of a pattern (images.pattern is the same)
  *                GET /slow?seconds=S one line each 100 ms for S seconds
  *                GET /health         200, or 503 after /health/fail until /health/ok
  *                POST                {"bytes": n, "crc32": "..."} of the body
@@ -13,275 +13,26 @@
  * what is in flight, exits. `server --check`: exit code of GET /health, for a HEALTHCHECK.
  */
 #include <arpa/inet.h>
-#include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
-#define BLOCK 65536
+#include "server.h"
 
-static atomic_bool stopping, unhealthy;
+struct identity identity;
+atomic_bool stopping;
+int stop_fd;
+
 static atomic_int active;
-static int stop_fd; /* readable once the server stops */
-static char hostname[256], task[256], task_name[256], node[256];
-static unsigned char pattern[BLOCK];
-static uint32_t crc_table[256];
-
-struct connection {
-	int fd;
-	bool raw;
-	char peer[80], proxied[80];
-	char buffer[BLOCK];
-	size_t length;
-};
-
-static void prepare(void)
-{
-	uint32_t x = 1;
-
-	for (int i = 0; i < BLOCK; i++) {
-		x = x * 1103515245u + 12345u;
-		pattern[i] = (unsigned char)(x >> 16);
-	}
-	for (uint32_t i = 0; i < 256; i++) {
-		uint32_t c = i;
-
-		for (int k = 0; k < 8; k++)
-			c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
-		crc_table[i] = c;
-	}
-}
-
-static bool send_all(int fd, const void *data, size_t n)
-{
-	const char *p = data;
-
-	while (n > 0) {
-		ssize_t done = send(fd, p, n, MSG_NOSIGNAL);
-
-		if (done < 0 && errno == EINTR)
-			continue;
-		if (done <= 0)
-			return false;
-		p += done;
-		n -= (size_t)done;
-	}
-	return true;
-}
-
-static bool answer(struct connection *c, int status, const char *body)
-{
-	char head[4096];
-	int n = snprintf(head, sizeof(head), "HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n%s\r\n%s",
-			 status, strlen(body), stopping ? "Connection: close\r\n" : "", body);
-
-	return send_all(c->fd, head, (size_t)n);
-}
-
-static bool answer_head(struct connection *c, unsigned long long length)
-{
-	char head[256];
-	int n = snprintf(head, sizeof(head), "HTTP/1.1 200 OK\r\nContent-Length: %llu\r\n%s\r\n", length,
-			 stopping ? "Connection: close\r\n" : "");
-
-	return send_all(c->fd, head, (size_t)n);
-}
-
-static bool serve_bytes(struct connection *c, unsigned long long n)
-{
-	if (!answer_head(c, n))
-		return false;
-	while (n > 0) {
-		size_t part = n < BLOCK ? (size_t)n : BLOCK;
-
-		if (!send_all(c->fd, pattern, part))
-			return false;
-		n -= part;
-	}
-	return true;
-}
-
-static bool serve_slow(struct connection *c, double seconds)
-{
-	unsigned long long lines = (unsigned long long)(seconds * 10);
-
-	if (!answer_head(c, lines * 8))
-		return false;
-	for (unsigned long long i = 0; i < lines; i++) {
-		char line[32];
-
-		usleep(100000);
-		snprintf(line, sizeof(line), "%07llu\n", i % 10000000);
-		if (!send_all(c->fd, line, 8))
-			return false;
-	}
-	return true;
-}
-
-static bool serve_identity(struct connection *c)
-{
-	char body[2048];
-
-	snprintf(body, sizeof(body),
-		 "{\"hostname\": \"%s\", \"task\": \"%s\", \"name\": \"%s\", \"node\": \"%s\", \"peer\": \"%s\", "
-		 "\"proxied\": \"%s\"}\n",
-		 hostname, task, task_name, node, c->peer, c->proxied);
-	return answer(c, 200, body);
-}
-
-/* Reads the body, part of which may be in the buffer after `used` bytes, and answers its length and checksum. */
-static bool serve_post(struct connection *c, size_t used, unsigned long long length)
-{
-	unsigned long long done = 0;
-	uint32_t crc = ~0u;
-	char body[128];
-
-	for (;;) {
-		size_t have = c->length - used;
-
-		if (have > length - done)
-			have = (size_t)(length - done);
-		for (size_t i = 0; i < have; i++)
-			crc = crc_table[(crc ^ (unsigned char)c->buffer[used + i]) & 0xff] ^ (crc >> 8);
-		used += have;
-		done += have;
-		if (done == length)
-			break;
-		ssize_t n = recv(c->fd, c->buffer, BLOCK, 0);
-
-		if (n <= 0)
-			return false;
-		used = 0;
-		c->length = (size_t)n;
-	}
-	memmove(c->buffer, c->buffer + used, c->length - used);
-	c->length -= used;
-	snprintf(body, sizeof(body), "{\"bytes\": %llu, \"crc32\": \"%08x\"}\n", done, ~crc);
-	return answer(c, 200, body);
-}
-
-static bool serve_get(struct connection *c, const char *path)
-{
-	if (!strncmp(path, "/bytes?n=", 9))
-		return serve_bytes(c, strtoull(path + 9, NULL, 10));
-	if (!strncmp(path, "/slow?seconds=", 14))
-		return serve_slow(c, strtod(path + 14, NULL));
-	if (!strcmp(path, "/health/fail"))
-		unhealthy = true;
-	if (!strcmp(path, "/health/ok"))
-		unhealthy = false;
-	if (!strcmp(path, "/health"))
-		return answer(c, unhealthy ? 503 : 200, unhealthy ? "\"unhealthy\"\n" : "\"ok\"\n");
-	return serve_identity(c);
-}
-
-/* One request from the buffer, whose head ends before `end`. False: close the connection. */
-static bool serve_request(struct connection *c, char *end)
-{
-	char method[8] = "", path[256] = "";
-	size_t used = (size_t)(end - c->buffer);
-	char saved = *end;
-	bool close_after, ok;
-
-	*end = 0;
-	sscanf(c->buffer, "%7s %255s", method, path);
-	close_after = strcasestr(c->buffer, "\r\nconnection: close") || strstr(c->buffer, " HTTP/1.0\r\n");
-	const char *field = strcasestr(c->buffer, "\r\ncontent-length:");
-	unsigned long long length = field ? strtoull(field + 17, NULL, 10) : 0;
-
-	if (strcasestr(c->buffer, "\r\nexpect: 100-continue"))
-		send_all(c->fd, "HTTP/1.1 100 Continue\r\n\r\n", 25);
-	*end = saved;
-	if (strncmp(path, "/health", 7)) {
-		printf("peer=%s proxied=%s %s %s\n", c->peer, c->proxied, method, path);
-		fflush(stdout);
-	}
-	if (!strcmp(method, "POST") || !strcmp(method, "PUT")) {
-		ok = serve_post(c, used, length);
-	} else {
-		memmove(c->buffer, end, c->length - used);
-		c->length -= used;
-		ok = serve_get(c, path);
-	}
-	return ok && !close_after && !stopping;
-}
-
-/* More bytes into the buffer. False: end of file, error, or idle while the server stops. */
-static bool fill(struct connection *c)
-{
-	struct pollfd p[2] = {{.fd = c->fd, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
-
-	while (poll(p, c->length == 0 ? 2 : 1, -1) < 0)
-		;
-	if (!p[0].revents)
-		return false;
-	ssize_t n = recv(c->fd, c->buffer + c->length, sizeof(c->buffer) - 1 - c->length, 0);
-
-	if (n <= 0)
-		return false;
-	c->length += (size_t)n;
-	return true;
-}
-
-/* A PROXY protocol v2 header, if the connection begins with one. */
-static bool read_proxy(struct connection *c)
-{
-	static const unsigned char signature[12] = "\r\n\r\n\0\r\nQUIT\n";
-	const unsigned char *b = (const unsigned char *)c->buffer;
-	char text[INET6_ADDRSTRLEN] = "";
-	size_t size;
-	unsigned port = 0;
-
-	while (c->length < 16) {
-		if (c->length > 0 && memcmp(b, signature, c->length < 12 ? c->length : 12))
-			return true;
-		if (!fill(c))
-			return false;
-	}
-	if (memcmp(b, signature, 12))
-		return true;
-	size = 16 + ((size_t)b[14] << 8 | b[15]);
-	while (c->length < size)
-		if (size > BLOCK / 2 || !fill(c))
-			return false;
-	if (b[13] >> 4 == 1) {
-		inet_ntop(AF_INET, b + 16, text, sizeof(text));
-		port = (unsigned)b[24] << 8 | b[25];
-	} else if (b[13] >> 4 == 2) {
-		inet_ntop(AF_INET6, b + 16, text, sizeof(text));
-		port = (unsigned)b[48] << 8 | b[49];
-	}
-	snprintf(c->proxied, sizeof(c->proxied), strchr(text, ':') ? "[%s]:%u" : "%s:%u", text, port);
-	memmove(c->buffer, c->buffer + size, c->length - size);
-	c->length -= size;
-	return true;
-}
-
-static void serve_http(struct connection *c)
-{
-	if (!read_proxy(c))
-		return;
-	for (;;) {
-		char *end;
-
-		c->buffer[c->length] = 0;
-		end = strstr(c->buffer, "\r\n\r\n");
-		if (end ? !serve_request(c, end + 4) : !fill(c))
-			return;
-	}
-}
 
 static void *serve(void *argument)
 {
@@ -292,7 +43,7 @@ static void *serve(void *argument)
 		while ((n = recv(c->fd, c->buffer, BLOCK, 0)) > 0 && send_all(c->fd, c->buffer, (size_t)n))
 			;
 	else
-		serve_http(c);
+		http_serve(c);
 	close(c->fd);
 	free(c);
 	active--;
@@ -376,7 +127,7 @@ static void *udp_loop(void *argument)
 	for (;;) {
 		struct sockaddr_in from;
 		socklen_t size = sizeof(from);
-		int head = snprintf(data, 512, "%s ", task[0] ? task : hostname);
+		int head = snprintf(data, 512, "%s ", identity.task[0] ? identity.task : identity.hostname);
 		ssize_t n = recvfrom(fd, data + head, BLOCK - 1024, 0, (struct sockaddr *)&from, &size);
 
 		if (n >= 0)
@@ -400,7 +151,7 @@ static int check(void)
 	return strncmp(reply + 9, "200", 3) != 0;
 }
 
-static void identity(char *into, const char *variable)
+static void identify(char *into, const char *variable)
 {
 	const char *value = getenv(variable);
 
@@ -416,11 +167,11 @@ int main(int argc, char **argv)
 
 	if (argc > 1 && !strcmp(argv[1], "--check"))
 		return check();
-	prepare();
-	gethostname(hostname, sizeof(hostname) - 1);
-	identity(task, "TASK_ID");
-	identity(task_name, "TASK_NAME");
-	identity(node, "NODE");
+	http_prepare();
+	gethostname(identity.hostname, sizeof(identity.hostname) - 1);
+	identify(identity.task, "TASK_ID");
+	identify(identity.task_name, "TASK_NAME");
+	identify(identity.node, "NODE");
 	stop_fd = eventfd(0, EFD_CLOEXEC);
 	sigemptyset(&signals);
 	sigaddset(&signals, SIGTERM);
@@ -429,13 +180,13 @@ int main(int argc, char **argv)
 	pthread_create(&thread, NULL, accept_loop, &http);
 	pthread_create(&thread, NULL, accept_loop, &echo);
 	pthread_create(&thread, NULL, udp_loop, NULL);
-	printf("started %s\n", hostname);
+	printf("started %s\n", identity.hostname);
 	fflush(stdout);
 	sigwait(&signals, &caught);
 	stopping = true;
 	eventfd_write(stop_fd, 1);
 	while (!http.done || !echo.done || active > 0)
 		usleep(10000);
-	printf("stopped %s\n", hostname);
+	printf("stopped %s\n", identity.hostname);
 	return 0;
 }
