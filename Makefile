@@ -6,7 +6,7 @@
 #   make unit         the fast loop: pure tests, seconds
 #   make lint         ruff, mypy --strict, clang-format
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
-#   make bench        measurements against peers
+#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4
 #   make clean        remove everything that was built
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 
 SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test unit lint sanitize bench bench-quick bench-deps build clean packages-build packages-test
+.PHONY: run test unit lint sanitize bench bench-quick bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -55,11 +55,13 @@ lint: build
 	$(BIN)/mypy
 	clang-format-16 --dry-run --Werror $(wildcard bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c)
 
-# Measurements need root, and a machine that does nothing else. The figures: bench/README.md.
-BENCH_PACKAGES := $(TEST_PACKAGES) libnginx-mod-stream nftables iproute2 procps util-linux
+# Measurements need root, and a machine that does nothing else: bench/README.md.
+BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux
 
-bench-deps: build bench/requirements.txt
+packages-bench:
 	deploy/debian-packages $(BENCH_PACKAGES)
+
+bench-deps: packages-bench build bench/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	$(MAKE) --no-print-directory --silent -C bench/load
 	$(MAKE) --no-print-directory --silent -C bench/prog

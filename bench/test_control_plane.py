@@ -118,7 +118,7 @@ def answers(services: int, replicas: int) -> Answers:
         "nodes": [{"ID": "node", "Description": {"Hostname": "node"}, "Status": {"State": "ready"}}],
         "containers": [{"Id": container, "State": "running"} for container in reached],
         "unready": [],
-        "gateway": {"Containers": reached},
+        "gateway": {"Name": "docker_gwbridge", "Containers": reached},
     }
     return Answers(**{name: json.dumps(body).encode() for name, body in bodies.items()})
 
