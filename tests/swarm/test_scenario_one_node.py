@@ -142,9 +142,8 @@ def test_six_replicas_share_six_thousand_connections(site: Site) -> None:
 def test_the_daemon_follows_docker(site: Site, record_property: Callable[[str, object], None]) -> None:
     """Scaling, a kill, a failing HEALTHCHECK, removal and re-creation, another published port."""
     swarm, reactions = site.swarm, Reactions(site)
-    health = ("--health-cmd", "/server --check", "--health-interval", "500ms", "--health-retries", "1")
-    swarm.create("web", "--no-healthcheck", replicas=6, publish=[f"{WEB}:8080"])
-    swarm.create("sick", *health, replicas=2, publish=["8001:8080"], image="mesh-lab/server:health")
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    swarm.create("sick", replicas=2, publish=["8001:8080"], image="mesh-lab/server:health")
     first = site.up(6)
     with site.load("-c", "60", "-k", "100") as kept:
         kept.wait_ready()
