@@ -17,15 +17,13 @@ from typing import Final
 
 import structlog
 
-from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable, hash_flow
+from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
 from mesh.config import Config
-from mesh.datapath import codec, kernel_maps, kernel_stats
+from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats
 from mesh.datapath.base import (
-    OWNER_FIRST,
     OWNER_PASS,
     Applied,
     BackendEntry,
-    BackendKey,
     Choice,
     FrontendEntry,
     Plan,
@@ -39,9 +37,8 @@ from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_places import Place, Places, wanted
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
-from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie
-from mesh.errors import DatapathError
-from mesh.model import Affinity, Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
+from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight
+from mesh.model import Affinity, Flow, Frontend, FrontendState, Protocol, ServiceOptions
 
 # What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
@@ -93,64 +90,36 @@ class KernelDatapath:
         self._directory = directory
         self._programs, maps = kernel_maps.load(directory, sizes)
         self._maps = KernelMaps(maps, directory)
-        self._check_hash()
+        kernel_adopt.check_hash(self._programs["mesh_explain"])
         self._monitor = Monitor()
         self._netlink = Netlink()
         self._finder = Places(self._netlink)
         self._attach = Attachments(self._programs, directory / "links")
         self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6)
-        self._applied = self._adopted()
+        names = self._names.read()
+        self._applied = kernel_adopt.adopted(self._maps, names)
+        self._tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
+        if self._others and not self._maps.served:
+            self._rebuild(kernel_adopt.rebuilt(names))
         self._taking_over = not self._maps.served
         self._look()
-        if self._maps.served and not self._others:
-            self._sync()
+        self._place_all()
+        if self._maps.served:
+            self._switch()
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
         return self._applied
 
-    def _check_hash(self) -> None:
-        """Programs and user space must hash alike, or nodes would disagree: ask the loaded program."""
-        flow = Flow(ipaddress.ip_address("198.51.100.7"), 40000, ipaddress.ip_address("192.0.2.1"), 9, Protocol.TCP)
-        source, destination = codec.pack_address(flow.source), codec.pack_address(flow.destination)
-        expected = hash_flow(source, flow.source_port, destination, flow.destination_port, int(flow.protocol))
-        found = kernel_stats.explain(self._programs["mesh_explain"], flow)
-        if found.hash != expected:
-            raise DatapathError(
-                f"the loaded program hashes a known flow to {found.hash:#x}, not {expected:#x}",
-                where="kernel engine",
-                remedy="build the package again",
-            )
-
-    def _adopted(self) -> Applied:
-        """What the maps hold, named by the file where that fits."""
-        names = self._names.read()
-        backends: dict[BackendKey, BackendEntry] = {}
-        for number, slot in self._maps.backends.items():
-            if slot.state == codec.BACKEND_FREE:
-                continue
-            entry = names.backends.get(number)
-            place = (slot.address, slot.port, slot.protocol)
-            if entry is None or (entry.target.address, entry.key.port, entry.key.protocol) != place:
-                key = BackendKey(f"adopted-{number}", slot.port, slot.protocol)
-                weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
-                entry = BackendEntry(number, key, Target(key.backend, slot.address, slot.port, weight))
-            backends[entry.key] = entry
-        frontends: dict[Frontend, FrontendEntry] = {}
-        for frontend in list(self._maps.served):
-            try:
-                table = SlotTable.from_slots(self._maps.read_table(frontend))
-            except ValueError:
-                self._maps.drop_frontend(frontend)
-                continue
-            state = names.frontends.get(frontend) or FrontendState(
-                frontend, "", "", ServiceOptions(table_size=table.size)
-            )
-            keys = (BackendKey(t.backend, t.port, int(frontend.protocol)) for t in state.targets)
-            ids = {backends[key].id for key in keys if key in backends}
-            ids |= {owner for owner in table.owners() if owner >= OWNER_FIRST}
-            frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
-            self._tables[frontend] = table
-        return Applied(names.generation, frontends, backends)
+    def _rebuild(self, applied: Applied) -> None:
+        """Another contract served until now: publish the same tables, and take its flows over where they mean the
+        same."""
+        self._maps.put_backends({entry.id: self._slot(entry) for entry in applied.backends.values()})
+        for entry in applied.frontends.values():
+            self._put_frontend(entry)
+        self._applied = applied
+        for other in self._others:
+            if other.name.partition("-")[0] == str(ABI_VERSION):
+                self._maps.carry_over(other)
 
     # ---- plans ----
 
@@ -174,9 +143,7 @@ class KernelDatapath:
             self._taking_over = False
             self._write_names(plan, plan.result)
             self._place_all()
-            if self._others:
-                self._switch()
-            self._sync()
+            self._switch()
             self._monitor.wake()
             return self._applied
 
@@ -255,7 +222,7 @@ class KernelDatapath:
         self._problems = problems + self._attach.sync_sockets(group)
 
     def _switch(self) -> None:
-        """Tables are published: take over the attachments of a build with another contract, and remove its pins."""
+        """Tables are published: attach; take over from builds with another contract, and remove their pins."""
         for other in self._others:
             self._attach.move_from(other / "links")
         self._sync()
@@ -400,3 +367,6 @@ def remove_pins(directory: Path) -> None:
         else:
             each.unlink(missing_ok=True)
     directory.rmdir()
+
+
+__all__ = ["KernelDatapath", "preflight", "remove_pins"]

@@ -36,6 +36,7 @@ class Places:
     def __init__(self, netlink: Netlink) -> None:
         self._netlink = netlink
         self._routes: dict[Address, Route | None] = {}
+        self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
         self.topology = Topology()
 
     def refresh(self) -> None:
@@ -44,6 +45,8 @@ class Places:
         if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
             self._routes.clear()
         self.topology = new
+        self._ports |= new.ports
+        self._ports = {k: v for k, v in self._ports.items() if v in new.interfaces and new.interfaces[v].master == k[0]}
 
     def find(self, address: Address) -> Place:
         """Where a backend's address is. Asks for its MAC if nobody has; the answer is seen by a later `refresh`."""
@@ -64,10 +67,13 @@ class Places:
                 self._netlink.resolve(via.index, address)
             return Place(via=via.index, veth=via.index if via.kind == "veth" else 0)
         port = via if via.kind == "veth" else self._port(via, mac)
+        if port is None and via.kind == "bridge":  # a container that is gone had this MAC
+            with contextlib.suppress(OSError):
+                self._netlink.resolve(via.index, address, anew=True)
         return Place(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
 
     def _port(self, bridge: Interface, mac: bytes) -> Interface | None:
-        index = self.topology.ports.get((bridge.index, mac))
+        index = self._ports.get((bridge.index, mac))
         return None if index is None else self.topology.interfaces.get(index)
 
 

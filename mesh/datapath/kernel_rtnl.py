@@ -29,7 +29,7 @@ ATTR: Final = struct.Struct("=HH")
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_NEWNEIGH, RTM_GETNEIGH = 18, 22, 26, 28, 30
+RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 22, 26, 28, 29, 30
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_INFO_KIND, IFLA_INFO_PORT_KIND = 1, 4
 IFA_ADDRESS, IFA_LOCAL = 1, 2
@@ -190,13 +190,16 @@ class Netlink:
                 raise
         return None
 
-    def resolve(self, interface: int, address: Address) -> None:
-        """Have the kernel ask for a neighbour's MAC; the answer arrives as an event."""
+    def resolve(self, interface: int, address: Address, *, anew: bool = False) -> None:
+        """Have the kernel ask for a neighbour's MAC; the answer arrives as an event. `anew`: forget what it has."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        header = NDMSG.pack(family, interface, 0, NTF_USE, 0)
-        payload = header + attribute(NDA_DST, address.packed)
-        for _ in self.request(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_ACK, payload):
-            pass
+        attrs = attribute(NDA_DST, address.packed)
+        steps = [(RTM_NEWNEIGH, NLM_F_CREATE, NTF_USE)]
+        if anew:
+            steps.insert(0, (RTM_DELNEIGH, 0, 0))
+        for kind, flags, neighbour in steps:
+            for _ in self.request(kind, flags | NLM_F_ACK, NDMSG.pack(family, interface, 0, neighbour, 0) + attrs):
+                pass
 
 
 class Monitor:

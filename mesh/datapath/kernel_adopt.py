@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an earlier process left, as an Applied: read back from the maps, or built again from the names alone."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from mesh import _bpf
+from mesh._maglev import SlotTable, backend_seed, hash_flow
+from mesh.datapath import codec, kernel_stats
+from mesh.datapath.base import OWNER_FIRST, Applied, BackendEntry, BackendKey, FrontendEntry
+from mesh.datapath.kernel_maps import KernelMaps
+from mesh.datapath.kernel_names import Names
+from mesh.errors import DatapathError
+from mesh.model import Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
+
+
+def adopted(maps: KernelMaps, names: Names) -> Applied:
+    """What the maps hold, named by the file where that fits, else under names of its own."""
+    backends: dict[BackendKey, BackendEntry] = {}
+    for number, slot in maps.backends.items():
+        if slot.state == codec.BACKEND_FREE:
+            continue
+        entry = names.backends.get(number)
+        place = (slot.address, slot.port, slot.protocol)
+        if entry is None or (entry.target.address, entry.key.port, entry.key.protocol) != place:
+            key = BackendKey(f"adopted-{number}", slot.port, slot.protocol)
+            weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
+            entry = BackendEntry(number, key, Target(key.backend, slot.address, slot.port, weight))
+        backends[entry.key] = entry
+    frontends: dict[Frontend, FrontendEntry] = {}
+    for frontend in list(maps.served):
+        try:
+            table = SlotTable.from_slots(maps.read_table(frontend))
+        except ValueError:
+            maps.drop_frontend(frontend)
+            continue
+        state = names.frontends.get(frontend) or FrontendState(frontend, "", "", ServiceOptions(table_size=table.size))
+        keys = (BackendKey(t.backend, t.port, int(frontend.protocol)) for t in state.targets)
+        ids = {backends[key].id for key in keys if key in backends}
+        ids |= {owner for owner in table.owners() if owner >= OWNER_FIRST}
+        frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
+    return Applied(names.generation, frontends, backends)
+
+
+def rebuilt(names: Names) -> Applied:
+    """The same tables from the same names, where the maps are of another contract: connections stay where they are,
+    but for those of slots that were in transition."""
+    entries = {entry.key: entry for entry in names.backends.values()}
+    frontends: dict[Frontend, FrontendEntry] = {}
+    for frontend, state in names.frontends.items():
+        keys = [BackendKey(t.backend, t.port, int(frontend.protocol)) for t in state.targets]
+        held = [(t, entries[key].id) for t, key in zip(state.targets, keys, strict=True) if key in entries]
+        seeds = [(backend_seed(t.backend), number, t.weight) for t, number in held]
+        table = SlotTable.build(state.options.table_size, seeds)
+        frontends[frontend] = FrontendEntry(state, table, tuple(sorted(number for _, number in held)))
+    return Applied(names.generation, frontends, entries)
+
+
+def check_hash(program: _bpf.Program) -> None:
+    """Programs and user space must hash alike, or nodes would disagree: ask the loaded mesh_explain.
+
+    Raises:
+        DatapathError: they do not.
+    """
+    addresses = ipaddress.ip_address("198.51.100.7"), ipaddress.ip_address("192.0.2.1")
+    flow = Flow(addresses[0], 40000, addresses[1], 9, Protocol.TCP)
+    source, destination = codec.pack_address(flow.source), codec.pack_address(flow.destination)
+    expected = hash_flow(source, flow.source_port, destination, flow.destination_port, int(flow.protocol))
+    found = kernel_stats.explain(program, flow)
+    if found.hash != expected:
+        raise DatapathError(
+            f"the loaded program hashes a known flow to {found.hash:#x}, not {expected:#x}",
+            where="kernel engine",
+            remedy="build the package again",
+        )
