@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where clients' packets come in: tc ingress of every Ethernet interface that faces clients. */
-#include "lib/serve.h"
+#include "lib/icmp.h"
 
 SEC("tc")
 int mesh_ingress(struct __sk_buff *skb)
@@ -9,11 +9,13 @@ int mesh_ingress(struct __sk_buff *skb)
 	struct packet p;
 
 	result = parse(skb, &p);
+	if (unlikely(result == PARSE_FRAGMENT) && !fragment_ports(&p))
+		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW))
 		return serve_flow(skb, &p, 0);
 	if (result == PARSE_OTHER)
 		return TC_ACT_OK;
-	return serve_rest(skb, &p, result, 0);
+	return result == PARSE_ICMP ? serve_icmp(skb, &p, 0) : serve_rest(&p, result);
 }
 
 /* See MESH_EXPLAIN_VERDICT in abi.h. */

@@ -2,7 +2,7 @@
 /* Where tasks' packets come out: tc ingress of the host side of every local container's interface. Replies get back the
  * address that the client called; what is no reply may be a call of a port of this node.
  */
-#include "lib/serve.h"
+#include "lib/icmp.h"
 
 /* A reply: as from the address that the client called, straight to where the client's packets come in. */
 INLINE int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *reply)
@@ -25,11 +25,37 @@ INLINE int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *re
 	if (unlikely(rewrite(skb, p, &to)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_REPLY);
-	if (likely(!peer))
-		return (int)bpf_redirect_neigh(ifindex, NULL, 0, 0);
-	if (skb->pkt_type != PACKET_HOST)
-		bpf_skb_change_type(skb, PACKET_HOST);
-	return (int)bpf_redirect_peer(ifindex, 0);
+	return hand_back(skb, ifindex, peer);
+}
+
+/* An error of a task about a packet that a client sent: it quotes (client -> task). -1: not about a flow of ours. */
+static __noinline int answer_icmp(struct __sk_buff *skb, struct packet *p)
+{
+	struct icmp_work *w = icmp_work();
+	struct mesh_reply *reply;
+	__u32 ifindex, peer;
+
+	if (!p || !w || p->ttl <= 1 || load_quoted(skb, p, w) ||
+	    !same_address(&w->quoted.flow.source, &p->flow.destination))
+		return -1;
+	w->key = w->quoted.flow;
+	reply = bpf_map_lookup_elem(&mesh_replies, &w->key);
+	if (!reply)
+		reply = bpf_map_lookup_elem(&mesh_openings, &w->key);
+	if (!reply || (reply->flags & MESH_REPLY_HAIRPIN))
+		return -1;
+	ifindex = reply->ifindex;
+	peer = reply->flags & MESH_REPLY_PEER;
+	w->inner.source = w->key.source;
+	w->inner.source_port = w->key.source_port;
+	w->inner.destination = reply->called;
+	w->inner.destination_port = reply->called_port;
+	w->outer.source = reply->called;
+	w->outer.destination = p->flow.destination;
+	if (rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	count_verdict(MESH_VERDICT_ICMP_OUT);
+	return hand_back(skb, ifindex, peer);
 }
 
 SEC("tc")
@@ -38,15 +64,20 @@ int mesh_task(struct __sk_buff *skb)
 	enum parse_result result;
 	struct mesh_reply *reply;
 	struct packet p;
+	int action;
 
 	result = parse(skb, &p);
 	if (result == PARSE_FRAGMENT && !fragment_ports(&p))
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
 		reply = find_reply(&p.flow);
-		if (likely(reply))
-			return answer(skb, &p, reply);
-		return serve_flow(skb, &p, 1);
+		return likely(reply) ? answer(skb, &p, reply) : serve_flow(skb, &p, 1);
 	}
-	return result == PARSE_OTHER ? TC_ACT_OK : serve_rest(skb, &p, result, 1);
+	if (result == PARSE_OTHER)
+		return TC_ACT_OK;
+	if (result == PARSE_ICMP) {
+		action = answer_icmp(skb, &p);
+		return action >= 0 ? action : serve_icmp(skb, &p, 1);
+	}
+	return serve_rest(&p, result);
 }

@@ -68,45 +68,56 @@ INLINE int is_free(const struct mesh_reply *reply, const struct packet *p, const
 }
 
 /* First sight of a flow, or the first since its entry was lost: make one. Returns -1 on collision. */
-static __noinline int make_reply(struct packet *p, struct choice *c, struct mesh_flow *key, struct mesh_reply *made)
+static __noinline int make_reply(struct packet *p, struct choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
 {
-	struct mesh_reply *opening = bpf_map_lookup_elem(&mesh_openings, key);
+	struct mesh_reply made = {}, *opening;
+	struct mesh_flow key;
 	int known = 0;
 
-	if (!p || !c || !key || !made || !c->backend)
+	if (!p || !c || !to || !c->backend)
 		return -1;
+	reply_key(&key, p, to);
+	made.called = p->flow.destination;
+	made.client = p->flow.source;
+	made.called_port = p->flow.destination_port;
+	made.flags = (__u16)flags;
+	made.ifindex = ifindex;
+	made.frontend = c->frontend;
+	made.owner = c->owner;
+	made.epoch = c->backend->epoch;
+	made.stamp = stamp_now();
+	opening = bpf_map_lookup_elem(&mesh_openings, &key);
 	if (opening) {
 		known = calls_same(opening, p) && is_current(opening, c);
-		if (!known && !is_free(opening, p, c, made->stamp))
+		if (!known && !is_free(opening, p, c, made.stamp))
 			return -1;
 	}
 	if (c->start || (!known && p->flow.protocol == IPPROTO_UDP)) {
 		if (p->flow.protocol == IPPROTO_UDP) {
-			made->flags |= MESH_REPLY_OPENED;
+			made.flags |= MESH_REPLY_OPENED;
 			count_flow(c->frontend, c->owner, 1, 0);
 		}
-		bpf_map_update_elem(&mesh_openings, key, made, BPF_ANY);
+		bpf_map_update_elem(&mesh_openings, &key, &made, BPF_ANY);
 		return 0;
 	}
-	made->flags |= closed_by(p, MESH_REPLY_FIN_IN);
-	if (known && !(made->flags & MESH_REPLY_FIN_IN)) {
-		made->flags |= MESH_REPLY_OPENED;
+	made.flags |= closed_by(p, MESH_REPLY_FIN_IN);
+	if (known && !(made.flags & MESH_REPLY_FIN_IN)) {
+		made.flags |= MESH_REPLY_OPENED;
 		if (p->flow.protocol == IPPROTO_TCP)
 			count_flow(c->frontend, c->owner, 1, 0);
 	}
 	if (opening)
-		bpf_map_delete_elem(&mesh_openings, key);
-	if (p->tcp_flags & TCP_RST)
-		return 0;
-	bpf_map_update_elem(&mesh_replies, key, made, BPF_ANY);
+		bpf_map_delete_elem(&mesh_openings, &key);
+	if (!(p->tcp_flags & TCP_RST))
+		bpf_map_update_elem(&mesh_replies, &key, &made, BPF_ANY);
 	return 0;
 }
 
 /* The client's packet of a flow that goes to `c->backend` as `to`: see that the replies will find their way back.
  * Returns -1 where the task would mistake the flow for another one of the same client. */
-INLINE int keep_reply(struct packet *p, struct choice *c, const struct tuple *to, __u32 ifindex, __u16 flags)
+INLINE int keep_reply(struct packet *p, struct choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
 {
-	struct mesh_reply *reply, made;
+	struct mesh_reply *reply;
 	struct mesh_flow key;
 	__u32 now = stamp_now();
 
@@ -127,17 +138,7 @@ INLINE int keep_reply(struct packet *p, struct choice *c, const struct tuple *to
 		close_reply(reply, REPLY_CLOSED);
 		bpf_map_delete_elem(&mesh_replies, &key);
 	}
-	__builtin_memset(&made, 0, sizeof(made));
-	made.called = p->flow.destination;
-	made.client = p->flow.source;
-	made.called_port = p->flow.destination_port;
-	made.flags = flags;
-	made.ifindex = ifindex;
-	made.frontend = c->frontend;
-	made.owner = c->owner;
-	made.epoch = c->backend->epoch;
-	made.stamp = now;
-	return make_reply(p, c, &key, &made);
+	return make_reply(p, c, to, ifindex, flags);
 }
 
 /* The entry of a packet that a task sends, if it is a reply. */

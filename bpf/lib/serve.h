@@ -32,6 +32,16 @@ INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
 	return (int)bpf_redirect_neigh(backend->bridge, NULL, 0, 0);
 }
 
+/* Towards the client: into its network namespace where it is a container of this node. */
+INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
+{
+	if (likely(!peer))
+		return (int)bpf_redirect_neigh(ifindex, NULL, 0, 0);
+	if (skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	return (int)bpf_redirect_peer(ifindex, 0);
+}
+
 /* Send the packet back as a refusal; what cannot be answered is dropped. */
 INLINE int refuse(struct __sk_buff *skb, struct packet *p, int what, __u32 name)
 {
@@ -135,24 +145,18 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_OK);
 }
 
-/* Packets that are rare, and those that are passed but counted where they are for us. */
-INLINE int serve_rest(struct __sk_buff *skb, struct packet *p, enum parse_result result, int from_task)
+/* Packets without ports: passed, but counted where they are for us. */
+INLINE int serve_rest(const struct packet *p, enum parse_result result)
 {
 	__u32 word;
 
-	switch (result) {
-	case PARSE_FRAGMENT:
-		if (!fragment_ports(p))
-			return serve_flow(skb, p, from_task);
-		return is_local(&p->flow.destination) ? verdict(MESH_VERDICT_FRAGMENT, TC_ACT_OK) : TC_ACT_OK;
-	case PARSE_EXTENSION:
-		return is_local(&p->flow.destination) ? verdict(MESH_VERDICT_EXTENSION, TC_ACT_OK) : TC_ACT_OK;
-	case PARSE_MALFORMED:
+	if (result == PARSE_MALFORMED) {
 		word = port_word(p->flow.protocol, p->flow.destination_port);
 		return word && find_frontend(&p->flow, word) ? verdict(MESH_VERDICT_MALFORMED, TC_ACT_OK) : TC_ACT_OK;
-	default:
-		return TC_ACT_OK;
 	}
+	if ((result != PARSE_FRAGMENT && result != PARSE_EXTENSION) || !is_local(&p->flow.destination))
+		return TC_ACT_OK;
+	return verdict(result == PARSE_FRAGMENT ? MESH_VERDICT_FRAGMENT : MESH_VERDICT_EXTENSION, TC_ACT_OK);
 }
 
 #endif /* MESH_SERVE_H */

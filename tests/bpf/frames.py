@@ -13,6 +13,7 @@ from scapy.all import IP, TCP, UDP, Ether, IPv6, Packet, Raw  # noqa: E402
 __all__ = [
     "CLIENT4",
     "CLIENT6",
+    "ETHER",
     "IP",
     "NODE4",
     "NODE6",

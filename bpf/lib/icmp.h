@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* ICMP errors about flows of ours, both ways: the outer addresses and the quoted packet are translated like the flow,
+ * so that each side recognises its own packet. Only errors whose flow has a reverse entry are touched. The quoted
+ * transport checksum, which nobody checks, stays as it was.
+ */
+#ifndef MESH_ICMP_H
+#define MESH_ICMP_H
+
+#include "serve.h"
+
+#define ICMP_CHECK 2u
+
+/* The packet that an error quotes. */
+struct quoted {
+	struct mesh_flow flow; /* as quoted */
+	__u16 ip;              /* offsets in the frame */
+	__u16 l4;
+	__sum16 check; /* of the quoted IPv4 header */
+	__u16 pad;
+};
+
+/* Working space, too large for the stack: a CPU runs one program at a time. */
+struct icmp_work {
+	struct tuple inner;
+	struct tuple outer;
+	struct quoted quoted;
+	struct mesh_flow key;
+	union {
+		struct iphdr v4;
+		struct ipv6hdr v6;
+	} ip;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct icmp_work);
+} mesh_icmp SEC(".maps");
+
+INLINE struct icmp_work *icmp_work(void)
+{
+	struct icmp_work *work;
+	__u32 zero = 0;
+
+	work = bpf_map_lookup_elem(&mesh_icmp, &zero);
+	if (work)
+		__builtin_memset(work, 0, sizeof(*work));
+	return work;
+}
+
+INLINE int load_quoted(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
+{
+	struct quoted *q = &w->quoted;
+
+	q->pad = 0;
+	q->ip = (__u16)(p->l4 + sizeof(struct icmp));
+	if (p->version == 4) {
+		if (bpf_skb_load_bytes(skb, q->ip, &w->ip.v4, sizeof(w->ip.v4)) || w->ip.v4.version != 4 ||
+		    w->ip.v4.ihl < 5 || (bpf_ntohs(w->ip.v4.frag_off) & IP_OFFSET))
+			return -1;
+		address_v4(&q->flow.source, w->ip.v4.saddr);
+		address_v4(&q->flow.destination, w->ip.v4.daddr);
+		q->flow.protocol = w->ip.v4.protocol;
+		q->check = w->ip.v4.check;
+		q->l4 = (__u16)(q->ip + w->ip.v4.ihl * 4u);
+	} else {
+		if (bpf_skb_load_bytes(skb, q->ip, &w->ip.v6, sizeof(w->ip.v6)) || w->ip.v6.version != 6)
+			return -1;
+		__builtin_memcpy(&q->flow.source, &w->ip.v6.saddr, 16);
+		__builtin_memcpy(&q->flow.destination, &w->ip.v6.daddr, 16);
+		q->flow.protocol = w->ip.v6.nexthdr;
+		q->l4 = (__u16)(q->ip + sizeof(w->ip.v6));
+	}
+	if (q->flow.protocol != IPPROTO_TCP && q->flow.protocol != IPPROTO_UDP)
+		return -1;
+	if (q->l4 + 8u > L3 + p->length)
+		return -1;
+	return (int)bpf_skb_load_bytes(skb, q->l4, &q->flow.source_port, 4);
+}
+
+/* Give the quoted packet `to`'s addresses and ports, and the error's checksum the difference. Inside IPv4 the quoted
+ * header's own checksum cancels its addresses. */
+INLINE int rewrite_quoted(struct __sk_buff *skb, const struct packet *p, const struct quoted *q, const struct tuple *to)
+{
+	__u64 addresses, diff;
+	int error;
+
+	diff = diff16(q->flow.source_port, to->source_port) + diff16(q->flow.destination_port, to->destination_port);
+	addresses = diff_address(&q->flow.source, &to->source) + diff_address(&q->flow.destination, &to->destination);
+	error = (int)bpf_skb_store_bytes(skb, q->l4, &to->source_port, 4, 0);
+	if (p->version == 4) {
+		__sum16 check = (__sum16)~fold16((__u16)~q->check + (__u64)fold32(addresses));
+		__be32 v4[2] = {to->source.words[3], to->destination.words[3]};
+
+		/* Wherever the sums are congruent but not equal (0 and 0xffff), the difference says so. */
+		diff += diff16(q->check, check) + fold32(addresses);
+		error |= (int)bpf_skb_store_bytes(skb, q->ip + 10, &check, 2, 0);
+		error |= (int)bpf_skb_store_bytes(skb, q->ip + 12, v4, 8, 0);
+	} else {
+		diff += fold32(addresses);
+		error |= (int)bpf_skb_store_bytes(skb, q->ip + 8, &to->source, 32, 0);
+	}
+	return error | (int)bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, fold32(diff), 0);
+}
+
+/* The outer addresses; in IPv6 the error's checksum covers them. */
+INLINE int rewrite_outer(struct __sk_buff *skb, const struct packet *p, const struct tuple *to)
+{
+	__u64 diff;
+
+	if (p->version == 4) {
+		diff = diff32(p->flow.source.words[3], to->source.words[3]) +
+		       diff32(p->flow.destination.words[3], to->destination.words[3]);
+		return rewrite_v4(skb, p, to, diff);
+	}
+	diff = diff_address(&p->flow.source, &to->source) + diff_address(&p->flow.destination, &to->destination);
+	if (bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, fold32(diff), BPF_F_PSEUDO_HDR))
+		return -1;
+	return rewrite_v6(skb, p, to);
+}
+
+/* The reverse entry of the flow that an error from the client's side quotes (called -> client), by the table's word. */
+INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u32 word)
+{
+	struct mesh_flow *key = &w->key;
+	struct mesh_reply *reply;
+
+	key->source = w->quoted.flow.destination;
+	key->destination = w->quoted.flow.source;
+	key->source_port = w->quoted.flow.destination_port;
+	key->destination_port = w->quoted.flow.source_port;
+	key->protocol = w->quoted.flow.protocol;
+	c->frontend = find_frontend(key, word);
+	if (!c->frontend)
+		return NULL;
+	choose(key, c);
+	if (!c->backend)
+		return NULL;
+	key->destination = c->backend->address;
+	key->destination_port = c->backend->port;
+	reply = bpf_map_lookup_elem(&mesh_replies, key);
+	if (!reply)
+		reply = bpf_map_lookup_elem(&mesh_openings, key);
+	if (!reply || !same_address(&reply->called, &w->quoted.flow.source) ||
+	    reply->called_port != w->quoted.flow.source_port)
+		return NULL;
+	return reply;
+}
+
+/* An error from the client's side about a packet that we sent for a task. */
+static __noinline int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
+{
+	struct icmp_work *w = icmp_work();
+	struct choice c = {};
+	__u32 word;
+
+	if (!p || !w || load_quoted(skb, p, w))
+		return TC_ACT_OK;
+	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
+	if (likely(!word) || p->ttl <= 1 || (!from_task && skb->pkt_type != PACKET_HOST))
+		return TC_ACT_OK;
+	if (!find_quoted(w, &c, word) || !c.backend || is_v4(&w->key.destination) != (p->version == 4))
+		return TC_ACT_OK;
+	w->inner.source = w->key.destination;
+	w->inner.source_port = w->key.destination_port;
+	w->inner.destination = w->key.source;
+	w->inner.destination_port = w->key.source_port;
+	w->outer.source = p->flow.source;
+	w->outer.destination = w->key.destination;
+	if (rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	count_verdict(MESH_VERDICT_ICMP_IN);
+	return deliver(skb, c.backend);
+}
+
+#endif /* MESH_ICMP_H */
