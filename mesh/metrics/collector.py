@@ -105,9 +105,11 @@ def _agent(rows: Rows, state: Json, ready: bool) -> None:
     put(f.APPLIES, apply["failed"], result="failed")
     if apply["last_seconds"] is not None:
         put(f.APPLY_SECONDS, apply["last_seconds"])
-    guard: Mapping[str, int] = state.get("guard") or {}
-    put(f.GUARD_HOLDS, guard.get("holds", 0))
-    put(f.GUARD_HELD, guard.get("held", 0))
+    for result, count in state["probes"].items():
+        put(f.PROBES, count, result=result)
+    guard: Mapping[str, int] = state["guard"]
+    put(f.GUARD_HOLDS, guard["holds"])
+    put(f.GUARD_HELD, guard["held"])
     put(f.DRAINED, len(state["drained"]["backends"]), kind="backend")
     put(f.DRAINED, len(state["drained"]["nodes"]), kind="node")
 

@@ -62,6 +62,7 @@ APPLIES: Final = Family(
     "mesh_applies_total", Kind.COUNTER, ("result",), "Plans carried out by the engine, by result: ok or failed."
 )
 APPLY_SECONDS: Final = Family("mesh_apply_last_seconds", Kind.GAUGE, (), "How long the engine took for the last plan.")
+PROBES: Final = Family("mesh_probes_total", Kind.COUNTER, ("result",), "Health probes, by result: ok or failed.")
 GUARD_HOLDS: Final = Family(
     "mesh_guard_holds_total", Kind.COUNTER, (), "Mass removals of backends that were held back."
 )
@@ -176,7 +177,7 @@ VERDICTS: Final = Family(
 
 FAMILIES: Final = (
     BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PROVIDER_CONNECTED, PROVIDER_AGE, GENERATION_DESIRED,
-    GENERATION_APPLIED, APPLIES, APPLY_SECONDS, GUARD_HOLDS, GUARD_HELD, DRAINED,
+    GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
     OPENED, CLOSED, ACTIVE, RETRIED, FAILED, BYTES, PACKETS, CONNECT, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
     BACKEND_OPENED, BACKEND_ACTIVE, BACKEND_RETRIED, BACKEND_FAILED, BACKEND_BYTES, BACKEND_PACKETS, BACKEND_CONNECT,
     BACKEND_WEIGHT, BACKEND_SLOTS, BACKEND_INFO, BACKEND_HEALTHY, BACKEND_DRAINING, VERDICTS,

@@ -22,7 +22,7 @@ class AgentView(Protocol):
         provider {kind, connected, age_seconds,
         error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
-        guard {holds, held} (mass removals held back so far; backends held now; absent: none),
+        guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
         problems [str], services [{id, name, options, frontends [{frontend, table_size, tracked_slots, digest, panic,
         served, targets [{backend, name, node, address, port, weight, intent, health, health_reason, slots, local}]}]}],
         drained {backends [id], nodes [id]}, stopping (bool).

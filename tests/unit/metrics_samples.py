@@ -60,6 +60,8 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
         "provider": {"kind": "static", "connected": True, "age_seconds": 1.5, "error": "", "doorbell": "poll"},
         "generation": {"desired": 7, "applied": 7},
         "apply": {"count": 7, "failed": 1, "last_seconds": 0.002, "last_error": ""},
+        "guard": {"holds": 0, "held": 0},
+        "probes": {"ok": 12, "failed": 1},
         "node": {"id": "n1", "name": "node-a"},
         "problems": [],
         "services": [
