@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from mesh import _bpf
 
@@ -25,7 +25,7 @@ ALLOW_RULE, DENY_RULE = 1, 2
 NONE, PASS = 0, 1
 TRACKED = 0x80000000
 ARENA_SLOTS = 1 << 20
-SHARED: Final = [
+SHARED: Final = (
     "mesh_ports",
     "mesh_exact",
     "mesh_addresses",
@@ -43,7 +43,7 @@ SHARED: Final = [
     "mesh_config",
     "mesh_dialled",
     "mesh_peers",
-]
+)
 LARGE: Final = {
     "mesh_flows",
     "mesh_replies",
@@ -54,6 +54,15 @@ LARGE: Final = {
     "mesh_fcounts",
     "mesh_bcounts",
 }
+HASHES: Final = (
+    "mesh_exact",
+    "mesh_addresses",
+    "mesh_acl",
+    "mesh_flows",
+    "mesh_replies",
+    "mesh_openings",
+    "mesh_fragments",
+)
 HAIRPIN, HAIRPIN6 = "169.254.77.1", "fe80::6d65:7368"
 
 
@@ -89,6 +98,32 @@ class Plane:
         self.arena = _bpf.Map.create(_bpf.ARRAY, "arena", 4, 8, ARENA_SLOTS, _bpf.MMAPABLE)
         self.maps["mesh_arenas"].update(u32(0), u32(self.arena.fileno()))
         self.free = 0
+        self.used: set[tuple[str, int]] = set()
+        self.configure()
+
+    _loaded: ClassVar[dict[tuple[str, ...], Plane]] = {}
+
+    @classmethod
+    def fresh(cls, *objects: str) -> Plane:
+        """A plane without a past: loaded once, emptied for every caller."""
+        objects = objects or ("ingress", "task")
+        if objects not in cls._loaded:
+            cls._loaded[objects] = cls(objects)
+        plane = cls._loaded[objects]
+        plane.empty()
+        return plane
+
+    def empty(self) -> None:
+        """Take everything out of the maps."""
+        for name, index in self.used:
+            self.maps[name].update(u32(index), bytes(self.maps[name].stride))
+        self.used.clear()
+        for number in range(len(VERDICTS)):
+            self.maps["mesh_verdicts"].update(u32(number), bytes(self.maps["mesh_verdicts"].stride))
+        for name in HASHES:
+            if name in self.maps and (keys := self.maps[name].dump()[0]):
+                self.maps[name].delete_batch(keys)
+        self.free = 0
         self.configure()
 
     def configure(self, cookie: int = 0) -> None:
@@ -118,7 +153,9 @@ class Plane:
         """Put a frontend, or give it another table, flags, rules."""
         first, size = self.table(slots)
         self.maps["mesh_frontends"].update(u32(number), struct.pack("=IIII", first, size, flags, acl))
-        index = u32((0 if protocol == TCP else 65536) + port)
+        slot = (0 if protocol == TCP else 65536) + port
+        self.used |= {("mesh_frontends", number), ("mesh_fcounts", number), ("mesh_ports", slot)}
+        index = u32(slot)
         word = struct.unpack("=I", self.maps["mesh_ports"].lookup(index) or bytes(4))[0]
         if address == "::":
             word = word & 0x80000000 | number
@@ -142,6 +179,7 @@ class Plane:
     ) -> None:
         value = packed(address) + struct.pack("!HBB", port, protocol, state)
         value += struct.pack("=III6s26x", epoch, ifindex, bridge, bytes(6))
+        self.used |= {("mesh_backends", owner), ("mesh_bcounts", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 
     def local(self, *addresses: str) -> None:

@@ -35,7 +35,7 @@ Build = Callable[..., Any]
 @pytest.fixture
 def plane() -> Plane:
     """Ports 80/tcp and 53/udp -> 8080 and 5353 of one task, over IPv4 (2, 4) or IPv6 (port 86, 56; owners 3, 5)."""
-    p = Plane()
+    p = Plane.fresh()
     p.local(NODE4, NODE6)
     p.backend(2, TASK4, 8080)
     p.backend(3, TASK6, 8080)

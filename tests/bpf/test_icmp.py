@@ -48,7 +48,7 @@ CASES = [
 
 @pytest.fixture
 def plane() -> Plane:
-    p = Plane()
+    p = Plane.fresh()
     p.local(NODE4, NODE6)
     p.backend(2, TASK4, 8080)
     p.backend(3, TASK6, 8080)

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf]
 @pytest.fixture
 def plane() -> Plane:
     """80/tcp and 53/udp have no backend; 81/tcp and 54/udp have one, 86/tcp and 56/udp one over IPv6."""
-    p = Plane()
+    p = Plane.fresh()
     p.local(NODE4, NODE6)
     p.backend(2, TASK4, 8080)
     p.backend(3, TASK6, 8080)

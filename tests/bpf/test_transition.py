@@ -40,7 +40,7 @@ TASKS = {A: "172.18.0.3", B: "172.18.0.4"}
 @pytest.fixture
 def plane() -> Plane:
     """80/tcp (frontend 1) and 53/udp (2), each one slot; the test gives the slots."""
-    p = Plane(["ingress"])
+    p = Plane.fresh("ingress")
     p.local(NODE4, NODE6)
     for owner, address in TASKS.items():
         p.backend(owner, address, 8080)
