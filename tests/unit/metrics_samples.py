@@ -97,7 +97,7 @@ def stats(services: int = 2, backends: int = 3) -> Stats:
             for b in range(backends)
         },
         verdicts={"pass": 4, "deliver": 5},
-        gauges={"proxy_threads": 2},
+        gauges={"threads": 2},
         totals={},
     )
 

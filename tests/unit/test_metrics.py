@@ -50,7 +50,7 @@ def test_both_formats_say_the_same(accept: str, parse: Parser) -> None:
         value(metrics, "mesh_backend_info", "mesh_backend_info", backend="task1x2", name="web1.2", node="node-a") == 1
     )
     assert value(metrics, "mesh_applies", "mesh_applies_total", result="ok") == 6
-    assert value(metrics, "mesh_proxy_threads", "mesh_proxy_threads") == 2
+    assert value(metrics, "mesh_threads", "mesh_threads") == 2
     assert value(metrics, "mesh_verdicts", "mesh_verdicts_total", verdict="pass") == 4
     assert "process_open_fds" in metrics
 
