@@ -121,7 +121,8 @@ def _local(node: str, answers: Answers) -> Local:
     for container, endpoint in gateway.containers.items():
         if found := _address(endpoint.ipv4_address) or _address(endpoint.ipv6_address):
             addresses[container] = found
-    return Local(node, frozenset(c.id for c in containers), frozenset(c.id for c in unready), addresses)
+    paused = (c.id for c in containers if c.state == "paused")
+    return Local(node, frozenset(c.id for c in containers), frozenset(c.id for c in unready).union(paused), addresses)
 
 
 def _address(text: str) -> Address | None:

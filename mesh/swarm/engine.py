@@ -27,7 +27,7 @@ _AWAY: Final = "is dockerd running, and may this user read the socket?"
 _EVENTS: Final = {
     "type": ["container", "service", "node"],
     # Not exec_*: every HEALTHCHECK of every container causes three of those.
-    "event": ["start", "die", "kill", "health_status", "destroy", "create", "update", "remove"],
+    "event": ["start", "die", "kill", "health_status", "pause", "unpause", "destroy", "create", "update", "remove"],
 }
 
 

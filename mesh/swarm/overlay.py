@@ -13,7 +13,7 @@ from mesh.swarm.decode import TASK_LABEL, Read
 
 _HEALTH: Final = {"health_status: healthy": True, "health_status: unhealthy": False}
 _SURE_DEATH: Final = ("9", "SIGKILL", "KILL")
-_LOUD: Final = frozenset({"start", "die", "kill", "destroy", "create", "update", "remove"})
+_LOUD: Final = frozenset({"start", "die", "kill", "pause", "unpause", "destroy", "create", "update", "remove"})
 
 
 @dataclass

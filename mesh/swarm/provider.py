@@ -95,20 +95,26 @@ class SwarmProvider:
             started = time.monotonic()
             try:
                 self._accept(await asyncio.to_thread(decode, await engine.read()), self._begun)
-            except ProviderError as error:
-                if str(error) != self._error:
-                    log.warning("docker is away, the last state serves on", error=str(error))
-                self._error = str(error)
+            except Exception as error:
+                self._failed(error)
                 await self._rest(retry * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
                 retry = min(retry * 2, _RETRY_MOST)
                 continue
             if self._error:
-                log.info("docker is back")
+                log.info("docker can be read again")
                 self._error = ""
             retry = _RETRY_FIRST
             took = time.monotonic() - started
             await asyncio.sleep(min(max(_QUIET_SECONDS, took * _QUIET_SHARE), _QUIET_MOST))
             await self._rest(self._interval())
+
+    def _failed(self, error: Exception) -> None:
+        """Whatever went wrong, also what nobody thought of: the last state serves on, and the read is tried again."""
+        foreseen = isinstance(error, ProviderError)
+        said = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        if said != self._error:
+            log.warning("docker cannot be read, the last state serves on", error=said, exc_info=not foreseen)
+        self._error = said
 
     def _interval(self) -> float:
         # Without Watch, nobody announces a change of a task's desired state.

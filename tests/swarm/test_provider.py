@@ -17,7 +17,7 @@ from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.swarm import SwarmProvider, detect
 from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import Lab
+from tests.lab.netns import Lab, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -201,6 +201,32 @@ async def test_without_watch_it_polls(swarm1: Swarm) -> None:
         await docker(swarm1, "service", "scale", "--detach", "web=0")
         await follower.until(lambda: not follower.usable("web"), "draining is found")
         assert follower.backends("web"), "before the container ended"
+
+
+async def test_an_encrypted_key_means_polling(swarm1: Swarm) -> None:
+    node = swarm1.manager
+    key = node.data_root / "swarm" / "certificates" / "swarm-node.key"
+    swarm1.docker("swarm", "update", "--autolock=true")
+    try:
+        await asyncio.to_thread(wait_for, lambda: b"ENCRYPTED" in key.read_bytes(), "encrypted key")
+        async with following(config_of(node, docker_poll_interval=0.3)) as follower:
+            await follower.until_status(lambda: follower.provider.status().doorbell == "events", "events")
+            await asyncio.to_thread(swarm1.create, "web", publish=["8000:8080"])
+            await follower.until(lambda: follower.usable("web"), "there")
+            assert follower.provider.status().doorbell == "events"
+    finally:
+        swarm1.docker("swarm", "update", "--autolock=false")
+        await asyncio.to_thread(wait_for, lambda: b"ENCRYPTED" not in key.read_bytes(), "plain key")
+
+
+async def test_a_paused_container_is_not_ready(swarm1: Swarm, follower: Follower) -> None:
+    await asyncio.to_thread(swarm1.create, "web", replicas=2, publish=["8000:8080"])
+    await follower.until(lambda: len(follower.usable("web")) == 2, "two")
+    victim = follower.usable("web")[0].container
+    await docker(swarm1, "pause", victim)
+    await follower.until(lambda: len(follower.usable("web")) == 1, "one")
+    await docker(swarm1, "unpause", victim)
+    await follower.until(lambda: len(follower.usable("web")) == 2, "two again")
 
 
 async def test_docker_stops_hangs_and_comes_back(lab: Lab) -> None:

@@ -130,6 +130,15 @@ async def test_a_good_answer(peer: Peer, engine: Engine) -> None:
     assert (backend.id, str(backend.address)) == ("t1", "172.18.0.3")
 
 
+async def test_an_engine_over_tcp(peer: Peer) -> None:
+    server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    made = Engine(f"tcp://127.0.0.1:{port}")
+    assert await made.negotiate() == "1.41"
+    await made.close()
+    server.close()
+
+
 async def test_no_gateway_network_yet(peer: Peer, engine: Engine) -> None:
     from mesh.swarm.decode import decode
 
