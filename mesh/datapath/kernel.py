@@ -32,6 +32,7 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.codec import BackendSlot
 from mesh.datapath.kernel_attach import Attachments, cgroup_root
+from mesh.datapath.kernel_beside import Beside
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_places import Place, Places, wanted
@@ -61,7 +62,7 @@ class KernelDatapath:
 
     def __init__(self, config: Config, *, docker_host: bool = False) -> None:
         self._config = config
-        self._docker_host = docker_host
+        self._beside = Beside(config, docker_host=docker_host)
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._home = Path(config.bpf_fs) / "mesh"
         self._lock = threading.RLock()
@@ -144,6 +145,7 @@ class KernelDatapath:
             self._write_names(plan, plan.result)
             self._place_all()
             self._switch()
+            self._beside.apply(self._applied, self._finder.topology.addresses)
             self._monitor.wake()
             return self._applied
 
@@ -243,6 +245,7 @@ class KernelDatapath:
                     self._place_all()
                     if self._attached:
                         self._sync()
+                        self._beside.apply(self._applied, self._finder.topology.addresses)
             except Exception as error:  # the next look tries again
                 if not self._stopping:
                     log.warning("network change not followed", error=str(error))
@@ -264,7 +267,7 @@ class KernelDatapath:
 
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
-        found = list(self._problems)
+        found = [*self._problems, *self._beside.problems()]
         for entry in list(self._applied.backends.values()):
             place = self._places.get(entry.id)
             if place is not None and place.own:
@@ -280,11 +283,11 @@ class KernelDatapath:
         """See Datapath.stats."""
         with self._lock:
             applied, served = self._applied, dict(self._maps.served)
-        return kernel_stats.read(self._maps, applied, served)
+        return self._beside.merge(kernel_stats.read(self._maps, applied, served), applied)
 
     def signals(self) -> Sequence[Signal]:
-        """None: a task's refusal goes to the client as it is, and health learns of it by probes."""
-        return ()
+        """Of the proxy beside only: in the kernel a task's refusal goes to the client, and probes tell health."""
+        return self._beside.signals()
 
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup."""
@@ -301,8 +304,8 @@ class KernelDatapath:
     # ---- stop ----
 
     def drain(self, seconds: float) -> int:
-        """Nothing to wait for: flows live in the kernel and go on without this process."""
-        return 0
+        """Flows in the kernel go on without this process; those of the proxy beside are waited for."""
+        return self._beside.drain(seconds)
 
     def live_flows(self) -> int:
         """How many flows are under way, as far as can be told: TCP until both ends closed, UDP for a minute."""
@@ -323,6 +326,7 @@ class KernelDatapath:
             self._monitor.wake()
         if self._follower is not None:
             self._follower.join()
+            self._beside.close()
             self._monitor.close()
             self._netlink.close()
             if release and self._live_until(time.monotonic() + self._config.drain_timeout) == 0:
