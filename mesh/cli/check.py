@@ -22,9 +22,9 @@ from mesh.errors import ConfigError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options
 def check(as_json: bool, **flags: Any) -> None:
-    """Can it run here: configuration, kernel, privileges, ports, Docker, each with a verdict and a remedy.
+    """Can it run here: configuration, engine, limits, ports, Docker, each with a verdict and a remedy.
 
-    Takes the flags of `mesh run`, so that it judges the configuration that would run. Changes nothing.
+    Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
 
     \b
     Exit code: 0 all ok, or warnings only; 1 something would keep the daemon from serving.
@@ -37,9 +37,10 @@ def check(as_json: bool, **flags: Any) -> None:
     else:
         rows: list[tuple[object, ...]] = [(f.verdict.value, f.what, f.found) for f in findings]
         echo_table(rows, "VERDICT", "WHAT", "FOUND", empty="")
+        click.echo()
         remedies = [finding for finding in findings if finding.remedy and finding.verdict is not Verdict.OK]
         for finding in remedies:
-            click.echo(f"\n{finding.verdict.value}: {finding.what}: {finding.remedy}")
+            click.echo(f"{finding.verdict.value}: {finding.what}: {finding.remedy}")
     if any(finding.verdict is Verdict.FAIL for finding in findings):
         sys.exit(Exit.NOT_READY)
 

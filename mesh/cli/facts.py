@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check` finds out about the host: kernel, privileges, limits, state directory, ports. Changes nothing."""
+"""What `mesh check` finds out about the host: engine, limits, nftables, state directory, ports."""
 
 from __future__ import annotations
 
 import enum
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -18,10 +17,9 @@ from typing import Final
 
 from mesh.cli.client import call
 from mesh.config import Config
+from mesh.datapath.preflight import preflight
 from mesh.errors import MeshError
 
-KERNEL_NEEDED: Final = (5, 15)
-CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}  # linux/capability.h
 FILES_WANTED: Final = 65536
 
 
@@ -45,10 +43,7 @@ class Finding:
 
 def check_host(config: Config) -> Iterator[Finding]:
     """Everything that needs no Docker."""
-    # Capabilities and kernel are musts only for who insists on the kernel engine; auto falls back to the proxy engine.
-    missing = Verdict.FAIL if config.engine == "kernel" else Verdict.WARN
-    yield _kernel(missing)
-    yield _capabilities(missing)
+    yield _engine(config)
     yield _files()
     yield _nft(config)
     running, finding = _state_dir(Path(config.state_dir))
@@ -59,27 +54,18 @@ def check_host(config: Config) -> Iterator[Finding]:
         yield _static_file(config.static_file)
 
 
-def _kernel(missing: Verdict) -> Finding:
+def _engine(config: Config) -> Finding:
+    """Which engine would be taken. The proxy engine runs everywhere, so only who insists on the other one can fail."""
     release = platform.release()
-    version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
-    btf = Path("/sys/kernel/btf/vmlinux").exists()
-    if version >= KERNEL_NEEDED and btf:
-        return Finding("kernel", Verdict.OK, f"{release} with BTF")
-    found = release if version < KERNEL_NEEDED else f"{release} without BTF"
-    return Finding(
-        "kernel", missing, found, "the kernel engine needs 5.15 or newer with BTF; the proxy engine does not"
-    )
-
-
-def _capabilities(missing: Verdict) -> Finding:
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    effective = int(match[1], 16) if match else 0
-    absent = [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
-    if not absent:
-        return Finding("capabilities", Verdict.OK, ", ".join(CAPABILITIES))
-    remedy = "run as root or with these capabilities; without them only the proxy engine with intercept = bind works"
-    return Finding("capabilities", missing, f"without {', '.join(absent)}", remedy)
+    if config.engine == "proxy":
+        return Finding("engine", Verdict.OK, "proxy, as configured")
+    obstacle = preflight(config)
+    if obstacle is None:
+        return Finding("engine", Verdict.OK, f"kernel, on {release}")
+    if config.engine == "kernel":
+        return Finding("engine", Verdict.FAIL, f"not kernel: {obstacle}", "remove it, or set engine = auto")
+    remedy = "remove that obstacle for the kernel engine, or say engine = proxy"
+    return Finding("engine", Verdict.OK if config.provider == "demo" else Verdict.WARN, f"proxy: {obstacle}", remedy)
 
 
 def _files() -> Finding:
