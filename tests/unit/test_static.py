@@ -199,3 +199,11 @@ async def test_a_file_that_is_not_there_is_said_and_awaited(tmp_path: Path) -> N
 def test_no_file_configured() -> None:
     with pytest.raises(ConfigError, match="static_file"):
         StaticProvider(Config())
+
+
+def test_the_documented_example_is_right() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "OPERATIONS.md").read_text()
+    example = document.split("## Static file")[1].split("```toml\n")[1].split("```")[0]
+    found = parse_static(example, "OPERATIONS.md")
+    assert [b.port for b in found.backends] == [8081]
+    assert found.services[0].options.health.interval == 0.5
