@@ -4,6 +4,17 @@
  */
 #include "lib/icmp.h"
 
+#define MTU_SAFE 1280u /* no interface that carries IPv6 takes less; smaller packets need no look at it */
+
+/* Whether a reply (or one of the segments it will be cut into) is larger than its interface's MTU. Only the kernel's
+ * own path tells the task so: such a packet is passed to it as it is. */
+static __noinline int is_too_big(struct __sk_buff *skb, __u32 ifindex)
+{
+	__u32 mtu = 0;
+
+	return bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) > 0;
+}
+
 /* A reply: as from the address that the client called, straight to where the client's packets come in. */
 INLINE int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *reply)
 {
@@ -17,6 +28,8 @@ INLINE int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *re
 
 	if (unlikely(p->ttl <= 1))
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
+	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, ifindex))
+		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_OK : TC_ACT_SHOT);
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
 	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST)))

@@ -61,7 +61,8 @@ struct packet {
 	__u8 fragment; /* 0: whole, 1: first, 2: further fragment */
 	__be16 fragment_id;
 	__sum16 check; /* of the IPv4 header */
-	__u16 pad;
+	__u8 dont_fragment;
+	__u8 pad;
 };
 
 INLINE void address_v4(struct mesh_addr *a, __be32 v4)
@@ -129,6 +130,7 @@ INLINE enum parse_result parse_v4(struct packet *p, void *data, void *end, __u32
 	if (unlikely(ip->version != 4 || header < sizeof(*ip) || p->length < header || p->length > available))
 		return PARSE_OTHER;
 	offset = bpf_ntohs(ip->frag_off);
+	p->dont_fragment = (offset & IP_DF) != 0;
 	if (unlikely(offset & (IP_MORE | IP_OFFSET))) {
 		p->fragment = offset & IP_OFFSET ? 2 : 1;
 		p->fragment_id = ip->id;
@@ -167,6 +169,7 @@ INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32
 	p->flow.protocol = next;
 	p->length = bpf_ntohs(ip->payload_len) + (__u32)sizeof(*ip);
 	p->version = 6;
+	p->dont_fragment = 1;
 	p->ttl = ip->hop_limit;
 	p->l4 = (__u16)(L3 + sizeof(*ip));
 	if (unlikely(ip->version != 6 || p->length > available))
