@@ -102,6 +102,7 @@ class Reconciler:
         self.picture = Picture()
         self.counts = Counts()
         self.problems: tuple[str, ...] = ()  # the engine's
+        self.guard_holds = 0  # how often the guard began to hold something back
         self._config = config
         self._inventory: Inventory | None = None
         self._health = HealthView()
@@ -126,6 +127,11 @@ class Reconciler:
     def in_step(self) -> bool:
         """Whether all that is known is applied."""
         return self.known and not self._dirty.is_set() and self._settled.is_set()
+
+    @property
+    def guard_held(self) -> int:
+        """How many backends and services the guard holds back now."""
+        return len(self._held)
 
     def publish(self, inventory: Inventory) -> None:
         """Take a provider's inventory."""
@@ -221,6 +227,7 @@ class Reconciler:
 
     def _take(self, picture: Picture, outcome: _Outcome) -> None:
         before, self.picture = self.picture, replace(picture, desired=outcome.guarded.desired)
+        self.guard_holds += len(outcome.guarded.held.keys() - self._held.keys())
         self._held = outcome.guarded.held
         self.applied = outcome.applied
         for message in outcome.guarded.messages:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's log: structured, to standard error, one line per change of state."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Final
+
+import structlog
+
+from mesh.config import Config
+from mesh.model import Backend, FrontendState, Health
+from mesh.reconcile.compose import SERVING, standing
+from mesh.reconcile.loop import Picture
+
+MOST: Final = 200  # lines about one kind of thing in one change; what goes beyond is counted in one more
+
+log = structlog.get_logger("mesh")
+
+
+def configure(config: Config) -> None:
+    """Set level and format for the whole process; may be called again."""
+    kind = config.log_format
+    if kind == "auto":
+        kind = "console" if sys.stderr.isatty() else "logfmt"
+    renderers: dict[str, list[Any]] = {
+        "console": [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        "logfmt": [
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+    }
+    level = logging.getLevelNamesMapping()[config.log_level.upper()]
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *renderers[kind],
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def tell(before: Picture, after: Picture) -> None:
+    """One line for every service, port or backend whose state is not what it was."""
+    lines = [*_services(before, after), *_ports(before, after), *_backends(before, after)]
+    known = set(before.desired.problems)
+    lines += [("warning", "problem", {"problem": str(p)}) for p in after.desired.problems if p not in known]
+    for level, event, values in lines[:MOST]:
+        getattr(log, level)(event, **values)
+    if len(lines) > MOST:
+        log.info("more changes", count=len(lines) - MOST)
+
+
+_Line = tuple[str, str, dict[str, Any]]
+
+
+def _services(before: Picture, after: Picture) -> list[_Line]:
+    old = {s.service: s.service_name for s in before.desired.frontends.values()}
+    new = {s.service: s.service_name for s in after.desired.frontends.values()}
+    gone = [("info", "service gone", {"service": old[s], "id": s}) for s in old if s not in new]
+    return [*gone, *(("info", "service appeared", {"service": new[s], "id": s}) for s in new if s not in old)]
+
+
+def _ports(before: Picture, after: Picture) -> list[_Line]:
+    old, new = before.desired.frontends, after.desired.frontends
+    lines: list[_Line] = [
+        ("info", "port no longer published", {"port": str(f), "service": s.service_name})
+        for f, s in old.items()
+        if f not in new
+    ]
+    for frontend, state in new.items():
+        was = old.get(frontend)
+        values = {"port": str(frontend), "service": state.service_name}
+        if was is None or was.service != state.service:
+            lines.append(("info", "port published", values | {"backends": _using(state)}))
+        if state.panic and (was is None or not was.panic):
+            lines.append(("error", "EVERY BACKEND IS DOWN: all are used again", values | {"backends": _using(state)}))
+        elif was is not None and was.panic and not state.panic:
+            lines.append(("info", "backends are up again", values | {"backends": _using(state)}))
+        if was is not None and _using(was) and not _using(state):
+            lines.append(("warning", "no backend takes new connections", values))
+    return lines
+
+
+def _using(state: FrontendState) -> int:
+    return sum(target.weight > 0 for target in state.targets)
+
+
+def standings(picture: Picture) -> dict[str, tuple[Backend, str]]:
+    """Each backend with why it gets no new flows; `serving` before the first verdict, `up` after a good one."""
+    nodes = {node.id: node for node in picture.inventory.nodes}
+    found = {}
+    for backend in picture.inventory.backends:
+        verdict = picture.health.of(backend.id)
+        word = standing(backend, nodes.get(backend.node), verdict, picture.drained)
+        found[backend.id] = backend, "up" if word == SERVING and verdict is Health.UP else word
+    return found
+
+
+def _backends(before: Picture, after: Picture) -> list[_Line]:
+    old, new = standings(before), standings(after)
+    names = {s.id: s.name for picture in (before, after) for s in picture.inventory.services}
+    lines: list[_Line] = []
+    for key, (backend, word) in new.items():
+        was = old[key][1] if key in old else "new"
+        if was != word:
+            values = _values(backend, names) | {"was": was}
+            reason = after.health.reasons.get(key)
+            level = "warning" if word == "down" else "info"
+            lines.append((level, f"backend {word}", values | ({"reason": reason} if reason else {})))
+    gone = ((backend, word) for key, (backend, word) in old.items() if key not in new)
+    return [*lines, *(("info", "backend gone", _values(b, names) | {"was": word}) for b, word in gone)]
+
+
+def _values(backend: Backend, names: dict[str, str]) -> dict[str, Any]:
+    return {
+        "backend": backend.name or backend.id,
+        "id": backend.id,
+        "service": names.get(backend.service, backend.service),
+        "node": backend.node,
+        "address": str(backend.address or ""),
+    }

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One daemon for one state directory, and how its place is handed from a running process to a new one.
+
+The lock is a flock on `<state_dir>/lock`, whose text is the holder's pid. It belongs to the open file, so a process
+that sends its descriptor away shares the lock with the receiver: there is no moment without a holder.
+
+Hand-over, over `<state_dir>/takeover.sock` (a stream of JSON lines, descriptors beside them):
+
+    new   {"hello": 1, "engine": "proxy"}      old  stops changing anything
+    old   {"pid", "engine", "frontends": [...]} and the lock's descriptor, then the listening sockets
+    new   opens its engine, serves what it knows
+    new   {"serving": true}                     old  stops accepting, closes its HTTP and control sockets
+    old   {"yours": true}                       new  opens its own; old drains what it has and ends
+
+A new process that goes away before `serving` leaves the old one as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from mesh.errors import MeshError
+from mesh.model import Frontend, Protocol
+
+VERSION: Final = 1
+SOCKET: Final = "takeover.sock"
+ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no work
+SERVING_TIMEOUT: Final = 60.0  # seconds that the new process has until it serves
+_BATCH: Final = 200  # descriptors a message; the kernel takes 253
+_LINE_MOST: Final = 8 << 20
+
+
+class TakeoverError(MeshError):
+    """The ports could not be handed over; the daemon that had them keeps them."""
+
+
+class Lock:
+    """The lock of a state directory, held."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def acquire(cls, state_dir: Path) -> Lock:
+        """Take it.
+
+        Raises:
+            MeshError: a running daemon has it (the message has its pid), or the directory cannot be written.
+        """
+        path = state_dir / "lock"
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise MeshError(
+                f"cannot be written: {error.strerror}", where=str(state_dir), remedy="run as root, or set --state-dir"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise MeshError(
+                f"a daemon with pid {pid} already uses this state directory",
+                where=str(state_dir),
+                remedy="stop it, take over from it with --take-over, or give this one another --state-dir",
+            ) from None
+        lock = cls(descriptor)
+        lock.sign()
+        return lock
+
+    def sign(self) -> None:
+        """Write this process's pid into it."""
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Give this process's share of it up."""
+        os.close(self.descriptor)
+
+
+def _send(sock: socket.socket, message: Mapping[str, Any]) -> None:
+    sock.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(sock: socket.socket) -> dict[str, Any]:
+    """One line; byte by byte, since descriptors may lie behind it."""
+    line = bytearray()
+    try:
+        while not line.endswith(b"\n"):
+            byte = sock.recv(1)
+            if not byte or len(line) > _LINE_MOST:
+                raise TakeoverError("the other process went away")
+            line += byte
+        message = json.loads(line)
+    except TimeoutError:
+        raise TakeoverError("the other process does not answer in time") from None
+    except (OSError, ValueError) as error:
+        raise TakeoverError(f"the other process cannot be understood: {error}") from error
+    if not isinstance(message, dict):
+        raise TakeoverError("the other process cannot be understood")
+    if "error" in message:
+        raise TakeoverError(str(message["error"]))
+    return message
+
+
+def _send_descriptors(sock: socket.socket, descriptors: Sequence[int]) -> None:
+    for start in range(0, len(descriptors), _BATCH):
+        socket.send_fds(sock, [b"."], descriptors[start : start + _BATCH])
+
+
+def _receive_descriptors(sock: socket.socket, count: int) -> list[int]:
+    received: list[int] = []
+    try:
+        while len(received) < count:
+            data, descriptors, flags, _ = socket.recv_fds(sock, 1, _BATCH)
+            received += descriptors
+            if not data or not descriptors or flags & socket.MSG_CTRUNC:
+                raise TakeoverError("not all sockets arrived", remedy="raise the limit of file descriptors")
+    except OSError as error:
+        close_all(received)
+        raise TakeoverError(f"the sockets did not arrive: {error}") from error
+    except TakeoverError:
+        close_all(received)
+        raise
+    for descriptor in received:
+        os.set_inheritable(descriptor, False)
+    return received
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+class Successor:
+    """The new process's side. Blocking; call it from a thread."""
+
+    def __init__(self, sock: socket.socket, header: Mapping[str, Any], lock: Lock) -> None:
+        self._sock = sock
+        self.pid = int(header["pid"])
+        self.engine = str(header["engine"])  # of the old process
+        self.lock = lock
+        self.listeners: dict[Frontend, list[int]] = {}
+
+    @classmethod
+    def connect(cls, state_dir: Path, engine: str) -> Successor | None:
+        """Ask the running daemon for its place and receive its sockets; None: there is no daemon running.
+
+        Raises:
+            TakeoverError: it does not hand over, with its reason.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.settimeout(ANSWER_TIMEOUT)
+        try:
+            try:
+                sock.connect(str(state_dir / SOCKET))
+            except (FileNotFoundError, ConnectionRefusedError):
+                sock.close()
+                return None
+            _send(sock, {"hello": VERSION, "engine": engine})
+            header = _receive(sock)
+            (lock,) = _receive_descriptors(sock, 1)
+            successor = cls(sock, header, Lock(lock))
+            counts = [(_frontend(f), int(f["descriptors"])) for f in header["frontends"]]
+            descriptors = iter(_receive_descriptors(sock, sum(count for _, count in counts)))
+            successor.listeners = {frontend: [next(descriptors) for _ in range(count)] for frontend, count in counts}
+        except OSError as error:
+            sock.close()
+            raise TakeoverError(f"cannot talk to the running daemon: {error}", where=str(state_dir)) from error
+        except BaseException:
+            sock.close()
+            raise
+        return successor
+
+    def serving(self) -> None:
+        """Tell that this process serves, and wait until the other has let go.
+
+        Raises:
+            TakeoverError: it has not.
+        """
+        _send(self._sock, {"serving": True})
+        self._sock.settimeout(ANSWER_TIMEOUT)
+        _receive(self._sock)
+        self.lock.sign()
+        self._sock.close()
+
+    def abandon(self) -> None:
+        """Leave everything to the old process."""
+        self._sock.close()
+        self.lock.close()
+
+
+def _frontend(text: Mapping[str, Any]) -> Frontend:
+    return Frontend(ipaddress.ip_address(text["address"]), int(text["port"]), Protocol(text["protocol"]))
+
+
+class Predecessor:
+    """The old process's side of one hand-over. Blocking; call it from a thread.
+
+    Args:
+        sock: a connection that was accepted on `takeover.sock`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(ANSWER_TIMEOUT)
+        self._sock = sock
+        self.engine = ""  # of the new process
+
+    def hello(self) -> None:
+        """Hear who asks.
+
+        Raises:
+            TakeoverError: nobody that can be handed over to.
+        """
+        hello = _receive(self._sock)
+        if hello.get("hello") != VERSION:
+            self.refuse("this daemon hands over in another way: stop it and start the new one")
+            raise TakeoverError("a process of another version asked for the ports")
+        self.engine = str(hello.get("engine", ""))
+
+    def refuse(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            _send(self._sock, {"error": reason})
+
+    def offer(self, engine: str, lock: Lock, listeners: Mapping[Frontend, Sequence[int]]) -> None:
+        """Send all there is, and wait until the new process serves.
+
+        Raises:
+            TakeoverError: it never did; this process keeps everything.
+        """
+        frontends = [
+            {"address": str(f.address), "port": f.port, "protocol": int(f.protocol), "descriptors": len(descriptors)}
+            for f, descriptors in listeners.items()
+        ]
+        try:
+            _send(self._sock, {"pid": os.getpid(), "engine": engine, "frontends": frontends})
+            _send_descriptors(self._sock, [lock.descriptor])
+            _send_descriptors(self._sock, [d for descriptors in listeners.values() for d in descriptors])
+        except OSError as error:
+            raise TakeoverError(f"the new process went away: {error}") from error
+        self._sock.settimeout(SERVING_TIMEOUT)
+        _receive(self._sock)
+
+    def yours(self) -> None:
+        """Tell that this process has let go."""
+        with contextlib.suppress(OSError):
+            _send(self._sock, {"yours": True})
+
+    def close(self) -> None:
+        self._sock.close()
