@@ -74,6 +74,17 @@ bench-quick: bench-deps
 	$(BIN)/python -m bench.run --quick $(ARGS)
 	$(BIN)/python -m bench.report
 
+# A build of its own with AddressSanitizer, LeakSanitizer and UBSan; the engine's tests run on it.
+SANITIZED := build/sanitize/lib
+sanitize: build
+	mkdir -p $(SANITIZED)
+	MESH_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitize/obj --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)/
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/unit/test_fastpath_*.py $(ARGS)
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(VENV) bench/out
 	find mesh -name '*.so' -delete

@@ -166,10 +166,10 @@ cdef inline void attempt_failed(worker *w, conn *c, int cause) noexcept nogil:
     list_remove(w, c)
 
 
-cdef inline bint attempt(worker *w, conn *c, int cause) noexcept nogil:
-    """Connect to the flow's next choice; `cause` is why the one before failed. False: nobody is left, c is over.
+cdef inline backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
+    """Connect to the flow's next choice; `cause` is why the one before failed. NULL: nobody is left, c is over.
 
-    The socket is not yet watched.
+    The socket is not yet watched. What is returned may be gone at the next event: another thread drops backends.
     """
     cdef engine *e = w.engine
     cdef route *way
@@ -191,7 +191,7 @@ cdef inline bint attempt(worker *w, conn *c, int cause) noexcept nogil:
         error = dial(w, c, b)
         if error == 0:
             list_append(w, c, LIST_CONNECTING)
-            return True
+            return b
         cause = cause_of(error)
         attempt_failed(w, c, cause)
         if is_scarce(error):
@@ -200,13 +200,13 @@ cdef inline bint attempt(worker *w, conn *c, int cause) noexcept nogil:
     c.pair = NULL  # its attempts are all counted
     fail(w, c, cause)
     finish(w, c, True)
-    return False
+    return NULL
 
 
 cdef inline void retry(worker *w, conn *c, int cause) noexcept nogil:
     """The backend refused, or did not answer in time: on to the next."""
     attempt_failed(w, c, cause)
-    if attempt(w, c, cause) and not watch(w, &c.backend):
+    if attempt(w, c, cause) is not NULL and not watch(w, &c.backend):
         attempt_failed(w, c, FAIL_LIMIT)
         c.pair = NULL
         fail(w, c, FAIL_LIMIT)
@@ -304,10 +304,9 @@ cdef inline void on_backend(worker *w, conn *c, uint32_t events) noexcept nogil:
     service(w, c)
 
 
-cdef inline int speak_early(worker *w, conn *c) noexcept nogil:
+cdef inline int speak_early(worker *w, conn *c, backend *b) noexcept nogil:
     """Read what the client has sent already. Where the handshake with the backend is over by then (on one host it
     is), pass it on at once. Returns 0, the errno of the backend's socket, or -1: the client is gone."""
-    cdef backend *b = <backend *>fp_load(&w.engine.backends[c.tried[c.tries - 1]])
     cdef ssize_t n = recv(c.client.fd, w.scratch, SCRATCH, 0)
     cdef ssize_t sent = 0
     cdef int error = 0
@@ -338,6 +337,7 @@ cdef inline int speak_early(worker *w, conn *c) noexcept nogil:
 cdef inline void start(worker *w, conn *c, route *way) noexcept nogil:
     """A connection was accepted: find its backend and begin."""
     cdef char header[HEADER_MOST]
+    cdef backend *b
     cdef int error
     if way.announce:
         c.header = announce(&c.flow, <uint8_t *>header)
@@ -346,16 +346,17 @@ cdef inline void start(worker *w, conn *c, route *way) noexcept nogil:
             finish(w, c, True)
             return
     c.hash = hash_of(way, &c.flow)
-    if not attempt(w, c, FAIL_NO_BACKEND):
+    b = attempt(w, c, FAIL_NO_BACKEND)
+    if b is NULL:
         return
-    error = speak_early(w, c)
+    error = speak_early(w, c, b)
     if error < 0:
         fail(w, c, FAIL_OTHER)
         finish(w, c, True)
         return
     if error > 0:
         attempt_failed(w, c, cause_of(error))
-        if not attempt(w, c, cause_of(error)):
+        if attempt(w, c, cause_of(error)) is NULL:
             return
     if not watch(w, &c.backend) or not watch(w, &c.client):
         pause(w)
