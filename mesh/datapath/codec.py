@@ -229,23 +229,6 @@ def pack_note(note: Note) -> bytes:
     return NOTE.pack(note.owner, note.epoch, note.stamp, note.frontend)
 
 
-@dataclass(frozen=True, slots=True)
-class CountsRow:
-    """mesh_counts, summed over the CPUs."""
-
-    packets_in: int
-    bytes_in: int
-    packets_out: int
-    bytes_out: int
-    starts: int
-    ends: int
-
-
-def unpack_counts(data: bytes) -> list[CountsRow]:
-    """All rows of an array of mesh_counts."""
-    return [CountsRow(*row) for row in COUNTS.iter_unpack(data)]
-
-
 def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address, settings: int) -> bytes:
     return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6), settings)
 

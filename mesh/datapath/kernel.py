@@ -44,8 +44,6 @@ from mesh.model import Affinity, Flow, Frontend, FrontendState, Protocol, Servic
 # What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
 HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
-# Connecting to these means this node (RFC 1122, 3.2.1.3; Linux does so for IPv6 too).
-UNSPECIFIED: Final = (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
 HOLD: Final = 5.0  # seconds in which UDP flows that were there before a take-over must speak to stay where they are
 QUIET: Final = 0.05  # seconds between two looks at the network, however fast it changes
 LOOK: Final = 5.0  # seconds after which to look although nothing was announced
@@ -70,6 +68,7 @@ class KernelDatapath:
         self._applied = Applied()
         self._tables: dict[Frontend, SlotTable] = {}
         self._places: dict[int, Place] = {}
+        self._placed: dict[int, Place] = {}  # as the maps have them
         self._problems: list[str] = []
         self._holding: dict[Frontend, float] = {}  # until when, monotonic
         self._others: list[Path] = []  # pins of builds with another contract
@@ -206,12 +205,14 @@ class KernelDatapath:
         """See where everything is now."""
         entries = self._applied.backends.values() if backends is None else backends
         self._finder.refresh()
-        self._maps.set_addresses([*self._finder.topology.addresses, *UNSPECIFIED])
+        self._maps.set_addresses(self._finder.topology.addresses)
         self._places = {entry.id: self._finder.find(entry.target.address) for entry in entries}
 
     def _place_all(self) -> None:
         """Write where backends are, of those that were somewhere else before."""
-        self._maps.put_backends({e.id: self._slot(e) for e in self._applied.backends.values()})
+        moved = [e for e in self._applied.backends.values() if self._placed.get(e.id) != self._places.get(e.id)]
+        self._maps.put_backends({e.id: self._slot(e) for e in moved})
+        self._placed = dict(self._places)
 
     def _sync(self) -> None:
         """Have the programs where they belong."""
@@ -234,9 +235,11 @@ class KernelDatapath:
 
     def _follow(self) -> None:
         """Thread: containers, interfaces and addresses come and go."""
+        started = time.monotonic()
         while not self._stopping:
             try:
                 self._monitor.wait(self._wait_for())
+                started = time.monotonic()
                 if self._stopping:
                     return
                 with self._lock:
@@ -249,7 +252,7 @@ class KernelDatapath:
             except Exception as error:  # the next look tries again
                 if not self._stopping:
                     log.warning("network change not followed", error=str(error))
-            time.sleep(QUIET)
+            time.sleep(max(QUIET, 4 * (time.monotonic() - started)))
 
     def _wait_for(self) -> float:
         now = time.monotonic()

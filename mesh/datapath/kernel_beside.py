@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
-    """The frontends that the proxy serves: (address of this node, port) by the frontend's own entry. Pure."""
+    """The frontends that the proxy serves: (address of this node, port) by the frontend's own entry. Pure.
+
+    Loopback addresses are left out: the socket hooks connect local processes whatever the version.
+    """
     usable = sorted(
-        (a for a in addresses if not (a.is_link_local or a.is_multicast or a.is_unspecified)),
+        (a for a in addresses if not (a.is_link_local or a.is_multicast or a.is_unspecified or a.is_loopback)),
         key=lambda a: (a.version, a),
     )
     found: dict[Frontend, FrontendEntry] = {}
@@ -71,7 +74,7 @@ class Beside:
         """Serve what `applied` needs on these addresses of the node. What fails is told by `problems`."""
         sources = needed(applied, addresses)
         same = sources.keys() == self._sources.keys() and all(self._sources[f] is e for f, e in sources.items())
-        if same and not self._problem:
+        if (same and not self._problem) or not (sources or self._proxy):
             return
         try:
             self._carry_out(applied, sources)

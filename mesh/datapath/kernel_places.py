@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,7 @@ from mesh.model import Address
 INGRESS: Final = "mesh_ingress"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
+ASK_AGAIN: Final = 0.5  # seconds between two questions for one MAC
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Places:
         self._netlink = netlink
         self._routes: dict[Address, Route | None] = {}
         self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
+        self._asked: dict[Address, float] = {}  # when, monotonic
         self.topology = Topology()
 
     def refresh(self) -> None:
@@ -63,14 +66,19 @@ class Places:
             return Place(via=route.interface)
         mac = self.topology.neighbours.get((via.index, address))
         if mac is None:
-            with contextlib.suppress(OSError):
-                self._netlink.resolve(via.index, address)
+            self._ask(via.index, address)
             return Place(via=via.index, veth=via.index if via.kind == "veth" else 0)
         port = via if via.kind == "veth" else self._port(via, mac)
         if port is None and via.kind == "bridge":  # a container that is gone had this MAC
-            with contextlib.suppress(OSError):
-                self._netlink.resolve(via.index, address, anew=True)
+            self._ask(via.index, address, anew=True)
         return Place(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
+
+    def _ask(self, interface: int, address: Address, *, anew: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._asked.get(address, -ASK_AGAIN) >= ASK_AGAIN:
+            self._asked[address] = now
+            with contextlib.suppress(OSError):
+                self._netlink.resolve(interface, address, anew=anew)
 
     def _port(self, bridge: Interface, mac: bytes) -> Interface | None:
         index = self._ports.get((bridge.index, mac))

@@ -11,41 +11,38 @@ from typing import Final
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath import codec
-from mesh.datapath.base import OWNER_FIRST, Applied, Choice, Counters, Stats
+from mesh.datapath.base import OWNER_FIRST, Applied, Choice, Counters, Failure, Stats
 from mesh.datapath.kernel_maps import KernelMaps, Served
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
 SKB: Final = 192  # bytes of struct __sk_buff
 SKB_CB: Final = 48  # offset of its cb
+ZERO: Final = Counters()
+NO_FAILURES: Final[Mapping[Failure, int]] = ZERO.failed
 ETHER: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
 
 
-def counters(row: codec.CountsRow, protocol: int) -> Counters:
+def counters(row: tuple[int, ...], protocol: int) -> Counters:
     """A row of mesh_counts. UDP has no end: its flows count as closed, none as active."""
-    ended = min(row.ends, row.starts) if protocol == Protocol.TCP else row.starts
-    return Counters(
-        opened=row.starts,
-        closed=ended,
-        active=row.starts - ended,
-        bytes_in=row.bytes_in,
-        bytes_out=row.bytes_out,
-        packets_in=row.packets_in,
-        packets_out=row.packets_out,
-    )
+    if not any(row):
+        return ZERO
+    packets_in, bytes_in, packets_out, bytes_out, starts, ends = row
+    closed = min(ends, starts) if protocol == Protocol.TCP else starts
+    return Counters(starts, closed, starts - closed, 0, NO_FAILURES, bytes_in, bytes_out, packets_in, packets_out)
 
 
 def read(maps: KernelMaps, applied: Applied, served: Mapping[Frontend, Served]) -> Stats:
     """All counters. A backend that several frontends share is told once, under the first of them."""
     top = max((s.id for s in served.values()), default=0) + 1
-    rows = codec.unpack_counts(maps.counts("mesh_fcounts", top))
+    rows = list(codec.COUNTS.iter_unpack(maps.counts("mesh_fcounts", top)))
     frontends = {
         frontend: counters(rows[served[frontend].id], frontend.protocol)
         for frontend in applied.frontends
         if frontend in served
     }
     names = {entry.id: key for key, entry in applied.backends.items()}
-    rows = codec.unpack_counts(maps.counts("mesh_bcounts", max(names, default=0) + 1))
+    rows = list(codec.COUNTS.iter_unpack(maps.counts("mesh_bcounts", max(names, default=0) + 1)))
     backends = {}
     for frontend, entry in applied.frontends.items():
         for number in entry.backends:

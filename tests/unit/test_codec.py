@@ -117,12 +117,6 @@ def test_config(cookie: int, hairpin: ipaddress.IPv4Address, settings: int) -> N
     assert codec.unpack_config(data) == (cookie, hairpin, other, settings)
 
 
-@given(st.lists(st.tuples(*[st.integers(0, 2**64 - 1)] * 6)))
-def test_counts(rows: list[tuple[int, int, int, int, int, int]]) -> None:
-    data = b"".join(struct.pack("=6Q", *row) for row in rows)
-    assert codec.unpack_counts(data) == [codec.CountsRow(*row) for row in rows]
-
-
 def test_port_index() -> None:
     assert codec.port_index(80, Protocol.TCP) == 80
     assert codec.port_index(53, Protocol.UDP) == 65536 + 53
