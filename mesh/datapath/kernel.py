@@ -127,8 +127,7 @@ class KernelDatapath:
         """See Datapath.apply. Steps are those of bpf/lib/maps.h."""
         with self._lock:
             self._write_names(plan, self._applied, plan.result)
-            backends = {**self._by_id(self._applied), **{e.id: e for e in plan.result.backends.values()}}
-            self._look(backends.values())
+            self._look(plan.put_backends)
             if not self._others:
                 self._sync()
             self._maps.put_backends({e.id: self._slot(e) for e in plan.put_backends})
@@ -141,8 +140,11 @@ class KernelDatapath:
             self._maps.free_backends(e.id for e in plan.drop_backends)
             self._applied = plan.result
             self._taking_over = False
-            self._write_names(plan, plan.result)
-            self._place_all()
+            if plan.drop_backends or plan.drop_frontends:
+                self._write_names(plan, plan.result)
+            for gone in plan.drop_backends:
+                self._places.pop(gone.id, None)
+            self._placed = dict(self._places)
             self._switch()
             self._beside.apply(self._applied, self._finder.topology.addresses)
             self._monitor.wake()
@@ -202,11 +204,13 @@ class KernelDatapath:
     # ---- what happens around us ----
 
     def _look(self, backends: Iterable[BackendEntry] | None = None) -> None:
-        """See where everything is now."""
-        entries = self._applied.backends.values() if backends is None else backends
+        """See where everything is now, or just these backends."""
         self._finder.refresh()
         self._maps.set_addresses(self._finder.topology.addresses)
-        self._places = {entry.id: self._finder.find(entry.target.address) for entry in entries}
+        if backends is None:
+            self._places = {e.id: self._finder.find(e.target.address) for e in self._applied.backends.values()}
+        else:
+            self._places |= {e.id: self._finder.find(e.target.address) for e in backends}
 
     def _place_all(self) -> None:
         """Write where backends are, of those that were somewhere else before."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -119,6 +119,7 @@ class NamesFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._rows: dict[Any, tuple[Any, msgspec.Raw]] = {}  # by id or frontend: what was encoded, and its text
 
     def read(self) -> Names:
         """What it says; nothing where it is absent, of another version or damaged."""
@@ -137,12 +138,19 @@ class NamesFile:
         row = {
             "version": VERSION,
             "generation": generation,
-            "backends": [_backend_out(entry) for entry in backends],
-            "frontends": [_frontend_out(state) for state in frontends],
+            "backends": [self._row(entry.id, entry, _backend_out) for entry in backends],
+            "frontends": [self._row(state.frontend, state, _frontend_out) for state in frontends],
         }
         partial = self._path.with_suffix(".partial")
         partial.write_bytes(msgspec.json.encode(row))
         os.replace(partial, self._path)  # noqa: PTH105
+
+    def _row(self, key: Any, value: Any, encode: Callable[[Any], Any]) -> msgspec.Raw:
+        """Most rows are those of the last time: the very same objects."""
+        held = self._rows.get(key)
+        if held is None or held[0] is not value:
+            held = self._rows[key] = (value, msgspec.Raw(msgspec.json.encode(encode(value))))
+        return held[1]
 
     def remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):

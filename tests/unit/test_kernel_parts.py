@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel engine's pure parts: source rules, ranges of arenas, names, which program goes where."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh._maglev import SlotTable
+from mesh.config import Config
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry
+from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
+from mesh.datapath.kernel_arena import Ranges
+from mesh.datapath.kernel_beside import needed
+from mesh.datapath.kernel_names import NamesFile
+from mesh.datapath.kernel_places import INGRESS, TASK, Place, wanted
+from mesh.datapath.kernel_rtnl import Interface, Topology
+from mesh.datapath.kernel_rules import compile_rules
+from mesh.datapath.preflight import instance, preflight
+from mesh.model import (
+    ANY_ADDRESS,
+    Affinity,
+    Frontend,
+    FrontendState,
+    HealthCheck,
+    Locality,
+    Network,
+    ProbeKind,
+    Protocol,
+    ProxyProtocol,
+    ServiceOptions,
+    Target,
+)
+
+
+def networks() -> st.SearchStrategy[Network]:
+    four = st.builds(lambda a, n: ipaddress.ip_network((a, n), strict=False), st.ip_addresses(v=4), st.integers(0, 32))
+    six = st.builds(lambda a, n: ipaddress.ip_network((a, n), strict=False), st.ip_addresses(v=6), st.integers(0, 128))
+    return st.one_of(four, six)
+
+
+def longest_match(rules: list[tuple[Network, int]], source: bytes, default: int) -> int:
+    """What the trie answers: the longest prefix on the 16-byte address."""
+    best, answer = -1, default
+    number = int.from_bytes(source, "big")
+    for network, action in rules:
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        base = int.from_bytes(pack_address(network.network_address), "big")
+        if length > best and number >> (128 - length) == base >> (128 - length):
+            best, answer = length, action
+    return answer
+
+
+@given(st.lists(networks(), max_size=5), st.lists(networks(), max_size=5), st.data())
+def test_longest_match_decides_as_the_lists_do(allow: list[Network], deny: list[Network], data: st.DataObject) -> None:
+    inside = [n.network_address for n in (*allow, *deny)] + [n.broadcast_address for n in (*allow, *deny)]
+    source = data.draw(
+        st.one_of(st.ip_addresses(), *([st.sampled_from(inside)] if inside else [])).filter(
+            lambda a: a.version == 4 or a.ipv4_mapped is None  # type: ignore[union-attr]
+        )
+    )
+    rules = compile_rules(allow, deny)
+    assert len(dict(rules)) == len(rules)
+    expected = not any(source in n for n in deny) and (not allow or any(source in n for n in allow))
+    found = longest_match(rules, pack_address(source), ACL_DENY if allow else ACL_ALLOW)
+    assert (found == ACL_ALLOW) is expected
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
+def test_ranges_never_overlap_and_come_back(steps: list[tuple[bool, int]]) -> None:
+    ranges, taken = Ranges(256), []
+    for give, length in steps:
+        if give and taken:
+            ranges.give(*taken.pop(length % len(taken)))
+        elif (start := ranges.take(length)) is not None:
+            taken.append((start, length))
+        slots = sorted(s for start, n in taken for s in range(start, start + n))
+        assert len(slots) == len(set(slots)) == 256 - ranges.free
+        assert not slots or (slots[0] >= 0 and slots[-1] < 256)
+    for each in taken:
+        ranges.give(*each)
+    assert ranges.take(256) == 0
+
+
+def test_ranges_are_claimed_once() -> None:
+    ranges = Ranges(100)
+    assert ranges.claim(10, 20)
+    assert not ranges.claim(29, 2)
+    assert ranges.claim(30, 70)
+    assert not ranges.claim(99, 2)
+    assert [ranges.take(10), ranges.take(1)] == [0, None]
+
+
+def state(frontend: Frontend, *targets: Target) -> FrontendState:
+    options = ServiceOptions(
+        affinity=Affinity.CLIENT_IP,
+        proxy_protocol=ProxyProtocol.V2,
+        health=HealthCheck(ProbeKind.HTTP, "/x", 1.5, 0.5, 1, 2),
+        table_size=1021,
+        locality=Locality.LOCAL_FIRST,
+        allow=(ipaddress.ip_network("10.0.0.0/8"),),
+        deny=(ipaddress.ip_network("fd00::/8"),),
+    )
+    return FrontendState(frontend, "id", "web", options, targets, panic=True)
+
+
+def test_names_come_back(tmp_path: Path) -> None:
+    target = Target("task", ipaddress.ip_address("172.18.0.3"), 80, 2, True, "node", "container")
+    entry = BackendEntry(7, BackendKey("task", 80, 6), target)
+    frontend = state(Frontend(ANY_ADDRESS, 8000, Protocol.TCP), target)
+    names = NamesFile(tmp_path / "names.json")
+    assert names.read().backends == {}
+    names.write(5, [entry], [frontend])
+    names.write(5, [entry], [frontend])
+    found = NamesFile(tmp_path / "names.json").read()
+    assert (found.generation, found.backends, found.frontends) == (5, {7: entry}, {frontend.frontend: frontend})
+    changed = dataclasses.replace(entry, target=dataclasses.replace(target, weight=0))
+    names.write(6, [changed], [])
+    assert names.read().backends == {7: changed}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', '{"version": 1, "backends": [[1]]}', "null"])
+def test_damaged_names_are_no_names(tmp_path: Path, text: str) -> None:
+    (tmp_path / "names.json").write_text(text)
+    assert NamesFile(tmp_path / "names.json").read().backends == {}
+
+
+def interfaces(*rows: tuple[int, str, str, int]) -> Topology:
+    found = {index: Interface(index, name, kind, True, name != "lo", master) for index, name, kind, master in rows}
+    return Topology(interfaces=found)
+
+
+def test_programs_go_where_they_belong() -> None:
+    topology = interfaces(
+        (1, "lo", "", 0),
+        (2, "eth0", "", 0),
+        (3, "docker_gwbridge", "bridge", 0),
+        (4, "veth1", "veth", 3),
+        (5, "veth2", "veth", 3),
+        (6, "docker0", "bridge", 0),
+        (7, "veth3", "veth", 6),
+        (8, "bond0", "bond", 0),
+        (9, "eth1", "", 8),
+        (10, "eth0.5", "vlan", 0),
+    )
+    places = [Place(veth=4, via=3)]
+    everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: INGRESS, 8: INGRESS, 10: INGRESS}
+    assert wanted(topology, places) == everywhere
+    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 10: INGRESS}
+    assert 3 in wanted(topology, [])
+    assert wanted(topology, [Place(via=1, own=True)]) == wanted(topology, [])
+
+
+def test_a_veth_by_which_a_backend_is_reached_is_a_tasks() -> None:
+    topology = interfaces((2, "eth0", "", 0), (3, "v0", "veth", 0), (4, "client", "veth", 0))
+    assert wanted(topology, [Place(veth=3, via=3)]) == {2: INGRESS, 3: TASK, 4: INGRESS}
+
+
+def test_the_proxy_beside_serves_the_other_version() -> None:
+    four = Target("a", ipaddress.ip_address("172.18.0.3"), 80, 1)
+    six = Target("b", ipaddress.ip_address("fd00::3"), 80, 1)
+    addresses = [ipaddress.ip_address(a) for a in ("192.0.2.1", "2001:db8::1", "fe80::1", "127.0.0.1", "::1")]
+
+    def served(*targets: Target, address: str = "::") -> set[str]:
+        frontend = Frontend(ipaddress.ip_address(address), 80, Protocol.TCP)
+        entry = FrontendEntry(state(frontend, *targets), SlotTable.uniform(1021, 0), ())
+        return {str(f.address) for f in needed(Applied(1, {frontend: entry}, {}), addresses)}
+
+    assert served(four) == {"2001:db8::1"}
+    assert served(six) == {"192.0.2.1"}
+    assert served(four, six) == {"192.0.2.1", "2001:db8::1"}
+    assert served(four, address="192.0.2.9") == set()
+    assert served(four, address="2001:db8::9") == {"2001:db8::9"}
+    assert served() == set()
+
+
+def test_instances_differ_by_state_directory(tmp_path: Path) -> None:
+    one, other = Config(state_dir=str(tmp_path / "a")), Config(state_dir=str(tmp_path / "b"))
+    assert instance(one) == instance(one) != instance(other)
+
+
+def test_the_demo_is_not_for_the_kernel_engine() -> None:
+    assert "demo" in (preflight(Config(provider="demo")) or "")
