@@ -51,7 +51,7 @@ SYSCTLS: Final = {
 
 PREFIX: Final = "meshbench"
 PR_SET_PDEATHSIG: Final = 1
-START_TIMEOUT: Final = 20.0  # seconds
+START_TIMEOUT: Final = 60.0  # seconds; much, for emulated machines
 
 
 class LabError(RuntimeError):
@@ -201,15 +201,32 @@ class Lab:
         path = self.directory / log
         return "\n".join(path.read_text(errors="replace").splitlines()[-15:]) if log and path.exists() else ""
 
+    def add(self, name: str) -> None:
+        """Add a namespace. It goes with the lab, or by `remove`."""
+        run("ip", "netns", "add", self.namespace(name))
+        self._namespaces.append(self.namespace(name))
+        for key, value in SYSCTLS.items():
+            self.run(name, "sysctl", "-qw", f"{key}={value}")
+        self.run(name, "ip", "link", "set", "lo", "up")
+
+    def remove(self, name: str) -> None:
+        """Remove a namespace; the veth pairs that end in it go with it."""
+        if self.namespace(name) in self._namespaces:
+            run("ip", "netns", "delete", self.namespace(name))
+            self._namespaces.remove(self.namespace(name))
+
+    def link(self, name: str, inner: str, far: str, outer: str) -> None:
+        """Join `inner` in one namespace with `outer` in another, both up."""
+        there = f"/run/netns/{self.namespace(name)}"
+        self.run(far, "ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", there)
+        self.run(far, "ip", "link", "set", outer, "up")
+        self.run(name, "ip", "link", "set", inner, "up")
+
     def _build(self) -> None:
         for name in ("client", "node", *(f"backend{i}" for i in range(len(BACKENDS)))):
-            run("ip", "netns", "add", self.namespace(name))
-            self._namespaces.append(self.namespace(name))
-            for key, value in SYSCTLS.items():
-                self.run(name, "sysctl", "-qw", f"{key}={value}")
-            self.run(name, "ip", "link", "set", "lo", "up")
+            self.add(name)
         self.run("node", "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        self._link("client", "eth0", "client")
+        self.link("client", "eth0", "node", "client")
         self.run("node", "ip", "address", "add", f"{NODE}/24", "dev", "client")
         for address in CLIENTS:
             self.run("client", "ip", "address", "add", f"{address}/24", "dev", "eth0")
@@ -219,16 +236,10 @@ class Lab:
         self.run("node", "ip", "link", "set", BRIDGE, "up")
         self.run("node", "ip", "address", "add", f"{GATEWAY}/16", "dev", BRIDGE)
         for i, address in enumerate(BACKENDS):
-            self._link(f"backend{i}", "eth0", f"veth{i}")
+            self.link(f"backend{i}", "eth0", "node", f"veth{i}")
             self.run("node", "ip", "link", "set", f"veth{i}", "master", BRIDGE)
             self.run(f"backend{i}", "ip", "address", "add", f"{address}/16", "dev", "eth0")
             self.run(f"backend{i}", "ip", "route", "add", "default", "via", GATEWAY)
-
-    def _link(self, name: str, inner: str, outer: str) -> None:
-        far = f"/run/netns/{self.namespace(name)}"
-        self.run("node", "ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", far)
-        self.run("node", "ip", "link", "set", outer, "up")
-        self.run(name, "ip", "link", "set", inner, "up")
 
     def _start_backends(self) -> None:
         for i in range(len(BACKENDS)):

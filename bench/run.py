@@ -48,6 +48,7 @@ class Settings:
     duration: float
     warmup: float
     budget: float
+    foreign_limit: float
     quick: bool
     functions: bool  # also what is no traffic
     sides: list[type[Side]] = field(default_factory=list)
@@ -201,7 +202,7 @@ class Run:
             "scenario": scenario.name,
             "foreign": round(share, 4),
             "stolen": round(stolen, 4),
-            "disturbed": share > FOREIGN_LIMIT or stolen > STOLEN_LIMIT,
+            "disturbed": share > self.settings.foreign_limit or stolen > STOLEN_LIMIT,
             "happened": happened,
             "result": result,
         }
@@ -274,6 +275,7 @@ def parse(argv: list[str]) -> Settings:
     parser.add_argument("--budget", type=float, help="seconds, repeating included (1140; quick: 230)")
     parser.add_argument("--side", action="append", choices=[s.name for s in SIDES], help="only this one; repeatable")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="only this one")
+    parser.add_argument("--foreign-limit", type=float, default=FOREIGN_LIMIT, help="share of CPU used by others")
     options = parser.parse_args(argv)
     wanted = options.scenario or [s.name for s in SCENARIOS if s.quick or not options.quick]
     return Settings(
@@ -281,6 +283,7 @@ def parse(argv: list[str]) -> Settings:
         duration=options.duration or (0.5 if options.quick else 2.0),
         warmup=0.2 if options.quick else 0.3,
         budget=options.budget or (230.0 if options.quick else 1140.0),
+        foreign_limit=options.foreign_limit,
         quick=options.quick,
         functions=not options.side and not options.scenario,
         sides=[s for s in SIDES if not options.side or s.name in options.side],

@@ -2,6 +2,7 @@
 """What is measured side by side. Each side is a class here, with its configuration beside it and the reason for it."""
 
 from bench.peers.base import Side
+from bench.peers.docker_mesh import DockerMesh
 from bench.peers.docker_proxy import DockerProxy
 from bench.peers.envoy import Envoy
 from bench.peers.haproxy import HAProxy
@@ -21,6 +22,7 @@ SIDES: tuple[type[Side], ...] = (
     Envoy,
     UvloopProxy,
     DockerProxy,
+    DockerMesh,
     MeshKernelWide,
     MeshProxyWide,
 )
