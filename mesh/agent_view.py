@@ -185,6 +185,8 @@ class View:
         if not loop.known:
             error = self._provider.status().error
             reasons.append("nothing is known of services yet" + (f": {error}" if error else ""))
+        elif not loop.stepped:
+            reasons.append("the first state is being applied")
         if loop.counts.last_error:
             reasons.append(f"the last change could not be applied: {loop.counts.last_error}")
         missing = [str(f) for f in loop.picture.desired.frontends if f not in loop.applied.frontends]

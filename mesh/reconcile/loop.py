@@ -102,6 +102,7 @@ class Reconciler:
         self.picture = Picture()
         self.counts = Counts()
         self.problems: tuple[str, ...] = ()  # the engine's
+        self.stepped = False  # the first inventory was carried out, as far as it could be
         self.guard_holds = 0  # how often the guard began to hold something back
         self._config = config
         self._inventory: Inventory | None = None
@@ -250,6 +251,7 @@ class Reconciler:
             first, most = BACKOFF
             self._retry_at = now + min(first * 2**self._failures, most)
             self._failures = min(self._failures + 1, 16)
+        self.stepped = True
         self._settled.set()
         if self.picture != before:
             self._on_change(before, self.picture)
