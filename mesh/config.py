@@ -66,6 +66,10 @@ class Config:
     cluster_ca: str = _key("", "PEM file instead of swarm's own root under docker_data_root (autolock)")
     cluster_certificate: str = _key("", "PEM file instead of the node's own certificate")
     cluster_key: str = _key("", "PEM file instead of the node's own key")
+    peer_port: int = _key(
+        9552, "proxy engine: other nodes hand over connections and datagrams here; the same on all nodes", most=65535
+    )
+    vips: str = _key("", "addresses that move between nodes, comma separated: served as soon as they arrive")
     log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = _key(
         "auto", "auto: console on a terminal, else logfmt", choices=("auto", "console", "json", "logfmt")

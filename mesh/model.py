@@ -165,13 +165,17 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of the cluster. `weight` multiplies into its backends' weights; 0 takes it out for new flows."""
+    """A node of the cluster. `weight` multiplies into its backends' weights; 0 takes it out for new flows.
+
+    `engine` is how its agent forwards ("kernel", "proxy"), empty while nobody has told.
+    """
 
     id: str
     name: str
     address: Address | None = None
     up: bool = True
     weight: int = 1
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +214,11 @@ class HealthView:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A backend as one frontend uses it. `weight` is effective: 0 gets no new flows, but keeps those it has."""
+    """A backend as one frontend uses it. `weight` is effective: 0 gets no new flows, but keeps those it has.
+
+    `via` is the address of the node that runs it, where that is another one: this host cannot reach the backend
+    itself, so `address` is the same and `port` is for the other node's agent to connect to. `engine` is that node's.
+    """
 
     backend: str
     address: Address
@@ -219,6 +227,8 @@ class Target:
     local: bool = True
     node: str = ""
     container: str = ""
+    via: Address | None = None
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +250,7 @@ class DesiredState:
     generation: int = 0
     frontends: Mapping[Frontend, FrontendState] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    nodes: tuple[Address, ...] = ()  # all nodes of the cluster, sorted: only they may hand flows to this one
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from mesh._maglev import SlotTable
-from mesh.model import Flow, Frontend, FrontendState, Target
+from mesh.model import Address, Flow, Frontend, FrontendState, Target
 
 OWNER_NONE: Final = 0
 OWNER_PASS: Final = 1
@@ -54,6 +54,7 @@ class Applied:
     generation: int = 0
     frontends: Mapping[Frontend, FrontendEntry] = field(default_factory=dict)
     backends: Mapping[BackendKey, BackendEntry] = field(default_factory=dict)
+    nodes: tuple[Address, ...] | None = ()  # who may hand flows to this node; None: not known, put anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,13 @@ class Plan:
     put_frontends: tuple[FrontendEntry, ...] = ()
     drop_frontends: tuple[Frontend, ...] = ()
     drop_backends: tuple[BackendEntry, ...] = ()
+    put_nodes: tuple[Address, ...] | None = None  # all of them, to be taken first; None: as they were
     result: Applied = field(default_factory=Applied)  # what Applied is once all steps are done
 
     @property
     def empty(self) -> bool:
-        return not (self.put_backends or self.put_frontends or self.drop_frontends or self.drop_backends)
+        steps = self.put_backends or self.put_frontends or self.drop_frontends or self.drop_backends
+        return not steps and self.put_nodes is None
 
 
 class Failure(enum.Enum):

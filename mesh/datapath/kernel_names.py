@@ -31,7 +31,7 @@ from mesh.model import (
     Target,
 )
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,13 @@ class Names:
 
 def _target_out(target: Target) -> list[Any]:
     place = [target.backend, str(target.address), target.port, target.weight, target.local]
-    return [*place, target.node, target.container]
+    return [*place, target.node, target.container, str(target.via or ""), target.engine]
 
 
 def _target_in(row: list[Any]) -> Target:
-    backend, address, port, weight, local, node, container = row
-    return Target(backend, ipaddress.ip_address(address), port, weight, local, node, container)
+    backend, address, port, weight, local, node, container, via, engine = row
+    away = ipaddress.ip_address(via) if via else None
+    return Target(backend, ipaddress.ip_address(address), port, weight, local, node, container, away, engine)
 
 
 def _options_out(options: ServiceOptions) -> dict[str, Any]:

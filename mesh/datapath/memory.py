@@ -44,7 +44,7 @@ class MemoryDatapath:
         result = plan.result
         if self.refused:
             served = {f: e for f, e in result.frontends.items() if f not in self.refused}
-            result = Applied(result.generation, served, result.backends)
+            result = Applied(result.generation, served, result.backends, result.nodes)
         self._applied = result
         return result
 

@@ -153,6 +153,7 @@ class ProxyDatapath:
             generation=plan.result.generation,
             frontends={f: e for f, e in plan.result.frontends.items() if f not in self._problems},
             backends=plan.result.backends,
+            nodes=plan.result.nodes,
         )
         self._books.reap(engine, self._applied.backends, time.monotonic())
         return self._applied

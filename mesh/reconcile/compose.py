@@ -12,6 +12,7 @@ from mesh.config import Config
 from mesh.model import (
     TABLE_SIZES,
     WEIGHT_MAX,
+    Address,
     Backend,
     DesiredState,
     Frontend,
@@ -53,10 +54,17 @@ def standing(backend: Backend, node: Node | None, health: Health, drained: Drain
         (node is not None and not node.up, "node down"),
         (node is not None and node.weight <= 0, "node weight 0"),
         (backend.weight <= 0, "weight 0"),
-        (backend.address is None, "no address"),
+        (_place(backend, node) is None, "no address"),
         (health is Health.DOWN, "down"),
     )
     return next((reason for holds, reason in reasons if holds), SERVING)
+
+
+def _place(backend: Backend, node: Node | None) -> Address | None:
+    """Where flows for a backend are sent: to itself where it is here, else to its node."""
+    if backend.local or backend.address is not None:
+        return backend.address
+    return node.address if node is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,8 @@ class _Member:
     """A backend of a service with the weight it would have, were it up."""
 
     backend: Backend
+    node: Node | None
+    address: Address
     weight: int
     up: bool
 
@@ -72,29 +82,34 @@ def compose(inventory: Inventory, health: HealthView, drained: Drained, config: 
     """What the node should serve. `generation` is left at 0: the loop counts.
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
-    weighs nothing, and our probes do not say DOWN. Otherwise it stays with weight 0, so that its flows stay. Where the
+    weighs nothing, and probes do not say DOWN. Otherwise it stays with weight 0, so that its flows stay. A backend of
+    another node is reached by way of that node; without an address of it, it is left out. Where the
     share of backends that probes let through is at or below `config.panic_threshold`, the probes of that service are
     disregarded (`panic`). Two services with one frontend: the first by id keeps it.
     """
     nodes = {node.id: node for node in inventory.nodes}
     members: defaultdict[str, list[_Member]] = defaultdict(list)
     for backend in sorted(inventory.backends, key=lambda b: b.id):
-        if backend.address is not None:
-            members[backend.service].append(_member(backend, nodes.get(backend.node), health, drained))
+        node = nodes.get(backend.node)
+        address = _place(backend, node)
+        if address is not None:
+            members[backend.service].append(_member(backend, node, address, health, drained))
     frontends: dict[Frontend, FrontendState] = {}
     problems = list(inventory.problems)
     for service in sorted(inventory.services, key=lambda s: s.id):
         if service.options.enable:
             problems += _add_service(frontends, service, members[service.id], config)
-    return DesiredState(0, dict(sorted(frontends.items())), tuple(problems))
+    addresses = {node.address for node in inventory.nodes if node.address is not None}
+    by_version = sorted(addresses, key=lambda a: (a.version, a.packed))
+    return DesiredState(0, dict(sorted(frontends.items())), tuple(problems), tuple(by_version))
 
 
-def _member(backend: Backend, node: Node | None, health: HealthView, drained: Drained) -> _Member:
+def _member(backend: Backend, node: Node | None, address: Address, health: HealthView, drained: Drained) -> _Member:
     verdict = health.of(backend.id)
     if standing(backend, node, Health.UNKNOWN, drained) != SERVING:
-        return _Member(backend, 0, up=False)
+        return _Member(backend, node, address, 0, up=False)
     weight = min(backend.weight * (node.weight if node else 1), WEIGHT_MAX)
-    return _Member(backend, weight, up=verdict is not Health.DOWN)
+    return _Member(backend, node, address, weight, up=verdict is not Health.DOWN)
 
 
 def _add_service(
@@ -127,7 +142,7 @@ def _add_service(
                 )
             )
             continue
-        targets = tuple(_target(m.backend, port, weights[m.backend.id]) for m in members)
+        targets = tuple(_target(m, port, weights[m.backend.id]) for m in members)
         frontends[port.frontend] = FrontendState(port.frontend, service.id, service.name, options, targets, panic)
     return problems
 
@@ -152,8 +167,17 @@ def _fitting(service: Service, count: int) -> tuple[ServiceOptions, Problem | No
     )
 
 
-def _target(backend: Backend, port: PublishedPort, weight: int) -> Target:
-    assert backend.address is not None
+def _target(member: _Member, port: PublishedPort, weight: int) -> Target:
+    backend, node = member.backend, member.node
+    away = backend.address is None
     return Target(
-        backend.id, backend.address, backend.port or port.target, weight, backend.local, backend.node, backend.container
+        backend.id,
+        member.address,
+        backend.port or port.target,
+        weight,
+        backend.local,
+        backend.node,
+        backend.container,
+        via=member.address if away else None,
+        engine=node.engine if node is not None and away else "",
     )

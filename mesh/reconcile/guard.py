@@ -19,7 +19,7 @@ from mesh.config import Config
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Health, HealthView, Target
 
 FOREVER: Final = float("inf")
-Place = tuple[Address, int]
+Place = tuple[Address, int, str]
 Held = tuple[str, str]  # a service's id and a backend's, or "" for the whole service
 
 
@@ -130,17 +130,18 @@ def _missing_backends(
     return holding
 
 
+def _place(target: Target) -> Place:
+    """What only one backend has at a time; on another node that is its own id."""
+    return target.address, target.port, target.backend if target.via is not None else ""
+
+
 def _owners(desired: DesiredState) -> dict[Place, str]:
-    return {
-        (target.address, target.port): target.backend
-        for state in desired.frontends.values()
-        for target in state.targets
-    }
+    return {_place(target): target.backend for state in desired.frontends.values() for target in state.targets}
 
 
 def _still_its_own(target: Target, owners: Mapping[Place, str]) -> bool:
     """Whether nobody else has the address of a missing backend now: flows must not reach the wrong service."""
-    return owners.get((target.address, target.port), target.backend) == target.backend
+    return owners.get(_place(target), target.backend) == target.backend
 
 
 def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Place, str]) -> bool:

@@ -209,7 +209,7 @@ class Reconciler:
         composed = compose(picture.inventory, picture.health, picture.drained, task.config)
         previous = picture.desired
         guarded = guard(previous, composed, task.held, health=picture.health, now=task.now, config=task.config)
-        same = guarded.desired.frontends == previous.frontends
+        same = (guarded.desired.frontends, guarded.desired.nodes) == (previous.frontends, previous.nodes)
         desired = replace(guarded.desired, generation=previous.generation + (not same))
         guarded = replace(guarded, desired=desired)
         step, error, complete = Plan(desired.generation, result=applied), "", True

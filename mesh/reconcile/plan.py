@@ -20,7 +20,7 @@ from mesh.datapath.base import (
     Plan,
 )
 from mesh.errors import DatapathError
-from mesh.model import DesiredState, Frontend, FrontendState, Target
+from mesh.model import Address, DesiredState, Frontend, FrontendState, Target
 
 MAX_BACKENDS: Final = 65536  # MESH_MAX_BACKENDS of abi.h: ids are below it
 MAX_FRONTENDS: Final = 16384  # MESH_MAX_FRONTENDS
@@ -54,7 +54,7 @@ def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset
         frontend: _frontend(applied.frontends.get(frontend), state, applied, names, backends)
         for frontend, state in desired.frontends.items()
     }
-    return _steps(applied, desired.generation, frontends, backends)
+    return _steps(applied, desired.generation, frontends, backends, desired.nodes)
 
 
 def settle(applied: Applied, due: Collection[Frontend]) -> Plan:
@@ -68,7 +68,7 @@ def settle(applied: Applied, due: Collection[Frontend]) -> Plan:
             frontends[frontend] = FrontendEntry(entry.state, table, _named(table, ids))
     used = {owner for entry in frontends.values() for owner in entry.backends}
     backends = {key: entry for key, entry in applied.backends.items() if entry.id in used}
-    return _steps(applied, applied.generation, frontends, backends)
+    return _steps(applied, applied.generation, frontends, backends, applied.nodes)
 
 
 def doubtful(applied: Applied, failed: Plan) -> Applied:
@@ -84,7 +84,7 @@ def doubtful(applied: Applied, failed: Plan) -> Applied:
     for frontend in (*(entry.state.frontend for entry in failed.put_frontends), *failed.drop_frontends):
         entry = frontends[frontend]
         frontends[frontend] = replace(entry, state=replace(entry.state, service_name=""))
-    return Applied(applied.generation, frontends, backends)
+    return Applied(applied.generation, frontends, backends, None if failed.put_nodes is not None else applied.nodes)
 
 
 def key_of(state: FrontendState, target: Target) -> BackendKey:
@@ -191,6 +191,7 @@ def _steps(
     generation: int,
     frontends: Mapping[Frontend, FrontendEntry],
     backends: Mapping[BackendKey, BackendEntry],
+    nodes: tuple[Address, ...] | None,
 ) -> Plan:
     return Plan(
         generation=generation,
@@ -200,5 +201,6 @@ def _steps(
         ),
         drop_frontends=tuple(frontend for frontend in applied.frontends if frontend not in frontends),
         drop_backends=tuple(entry for key, entry in applied.backends.items() if key not in backends),
-        result=Applied(generation, frontends, backends),
+        put_nodes=None if nodes == applied.nodes else nodes,
+        result=Applied(generation, frontends, backends, nodes),
     )

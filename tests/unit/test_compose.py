@@ -76,6 +76,42 @@ def test_a_node_that_is_down_drained_or_weightless_gets_no_new_flows() -> None:
         assert weights(compose(of(backend("a"), node=node), HealthView(), drained, CONFIG)) == {"a": 0}
 
 
+def test_a_backend_of_another_node_is_reached_by_way_of_it() -> None:
+    there = ipaddress.IPv4Address("10.0.0.2")
+    away = backend("b", node="m", address=None, local=False, weight=3)
+    nodes = (Node("m", "m", there, engine="proxy"), Node("n", "n", ipaddress.IPv4Address("10.0.0.1")))
+    desired = compose(replace(of(backend("a"), away), nodes=nodes), HealthView(), Drained(), CONFIG)
+    (state,) = desired.frontends.values()
+    here, target = state.targets
+    assert (here.via, here.address, here.engine) == (None, ADDRESS, "")
+    assert (target.via, target.address, target.port) == (there, there, 80)
+    assert (target.weight, target.local, target.engine) == (3, False, "proxy")
+    assert desired.nodes == tuple(sorted(n.address for n in nodes if n.address is not None))  # type: ignore[type-var]
+
+
+def test_every_node_composes_the_same_weights() -> None:
+    """What a table is drawn from must not depend on where it is drawn."""
+    nodes = tuple(Node(n, n, ipaddress.IPv4Address(f"10.0.0.{i}")) for i, n in enumerate("mn", 1))
+    seen = []
+    for here in "mn":
+        backends = [
+            backend(f"{n}{i}", node=n, local=n == here, address=ADDRESS + i if n == here else None)
+            for n in "mn"
+            for i in range(3)
+        ]
+        inventory = replace(of(*backends), nodes=nodes)
+        seen.append(weights(compose(inventory, HealthView({"m1": Health.DOWN}), Drained(), CONFIG)))
+    assert seen[0] == seen[1]
+
+
+def test_local_first_prefers_this_node_while_it_has_one() -> None:
+    nodes = (Node("m", "m", ipaddress.IPv4Address("10.0.0.2")),)
+    away = backend("b", node="m", address=None, local=False)
+    inventory = replace(of(backend("a"), away, locality=Locality.LOCAL_FIRST), nodes=nodes)
+    assert weights(compose(inventory, HealthView(), Drained(), CONFIG)) == {"a": 1, "b": 0}
+    assert weights(compose(inventory, HealthView({"a": Health.DOWN}), Drained(), CONFIG)) == {"a": 0, "b": 1}
+
+
 def test_a_backend_without_address_is_left_out() -> None:
     assert weights(compose(of(backend("a"), backend("b", address=None)), HealthView(), Drained(), CONFIG)) == {"a": 1}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from mesh.errors import DatapathError
 from mesh.model import DesiredState, HealthView, Intent, Inventory
 from mesh.reconcile import plan as plans
 from mesh.reconcile.compose import Drained, compose
-from mesh.reconcile.plan import key_of, plan, settle
+from mesh.reconcile.plan import doubtful, key_of, plan, settle
 from tests.unit.inventories import inventories
 from tests.unit.test_compose import backend, of
 
@@ -176,3 +177,12 @@ def test_too_many_backends_are_refused_in_words(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plans, "MAX_BACKENDS", 4)
     with pytest.raises(DatapathError, match="3 backends, but there is room for 2"):
         plan(Applied(), desired_of(of(*(backend(n) for n in "abc"))))
+
+
+def test_who_may_hand_flows_over_is_a_step_of_its_own() -> None:
+    nodes = (ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.0.0.2"))
+    first = plan(Applied(), DesiredState(nodes=nodes))
+    assert (first.put_nodes, first.result.nodes, first.empty) == (nodes, nodes, False)
+    assert plan(first.result, DesiredState(nodes=nodes)).empty
+    assert plan(first.result, DesiredState()).put_nodes == ()
+    assert plan(doubtful(Applied(nodes=nodes), first), DesiredState(nodes=nodes)).put_nodes == nodes
