@@ -7,12 +7,15 @@ int mesh_ingress(struct __sk_buff *skb)
 {
 	enum parse_result result;
 	struct packet p;
+	int action;
 
 	result = parse(skb, &p);
 	if (unlikely(result == PARSE_FRAGMENT) && !fragment_ports(&p))
 		result = PARSE_FLOW;
-	if (likely(result == PARSE_FLOW))
-		return serve_flow(skb, &p, 0);
+	if (likely(result == PARSE_FLOW)) {
+		action = serve_flow(skb, &p, 0);
+		return likely(action >= 0) ? action : refuse(skb, &p, action);
+	}
 	if (result == PARSE_OTHER)
 		return TC_ACT_OK;
 	return result == PARSE_ICMP ? serve_icmp(skb, &p, 0) : serve_rest(&p, result);

@@ -42,7 +42,7 @@ INLINE int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *re
 }
 
 /* An error of a task about a packet that a client sent: it quotes (client -> task). -1: not about a flow of ours. */
-static __noinline int answer_icmp(struct __sk_buff *skb, struct packet *p)
+RARE int answer_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp_work *w = icmp_work();
 	struct mesh_reply *reply;
@@ -71,6 +71,12 @@ static __noinline int answer_icmp(struct __sk_buff *skb, struct packet *p)
 	return hand_back(skb, ifindex, peer);
 }
 
+/* A container calls a port of this node. */
+RARE int serve_call(struct __sk_buff *skb, struct packet *p)
+{
+	return p ? serve_flow(skb, p, 1) : TC_ACT_OK;
+}
+
 SEC("tc")
 int mesh_task(struct __sk_buff *skb)
 {
@@ -84,7 +90,10 @@ int mesh_task(struct __sk_buff *skb)
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
 		reply = find_reply(&p.flow);
-		return likely(reply) ? answer(skb, &p, reply) : serve_flow(skb, &p, 1);
+		if (likely(reply))
+			return answer(skb, &p, reply);
+		action = serve_call(skb, &p);
+		return action >= 0 ? action : refuse(skb, &p, action);
 	}
 	if (result == PARSE_OTHER)
 		return TC_ACT_OK;

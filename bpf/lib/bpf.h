@@ -9,7 +9,9 @@
 #include <mesh/abi.h>
 #include <mesh/hash.h>
 
-#define INLINE      static __always_inline
+#define INLINE static __always_inline
+/* Verified once by itself, whoever calls it: keeps rare paths from multiplying the frequent one. */
+#define RARE        __attribute__((noinline))
 #define likely(x)   __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 

@@ -149,7 +149,7 @@ INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u
 }
 
 /* An error from the client's side about a packet that we sent for a task. */
-static __noinline int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
+RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
 {
 	struct icmp_work *w = icmp_work();
 	struct choice c = {};

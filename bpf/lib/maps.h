@@ -24,6 +24,8 @@
 
 #include "bpf.h"
 
+#define MESH_RECENT_BITS 18
+
 /* Ports (mmap, agent writes): [protocol and port] -> frontend id and MESH_PORT_EXACT. What is not ours ends here. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -120,6 +122,16 @@ struct {
 	__type(key, struct mesh_flow);
 	__type(value, struct mesh_reply);
 } mesh_openings SEC(".maps");
+
+/* Flows whose entry in mesh_replies was confirmed within the current stamp (programs write; a direct-mapped cache of
+ * this object alone): their packets need no look at it, nor at mesh_addresses. Value: bits of the flow's hash and
+ * owner, and of the stamp. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1 << MESH_RECENT_BITS);
+	__type(key, __u32);
+	__type(value, __u64);
+} mesh_recent SEC(".maps");
 
 /* Ports of fragmented datagrams (programs write). */
 struct {

@@ -177,7 +177,7 @@ INLINE int may_answer(const struct packet *p)
 #define ANSWER_EXPIRED     2
 
 /* Turn the packet into an answer to its sender. Not 0: it is spoilt, drop it. */
-static __noinline int answer_client(struct __sk_buff *skb, struct packet *p, int what)
+RARE int answer_client(struct __sk_buff *skb, struct packet *p, int what)
 {
 	if (!p || !may_answer(p))
 		return -1;

@@ -67,6 +67,40 @@ INLINE int is_free(const struct mesh_reply *reply, const struct packet *p, const
 	return !is_current(reply, c) || (reply->flags & REPLY_CLOSED) == REPLY_CLOSED || now - reply->stamp >= limit;
 }
 
+INLINE __u64 *recent_word(const struct choice *c)
+{
+	__u32 index = (__u32)(c->wide >> (64 - MESH_RECENT_BITS));
+
+	return bpf_map_lookup_elem(&mesh_recent, &index);
+}
+
+INLINE __u64 recent_value(const struct choice *c, __u32 now)
+{
+	__u64 owner = ((__u64)c->backend->epoch << 32 | c->owner) * MESH_K0;
+
+	return ((c->wide ^ owner) & ~0xffffull) | (__u16)(now + 1);
+}
+
+/* Whether this flow, with this owner, was confirmed within the current stamp (about a second). Packets that start or
+ * end a flow never are. */
+INLINE int is_recent(const struct packet *p, const struct choice *c)
+{
+	__u64 *word;
+
+	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)))
+		return 0;
+	word = recent_word(c);
+	return word && *word == recent_value(c, stamp_now());
+}
+
+INLINE void set_recent(const struct choice *c, __u32 now)
+{
+	__u64 *word = recent_word(c);
+
+	if (word)
+		*word = c->start ? 0 : recent_value(c, now);
+}
+
 /* First sight of a flow, or the first since its entry was lost: make one. Returns -1 on collision. */
 static __noinline int make_reply(struct packet *p, struct choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
 {
@@ -128,10 +162,13 @@ INLINE int keep_reply(struct packet *p, struct choice *c, struct tuple *to, __u3
 			reply->stamp = now;
 		if (reply->ifindex != ifindex)
 			reply->ifindex = ifindex;
+		set_recent(c, now);
 		if (p->tcp_flags & (TCP_FIN | TCP_RST))
 			close_reply(reply, closed_by(p, MESH_REPLY_FIN_IN));
 		return 0;
 	}
+	if (c->start)
+		set_recent(c, now);
 	if (reply) {
 		if (!calls_same(reply, p) && !is_free(reply, p, c, now))
 			return -1;

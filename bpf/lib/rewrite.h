@@ -50,24 +50,24 @@ INLINE __u64 diff_address(const struct mesh_addr *from, const struct mesh_addr *
 	       diff32(from->words[2], to->words[2]) + diff32(from->words[3], to->words[3]);
 }
 
-INLINE int rewrite_v4(struct __sk_buff *skb, const struct packet *p, const struct tuple *to, __u64 diff)
+/* The IPv4 header's checksum with other addresses (their difference) and one hop less. */
+INLINE __sum16 next_check(const struct packet *p, __u64 addresses)
 {
-	struct {
-		__u8 ttl;
-		__u8 protocol;
-		__sum16 check;
-		__be32 source;
-		__be32 destination;
-	} header = {
-		.ttl = p->ttl - 1,
-		.protocol = p->flow.protocol,
-		.source = to->source.words[3],
-		.destination = to->destination.words[3],
-	};
+	addresses += diff16(bpf_htons((__u16)(p->ttl << 8)), bpf_htons((__u16)((p->ttl - 1) << 8)));
+	return (__sum16)~fold16((__u16)~p->check + addresses);
+}
 
-	diff += diff16(bpf_htons((__u16)(p->ttl << 8)), bpf_htons((__u16)((p->ttl - 1) << 8)));
-	header.check = (__sum16)~fold16((__u16)~p->check + diff);
-	return (int)bpf_skb_store_bytes(skb, L3 + 8, &header, sizeof(header), 0);
+INLINE int rewrite_v4(struct __sk_buff *skb, const struct packet *p, const struct tuple *to, __u64 addresses)
+{
+	struct iphdr *ip = (void *)(long)skb->data + L3;
+
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return -1;
+	ip->ttl = p->ttl - 1;
+	ip->check = next_check(p, addresses);
+	ip->saddr = to->source.words[3];
+	ip->daddr = to->destination.words[3];
+	return 0;
 }
 
 INLINE int rewrite_v6(struct __sk_buff *skb, const struct packet *p, const struct tuple *to)
@@ -81,14 +81,57 @@ INLINE int rewrite_v6(struct __sk_buff *skb, const struct packet *p, const struc
 	return (int)bpf_skb_store_bytes(skb, L3 + 7, header, sizeof(header), BPF_F_RECOMPUTE_CSUM);
 }
 
+/* A transport header in the linear part, or NULL. */
+INLINE void *transport(struct __sk_buff *skb, const struct packet *p)
+{
+	void *l4 = (void *)(long)skb->data + (p->l4 & 0x7f);
+	__u32 size = p->flow.protocol == IPPROTO_UDP ? 8 : 20;
+
+	if (size == 8)
+		return l4 + 8 > (void *)(long)skb->data_end ? NULL : l4;
+	return l4 + 20 > (void *)(long)skb->data_end ? NULL : l4;
+}
+
+INLINE int is_congruent(__u16 a, __u16 b)
+{
+	return (a == 0xffff ? 0 : a) == (b == 0xffff ? 0 : b);
+}
+
+/* Ports, and the checksum that covers them. The kernel has just added the addresses' difference to the checksum: what
+ * it made of it tells whether the checksum is complete, or stands for the pseudo header alone (CHECKSUM_PARTIAL) and
+ * must not follow the ports. */
+INLINE int rewrite_ports(struct __sk_buff *skb, const struct packet *p, const struct tuple *to, __u16 before,
+			 __u64 addresses)
+{
+	int udp = p->flow.protocol == IPPROTO_UDP;
+	__u16 sum = fold16(fold32(addresses)), *check;
+	__be16 *ports = transport(skb, p);
+	__u64 diff;
+
+	if (!ports)
+		return -1;
+	diff = diff16(p->flow.source_port, to->source_port) + diff16(p->flow.destination_port, to->destination_port);
+	ports[0] = to->source_port;
+	ports[1] = to->destination_port;
+	check = udp ? ports + UDP_CHECK / 2 : ports + TCP_CHECK / 2;
+	if (udp && !before)
+		return 0;
+	if (unlikely(is_congruent(sum, 0))) /* it does not tell: leave it to the kernel */
+		return (int)bpf_l4_csum_replace(skb, p->l4 + (udp ? UDP_CHECK : TCP_CHECK), 0, fold32(diff),
+						udp ? BPF_F_MARK_MANGLED_0 : 0);
+	if (!is_congruent(*check, (__u16)~fold16((__u64)(__u16)~before + sum)))
+		return 0;
+	sum = (__u16)~fold16((__u64)(__u16) ~*check + diff);
+	*check = udp && !sum ? 0xffff : sum;
+	return 0;
+}
+
 /* Rewrite a TCP or UDP packet, or a further fragment of one (addresses only). Not 0: nothing or a part was done. */
 INLINE int rewrite(struct __sk_buff *skb, const struct packet *p, const struct tuple *to)
 {
 	int udp = p->flow.protocol == IPPROTO_UDP;
-	__u32 check = p->l4 + (udp ? UDP_CHECK : TCP_CHECK);
-	__u64 flags = udp ? BPF_F_MARK_MANGLED_0 : 0;
-	__u64 addresses, ports;
-	int error;
+	__u64 addresses;
+	__u16 *l4, before;
 
 	if (p->version == 4)
 		addresses = diff32(p->flow.source.words[3], to->source.words[3]) +
@@ -97,15 +140,14 @@ INLINE int rewrite(struct __sk_buff *skb, const struct packet *p, const struct t
 		addresses = diff_address(&p->flow.source, &to->source) +
 			    diff_address(&p->flow.destination, &to->destination);
 	if (likely(p->fragment != 2)) {
-		ports = diff16(p->flow.source_port, to->source_port) +
-			diff16(p->flow.destination_port, to->destination_port);
-		error = (int)bpf_l4_csum_replace(skb, check, 0, fold32(addresses), flags | BPF_F_PSEUDO_HDR);
-		if (p->flow.source_port != to->source_port || p->flow.destination_port != to->destination_port) {
-			error |= (int)bpf_l4_csum_replace(skb, check, 0, fold32(ports), flags);
-			error |= (int)bpf_skb_store_bytes(skb, p->l4, &to->source_port, 4, 0);
-		}
-		if (unlikely(error))
-			return error;
+		l4 = transport(skb, p);
+		if (!l4)
+			return -1;
+		before = udp ? l4[UDP_CHECK / 2] : l4[TCP_CHECK / 2];
+		if (bpf_l4_csum_replace(skb, p->l4 + (udp ? UDP_CHECK : TCP_CHECK), 0, fold32(addresses),
+					(udp ? BPF_F_MARK_MANGLED_0 : 0) | BPF_F_PSEUDO_HDR) ||
+		    rewrite_ports(skb, p, to, before, addresses))
+			return -1;
 	}
 	return p->version == 4 ? rewrite_v4(skb, p, to, addresses) : rewrite_v6(skb, p, to);
 }

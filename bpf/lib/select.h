@@ -8,6 +8,7 @@
 struct choice {
 	struct mesh_backend *backend; /* NULL: NONE or PASS */
 	struct mesh_note *noted;      /* the flow cache's word on the flow, where it decided */
+	__u64 wide;                   /* hash of the flow, whatever the frontend hashes */
 	__u32 verdict;
 	__u32 frontend;
 	__u32 flags; /* of the frontend */
@@ -17,7 +18,7 @@ struct choice {
 	__u16 start;  /* the packet starts a flow */
 	__u8 note;    /* the flow cache must learn the owner */
 	__u8 trusted; /* source rules do not apply */
-	__u32 pad;
+	__u32 recent; /* see is_recent */
 };
 
 INLINE __u32 stamp_now(void)
@@ -165,7 +166,10 @@ INLINE void choose(const struct mesh_flow *flow, struct choice *c)
 	if (unlikely(!frontend))
 		return;
 	c->flags = frontend->flags;
-	c->hash = c->flags & MESH_FRONTEND_CLIENT ? mesh_hash_client(&flow->source) : mesh_hash_flow(flow);
+	c->wide = mesh_hash_flow_wide(flow);
+	c->hash = (__u32)(c->wide >> 32);
+	if (c->flags & MESH_FRONTEND_CLIENT)
+		c->hash = mesh_hash_client(&flow->source);
 	if (unlikely(frontend->acl || (c->flags & MESH_FRONTEND_DENY)) && !c->trusted &&
 	    is_denied(frontend, &flow->source)) {
 		c->owner = MESH_OWNER_NONE;

@@ -42,10 +42,15 @@ INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 	return (int)bpf_redirect_peer(ifindex, 0);
 }
 
+/* What `serve_flow` returns for a packet that is to be refused: the verdict, below zero. */
+#define REFUSAL(name) (-1 - (int)(name))
+
 /* Send the packet back as a refusal; what cannot be answered is dropped. */
-INLINE int refuse(struct __sk_buff *skb, struct packet *p, int what, __u32 name)
+INLINE int refuse(struct __sk_buff *skb, struct packet *p, int refusal)
 {
-	if (answer_client(skb, p, what))
+	__u32 name = (__u32)(-1 - refusal);
+
+	if (answer_client(skb, p, name == MESH_VERDICT_EXPIRED ? ANSWER_EXPIRED : ANSWER_RESET))
 		return verdict(name == MESH_VERDICT_REFUSED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
 	count_verdict(name);
 	return (int)bpf_redirect(skb->ifindex, 0);
@@ -104,10 +109,10 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_OK);
 	if (unlikely(p->ttl <= 1))
-		return refuse(skb, p, ANSWER_EXPIRED, MESH_VERDICT_EXPIRED);
+		return REFUSAL(MESH_VERDICT_EXPIRED);
 	flags = task_tuple(&to, p, c->backend, from_task);
-	if (unlikely(keep_reply(p, c, &to, skb->ifindex, flags)))
-		return refuse(skb, p, ANSWER_RESET, MESH_VERDICT_COLLISION);
+	if (!c->recent && unlikely(keep_reply(p, c, &to, skb->ifindex, flags)))
+		return REFUSAL(MESH_VERDICT_COLLISION);
 	if (unlikely(c->note || c->noted))
 		note_choice(&p->flow, c);
 	if (unlikely(rewrite(skb, p, &to)))
@@ -117,7 +122,7 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 	return deliver(skb, c->backend);
 }
 
-/* A TCP or UDP packet with known ports. */
+/* A TCP or UDP packet with known ports. Returns an action, or a REFUSAL that the caller has to carry out. */
 INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 {
 	struct choice c;
@@ -129,19 +134,23 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 	if (!from_task && skb->pkt_type != PACKET_HOST)
 		return TC_ACT_OK;
 	__builtin_memset(&c, 0, sizeof(c));
-	c.frontend = find_frontend(&p->flow, word);
+	c.frontend = word & MESH_PORT_EXACT ? find_frontend(&p->flow, word) : word;
 	if (!c.frontend)
+		return TC_ACT_OK;
+	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	choose(&p->flow, &c);
+	c.recent = c.backend && is_recent(p, &c);
+	/* A recent flow's address need not be looked up: it was, or belongs to the frontend alone. */
+	if (!c.recent && !(word & MESH_PORT_EXACT) && !is_local(&p->flow.destination))
 		return TC_ACT_OK;
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
-	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-	choose(&p->flow, &c);
 	if (likely(c.backend))
 		return forward(skb, p, &c, from_task);
 	if (c.note || c.noted)
 		note_choice(&p->flow, &c);
 	if (c.verdict == MESH_VERDICT_REFUSED)
-		return refuse(skb, p, ANSWER_RESET, MESH_VERDICT_REFUSED);
+		return REFUSAL(MESH_VERDICT_REFUSED);
 	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_OK);
 }
 

@@ -42,8 +42,8 @@ static inline __attribute__((always_inline)) __u64 mesh_hash_address(const struc
 	return ((MESH_BE64(a->halves[0]) ^ k_low) * k_high) ^ ((MESH_BE64(a->halves[1]) ^ k_high) * k_low);
 }
 
-/* Hash of the 5-tuple, 32 bits, uniform. */
-static inline __attribute__((always_inline)) __u32 mesh_hash_flow(const struct mesh_flow *f)
+/* All 64 bits behind mesh_hash_flow. */
+static inline __attribute__((always_inline)) __u64 mesh_hash_flow_wide(const struct mesh_flow *f)
 {
 	__u64 ports =
 		(__u64)MESH_BE16(f->source_port) << 32 | (__u64)MESH_BE16(f->destination_port) << 16 | f->protocol;
@@ -52,7 +52,13 @@ static inline __attribute__((always_inline)) __u32 mesh_hash_flow(const struct m
 	h ^= mesh_hash_address(&f->source, MESH_K0, MESH_K1);
 	h ^= mesh_hash_address(&f->destination, MESH_K2, MESH_K3);
 	h ^= (ports ^ MESH_SEED) * MESH_K4;
-	return (__u32)(mesh_mix64(h) >> 32);
+	return mesh_mix64(h);
+}
+
+/* Hash of the 5-tuple, 32 bits, uniform. */
+static inline __attribute__((always_inline)) __u32 mesh_hash_flow(const struct mesh_flow *f)
+{
+	return (__u32)(mesh_hash_flow_wide(f) >> 32);
 }
 
 /* Hash of the client's address alone (affinity), 32 bits, uniform: whatever port of whatever protocol it calls. */
