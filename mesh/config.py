@@ -22,7 +22,7 @@ class Config:
 
     provider: str = _key(
         "auto",
-        "source of services; auto: swarm if there is one, else demo",
+        "source of services; auto: static where static_file is set, else swarm if there is one, else demo",
         choices=("auto", "swarm", "static", "demo"),
     )
     engine: str = _key(

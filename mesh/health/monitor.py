@@ -32,6 +32,7 @@ RATE: Final = 1000.0  # probes a second at most; with more backends than that al
 JITTER: Final = 0.2  # share of an interval by which each probe is moved at random
 STARTING: Final = 0.1  # seconds between probes of a backend that is not listening yet, doubled up to its interval
 AGAIN: Final = 0.1  # seconds between probes that traffic's signals ask for
+GATHER: Final = 0.003  # seconds for which verdicts are gathered: a view of all is made once for many
 SUSPECT: Final = frozenset({Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE})
 
 
@@ -72,6 +73,7 @@ class Monitor:
         self._wake = asyncio.Event()
         self._free = asyncio.Semaphore(AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._publishing: asyncio.TimerHandle | None = None
         self._next = 0.0  # when the rate allows the next probe
         self.view = HealthView()
         self.counts = {"ok": 0, "failed": 0}
@@ -126,6 +128,9 @@ class Monitor:
         finally:
             for task in self._tasks:
                 task.cancel()
+            if self._publishing is not None:
+                self._publishing.cancel()
+                self._publishing = None
 
     async def _until_due(self) -> None:
         self._wake.clear()
@@ -159,8 +164,8 @@ class Monitor:
             return
         if watched.due != float("inf"):
             self._schedule(backend, watched, self._clock() + self._pause(watched))
-        if (watched.damping.verdict, watched.damping.reason) != before:
-            self._publish()
+        if (watched.damping.verdict, watched.damping.reason) != before and self._publishing is None:
+            self._publishing = asyncio.get_running_loop().call_later(GATHER, self._publish)
 
     async def _attempt(self, watched: _Watched) -> None:
         """Probe port after port until one is good."""
@@ -188,6 +193,9 @@ class Monitor:
         return interval * (1 + random.uniform(-JITTER, JITTER))  # noqa: S311 -- spreads load, guards nothing
 
     def _publish(self) -> None:
+        if self._publishing is not None:
+            self._publishing.cancel()
+            self._publishing = None
         verdicts = {b: w.damping.verdict for b, w in self._watched.items() if w.damping.verdict is not Health.UNKNOWN}
         reasons = {b: w.damping.reason for b, w in self._watched.items() if w.damping.reason}
         view = HealthView(verdicts, reasons)
