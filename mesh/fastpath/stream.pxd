@@ -17,7 +17,7 @@ from mesh.fastpath.sys cimport (
     setsockopt, splice)
 from mesh.fastpath.types cimport (
     BUDGET, BULK, BULK_LEAST, ENDED, HANGUP, KIND_BACKEND, KIND_CLIENT, NODELAY, PIPE_LEAST, PIPE_WANTED, PUMP_BROKEN,
-    PUMP_IDLE, PUMP_MORE, READABLE, SCRATCH, SPOKEN, WRITABLE, conn, counters, engine, pipe, side, worker)
+    PUMP_IDLE, PUMP_MORE, READABLE, SCRATCH, SPOKEN, URGENT, WRITABLE, conn, counters, engine, pipe, side, worker)
 
 cdef enum:
     FIRST_SMALL = 512  # a first message up to this size leaves at once without TCP_NODELAY: nothing is in flight
@@ -192,8 +192,11 @@ cdef inline int take(worker *w, conn *c, side *source, side *to) noexcept nogil:
         count_bytes(w, c, source, <uint32_t>n)
         if n == SCRATCH:
             source.flags |= BULK
-        elif not source.flags & HANGUP:
-            source.flags &= ~READABLE  # edge-triggered: a short read has emptied the queue
+        elif not source.flags & URGENT:
+            # Edge-triggered: a short read has emptied the queue, and after a hang-up nothing follows.
+            source.flags &= ~READABLE
+            if source.flags & HANGUP:
+                source.flags |= ENDED
         if to.flags & WRITABLE:
             sent = say(to, w.scratch, <uint32_t>n)
             if sent == n:

@@ -12,16 +12,16 @@ from mesh.fastpath.proxyproto cimport HEADER_MOST, announce
 from mesh.fastpath.select cimport cause_of, choose, from_sockaddr, hash_of, is_scarce, permitted
 from mesh.fastpath.sys cimport (
     AF_INET6, EADDRINUSE, EADDRNOTAVAIL, EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP,
-    EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, ETIMEDOUT, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, accept4, close, connect, epoll_ctl, epoll_event, errno, fp_add,
-    fp_count, fp_likely, fp_load, fp_now, fp_unlikely, getsockname, getsockopt, recv, shutdown, sockaddr, sockaddr_in6,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, ETIMEDOUT, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_OOBINLINE, accept4, close, connect, epoll_ctl, epoll_event, errno, fp_add,
+    fp_count, fp_likely, fp_load, fp_now, fp_unlikely, getsockname, getsockopt, recv, setsockopt, shutdown, sockaddr, sockaddr_in6,
     socket, socklen_t)
 from mesh.fastpath.keep cimport bind_reusing, keep_alive
 from mesh.fastpath.stream cimport buffer_put, pending, pipe_put, pump, say, store
 from mesh.fastpath.types cimport (
-    ACCEPT_MOST, BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_OTHER,
+    ACCEPT_CALM, ACCEPT_MOST, BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_OTHER,
     FAIL_TIMEOUT, HANGUP, KIND_CLIENT, LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, NODELAY, OPEN, PUMP_BROKEN, PUMP_MORE,
-    READABLE, SCRATCH, SHUT, SPOKEN, TRIES_MOST, WRITABLE, backend, conn, counters, engine, frontend, listener, pair, route,
+    READABLE, SCRATCH, SHUT, SPOKEN, TRIES_MOST, URGENT, WRITABLE, backend, conn, counters, engine, frontend, listener, pair, route,
     side, target, worker)
 
 cdef enum:
@@ -43,7 +43,7 @@ cdef inline int bucket_of(uint64_t ns) noexcept nogil:
 cdef inline bint watch(worker *w, side *s) noexcept nogil:
     """One registration for the life of the socket: every edge of every direction."""
     cdef epoll_event event
-    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
     event.data.ptr = s
     return epoll_ctl(w.epoll, EPOLL_CTL_ADD, s.fd, &event) == 0
 
@@ -262,17 +262,26 @@ cdef inline void service(worker *w, conn *c) noexcept nogil:
         ready_append(w, c)
 
 
+cdef inline void urgent(side *s) noexcept nogil:
+    """Urgent data (RFC 6093: obsolete) goes on in line, in its place."""
+    cdef int on = 1
+    setsockopt(s.fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+    s.flags |= URGENT
+
+
 cdef inline void note(worker *w, conn *c, side *s, uint32_t events) noexcept nogil:
     if fp_unlikely(w.engine.idle_ns != 0) and c.state == OPEN:
         list_remove(w, c)
         c.started = w.now
         list_append(w, c, LIST_IDLE)
-    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+    if events & (EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         s.flags |= READABLE
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             s.flags |= HANGUP
             if events & EPOLLERR:
                 s.flags |= BROKEN
+        if fp_unlikely(events & EPOLLPRI):
+            urgent(s)
     if events & EPOLLOUT:
         s.flags |= WRITABLE
 
@@ -419,14 +428,17 @@ cdef inline bint accept_one(worker *w, listener *l) noexcept nogil:
 
 
 cdef inline void on_listener(worker *w, listener *l) noexcept nogil:
-    """Accept a batch; its size follows the load, so that a lone connection costs no second accept4."""
+    """Accept a batch; its size follows the load, so that lone connections cost few second accept4."""
     cdef uint32_t taken = 0
     while taken < l.burst:
         if w.paused or not accept_one(w, l):
             l.burst = taken if taken > 1 else 1
+            l.calm = ACCEPT_CALM
             return
         taken += 1
-    if l.burst < ACCEPT_MOST:
+    if l.calm:
+        l.calm -= 1
+    elif l.burst < ACCEPT_MOST:
         l.burst *= 2
 
 

@@ -22,6 +22,7 @@ cdef enum:
     BUDGET = 16  # rounds of a pump before other flows get their turn
     EVENTS = 256
     ACCEPT_MOST = 64
+    ACCEPT_CALM = 16
     TRIES_MOST = 16
     BATCH = 32  # datagrams per system call
     DATAGRAM = 65536
@@ -52,13 +53,14 @@ cdef enum:  # first byte of whatever an epoll event points at
 cdef enum:  # side.flags
     READABLE = 1
     WRITABLE = 2
-    HANGUP = 4  # the peer sent FIN or RST: read on until the end shows
+    HANGUP = 4  # the peer sent FIN or RST: all that it said is in the queue
     ENDED = 8  # nothing more comes from this side
     SHUT = 16  # nothing more goes to this side
     BULK = 32
     NODELAY = 64
     BROKEN = 128  # this side was reset, or its peer vanished
     SPOKEN = 256  # a first message went to this side
+    URGENT = 512  # reads may end early at an urgent mark: a short one proves nothing
 
 cdef enum:  # conn.state
     CONNECTING = 1
@@ -200,6 +202,7 @@ cdef struct listener:
     uint8_t six  # an IPv6 socket (IPv4 clients are mapped)
     int fd
     uint32_t burst  # connections to take per event
+    uint32_t calm  # full bursts until it grows
     uint32_t sessions
     frontend *frontend
     listener *next

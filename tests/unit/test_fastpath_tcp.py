@@ -345,3 +345,20 @@ def test_idle_timeout_cuts_only_the_silent() -> None:
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
         assert mesh.quiet(front).failed == {Failure.TIMEOUT: 1}
+
+
+def test_urgent_data_stays_in_its_place() -> None:
+    got: list[bytes] = []
+    server, front = TcpServer(lambda sock: got.append(read_all(sock))), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where}})
+        with call(front) as sock:
+            for i in range(50):
+                sock.sendall(b"plain%02d" % i)
+                sock.send(b"!", socket.MSG_OOB)
+            sock.sendall(b"end")
+            sock.shutdown(socket.SHUT_WR)
+            read_all(sock)
+        eventually(lambda: got)
+        assert got[0].replace(b"!", b"") == b"".join(b"plain%02d" % i for i in range(50)) + b"end"
+        mesh.quiet(front)
