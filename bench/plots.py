@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OURS: Final = {"mesh-kernel": "#0b6fb8", "mesh-proxy": "#e07b00"}
 OTHER: Final = "#b9bec4"
 YARDSTICK: Final = "#5b6168"
-HIDDEN: Final = ("mesh-kernel-1000", "mesh-proxy-1000")  # these are in the table of bars
+HIDDEN: Final = ("mesh-kernel-1000", "mesh-proxy-1000", "mesh-kernel-fresh", "mesh-proxy-fresh")  # in tables only
 COLUMNS: Final = 3
 
 

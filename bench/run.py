@@ -278,6 +278,7 @@ def parse(argv: list[str]) -> Settings:
     parser.add_argument("--foreign-limit", type=float, default=FOREIGN_LIMIT, help="share of CPU used by others")
     options = parser.parse_args(argv)
     wanted = options.scenario or [s.name for s in SCENARIOS if s.quick or not options.quick]
+    sides = options.side or [s.name for s in SIDES if s.quick or not options.quick]
     return Settings(
         rounds=options.rounds,
         duration=options.duration or (0.5 if options.quick else 2.0),
@@ -286,7 +287,7 @@ def parse(argv: list[str]) -> Settings:
         foreign_limit=options.foreign_limit,
         quick=options.quick,
         functions=not options.side and not options.scenario,
-        sides=[s for s in SIDES if not options.side or s.name in options.side],
+        sides=[s for s in SIDES if s.name in sides],
         scenarios=[s for s in SCENARIOS if s.name in wanted],
     )
 

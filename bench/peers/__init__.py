@@ -6,7 +6,7 @@ from bench.peers.docker_mesh import DockerMesh
 from bench.peers.docker_proxy import DockerProxy
 from bench.peers.envoy import Envoy
 from bench.peers.haproxy import HAProxy
-from bench.peers.mesh import MeshKernel, MeshKernelWide, MeshProxy, MeshProxyWide
+from bench.peers.mesh import MeshKernel, MeshKernelFresh, MeshKernelWide, MeshProxy, MeshProxyFresh, MeshProxyWide
 from bench.peers.nft import Nft
 from bench.peers.nginx import Nginx
 from bench.peers.plain import Plain
@@ -23,6 +23,8 @@ SIDES: tuple[type[Side], ...] = (
     UvloopProxy,
     DockerProxy,
     DockerMesh,
+    MeshKernelFresh,
+    MeshProxyFresh,
     MeshKernelWide,
     MeshProxyWide,
 )

@@ -23,6 +23,7 @@ class Side:
     name: ClassVar[str]  # in the raw data
     label: ClassVar[str]  # in tables and plots
     udp: ClassVar[bool] = True
+    quick: ClassVar[bool] = True  # also in bench-quick
     changeable: ClassVar[bool] = False  # whether `change` works while it runs
     only: ClassVar[tuple[str, ...]] = ()  # the scenarios it is for; empty: all
 

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 import time
 from pathlib import Path
 from typing import ClassVar
 
-from bench.lab import BACKENDS, ECHO_PORT, SINK_PORT, SOURCE_PORT
+from bench.lab import BACKENDS, BRIDGE, ECHO_PORT, SINK_PORT, SOURCE_PORT, LabError
 from bench.peers.base import Side
 from mesh.datapath.kernel_attach import cgroup_root
 
 PORTS = ((ECHO_PORT, "tcp"), (ECHO_PORT, "udp"), (SOURCE_PORT, "tcp"), (SINK_PORT, "tcp"))
 CALM = 1.0  # seconds
+LONG_CALM = 8100.0  # seconds, as by default
+SETTLE_TIMEOUT = 30.0  # seconds
 WIDE_SERVICES = 999  # idle ones, beside the one that is measured
 WIDE_BACKENDS = 10
 MESH = Path(sys.executable).parent / "mesh"
@@ -48,7 +51,7 @@ class Mesh(Side):
     """The daemon with one engine."""
 
     engine: ClassVar[str]
-    changeable = True
+    calm: ClassVar[float] = CALM  # seconds
     idle_services: ClassVar[int] = 0
     cgroup: Path | None = None
 
@@ -62,31 +65,42 @@ class Mesh(Side):
 
     def start(self) -> None:
         self.write(static_file(self.idle_services))
-        state = self.lab.directory / f"{self.name}.state"
-        state.mkdir(exist_ok=True)
+        self.state.mkdir(exist_ok=True)
         log = f"{self.name}.log"
         source = ("--provider", "static", "--static-file", str(self.file))
-        place = ("--state-dir", str(state), "--http-listen", "", "--drain-timeout", "0")
+        place = ("--state-dir", str(self.state), "--http-listen", "", "--drain-timeout", "0")
         # Ports are bound, as those of the other proxies are. The calm is short: what is measured is the steady state
         # that follows it, not the time after a take-over, when flows are still looked up.
-        how = ("--engine", self.engine, "--intercept", "bind", "--transition-calm", str(CALM))
+        how = ("--engine", self.engine, "--intercept", "bind", "--transition-calm", str(self.calm))
         argv = (str(MESH), "run", *how, *source, *place, *self.own_places())
         process = self.lab.start("node", *ISOLATE, str(self.pins), *argv, log=log)
         self.processes.append(process)
         self.lab.wait_serving(process, self.targets(ECHO_PORT)[0], log=log)
 
     def settle(self) -> None:
-        """Wait until no slot is in transition any more."""
-        time.sleep(2 * CALM)
+        """Wait until no slot is in transition any more: the first apply took the ports, the second settled them."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT
+        while time.monotonic() < deadline:
+            time.sleep(CALM)
+            answer = self.lab.run("node", str(MESH), "status", "--json", "--state-dir", str(self.state), check=False)
+            if answer and json.loads(answer)["apply"]["count"] >= 2:
+                return
+        raise LabError(f"does not settle: {answer.strip()}")
 
     def stop(self) -> None:
-        """Stop and release: the kernel engine's data plane would outlive the daemon."""
-        state = self.lab.directory / f"{self.name}.state"
+        """Stop and release: the kernel engine's data plane would outlive the daemon. What then is left is taken off."""
         if self.processes:
-            self.lab.run("node", str(MESH), "stop", "--release", "--state-dir", str(state), check=False)
+            how = ("--release", "--timeout", "5", "--state-dir", str(self.state))
+            self.lab.run("node", str(MESH), "stop", *how, check=False)
         super().stop()
+        for device in ("client", BRIDGE, *(f"veth{i}" for i in range(len(BACKENDS)))):
+            self.lab.run("node", "tc", "qdisc", "delete", "dev", device, "clsact", check=False)
         if self.cgroup and self.cgroup.exists():
             self.cgroup.rmdir()
+
+    @property
+    def state(self) -> Path:
+        return self.lab.directory / f"{self.name}.state"
 
     @property
     def pins(self) -> Path:
@@ -128,6 +142,34 @@ class MeshProxy(Mesh):
     name = "mesh-proxy"
     label = "mesh, proxy engine"
     engine = "proxy"
+
+
+class MeshKernelFresh(MeshKernel):
+    """The same with all slots in transition, as it is for hours after a take-over; and what changes then do."""
+
+    name = "mesh-kernel-fresh"
+    label = "mesh, kernel engine, slots in transition"
+    only = ("connections", "requests", "changes", "changes-new")
+    quick = False
+    changeable = True
+    calm = LONG_CALM
+
+    def settle(self) -> None:
+        """Never."""
+
+
+class MeshProxyFresh(MeshProxy):
+    """What changes do to the proxy engine; to it a slot in transition is nothing special."""
+
+    name = "mesh-proxy-fresh"
+    label = "mesh, proxy engine, slots in transition"
+    only = MeshKernelFresh.only
+    quick = False
+    changeable = True
+    calm = LONG_CALM
+
+    def settle(self) -> None:
+        """Never."""
 
 
 class MeshKernelWide(MeshKernel):
