@@ -58,7 +58,7 @@ def test_proxy_protocol_is_understood_by_nginx(topology: Topology) -> None:
         nginx = host.namespace.popen("nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"), stderr=log)
     try:
         wait_for(lambda: topology.listens(host.namespace, 8090), "nginx")
-        topology.change(Spec("proxied", ("8010:8090/tcp",), ("b1",), options={"proxy-protocol": "v2"}))
+        topology.change(Spec("proxied", ("8010:8090/tcp",), ("b1",), options={"proxy-protocol": "v2", "health": "off"}))
         for source, node in (
             (topology.client.address, topology.node.address),
             (topology.client.address6, topology.node.address6),

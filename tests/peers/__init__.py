@@ -19,16 +19,16 @@ BUILD = HERE.parents[1] / "build" / "peers"
 
 
 @functools.cache
-def program(source: Path) -> Path:
-    """The program of a C file, compiled unless it is newer than its sources."""
+def program(source: Path, *more: Path) -> Path:
+    """The program of C files, compiled unless it is newer than its sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
     target = BUILD / source.stem
-    sources = [source, *source.parent.glob("*.h")]
+    sources = [source, *more, *source.parent.glob("*.h")]
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists() or target.stat().st_mtime <= max(path.stat().st_mtime for path in sources):
             flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-pthread"]
-            subprocess.run(["gcc", *flags, "-o", target, source], check=True)
+            subprocess.run(["gcc", *flags, "-o", target, source, *more], check=True)
     return target
 
 
