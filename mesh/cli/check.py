@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+from mesh.agent_parts import choose_provider
 from mesh.cli.client import echo_json, echo_table
 from mesh.cli.facts import Finding, Verdict, check_host
 from mesh.cli.main import Exit
 from mesh.cli.swarm_facts import check_docker
 from mesh.config import Config
 from mesh.config_load import config_options, load
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, MeshError
 
 
 @click.command(short_help="Can it run here: verdicts and remedies.")
@@ -31,7 +33,7 @@ def check(as_json: bool, **flags: Any) -> None:
     Example:   mesh check --engine proxy --http-listen 127.0.0.1:9551
     """
     config, findings = _config(flags)
-    findings += [*check_host(config), *check_docker(config)]
+    findings += [*check_host(_resolved(config)), *check_docker(config)]
     if as_json:
         echo_json([asdict(finding) for finding in findings])
     else:
@@ -52,3 +54,11 @@ def _config(flags: dict[str, Any]) -> tuple[Config, list[Finding]]:
     except ConfigError as error:
         found = f"{error.where}: {error.message}" if error.where else error.message
         return Config(), [Finding("configuration", Verdict.FAIL, found, error.remedy or "correct it")]
+
+
+def _resolved(config: Config) -> Config:
+    """With the provider that `auto` would come to, because the engine depends on it."""
+    try:
+        return asyncio.run(choose_provider(config))[0]
+    except MeshError:  # reported where that provider is checked
+        return config

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh.agent import LIVE_KEYS
 from mesh.cli.main import Exit, main
 from mesh.config import Config
 from mesh.config_load import load
@@ -33,7 +34,8 @@ def config_table() -> str:
         meaning = key.metadata["help"]
         if key.metadata["choices"]:
             meaning += f" ({', '.join(f'`{choice}`' for choice in key.metadata['choices'])})"
-        rows.append(f"| `{key.name}` | {f'`{default}`' if default else ''} | {meaning} |")
+        live = " ↻" if key.name in LIVE_KEYS else ""
+        rows.append(f"| `{key.name}`{live} | {f'`{default}`' if default else ''} | {meaning} |")
     return "\n".join(rows)
 
 
