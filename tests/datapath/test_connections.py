@@ -141,4 +141,4 @@ def test_the_books_balance(topology: Topology) -> None:
 
 def held(topology: Topology) -> int:
     """Descriptors of the daemon without the pipes that the proxy engine keeps for use again."""
-    return int(topology.daemon.descriptors() - 2 * topology.daemon.total("mesh_proxy_pipes"))
+    return int(topology.daemon.descriptors() - 2 * topology.daemon.total("mesh_pipes"))

@@ -26,7 +26,7 @@ def test_limit_of_connections_pauses_accepting(make_topology: Callable[..., Topo
     with peers.Load(topology.client, topology.node.address, WEB, "-c", "50", "-k", "3600000") as kept:
         kept.wait_ready()
         with peers.Load(topology.client, topology.node.address, WEB, "-n", "20", "-c", "20") as waiting:
-            wait_for(lambda: daemon.total("mesh_proxy_accept_paused") > 0, "accepting is paused")
+            wait_for(lambda: daemon.total("mesh_accept_paused_threads") > 0, "accepting is paused")
             spent = processor_time(daemon.process.pid)
             wait_for(lambda: daemon.state()["pid"], "an answer meanwhile")
             assert daemon.total("mesh_connections_active", service="web") <= 50
@@ -34,7 +34,7 @@ def test_limit_of_connections_pauses_accepting(make_topology: Callable[..., Topo
             assert waiting.running
             kept.stop()
             assert waiting.wait().ok == 20
-    assert daemon.total("mesh_proxy_accept_pauses_total") > 0
+    assert daemon.total("mesh_accept_pauses_total") > 0
 
 
 def processor_time(pid: int) -> float:

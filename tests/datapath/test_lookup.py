@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import random
 from collections.abc import Iterator
@@ -77,10 +78,17 @@ def flows(rng: random.Random, port: int, count: int = 200) -> list[Flow]:
     return [Flow(address(v), rng.randrange(65536), address(v), port, Protocol.TCP) for v in versions]
 
 
+@functools.cache
+def oracle_table(weights: tuple[tuple[str, int], ...]) -> list[int]:
+    """The oracle's table of these backends, numbered in the order of their names."""
+    numbered = enumerate(weights, reference.FIRST)
+    return reference.maglev(SIZE, [(reference.seed_of(name), number, weight) for number, (name, weight) in numbered])
+
+
 def expected(flow: Flow, weights: dict[str, int], affinity: Affinity) -> list[str]:
     """Names of a flow's choices by the oracle, the first one first; [""] where there is no backend."""
     numbers = {name: reference.FIRST + i for i, name in enumerate(sorted(weights))}
-    table = reference.maglev(SIZE, [(reference.seed_of(name), numbers[name], w) for name, w in weights.items()])
+    table = oracle_table(tuple(sorted(weights.items())))
     source, destination = reference.address(str(flow.source)), reference.address(str(flow.destination))
     value = (
         reference.client_hash(source)
