@@ -125,10 +125,12 @@ class Beside:
         backends: dict[tuple[Frontend, BackendKey], Counters] = dict(stats.backends)
         for frontend, row in ours.frontends.items():
             known = self._known(frontend, applied)
-            frontends[known] = added(frontends.get(known, Counters()), row)
+            if known in frontends:
+                frontends[known] = added(frontends[known], row)
         for (frontend, key), row in ours.backends.items():
             pair = self._known(frontend, applied), key
-            backends[pair] = added(backends.get(pair, Counters()), row)
+            if pair[0] in applied.frontends and key in applied.backends:
+                backends[pair] = added(backends.get(pair, Counters()), row)
         return dataclasses.replace(
             stats,
             frontends=frontends,
