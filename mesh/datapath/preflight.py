@@ -34,11 +34,16 @@ def instance(config: Config) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def missing_capabilities() -> list[str]:
-    """Names of the capabilities that are needed and that this process does not have."""
+def capabilities() -> set[int]:
+    """Effective capabilities of this process, by their numbers."""
     status = Path("/proc/self/status").read_text()
     effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
-    has = {bit for bit in (*CAPABILITIES, CAP_SYS_ADMIN) if effective >> bit & 1}
+    return {bit for bit in range(64) if effective >> bit & 1}
+
+
+def missing_capabilities() -> list[str]:
+    """Names of the capabilities that are needed and that this process does not have."""
+    has = capabilities()
     if CAP_SYS_ADMIN in has:
         has |= {CAP_BPF, CAP_PERFMON}
     return [name for bit, name in CAPABILITIES.items() if bit not in has]
@@ -73,6 +78,13 @@ def ensure_bpf_fs(path: Path) -> None:
         )
 
 
+def no_bpf_fs(path: Path) -> str | None:
+    """Why there is no bpf file system at `path` and none can be mounted; changes nothing."""
+    if is_bpf_fs(path) or CAP_SYS_ADMIN in capabilities():
+        return None
+    return f"{path}: no bpf file system is mounted there, and CAP_SYS_ADMIN to mount one is missing"
+
+
 def preflight(config: Config) -> str | None:
     """Why the kernel engine cannot run here, in one sentence with its remedy; None: it can."""
     try:
@@ -89,7 +101,7 @@ def preflight(config: Config) -> str | None:
         reason = f"not permitted: {', '.join(missing)} missing (run as root, or grant them)"
     else:
         try:
-            ensure_bpf_fs(Path(config.bpf_fs))
+            reason = no_bpf_fs(Path(config.bpf_fs))
             kernel_maps.probe()
             kernel_attach.probe()
         except _bpf.BpfError as error:

@@ -13,6 +13,7 @@ from tests.lab.netns import Lab
 
 ENGINES = [
     "proxy",
+    "kernel",
 ]
 
 

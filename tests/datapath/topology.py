@@ -20,7 +20,7 @@ from typing import Any
 from tests import peers, reference
 from tests.daemon import Daemon, backends_of
 from tests.lab.images import ECHO_PORT, HTTP_PORT, SOURCE, UDP_PORT
-from tests.lab.netns import Lab, Namespace, veth, wait_for
+from tests.lab.netns import Lab, Namespace, run, veth, wait_for
 
 WEB, ECHO, UDP, STREAM = 8000, 8001, 8002, 8003  # published; STREAM leads to tests/peers/stream.c
 STREAM_PORT = 8083
@@ -127,6 +127,8 @@ class Topology:
     def serve(self, *specs: Spec, **config: object) -> Daemon:
         """Start the daemon with these services."""
         self.write(specs or self.default())
+        if self.engine == "kernel":
+            config.setdefault("bpf_fs", self.bpf_fs())
         self.daemon = Daemon(
             self.node,
             self.lab.directory / "mesh",
@@ -137,6 +139,15 @@ class Topology:
         )
         self.lab.on_close(self.daemon.close)
         return self.daemon
+
+    def bpf_fs(self) -> Path:
+        """A bpf file system of this lab; what is pinned there goes with it."""
+        path = self.lab.directory / "bpf"
+        if not path.exists():
+            path.mkdir()
+            run("mount", "-t", "bpf", "bpf", str(path))
+            self.lab.on_close(lambda: run("umount", "-l", str(path)))
+        return path
 
     def change(self, *specs: Spec, timeout: float = 30) -> None:
         """Write other services and wait until they are applied."""
