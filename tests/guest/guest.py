@@ -51,14 +51,14 @@ $bb mount -t tmpfs mem /mem
 $bb mkdir /mem/upper /mem/work
 $bb mount -t overlay -o lowerdir=/lower,upperdir=/mem/upper,workdir=/mem/work overlay /root || $bb poweroff -f
 for fs in proc sysfs:sys devtmpfs:dev; do $bb mount -t "${fs%:*}" none "/root/${fs#*:}"; done
-for dir in run tmp; do $bb mount -t tmpfs none /root/$dir; done
+$bb mount -t tmpfs none /root/run
 $bb mount -t bpf none /root/sys/fs/bpf
 $bb mount -t cgroup2 none /root/sys/fs/cgroup
 $bb mount -t debugfs none /root/sys/kernel/debug
 $bb mount -t tracefs none /root/sys/kernel/tracing
-$bb cp /command /root/tmp/command
+$bb cp /command /root/run/command
 $bb ip link set lo up
-$bb chroot /root /bin/bash /tmp/command </dev/null
+$bb chroot /root /bin/bash /run/command </dev/null
 echo "guest exit status: $?"
 $bb poweroff -f
 """
