@@ -56,7 +56,8 @@ lint: build
 	clang-format-16 --dry-run --Werror $(wildcard bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c)
 
 # Measurements need root, and a machine that does nothing else: bench/README.md.
-BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux
+BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux \
+                  ipvsadm qemu-system-x86 busybox-static cpio kmod
 
 packages-bench:
 	deploy/debian-packages $(BENCH_PACKAGES)

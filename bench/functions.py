@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from bench import guest
 from bench.lab import OUT, LabError
 
 
@@ -44,5 +45,7 @@ def control_plane() -> list[dict[str, Any]]:
     return [{"name": one["name"], "stats": {key: one["stats"][key] for key in kept}} for one in measured]
 
 
-ALL: Final[dict[str, Callable[[], list[dict[str, Any]]]]] = {"programs": programs, "control": control_plane}
+Measure = Callable[[], list[dict[str, Any]]]
+QUICK: Final[dict[str, Measure]] = {"programs": programs}
+ALL: Final[dict[str, Measure]] = {**QUICK, "control": control_plane, "guest": guest.measure}
 """By the key in the raw data."""

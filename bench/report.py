@@ -181,11 +181,30 @@ def about(raw: Raw) -> str:
     return f"{raw['began']}. {where}; {how}.\n\n{versions}\n{missing}"
 
 
+GUEST = """\
+In a QEMU guest with Debian's stock kernel, which has IPVS. All is emulated there, so only ratios to Docker's own mesh
+(DNAT, firewall mark, IPVS, SNAT; one node) are kept; above 1 is better.
+"""
+
+
+def guest(raw: Raw) -> str:
+    """Ratios to Docker's own mesh, as the guest measured them."""
+    names = list(dict.fromkeys(row["scenario"] for row in raw["guest"]))
+    rows = []
+    for side in dict.fromkeys(row["side"] for row in raw["guest"]):
+        found = {row["scenario"]: row for row in raw["guest"] if row["side"] == side}
+        cells = [f"{found[name]['ratio']:.2f}" if name in found else "" for name in names]
+        rows.append([LABELS[side], *cells])
+    return table(rows, ["", *(BY_NAME[name].title for name in names)])
+
+
 def functions(raw: Raw) -> list[str]:
     """The parts about what is no traffic."""
     parts = []
     if raw["programs"]:
         parts += ["## eBPF programs", "ns per packet, what an empty program costs subtracted.", programs(raw)]
+    if raw["guest"]:
+        parts += ["## Docker's own mesh", GUEST, guest(raw)]
     if raw["control"]:
         parts += ["## Control plane", control(raw)]
     return parts

@@ -33,7 +33,7 @@ STOLEN_LIMIT: Final = 0.01  # of the machine's CPU time, not given by the hyperv
 REPEATS: Final = 3  # attempts at a measurement that is disturbed
 OVERHEAD: Final = 0.2  # seconds around a measurement
 START: Final = 1.0  # seconds to start and stop a side
-FUNCTIONS: Final = 25.0  # seconds for what is no traffic
+FUNCTIONS: Final = (150.0, 8.0)  # seconds for what is no traffic: all, quick
 HELD: Final = (10_000, 100_000)  # open connections at which memory is read
 FLOOD_RATE: Final = 20_000  # SYNs a second
 CHANGE_INTERVAL: Final = 0.3  # seconds; the static provider looks at its file four times a second
@@ -49,6 +49,7 @@ class Settings:
     warmup: float
     budget: float
     foreign_limit: float
+    connections: int  # instead of the scenarios' own; 0: those
     quick: bool
     functions: bool  # also what is no traffic
     sides: list[type[Side]] = field(default_factory=list)
@@ -69,7 +70,7 @@ def planned(settings: Settings, sides: Sequence[type[Side]]) -> float:
     """Seconds that a run takes in which nothing is repeated. What the budget has beyond that is for repeating."""
     rounds = [(side, number) for side in sides for number in range(settings.rounds)]
     total = sum(START + sum(seconds(settings, each) for each in work(settings, *one)) for one in rounds)
-    return total + (FUNCTIONS if settings.functions else 0)
+    return total + (FUNCTIONS[settings.quick] if settings.functions else 0)
 
 
 def held_levels(files: int) -> list[int]:
@@ -101,13 +102,14 @@ class Run:
             "runs": [],
             "programs": [],
             "control": [],
+            "guest": [],
             "memory": [],
             "starts": [],
         }
 
     def functions(self) -> None:
         """What is no traffic: the programs per packet, the control plane's functions."""
-        for name, measure in functions.ALL.items():
+        for name, measure in (functions.QUICK if self.settings.quick else functions.ALL).items():
             print(f"{name}...", flush=True)
             try:
                 self.data[name] = measure()
@@ -180,6 +182,8 @@ class Run:
         pids = self._pids(side, with_backends=True) if scenario.pinned else set()
         argv = ["taskset", "-c", str(cpu)] if scenario.pinned else []
         argv += [str(OUT / "load"), scenario.mode, *scenario.arguments, *self._ends(side, scenario.port)]
+        if self.settings.connections and not scenario.pinned:
+            argv += ["--connections", str(self.settings.connections)]
         duration = scenario.duration or self.settings.duration
         argv += ["--duration", str(duration), "--warmup", str(self.settings.warmup)]
         foreign, began = machine.foreign_seconds(), time.monotonic()
@@ -276,6 +280,7 @@ def parse(argv: list[str]) -> Settings:
     parser.add_argument("--side", action="append", choices=[s.name for s in SIDES], help="only this one; repeatable")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="only this one")
     parser.add_argument("--foreign-limit", type=float, default=FOREIGN_LIMIT, help="share of CPU used by others")
+    parser.add_argument("--connections", type=int, default=0, help="instead of the scenarios' own number")
     options = parser.parse_args(argv)
     wanted = options.scenario or [s.name for s in SCENARIOS if s.quick or not options.quick]
     sides = options.side or [s.name for s in SIDES if s.quick or not options.quick]
@@ -285,6 +290,7 @@ def parse(argv: list[str]) -> Settings:
         warmup=0.2 if options.quick else 0.3,
         budget=options.budget or (230.0 if options.quick else 1140.0),
         foreign_limit=options.foreign_limit,
+        connections=options.connections,
         quick=options.quick,
         functions=not options.side and not options.scenario,
         sides=[s for s in SIDES if s.name in sides],

@@ -48,6 +48,7 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
             {"path": "not ours", "flows": 1, "ns": 7.2, "spread_ns": 0.4, "budget_ns": 25, "verdict": ""},
             {"path": "reply", "flows": 1, "ns": 140.0, "spread_ns": 2.0, "budget_ns": None, "verdict": "REPLY 100%"},
         ],
+        "guest": [{"side": "mesh-kernel", "scenario": "requests", "ratio": 1.5, "errors": 0}],
         "control": [{"name": "test_table_build", "stats": {"median": 0.0015}}],
         "starts": [{"side": "plain", "round": 0, "seconds": 0.25}],
         "memory": [{"side": "plain", "level": 0, "open": 0, "process": 0, "machine": 0, "errors": {}}],
@@ -129,6 +130,7 @@ def test_the_report_holds_every_figure():
     assert "![work](plots/work.svg)" in text
     assert "| passed" in text
     assert re.search(r"not ours +\| 1 +\| 7 +\| 0 +\| ≤ 25: kept", text)
+    assert re.search(r"mesh, kernel engine +\| 1\.50 ", text)
     assert re.search(r"table build +\| 1\.5 ", text)
 
 
