@@ -41,7 +41,7 @@ def measure() -> list[dict[str, Any]]:
         raise LabError(f"not installed: {', '.join(missing)}")
     arguments = [word for side in SIDES for word in ("--side", side)]
     arguments += [word for scenario in SCENARIOS for word in ("--scenario", scenario)]
-    arguments += "--quick --rounds 2 --duration 2 --budget 1 --foreign-limit 1 --connections 8".split()
+    arguments += ["--quick", "--rounds=2", "--duration=2", "--budget=1", "--foreign-limit=1", "--connections=8"]
     command = f"{sys.executable} -m bench.run {' '.join(arguments)} || exit 1\n"
     command += f"printf '\\n{MARKER}'; tr -d '\\n' <{OUT / 'latest.json'}; echo"
     try:
