@@ -5,6 +5,7 @@
 #   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
 #   make unit         the fast loop: pure tests, seconds
 #   make lint         ruff, mypy --strict, clang-format
+#   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4
 #   make clean        remove everything that was built
@@ -21,7 +22,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 
 SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test unit lint sanitize bench bench-quick bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test fuzz unit lint sanitize bench bench-quick bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -48,6 +49,9 @@ unit: build
 
 test: packages-test build lint
 	$(PYTEST) tests $(ARGS)
+
+fuzz: packages-test build
+	MESH_FUZZ_PACKETS=1000000 $(PYTEST) -q tests/bpf/test_fuzz.py $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .
