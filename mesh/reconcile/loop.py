@@ -219,7 +219,7 @@ class Reconciler:
                 step = settle(applied, task.settling)
             if not step.empty:
                 applied = self.datapath.apply(step)
-                complete = applied is step.result or plan(applied, desired, task.reserved).empty
+                complete = applied.frontends.keys() == step.result.frontends.keys()
         except Exception as failure:
             error = str(failure) if isinstance(failure, DatapathError) else f"{type(failure).__name__}: {failure}"
             applied = doubtful(applied, step)

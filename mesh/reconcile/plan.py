@@ -145,6 +145,8 @@ def _frontend(
     if held is None:
         table = _passing(state.options.table_size).transition(_build(state, backends))
         return FrontendEntry(state, table, _named(table, ids))
+    if held.state == state and ids == set(held.backends):
+        return held
     alive = {target.backend for target in state.targets}
     stale = [owner for owner in held.backends if owner not in ids]
     gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)
