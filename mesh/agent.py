@@ -25,10 +25,10 @@ from mesh.config import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
-from mesh.model import Frontend, Inventory
+from mesh.model import Backend, Frontend, Inventory
 from mesh.notify import Notifier
 from mesh.provider import Provider
-from mesh.reconcile.loop import Reconciler
+from mesh.reconcile.loop import Picture, Reconciler
 from mesh.takeover import SERVING_TIMEOUT, Lock, Successor, TakeoverError, close_all
 
 LIVE_KEYS: Final = frozenset(
@@ -84,6 +84,8 @@ class Agent:
         self._release = False
         self._handed_to = ""  # the successor's engine
         self._connected: bool | None = None
+        self._inventory = Inventory()
+        self._lost: dict[str, Backend] = {}  # gone from the inventory, but held back by the guard
         self._provider: Provider
         self._datapath: Datapath
         self._reconciler: Reconciler
@@ -160,7 +162,7 @@ class Agent:
     async def _open(self, chosen: Engine, inherited: Mapping[Frontend, Sequence[int]] | None) -> tuple[Engine, Applied]:
         """Open the engine; where the choice was ours and the kernel engine fails after all, the other one."""
         self._datapath = make_engine(chosen, self._config, inherited)
-        self._reconciler = Reconciler(self._datapath, self._config, on_change=agent_log.tell)
+        self._reconciler = Reconciler(self._datapath, self._config, on_change=self._changed)
         try:
             return chosen, await self._reconciler.open()
         except DatapathError as error:
@@ -186,8 +188,24 @@ class Agent:
         await self._servers.start()
 
     def _publish(self, inventory: Inventory) -> None:
-        self._monitor.watch(inventory)
+        self._inventory = inventory
+        self._watch()
         self._reconciler.publish(inventory)
+
+    def _changed(self, before: Picture, after: Picture) -> None:
+        agent_log.tell(before, after)
+        known = self._lost | {backend.id: backend for backend in before.inventory.backends}
+        present = {backend.id for backend in after.inventory.backends}
+        lost = {b: known[b] for _, b in self._reconciler.held if b in known and b not in present}
+        if lost != self._lost:
+            self._lost = lost
+            self._watch()
+
+    def _watch(self) -> None:
+        """Have all backends probed, also those that the guard holds back: it lets go of one that is dead."""
+        present = {backend.id for backend in self._inventory.backends}
+        lost = (backend for backend in self._lost.values() if backend.id not in present)
+        self._monitor.watch(replace(self._inventory, backends=(*self._inventory.backends, *lost)))
 
     def _spawn(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._tasks[name] = asyncio.create_task(_keep(name, work), name=name)

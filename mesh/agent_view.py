@@ -102,7 +102,7 @@ class View:
             },
             "generation": {"desired": loop.picture.desired.generation, "applied": loop.applied.generation},
             "apply": msgspec.to_builtins(loop.counts),
-            "guard": {"holds": loop.guard_holds, "held": loop.guard_held},
+            "guard": {"holds": loop.guard_holds, "held": len(loop.held)},
             "probes": dict(self._monitor.counts),
             "node": {"id": status.node_id, "name": _node_name(loop.picture.inventory, status.node_id)},
             "problems": [*(str(p) for p in loop.picture.desired.problems), *loop.problems],

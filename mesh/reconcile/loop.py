@@ -130,9 +130,9 @@ class Reconciler:
         return self.known and not self._dirty.is_set() and self._settled.is_set()
 
     @property
-    def guard_held(self) -> int:
-        """How many backends and services the guard holds back now."""
-        return len(self._held)
+    def held(self) -> frozenset[Held]:
+        """What the guard holds back now: service and backend id, or the service's id and "" for all of it."""
+        return frozenset(self._held)
 
     def publish(self, inventory: Inventory) -> None:
         """Take a provider's inventory."""

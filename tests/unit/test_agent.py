@@ -216,6 +216,21 @@ def test_a_dead_backend_gets_nothing_and_all_dead_is_shouted_about(world: World)
     assert "EVERY BACKEND IS DOWN" in world.log()
 
 
+def test_the_last_backend_goes_from_the_file_once_it_is_dead(world: World) -> None:
+    world.start()
+    names, world.backends = world.backends, {"a": world.backends["a"]}
+    for name in ("b", "c"):
+        names[name].stop()
+    world.write()
+    wait_for(lambda: set(world.weights()) == {"a"}, "one backend")
+    alone, world.backends = world.backends["a"], {}
+    world.write()
+    wait_for(lambda: "it is the service's last" in world.log(), "held back")
+    assert world.call() == "a"  # the source may be wrong: it lives
+    alone.stop()
+    wait_for(lambda: not world.weights(), "let go")
+
+
 def targets(world: World) -> list[dict[str, Any]]:
     return [t for s in world.state()["services"] for f in s["frontends"] for t in f["targets"]]
 
