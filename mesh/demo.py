@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import shutil
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -124,17 +127,27 @@ def _inventory(published: int, target: int) -> Inventory:
     )
 
 
+def _command() -> str:
+    """How this program is called from here: `mesh` where that finds it, else as it was started."""
+    started = Path(sys.argv[0])
+    if started.name != "mesh":
+        return f"{sys.executable} -m mesh"
+    found = shutil.which("mesh")
+    return "mesh" if found and Path(found).resolve() == started.resolve() else str(started)
+
+
 def _welcome(published: int, config: Config) -> str:
+    command = _command()
     state_dir = "" if config.state_dir == str(DEFAULT_STATE_DIR) else f" --state-dir {config.state_dir}"
     lines = [
         f"There is no swarm here, so mesh serves a demo: {BACKENDS} backends of its own behind port {published}. Try",
         "",
         f"  curl http://127.0.0.1:{published}/",
         f"  for i in $(seq 20); do curl -s http://127.0.0.1:{published}/; done | sort | uniq -c",
-        f"  mesh status{state_dir}",
-        f"  mesh backends{state_dir}",
-        f"  mesh explain 127.0.0.1:40000 127.0.0.1:{published}{state_dir}",
-        f"  mesh drain backend demo.1{state_dir}",
+        f"  {command} status{state_dir}",
+        f"  {command} backends{state_dir}",
+        f"  {command} explain 127.0.0.1:40000 127.0.0.1:{published}{state_dir}",
+        f"  {command} drain backend demo.1{state_dir}",
     ]
     if config.http_listen:
         lines.append(f"  curl http://{config.http_listen}/metrics")

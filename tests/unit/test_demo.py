@@ -29,7 +29,11 @@ async def test_publishes_backends_that_answer(capsys: pytest.CaptureFixture[str]
     assert status.connected and status.age_seconds is not None and not status.error
     await asyncio.sleep(0)
     shown = capsys.readouterr().out
-    for command in (f"curl http://127.0.0.1:{port.published}/", "mesh status --state-dir /tmp/demo", "mesh explain"):
+    for command in (
+        f"curl http://127.0.0.1:{port.published}/",
+        " status --state-dir /tmp/demo",
+        " explain 127.0.0.1:40000",
+    ):
         assert command in shown
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
