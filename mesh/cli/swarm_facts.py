@@ -40,8 +40,8 @@ def check_docker(config: Config) -> Iterator[Finding]:
         yield Finding("swarm", missing, f"this node is {swarm.get('LocalNodeState') or 'of none'}", "docker swarm init")
         return
     if not swarm.get("ControlAvailable"):
-        found = f"worker: services come from the mesh of a manager, by TCP port {config.cluster_port}"
-        yield Finding("swarm", Verdict.OK, found)
+        remedy = "run mesh on the managers: only they know the services"
+        yield Finding("swarm", missing, "this node is a worker", remedy)
         return
     yield Finding("swarm", Verdict.OK, f"manager {swarm.get('NodeID')}")
     yield from _ports(services, config)
