@@ -134,11 +134,14 @@ class ProxyDatapath:
                 self._problems.pop(entry.state.frontend, None)
             except DatapathError as error:
                 self._problems[entry.state.frontend] = str(error)
-        for frontend in plan.drop_frontends:
+        # Not `drop_frontends` alone: one that could not be served was never held, so no plan drops it.
+        wanted = plan.result.frontends
+        gone = [f for f, record in self._books.records.items() if record.entry is not None and f not in wanted]
+        self._problems = {f: problem for f, problem in self._problems.items() if f in wanted}
+        for frontend in gone:
             intercept.forget(frontend)
-            self._problems.pop(frontend, None)
         intercept.commit()
-        for frontend in plan.drop_frontends:
+        for frontend in gone:
             self._drop(frontend)
         for backend in plan.drop_backends:
             if backend.id not in {b.id for b in plan.result.backends.values()}:

@@ -201,6 +201,10 @@ def test_a_port_that_is_taken() -> None:
             f"frontend *:{front.port}/tcp: another process listens on this port "
             '(stop it (ss -lntup names it), or set intercept = "nft")',
         )
+        mesh.serve({other: {"a": server.where}})
+        assert mesh.datapath.problems() == ()
+        mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
+        assert len(mesh.datapath.problems()) == 1
         taken.close()
         applied = mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
         assert set(applied.frontends) == {front, other}
