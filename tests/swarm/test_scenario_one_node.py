@@ -219,7 +219,7 @@ def test_rolling_update_loses_nothing(site: Site) -> None:
         "web", "--stop-grace-period=20s", "--update-parallelism=1", "--update-order=stop-first", "--update-delay=0s",
         "--update-monitor=1s", replicas=4, publish=[f"{WEB}:8080"],
     )  # fmt: skip
-    before = site.up(4)
+    before, already = site.up(4), opened(site)
     with (
         site.load("-n", "0", "-c", "128", "-r", "450") as fresh,
         site.load("-n", "0", "-c", "8", "-r", "1", "-u", "/slow?seconds=8") as long,
@@ -227,12 +227,11 @@ def test_rolling_update_loses_nothing(site: Site) -> None:
         wait_for(lambda: site.daemon.total("mesh_connections_active", service="web") >= 4, "long transfers in flight")
         site.swarm.update("web", "--image=mesh-lab/server:2", timeout=180)
         after = site.up(4)
-        wait_for(lambda: opened(site) > 20_000, "20,000 connections", timeout=90, interval=0.2)
+        wait_for(lambda: opened(site) - already > 20_100, "20,000 connections", timeout=90, interval=0.2)
         new, transfers = fresh.stop(), long.stop()
     assert not before & after
     assert (new.failed, new.failures) == (0, ())
-    assert new.ok >= 19_000
-    assert new.ok + transfers.ok >= 20_000
+    assert new.ok >= 20_000
     assert before | after >= set(new.identities) >= after
     assert (transfers.failed, transfers.failures) == (0, ())
     assert transfers.ok >= 10
@@ -251,10 +250,11 @@ def test_docker_away_has_no_effect_on_traffic(site: Site) -> None:
     with site.load("-n", "0", "-c", "32", "-r", "100") as fresh, site.load("-c", "50", "-k", "200") as kept:
         kept.wait_ready()
         sock.rename(away)
+        back = time.monotonic() + SOCKET_AWAY
         try:
             wait_for(lambda: not site.daemon.state()["provider"]["connected"], "the daemon says so", timeout=60)
-            time.sleep(SOCKET_AWAY)
-            assert site.daemon.state()["provider"]["age_seconds"] >= SOCKET_AWAY / 2
+            time.sleep(max(0.0, back - time.monotonic()))
+            assert site.daemon.state()["provider"]["age_seconds"] > SOCKET_AWAY / 2
             assert site.mesh_sees() == tasks
         finally:
             away.rename(sock)
@@ -284,10 +284,10 @@ def test_take_over_refuses_nobody(site: Site) -> None:
     """A new process takes the ports over from the running one under load: 0 of 20,000 new connections fail."""
     site.swarm.create("web", replicas=4, publish=[f"{WEB}:8080"])
     site.up(4)
-    old = site.daemon.process
+    old, already = site.daemon.process, opened(site)
     with site.load("-n", "20000", "-c", "64", "-r", "1000") as fresh, site.load("-c", "50", "-k", "200") as kept:
         kept.wait_ready()
-        wait_for(lambda: opened(site) > 4000, "load under way")
+        wait_for(lambda: opened(site) - already > 4000, "load under way")
         site.daemon.start("--take-over")
         established = kept.stop()
         new = fresh.wait()
