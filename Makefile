@@ -45,7 +45,7 @@ packages-test:
 	deploy/debian-packages $(TEST_PACKAGES)
 
 unit: build
-	$(PYTEST) -q tests/unit tests/contract $(ARGS)
+	$(PYTEST) -q tests/unit $(ARGS)
 
 test: packages-test build lint
 	$(PYTEST) tests $(ARGS)
