@@ -338,13 +338,15 @@ class KernelMaps:
         return self._maps[name].max_entries
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
-        """(protocol, flags, stamp) of the whole reverse translation; any thread."""
+        """(protocol, flags, stamp) of the whole reverse translation, but for backends that are gone; any thread."""
         keys, values = self._maps["mesh_replies"].dump()
         step, row = codec.FLOW.size, codec.REPLY.size
         for i in range(len(keys) // step):
             protocol = codec.FLOW.unpack_from(keys, i * step)[4]
-            fields = codec.REPLY.unpack_from(values, i * row)
-            yield protocol, fields[3], fields[8]
+            _, _, _, flags, _, _, owner, epoch, stamp = codec.REPLY.unpack_from(values, i * row)
+            backend = self.backends.get(owner)
+            if backend is not None and backend.state != codec.BACKEND_FREE and backend.epoch == epoch:
+                yield protocol, flags, stamp
 
     def entries(self, name: str) -> int:
         """How many entries a hash has; any thread."""

@@ -57,6 +57,12 @@ class Served:
         self.engine = KernelDatapath(self.config)
         self.applied = Applied()
 
+    def pretend_kernel(self, major: int, minor: int) -> None:
+        """Do as on an older kernel."""
+        from mesh.datapath import kernel_attach
+
+        kernel_attach.kernel_release = lambda: (major, minor)
+
     def preflight(self) -> str | None:
         from mesh.datapath.preflight import preflight
 

@@ -415,6 +415,31 @@ def test_no_more_than_three_capabilities(plane: Plane) -> None:
     assert plane.pins() == []
 
 
+def test_kernels_before_6_6_get_a_clsact_filter(plane: Plane) -> None:
+    """Attached, adopted, replaced by tcx only when it is gone, and taken off."""
+    first = plane.driver()
+    first.pretend_kernel(major=6, minor=1)
+    assert first.preflight() is None
+    first.open()
+    first.serve(services=[plane.web("b1", "b2", "b3")])
+    assert first.problems() == []
+    shown = plane.node.run("tc", "filter", "show", "dev", "eth0", "ingress").stdout
+    assert "mesh_ingress" in shown
+    connections = [Connection(plane.client, plane.node.address) for _ in range(10)]
+    first.kill()
+    second = plane.driver()
+    second.open()
+    second.serve(services=[plane.web("b1", "b2")])
+    assert set(plane.calls(30)) == {"b1", "b2"}
+    for connection in connections:
+        if connection.backend != "b3":
+            connection.echo()
+        connection.close()
+    second.close(release=True)
+    for device in ("eth0", "veth1", "lo"):
+        assert "mesh" not in plane.node.run("tc", "filter", "show", "dev", device, "ingress", check=False).stdout
+
+
 def test_preflight_says_why_not(plane: Plane) -> None:
     driver = plane.driver(("setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"))
     assert "CAP_NET_ADMIN" in driver.preflight()

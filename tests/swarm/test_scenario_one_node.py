@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,16 +19,27 @@ import pytest
 from tests import peers
 from tests.daemon import Daemon, backends_of
 from tests.lab.dockerd import Swarm
-from tests.lab.netns import Namespace, wait_for
+from tests.lab.netns import Namespace, run, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
 
 ENGINES = [
     "proxy",
+    "kernel",
 ]
 WEB = 8000
 SOCKET_AWAY = float(os.environ.get("MESH_TEST_SOCKET_AWAY", "60"))  # seconds
 REACTION = 5.0  # seconds; unloaded it is well below one, see the recorded properties
+
+
+def bpf_fs(swarm: Swarm) -> Path:
+    """A bpf file system of this lab; what is pinned there goes with it."""
+    path = swarm.lab.directory / "bpf"
+    if not path.exists():
+        path.mkdir()
+        run("mount", "-t", "bpf", "bpf", str(path))
+        swarm.lab.on_close(lambda: run("umount", "-l", str(path)))
+    return path
 
 
 class Site:
@@ -37,9 +49,11 @@ class Site:
         self.swarm, self.engine, self.client = swarm, engine, client
         self.address = swarm.manager.address
         node = swarm.manager
+        extra = {"bpf_fs": bpf_fs(swarm)} if engine == "kernel" else {}
         self.daemon = Daemon(
             node.namespace,
             swarm.lab.directory / f"mesh-{engine}",
+            **extra,
             provider="swarm",
             engine=engine,
             docker_host=node.host,
