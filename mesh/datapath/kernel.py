@@ -8,6 +8,7 @@ next agent adopts what it finds. Another contract is built beside, switched to, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Final
 
 import structlog
 
+from mesh import _bpf
 from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
 from mesh.config import Config
 from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats
@@ -91,6 +93,7 @@ class KernelDatapath:
         self._programs, maps = kernel_maps.load(directory, sizes)
         self._maps = KernelMaps(maps, directory)
         kernel_adopt.check_hash(self._programs["mesh_explain"])
+        self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
         self._monitor = Monitor()
         self._netlink = Netlink()
         self._finder = Places(self._netlink)
@@ -290,7 +293,10 @@ class KernelDatapath:
         """See Datapath.stats."""
         with self._lock:
             applied, served = self._applied, dict(self._maps.served)
-        return self._beside.merge(kernel_stats.read(self._maps, applied, served), applied)
+        stats = kernel_stats.read(self._maps, applied, served)
+        if self._statistics is not None:
+            stats = dataclasses.replace(stats, totals=kernel_stats.run_time(self._programs))
+        return self._beside.merge(stats, applied)
 
     def signals(self) -> Sequence[Signal]:
         """Of the proxy beside only: in the kernel a task's refusal goes to the client, and probes tell health."""
@@ -342,6 +348,8 @@ class KernelDatapath:
                 with contextlib.suppress(OSError):
                     self._directory.parent.rmdir()
                 self._names.remove()
+            if self._statistics is not None:
+                self._statistics.close()
             self._maps.close()
 
     def _hand_back(self) -> None:

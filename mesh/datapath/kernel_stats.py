@@ -60,6 +60,17 @@ def read(maps: KernelMaps, applied: Applied, served: Mapping[Frontend, Served]) 
     return Stats(frontends=frontends, backends=backends, verdicts=verdicts, gauges=gauges)
 
 
+def run_time(programs: Mapping[str, _bpf.Program]) -> dict[str, int]:
+    """Runs and nanoseconds of each program that the kernel runs, for Stats.totals."""
+    totals: dict[str, int] = {}
+    for name, program in programs.items():
+        nanoseconds, runs = program.statistics()
+        if runs:
+            short = name.removeprefix("mesh_")
+            totals |= {f"program_{short}_runs": runs, f"program_{short}_nanoseconds": nanoseconds}
+    return totals
+
+
 def lookup(applied: Applied, addresses: frozenset[Address], flow: Flow) -> Choice | None:
     """Where a new flow would go by the applied tables."""
     protocol = Protocol(flow.protocol)

@@ -112,6 +112,7 @@ class Served:
             "frontends": {str(f): dataclasses.asdict(c) | {"failed": {}} for f, c in stats.frontends.items()},
             "backends": {k.backend: dataclasses.asdict(c) | {"failed": {}} for (_, k), c in stats.backends.items()},
             "verdicts": dict(stats.verdicts),
+            "totals": dict(stats.totals),
         }
 
     def explain(self, source: str, port: int, destination: str, to: int, protocol: str = "tcp") -> list[Any]:

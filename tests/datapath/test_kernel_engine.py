@@ -440,6 +440,17 @@ def test_kernels_before_6_6_get_a_clsact_filter(plane: Plane) -> None:
         assert "mesh" not in plane.node.run("tc", "filter", "show", "dev", device, "ingress", check=False).stdout
 
 
+def test_run_time_is_told_on_request(plane: Plane) -> None:
+    driver = plane.driver(bpf_stats=1)
+    driver.open()
+    driver.serve(services=[plane.web("b1")])
+    plane.calls(10)
+    totals = driver.stats()["totals"]
+    assert totals["program_ingress_runs"] >= 50
+    assert totals["program_task_nanoseconds"] > 0
+    driver.close(release=True)
+
+
 def test_preflight_says_why_not(plane: Plane) -> None:
     driver = plane.driver(("setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"))
     assert "CAP_NET_ADMIN" in driver.preflight()
