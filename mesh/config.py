@@ -48,7 +48,7 @@ class Config:
     bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins, mounted there if there is none")
     cgroup: str = _key("", "kernel engine: root of cgroup2, for local processes; empty: where it is mounted")
     flow_cache: int = _key(262144, "kernel engine: flows remembered while slots are in transition", most=1 << 24)
-    bpf_stats: int = _key(0, "kernel engine; 1: count the programs' runs and time, some 20 ns a run of every program", most=1)
+    bpf_stats: int = _key(0, "kernel engine; 1: count the programs' runs and time, at some 20 ns a run", most=1)
     max_replies: int = _key(524288, "kernel engine: flows at once, the most silent gives way", most=1 << 26)
     threads: int = _key(0, "forwarding threads of the proxy engine; 0: one per core", most=1024)
     connect_timeout: float = _key(3.0, "seconds until the proxy engine tries a flow's next choice")
