@@ -47,9 +47,8 @@ def test_ipv6_backends(topology: Topology) -> None:
     assert stream.wait()["end"] == "complete"
 
 
+@pytest.mark.only("proxy")  # the kernel engine keeps the client's address: nothing to announce
 def test_proxy_protocol_is_understood_by_nginx(topology: Topology) -> None:
-    if topology.engine != "proxy":
-        pytest.skip("the kernel engine keeps the client's address: nothing to announce")
     host = topology.hosts["b1"]
     directory = topology.lab.directory / "nginx"
     directory.mkdir(exist_ok=True)

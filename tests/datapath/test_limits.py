@@ -16,10 +16,9 @@ from tests.lab.netns import wait_for
 pytestmark = pytest.mark.root
 
 
+@pytest.mark.only("proxy")  # the kernel engine holds no connection: it has no such limit
 def test_limit_of_connections_pauses_accepting(make_topology: Callable[..., Topology]) -> None:
     topology = make_topology(backends=2)
-    if topology.engine != "proxy":
-        pytest.skip("the kernel engine holds no connection: it has no such limit")
     daemon = topology.serve(max_connections=50)
     report = peers.load(topology.client, topology.node.address, WEB, "-n", "2000", "-c", "200")
     assert (report.ok, report.failures) == (2000, ())
@@ -43,10 +42,9 @@ def processor_time(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
+@pytest.mark.only("proxy")  # the kernel engine makes no connections: health finds such a backend
 def test_a_backend_that_does_not_answer_costs_time_but_no_connection(make_topology: Callable[..., Topology]) -> None:
     topology = make_topology(backends=3)
-    if topology.engine != "proxy":
-        pytest.skip("the kernel engine makes no connections: health finds such a backend")
     topology.serve(connect_timeout=0.3)
     topology.hosts["b3"].namespace.run("nft", "add", "table", "inet", "deaf")
     topology.hosts["b3"].namespace.run(
@@ -58,10 +56,9 @@ def test_a_backend_that_does_not_answer_costs_time_but_no_connection(make_topolo
     assert topology.daemon.total("mesh_backend_connections_failed_total", cause="timeout") > 0
 
 
+@pytest.mark.only("proxy")  # the kernel engine's connections do not depend on the daemon
 def test_sigterm_lets_connections_end(make_topology: Callable[..., Topology]) -> None:
     topology = make_topology(backends=2)
-    if topology.engine != "proxy":
-        pytest.skip("the kernel engine's connections do not depend on the daemon")
     daemon = topology.serve(drain_timeout=30)
     address = topology.node.address
     with peers.Load(topology.client, address, WEB, "-n", "20", "-c", "20", "-u", "/slow?seconds=3") as long:

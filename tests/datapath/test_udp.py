@@ -73,9 +73,8 @@ def test_flows_leave_a_removed_backend_at_once(topology: Topology) -> None:
     assert "b4" not in after
 
 
+@pytest.mark.only("proxy")  # the kernel engine passes a refusal on: probes find such a backend
 def test_flows_leave_a_backend_that_refuses(topology: Topology) -> None:
-    if topology.engine != "proxy":
-        pytest.skip("the kernel engine passes a refusal on: probes find such a backend")
     host = topology.hosts["b2"]
     with flows(topology, 25000, 60) as socks:
         before = [ask(sock) for sock in socks]
@@ -91,9 +90,8 @@ def test_flows_leave_a_backend_that_refuses(topology: Topology) -> None:
     assert all(a == b for a, b in zip(after, before, strict=True) if b != "b2")
 
 
-def test_idle_sessions_end(make_topology: Callable[..., Topology], engine: str) -> None:
-    if engine != "proxy":
-        pytest.skip("the kernel engine has no sessions: UDP flows have no end there")
+@pytest.mark.only("proxy")  # the kernel engine has no sessions: UDP flows have no end there
+def test_idle_sessions_end(make_topology: Callable[..., Topology]) -> None:
     topology = make_topology(backends=2)
     daemon = topology.serve(udp_idle_timeout=1)
     with flows(topology, 26000, 50) as socks:
@@ -103,10 +101,9 @@ def test_idle_sessions_end(make_topology: Callable[..., Topology], engine: str) 
         assert [ask(sock) for sock in socks] == before, "hashing finds the same backend again"
 
 
-def test_sessions_are_bounded(make_topology: Callable[..., Topology], engine: str) -> None:
+@pytest.mark.only("proxy")  # the kernel engine has no sessions: UDP flows have no end there
+def test_sessions_are_bounded(make_topology: Callable[..., Topology]) -> None:
     """The oldest make room for new ones; what was evicted is counted and goes on with its next datagram."""
-    if engine != "proxy":
-        pytest.skip("the kernel engine has no sessions: UDP flows have no end there")
     topology = make_topology(backends=2)
     daemon = topology.serve(udp_max_sessions=64)
     with flows(topology, 27000, 300) as socks:
