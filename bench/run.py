@@ -154,11 +154,14 @@ class Run:
             start = {"side": side.name, "round": number, "seconds": round(time.monotonic() - began, 3)}
             self.data["starts"].append(start)
             side.settle()
-            if number == 0 and not kind.only:
-                self._memory(side)
+            free = machine.available_memory()
+            if not number:
+                self._remember(side, 0, 0, free, {})
             chosen = work(self.settings, kind, number)
             for scenario in random.sample(chosen, len(chosen)):
                 self._measure(side, scenario, number)
+            if not (number or kind.only or self.settings.quick):
+                self._hold(side)  # last: some sides do not survive it
         except LabError as error:
             self.data["missing"][kind.name] = str(error)
             print(f"  failed: {error}", flush=True)
@@ -247,12 +250,9 @@ class Run:
         roots = side.processes + (self.lab.backends if with_backends else [])
         return {pid for process in roots for pid in machine.family(process.pid, everyone)}
 
-    def _memory(self, side: Side) -> None:
-        """Memory of the side's processes and of the machine, idle and with connections open."""
+    def _hold(self, side: Side) -> None:
+        """Memory of the side's processes and of the machine with connections open."""
         free = machine.available_memory()
-        self._remember(side, 0, 0, free, {})
-        if self.settings.quick:
-            return
         for level in held_levels(resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
             argv = (str(OUT / "load"), "hold", "--connections", str(level), *self._ends(side, ECHO_PORT))
             load = self.lab.start("client", *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -9,11 +9,22 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define AT_ONCE     256
-#define PATIENCE_MS 5000
+#define AT_ONCE    256
+#define PATIENCE   (5 * SECOND)  /* for one answer */
+#define TIME_LIMIT (20 * SECOND) /* for all of them */
+
+/* Wait for one socket, at most PATIENCE and not beyond `deadline`. */
+static bool await(int fd, short events, uint64_t deadline)
+{
+	struct pollfd ready = {.fd = fd, .events = events};
+	uint64_t t = now();
+	uint64_t left = t < deadline ? deadline - t : 0;
+
+	return poll(&ready, 1, (int)((left < PATIENCE ? left : PATIENCE) / (SECOND / 1000))) == 1;
+}
 
 /* Open `count` connections side by side and wait for each one's echo. Returns how many there are. */
-static unsigned open_batch(struct worker *w, int *fds, unsigned count)
+static unsigned open_batch(struct worker *w, int *fds, unsigned count, uint64_t deadline)
 {
 	unsigned opened = 0;
 	char byte = 'x';
@@ -21,17 +32,15 @@ static unsigned open_batch(struct worker *w, int *fds, unsigned count)
 	for (unsigned i = 0; i < count; i++)
 		fds[i] = dial(w, SOCK_STREAM);
 	for (unsigned i = 0; i < count; i++) {
-		struct pollfd ready = {.fd = fds[i], .events = POLLOUT};
 		enum error cause = ERROR_timeout;
 
 		if (fds[i] < 0)
 			continue;
-		if (poll(&ready, 1, PATIENCE_MS) == 1) {
+		if (await(fds[i], POLLOUT, deadline)) {
 			cause = ERROR_connect;
-			ready.events = POLLIN;
 			if (send(fds[i], &byte, 1, MSG_NOSIGNAL) == 1) {
 				cause = ERROR_timeout;
-				if (poll(&ready, 1, PATIENCE_MS) == 1 && recv(fds[i], &byte, 1, 0) == 1) {
+				if (await(fds[i], POLLIN, deadline) && recv(fds[i], &byte, 1, 0) == 1) {
 					opened++;
 					continue;
 				}
@@ -48,13 +57,14 @@ int hold(struct worker *w)
 {
 	struct linger reset = {.l_onoff = 1, .l_linger = 0};
 	int *fds = calloc(w->connections, sizeof(*fds));
+	uint64_t deadline = now() + TIME_LIMIT;
 	unsigned opened = 0;
 	char c;
 
 	w->stop = UINT64_MAX;
 	for (unsigned i = 0; i < w->connections; i += AT_ONCE) {
 		unsigned left = w->connections - i;
-		unsigned got = open_batch(w, fds + i, left < AT_ONCE ? left : AT_ONCE);
+		unsigned got = open_batch(w, fds + i, left < AT_ONCE ? left : AT_ONCE, deadline);
 
 		opened += got;
 		if (!got) {
