@@ -168,6 +168,7 @@ cdef class Engine:
         retries: further choices after the first, 0..RETRIES_MOST.
         connect_timeout, idle_timeout (0: never), udp_idle_timeout: seconds.
         udp_sessions, connections, pipes: upper bounds, all threads together.
+        ports: first and last source port for connections to backends when the kernel finds none that is free.
 
     Raises:
         OSError: descriptors or memory for the threads cannot be had.
@@ -180,7 +181,8 @@ cdef class Engine:
     cdef list garbage  # addresses of routes that were replaced and may still be read
 
     def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
-                  double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes):
+                  double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes,
+                  tuple ports not None):
         cdef uint32_t i
         if not 1 <= threads <= 1024 or retries >= TRIES_MOST:
             raise ValueError("threads are 1..1024, retries 0..15")
@@ -192,6 +194,11 @@ cdef class Engine:
         self.e.udp_most = udp_sessions
         self.e.connections_most = connections
         self.e.pipes_most = pipes
+        first, last = ports
+        if not 0 < first <= last < 65536:
+            raise ValueError(f"{first}..{last} are no ports")
+        self.e.port_first = first
+        self.e.port_count = last - first + 1
         self.held = set()
         self.garbage = []
         self.e.backends = <backend **>calloc(BACKENDS, sizeof(backend *))

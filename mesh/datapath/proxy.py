@@ -8,6 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from mesh._fastpath import RETRIES_MOST, Engine
@@ -29,6 +30,15 @@ from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
 RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
+
+
+def local_ports() -> tuple[int, int]:
+    """The range of source ports that the kernel chooses from."""
+    try:
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    except (OSError, ValueError):
+        return 32768, 60999
+    return int(first), int(last)
 
 
 def prefixes(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
@@ -106,6 +116,7 @@ class ProxyDatapath:
                 udp_sessions=min(self._config.udp_max_sessions, descriptors // 2),
                 connections=min(wanted, possible),
                 pipes=pipes,
+                ports=local_ports(),
             )
         except OSError as error:
             raise DatapathError(f"the forwarding threads cannot start: {error}") from None

@@ -31,6 +31,8 @@ cdef inline pipe *pipe_get(worker *w) noexcept nogil:
         w.pipes = p.next
         fp_count(&w.totals.pipes_used, 1)
         return p
+    if w.now < w.pipes_at:
+        return NULL
     if fp_add(&w.engine.pipes, 1) >= w.engine.pipes_most:
         fp_add(&w.engine.pipes, -1)
         return NULL
@@ -49,6 +51,7 @@ cdef inline pipe *pipe_get(worker *w) noexcept nogil:
     free(p)
     fp_add(&w.engine.pipes, -1)
     fp_count(&w.totals.pipe_failures, 1)
+    w.pipes_at = w.now + 1000000000
     return NULL
 
 

@@ -16,7 +16,7 @@ from mesh.fastpath.sys cimport (
     SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_OOBINLINE, accept4, close, connect, epoll_ctl, epoll_event, errno, fp_add,
     fp_count, fp_likely, fp_load, fp_now, fp_unlikely, getsockname, getsockopt, recv, setsockopt, shutdown, sockaddr, sockaddr_in6,
     socket, socklen_t)
-from mesh.fastpath.keep cimport bind_reusing, keep_alive
+from mesh.fastpath.keep cimport allow_reuse, connect_reusing, keep_alive
 from mesh.fastpath.stream cimport buffer_put, pending, pipe_put, pump, say, store
 from mesh.fastpath.types cimport (
     ACCEPT_CALM, ACCEPT_MOST, BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_OTHER,
@@ -26,6 +26,7 @@ from mesh.fastpath.types cimport (
 
 cdef enum:
     PAUSE_NS = 50000000
+    DIALS_MOST = 8
 
 
 cdef inline int bucket_of(uint64_t ns) noexcept nogil:
@@ -139,21 +140,28 @@ cdef inline void opened(worker *w, conn *c) noexcept nogil:
 
 cdef inline int dial(worker *w, conn *c, backend *b) noexcept nogil:
     """Start to connect. Returns 0, or the errno."""
-    cdef int fd = socket(b.address.sin6_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-    cdef int error
-    if fd < 0:
-        return errno
+    cdef int fd, error, turn
+    cdef bint fresh = True
     c.started = fp_now()
-    if connect(fd, <const sockaddr *>&b.address, b.length) != 0 and errno != EINPROGRESS:
-        error = errno
-        if error == EADDRNOTAVAIL:  # every port towards this backend is in use or in TIME_WAIT
-            error = bind_reusing(fd, b, w.index)
-        if error != 0 and error != EINPROGRESS:
-            close(fd)
+    for turn in range(DIALS_MOST):
+        fd = socket(b.address.sin6_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        if fd < 0:
+            return errno
+        if not fresh:
+            error = connect_reusing(w.engine, fd, b)
+        elif connect(fd, <const sockaddr *>&b.address, b.length) == 0:
+            error = 0
+        else:
+            error = errno
+        if error == 0 or error == EINPROGRESS:
+            c.backend.fd = fd
+            c.backend.flags = 0
+            return 0
+        close(fd)
+        if error != EADDRNOTAVAIL:
             return error
-    c.backend.fd = fd
-    c.backend.flags = 0
-    return 0
+        fresh = False  # every port towards this backend is in use or in TIME_WAIT
+    return error
 
 
 cdef inline void attempt_failed(worker *w, conn *c, int cause) noexcept nogil:
@@ -253,6 +261,7 @@ cdef inline void service(worker *w, conn *c) noexcept nogil:
         finish(w, c, False)
         return
     if no_more and not behind.flags & SHUT:
+        allow_reuse(behind.fd)  # who ends first keeps the port in TIME_WAIT
         shutdown(behind.fd, SHUT_WR)
         behind.flags |= SHUT
     if no_reply and not client.flags & SHUT:

@@ -247,6 +247,7 @@ cdef struct worker:
     engine *engine
     uint64_t now
     uint64_t resume_at
+    uint64_t pipes_at  # when to ask for pipes again after a failure
     char *scratch
     conn *all
     conn *free
@@ -280,6 +281,8 @@ cdef struct worker:
 cdef struct engine:
     uint32_t threads
     uint32_t retries
+    uint32_t port_first  # net.ipv4.ip_local_port_range
+    uint32_t port_count
     uint64_t connect_ns
     uint64_t idle_ns
     uint64_t udp_idle_ns

@@ -19,7 +19,7 @@ from mesh.fastpath.sys cimport (
     fp_count, fp_load, fp_now, getsockopt, in6_pktinfo, in_pktinfo, msghdr, recvmmsg, sendmmsg, sockaddr, sockaddr_in6,
     socket, socklen_t)
 from mesh.fastpath.types cimport (
-    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, TRIES_MOST, backend, counters, datagrams,
+    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_UNREACHABLE, TRIES_MOST, backend, counters, datagrams,
     engine, frontend, listener, pair, route, session, target, worker)
 
 cdef enum:
@@ -239,9 +239,13 @@ cdef inline void forward(worker *w, session *s, datagrams *d, const int *which, 
         if sent < 0:
             if errno == EINTR:
                 continue
-            if errno == EAGAIN or is_scarce(errno) or cause_of(errno) > 2:
+            if errno == EAGAIN or is_scarce(errno):
                 break
-            session_refused(w, s, errno)
+            if cause_of(errno) <= FAIL_UNREACHABLE:
+                session_refused(w, s, errno)
+                continue
+            fp_count(&w.totals.udp_dropped, 1)  # this one cannot be sent, such as for its size
+            done += 1
             continue
         counts = &s.pair.counts[w.index]
         fp_count(&counts.packets_in, sent)

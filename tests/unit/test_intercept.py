@@ -236,3 +236,18 @@ def test_nft_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(DatapathError, match="nftables cannot be used"):
         ProxyDatapath(Config(intercept="nft")).open()
+
+
+def test_more_connections_than_source_ports(node: Namespace, outside: Namespace) -> None:
+    """Clients that end first leave the engine's ports towards the backend in TIME_WAIT; they are used again."""
+    node.run("sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40019", "net.ipv4.tcp_tw_reuse=0")
+    front = tcp(PORT)
+    with open_engine(node, intercept="bind") as mesh:
+        server = TcpServer()
+        mesh.serve({front: {"a": server.where}})
+        for i in range(120):
+            with outside.entered(), call(front, node.address) as sock:
+                sock.sendall(b"%d" % i)
+                assert sock.recv(10) == b"%d" % i
+        now = mesh.quiet(front)
+        assert (now.opened, now.failed) == (120, {})
