@@ -330,4 +330,7 @@ def write(data: dict[str, Any]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted; what was measured is in bench/out/latest.json")
