@@ -17,19 +17,6 @@ ENGINES = [
 ]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a test says is not for an engine: that is no skip, there is nothing to run."""
-
-    def foreign(item: pytest.Item) -> bool:
-        mark, spec = item.get_closest_marker("only"), getattr(item, "callspec", None)
-        return mark is not None and spec is not None and spec.params.get("engine") not in mark.args
-
-    out = [item for item in items if foreign(item)]
-    if out:
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in out]
-
-
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
     if os.geteuid():

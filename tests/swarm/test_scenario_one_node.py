@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ ENGINES = [
     "kernel",
 ]
 WEB = 8000
-SOCKET_AWAY = float(os.environ.get("MESH_TEST_SOCKET_AWAY", "60"))  # seconds
+SOCKET_AWAY = {"proxy": float(os.environ.get("MESH_TEST_SOCKET_AWAY", "60")), "kernel": 20.0}  # seconds
 REACTION = 5.0  # seconds; unloaded it is well below one, see the recorded properties
 
 
@@ -91,8 +92,13 @@ def swarm_client(shared_swarm1: Swarm) -> Namespace:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def shared_site(request: pytest.FixtureRequest, shared_swarm1: Swarm, swarm_client: Namespace) -> Iterator[Site]:
-    site = Site(shared_swarm1, request.param, swarm_client)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def shared_site(engine: str, shared_swarm1: Swarm, swarm_client: Namespace) -> Iterator[Site]:
+    site = Site(shared_swarm1, engine, swarm_client)
     yield site
     site.daemon.close()
 
@@ -258,17 +264,17 @@ def opened(site: Site) -> float:
 def test_docker_away_has_no_effect_on_traffic(site: Site) -> None:
     """The socket is gone for a minute under load; what changed meanwhile is seen as soon as it is back."""
     site.swarm.create("web", replicas=4, publish=[f"{WEB}:8080"])
-    tasks = site.up(4)
+    tasks, seconds = site.up(4), SOCKET_AWAY[site.engine]
     sock = site.swarm.manager.socket
     away = sock.with_suffix(".away")
     with site.load("-n", "0", "-c", "32", "-r", "100") as fresh, site.load("-c", "50", "-k", "200") as kept:
         kept.wait_ready()
         sock.rename(away)
-        back = time.monotonic() + SOCKET_AWAY
+        back = time.monotonic() + seconds
         try:
             wait_for(lambda: not site.daemon.state()["provider"]["connected"], "the daemon says so", timeout=60)
             time.sleep(max(0.0, back - time.monotonic()))
-            assert site.daemon.state()["provider"]["age_seconds"] > SOCKET_AWAY / 2
+            assert site.daemon.state()["provider"]["age_seconds"] > seconds / 2
             assert site.mesh_sees() == tasks
         finally:
             away.rename(sock)
@@ -277,14 +283,24 @@ def test_docker_away_has_no_effect_on_traffic(site: Site) -> None:
         site.up(5)
         new, established = fresh.stop(), kept.stop()
     assert (new.failed, new.failures) == (0, ())
-    assert new.ok >= SOCKET_AWAY * 50
+    assert new.ok >= seconds * 50
     assert (established.ok, established.failures) == (50, ())
 
 
 def test_killed_daemon_starts_again(site: Site) -> None:
     site.swarm.create("web", replicas=4, publish=[f"{WEB}:8080"])
     site.up(4)
-    site.daemon.kill()
+    with site.load("-c", "50", "-k", "100") as kept:
+        kept.wait_ready()
+        site.daemon.kill()
+        if site.engine == "kernel":  # the data plane outlives the agent
+            report = site.run("-n", "1000", "-c", "32")
+            assert (report.ok, report.failures) == (1000, ())
+            site.daemon.start()
+            assert site.run("-n", "1000", "-c", "32").ok == 1000
+            established = kept.stop()
+            assert (established.ok, established.failures) == (50, ())
+            site.daemon.kill()
     site.swarm.docker("service", "scale", "--detach", "web=2")
     site.swarm.wait_running("web", 2)
     site.daemon.start()
@@ -317,7 +333,19 @@ def test_nothing_is_left_on_the_node(site: Site) -> None:
     site.up(2)
     node = site.swarm.manager.namespace
     assert site.daemon.stop() == 0
-    assert "mesh" not in node.run("nft", "list", "ruleset").stdout
+    assert "table inet mesh" not in node.run("nft", "list", "ruleset").stdout
     site.daemon.start()
     site.up(2)
     assert site.run("-n", "200", "-c", "16").ok == 200
+
+
+@pytest.mark.only("kernel")  # the proxy engine's connections come from the node
+def test_the_task_sees_the_clients_address(site: Site) -> None:
+    """It is in the log of the task, for each connection."""
+    site.swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    site.up(3)
+    report = site.run("-n", "300", "-c", "8", "-p", "21000")
+    assert (report.ok, report.failures) == (300, ())
+    logs = "".join(site.swarm.docker("logs", container) for container in site.swarm.containers("web"))
+    seen = set(re.findall(r"peer=(\S+)", logs))
+    assert {f"{site.client.address}:{port}" for port in range(21000, 21300)} <= seen
