@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ from mesh.datapath.kernel_attach import Attachments, cgroup_root
 from mesh.datapath.kernel_beside import Beside
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
-from mesh.datapath.kernel_places import Place, Places, wanted
+from mesh.datapath.kernel_places import Place, Places, is_held, wanted
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight
@@ -67,6 +68,8 @@ class KernelDatapath:
         self._home = Path(config.bpf_fs) / "mesh"
         self._lock = threading.RLock()
         self._names = NamesFile(Path(config.state_dir) / "kernel-names.json")
+        self._owner = Path(config.state_dir) / "kernel-owner"
+        self._token = f"{os.getpid()} {time.monotonic_ns()}"
         self._applied = Applied()
         self._tables: dict[Frontend, SlotTable] = {}
         self._places: dict[int, Place] = {}
@@ -109,6 +112,7 @@ class KernelDatapath:
         self._place_all()
         if self._maps.served:
             self._switch()
+        self._owner.write_text(self._token)
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
         return self._applied
@@ -247,7 +251,7 @@ class KernelDatapath:
             try:
                 self._monitor.wait(self._wait_for())
                 started = time.monotonic()
-                if self._stopping:
+                if self._stopping or not self._is_owner():
                     return
                 with self._lock:
                     self._release_holds()
@@ -260,6 +264,13 @@ class KernelDatapath:
                 if not self._stopping:
                     log.warning("network change not followed", error=str(error))
             time.sleep(max(QUIET, 4 * (time.monotonic() - started)))
+
+    def _is_owner(self) -> bool:
+        """Whether no other process has taken the maps over since: they have one writer."""
+        try:
+            return self._owner.read_text() == self._token
+        except FileNotFoundError:
+            return True
 
     def _wait_for(self) -> float:
         now = time.monotonic()
@@ -348,6 +359,7 @@ class KernelDatapath:
                 with contextlib.suppress(OSError):
                     self._directory.parent.rmdir()
                 self._names.remove()
+                self._owner.unlink(missing_ok=True)
             if self._statistics is not None:
                 self._statistics.close()
             self._maps.close()
@@ -362,18 +374,6 @@ class KernelDatapath:
         while (live := self.live_flows()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return live
-
-
-def is_held(frontend: Frontend) -> bool:
-    """Whether a socket of this node has the UDP port: someone serves it, so flows may be under way."""
-    if frontend.protocol is not Protocol.UDP:
-        return False
-    for table in ("/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"):
-        with contextlib.suppress(OSError):
-            rows = Path(table).read_text().splitlines()[1:]
-            if any(int(row.split()[1].rpartition(":")[2], 16) == frontend.port for row in rows):
-                return True
-    return False
 
 
 def remove_pins(directory: Path) -> None:

@@ -8,10 +8,11 @@ import fnmatch
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
-from mesh.model import Address
+from mesh.model import Address, Frontend, Protocol
 
 INGRESS: Final = "mesh_ingress"
 TASK: Final = "mesh_task"
@@ -105,3 +106,15 @@ def wanted(topology: Topology, places: Iterable[Place], patterns: Sequence[str] 
         elif interface.up and interface.ethernet and not interface.master and interface.index not in bridges:
             found[interface.index] = INGRESS
     return found
+
+
+def is_held(frontend: Frontend) -> bool:
+    """Whether a socket of this node has the UDP port: someone serves it, so flows may be under way."""
+    if frontend.protocol is not Protocol.UDP:
+        return False
+    for table in ("/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"):
+        with contextlib.suppress(OSError):
+            rows = Path(table).read_text().splitlines()[1:]
+            if any(int(row.split()[1].rpartition(":")[2], 16) == frontend.port for row in rows):
+                return True
+    return False

@@ -263,6 +263,23 @@ def test_traffic_outlives_the_agent_and_the_next_one_adopts(plane: Plane, engine
     second.close(release=True)
 
 
+def test_the_next_process_takes_over_from_a_running_one(plane: Plane, engine: Driver) -> None:
+    """Maps have one writer: the first process no longer follows the network once the second has opened."""
+    connections = [Connection(plane.client, plane.node.address) for _ in range(10)]
+    second = plane.driver()
+    assert second.open()["frontends"] == {"*:8000/tcp": "web"}
+    second.serve(services=[plane.web("b1", "b2", "b3", weights={"b1": 0})])
+    plane.add("b4", 4)
+    second.serve(services=[plane.web("b1", "b2", "b3", "b4", weights={"b1": 0})])
+    assert set(plane.calls(60)) == {"b2", "b3", "b4"}
+    for connection in connections:
+        connection.echo()
+    engine.close(release=False)
+    engine.end()
+    assert set(plane.calls(60)) == {"b2", "b3", "b4"}
+    second.close(release=True)
+
+
 def test_adoption_without_the_names_file(plane: Plane, engine: Driver) -> None:
     connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
     engine.kill()
