@@ -16,7 +16,7 @@ static __noinline int is_too_big(struct __sk_buff *skb, __u32 ifindex)
 }
 
 /* A reply: as from the address that the client called, straight to where the client's packets come in. */
-INLINE int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *reply)
+static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *reply)
 {
 	struct tuple to = {
 		.source = reply->called,
@@ -72,7 +72,7 @@ RARE int answer_icmp(struct __sk_buff *skb, struct packet *p)
 }
 
 /* A container calls a port of this node. */
-RARE int serve_call(struct __sk_buff *skb, struct packet *p)
+static __noinline int serve_call(struct __sk_buff *skb, struct packet *p)
 {
 	return p ? serve_flow(skb, p, 1) : TC_ACT_OK;
 }

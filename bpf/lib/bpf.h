@@ -10,7 +10,8 @@
 #include <mesh/hash.h>
 
 #define INLINE static __always_inline
-/* Verified once by itself, whoever calls it: keeps rare paths from multiplying the frequent one. */
+/* Verified once by itself, whoever calls it: keeps rare paths from multiplying the frequent one. Kernels before 6.4 do
+ * not take what its pointer arguments point at for a map's key. */
 #define RARE        __attribute__((noinline))
 #define likely(x)   __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
