@@ -159,18 +159,6 @@ def test_six_replicas_share_six_thousand_connections(site: Site) -> None:
     assert set(six.identities) == tasks
 
 
-def test_the_tasks_log_shows_the_clients_address(site: Site) -> None:
-    if site.engine != "kernel":
-        pytest.skip("a proxy's own address is what a task sees, unless the service asks for PROXY protocol")
-    site.swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
-    site.up(3)
-    assert site.run("-n", "60", "-c", "4").ok == 60
-    logs = [site.swarm.docker("logs", container) for container in site.swarm.containers("web")]
-    peers_seen = [line.split()[0] for log in logs for line in log.splitlines() if line.startswith("peer=")]
-    assert len(peers_seen) == 60
-    assert {seen.rpartition(":")[0] for seen in peers_seen} == {f"peer={site.client.address}"}
-
-
 def test_the_daemon_follows_docker(site: Site, record_property: Callable[[str, object], None]) -> None:
     """Scaling, a kill, a failing HEALTHCHECK, removal and re-creation, another published port."""
     swarm, reactions = site.swarm, Reactions(site)
