@@ -37,7 +37,7 @@ def extension(name: str, libraries: tuple[str, ...] = ()) -> Extension:
         depends=depends,
         libraries=list(libraries),
         define_macros=[("MESH_ABI_DIGEST", f'"{abi_digest()}"'), ("_GNU_SOURCE", "1")],
-        extra_compile_args=["-O2" if SANITIZE else "-O3", "-std=gnu11", "-Wall", "-Wno-unused-function", *sanitize],
+        extra_compile_args=["-O1" if SANITIZE else "-O3", "-std=gnu11", "-Wall", "-Wno-unused-function", *sanitize],
         extra_link_args=sanitize,
     )
 
