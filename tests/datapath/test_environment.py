@@ -101,7 +101,7 @@ def test_denied_clients(topology: Topology) -> None:
     topology.change(web, *others)
     topology.client.add_address("eth0", "192.0.2.77/24", "2001:db8::77/64")
     for source, node in (("192.0.2.77", topology.node.address), ("2001:db8::77", topology.node.address6)):
-        denied = peers.load(topology.client, node, WEB, "-n", "5", "-c", "1", "-T", "2", "-b", source)
+        denied = peers.load(topology.client, node, WEB, "-n", "5", "-c", "5", "-T", "2", "-b", source)
         assert denied.ok == 0
     assert peers.load(topology.client, topology.node.address, WEB, "-n", "5", "-b", topology.client.address).ok == 5
 
