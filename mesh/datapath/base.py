@@ -177,6 +177,12 @@ class Datapath(Protocol):
     def lookup(self, flow: Flow) -> Choice | None:
         """Which backend a new connection of this flow would get, by the engine's own table; None: not our port."""
 
+    def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
+        """Slots in which a flow of another owner than the current one was seen in the last `seconds`.
+
+        They must stay in transition. Empty for an engine whose connections remember their backend by themselves.
+        """
+
     def drain(self, seconds: float) -> int:
         """Accept nothing new, let flows end for at most `seconds`. Returns how many were still open."""
 

@@ -322,7 +322,7 @@ class KernelDatapath:
         return kernel_stats.explain(self._programs["mesh_explain"], flow)
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
-        """Slots by frontend that noted flows have used in the last `seconds`: `keep` of SlotTable.settled."""
+        """See Datapath.live_slots."""
         return kernel_stats.live_slots(self._maps, self._applied, seconds)
 
     # ---- stop ----

@@ -101,7 +101,7 @@ def lookup(applied: Applied, addresses: frozenset[Address], flow: Flow) -> Choic
 
 
 def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Frontend, frozenset[int]]:
-    """Slots in transition with a noted flow that was seen in the last `seconds`: those that must not be settled yet."""
+    """See Datapath.live_slots. Flows noted under the current owner would be sent to it without a note as well."""
     oldest = (time.monotonic_ns() - int(seconds * 1e9)) >> codec.STAMP_SHIFT
     numbers = {served.id: frontend for frontend, served in maps.served.items()}
     found: dict[Frontend, set[int]] = {}
@@ -116,7 +116,9 @@ def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Fr
         else:
             ports = codec.be16(source_port), codec.be16(destination_port)
             number = hash_flow(source, ports[0], destination, ports[1], protocol)
-        found.setdefault(frontend, set()).add(slot_of(number, entry.table.size))
+        slot = slot_of(number, entry.table.size)
+        if note.owner != entry.table.slot(slot)[0]:
+            found.setdefault(frontend, set()).add(slot)
     return {frontend: frozenset(slots) for frontend, slots in found.items()}
 
 

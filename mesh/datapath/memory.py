@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath.base import Applied, BackendEntry, Choice, Counters, FrontendEntry, Plan, Signal, Stats
@@ -29,6 +29,7 @@ class MemoryDatapath:
         self.before_apply: Callable[[Plan], None] = lambda plan: None
         self.refused: set[Frontend] = set()  # frontends that cannot be served, as if their port were taken
         self.feed: list[Signal] = []  # what `signals` returns next
+        self.live: dict[Frontend, frozenset[int]] = {}  # what `live_slots` returns
         self.closed: bool | None = None  # the `release` that `close` was called with
         self.threads: set[int] = set()  # which threads called `apply`
         self._applied = survived or Applied()
@@ -74,6 +75,9 @@ class MemoryDatapath:
 
     def lookup(self, flow: Flow) -> Choice | None:
         return lookup(self._applied, flow)
+
+    def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
+        return self.live
 
     def drain(self, seconds: float) -> int:
         return 0

@@ -262,6 +262,10 @@ class ProxyDatapath:
     def signals(self) -> Sequence[Signal]:
         return self._books.signals()
 
+    def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
+        """None: a connection's socket, or a session, remembers its backend."""
+        return {}
+
     def lookup(self, flow: Flow) -> Choice | None:
         applied = self._applied
         called = Frontend(flow.destination, flow.destination_port, flow.protocol)

@@ -189,6 +189,7 @@ class Reconciler:
             task = _Task(picture, self._config, self._held, self.applied, reserved, self._due(now), now)
             self._settled.clear()
             self._take(picture, await self.on_worker(self._step, task))
+            self._changed.update(dict.fromkeys(task.settling, self._clock()))  # what stays is due after another calm
 
     async def _wait(self) -> None:
         """Until something changed, or time has come for what was put off."""
@@ -216,7 +217,8 @@ class Reconciler:
         try:
             step = plan(applied, desired, task.reserved)
             if step.empty and task.settling:
-                step = settle(applied, task.settling)
+                live = self.datapath.live_slots(task.config.transition_calm)
+                step = settle(applied, task.settling, live)
             if not step.empty:
                 applied = self.datapath.apply(step)
                 complete = applied.frontends.keys() == step.result.frontends.keys()

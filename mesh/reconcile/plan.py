@@ -57,13 +57,16 @@ def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset
     return _steps(applied, desired.generation, frontends, backends, desired.nodes)
 
 
-def settle(applied: Applied, due: Collection[Frontend]) -> Plan:
-    """The steps that take the tables of the frontends `due` out of their transition (after a long calm)."""
+def settle(applied: Applied, due: Collection[Frontend], live: Mapping[Frontend, frozenset[int]]) -> Plan:
+    """The steps that take the tables of the frontends `due` out of their transition (after a long calm).
+
+    Slots in `live` (Datapath.live_slots) stay in it: a flow in them would lose its backend.
+    """
     frontends = dict(applied.frontends)
     for frontend in due:
         entry = frontends.get(frontend)
         if entry is not None and entry.table.tracked:
-            table = entry.table.settled()
+            table = entry.table.settled(live.get(frontend, frozenset()))
             ids = {applied.backends[key].id for key in _keys(entry.state) if key in applied.backends}
             frontends[frontend] = FrontendEntry(entry.state, table, _named(table, ids))
     used = {owner for entry in frontends.values() for owner in entry.backends}

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -65,6 +67,26 @@ def test_removed_backend_takes_only_its_own_connections(topology: Topology) -> N
     assert report.failures_but_of("b4") == []
     assert (after.ok, after.failures) == (400, ())
     assert set(after.identities) == {"b1", "b2", "b3"}
+
+
+def test_active_connections_stay_when_slots_leave_their_transition(make_topology: Callable[..., Topology]) -> None:
+    """After the calm only slots without a live flow of another owner are without state again."""
+    topology = make_topology()
+    daemon = topology.serve(transition_calm=1.0)
+
+    def tracked() -> int:
+        return sum(f["tracked_slots"] for s in daemon.state()["services"] for f in s["frontends"])
+
+    if topology.engine == "kernel":
+        wait_for(lambda: tracked() == 0, "the slots of the take-over to settle")
+    with peers.Load(topology.client, topology.node.address, WEB, "-c", "100", "-k", "100") as kept:
+        kept.wait_ready()
+        topology.change(*topology.default(weights={"b4": 0}))
+        time.sleep(4)  # four times the calm
+        report = kept.stop()
+    assert (report.ok, report.failures) == (100, ())
+    if topology.engine == "kernel":
+        wait_for(lambda: tracked() == 0, "the slots of ended flows to settle")
 
 
 def test_a_hundred_changes_in_a_row(topology: Topology) -> None:

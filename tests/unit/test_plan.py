@@ -120,12 +120,19 @@ def test_reserved_ids_are_not_given_out(history: list[Inventory], reserved: set[
 def test_settled_tables_have_no_past_and_leave_nothing_behind(history: list[Inventory]) -> None:
     _, desired, step = walk(history)[-1]
     engine = MemoryDatapath(step.result)
-    rest = settle(step.result, list(step.result.frontends))
+    rest = settle(step.result, list(step.result.frontends), {})
     done = engine.apply(rest)
     assert not any(e.table.tracked for e in done.frontends.values())
     assert plan(done, desired).empty
     wanted = {key_of(s, t) for s in desired.frontends.values() for t in s.targets}
     assert set(done.backends) == wanted
+
+
+def test_slots_with_live_flows_stay_in_transition() -> None:
+    step = plan(Applied(), desired_of(of(backend("a"), backend("b"))))
+    (frontend,) = step.result.frontends
+    table = settle(step.result, [frontend], {frontend: frozenset({3, 5})}).result.frontends[frontend].table
+    assert [i for i in range(table.size) if table.slot(i)[2]] == [3, 5]
 
 
 def test_a_new_frontend_leads_from_pass() -> None:
@@ -162,7 +169,7 @@ def test_another_target_port_keeps_the_old_one_until_the_calm() -> None:
     applied = plan(Applied(), desired_of(before)).result
     step = plan(applied, desired_of(after))
     assert {key.port for key in step.result.backends} == {80, 81}
-    assert {key.port for key in settle(step.result, list(step.result.frontends)).result.backends} == {81}
+    assert {key.port for key in settle(step.result, list(step.result.frontends), {}).result.backends} == {81}
 
 
 def test_a_backend_that_is_gone_is_forgotten_at_once() -> None:
