@@ -16,6 +16,8 @@ class Pair:
 class Front:
     def read(self) -> Counts: ...
 
+def read_columns(things: tuple[Pair, ...] | tuple[Front, ...], rows: tuple[int, ...] | None = None) -> bytearray: ...
+
 class Engine:
     def __init__(
         self,

@@ -67,6 +67,75 @@ cdef tuple counters_sum(const counters *of, uint32_t threads):
             packets_out, tuple([connect[k] for k in range(BUCKETS)]), spent)
 
 
+cdef enum:
+    PLAIN = 8
+    WIDTH = PLAIN + CAUSES + BUCKETS  # columns of mesh.datapath.base.Table
+
+
+cdef void gather(const counters *of, uint32_t threads, uint64_t *out, size_t step) noexcept nogil:
+    """Add one thing's counters to its row, a column every `step`; ends before beginnings, as in counters_sum."""
+    cdef uint32_t i
+    cdef int k
+    cdef counters *c
+    for i in range(threads):
+        out[step] += fp_peek(&(<counters *>&of[i]).closed)
+    for i in range(threads):
+        c = <counters *>&of[i]
+        out[0] += fp_peek(&c.opened)
+        out[2 * step] += fp_peek(&c.retried)
+        out[3 * step] += fp_peek(&c.bytes_in)
+        out[4 * step] += fp_peek(&c.bytes_out)
+        out[5 * step] += fp_peek(&c.packets_in)
+        out[6 * step] += fp_peek(&c.packets_out)
+        out[7 * step] += fp_peek(&c.connect_ns)
+        for k in range(CAUSES):
+            out[(PLAIN + k) * step] += fp_peek(&c.failed[k])
+        for k in range(BUCKETS):
+            out[(PLAIN + CAUSES + k) * step] += fp_peek(&c.connect[k])
+
+
+def read_columns(tuple things not None, tuple rows=None):
+    """Counters of many Pairs, or of many Fronts, at once: u64 column after column, in the order of base.COLUMNS.
+
+    `rows`: how many of the things, one after the other, are added up in each row; None: one each.
+    """
+    cdef size_t count = len(things), step = count if rows is None else len(rows), i = 0, row
+    cdef uint32_t threads = 0
+    cdef Py_ssize_t many
+    cdef Pair one
+    cdef Front other
+    cdef bytearray out = bytearray(WIDTH * step * sizeof(uint64_t))
+    cdef uint64_t *into = <uint64_t *><char *>out
+    cdef const counters **of = <const counters **>malloc((count + 1) * sizeof(counters *))
+    cdef size_t *at = <size_t *>malloc((count + 1) * sizeof(size_t))
+    try:
+        if of is NULL or at is NULL:
+            raise MemoryError
+        for i in range(count):
+            at[i] = i
+            if isinstance(things[i], Pair):
+                one = things[i]
+                of[i], threads = one.c.counts, one.threads
+            else:
+                other = things[i]
+                of[i], threads = other.c.counts, other.threads
+        if rows is not None:
+            if sum(rows) != count:
+                raise ValueError("rows must account for all things")
+            i = 0
+            for row in range(step):
+                for many in range(rows[row]):
+                    at[i] = row
+                    i += 1
+        with nogil:
+            for i in range(count):
+                gather(of[i], threads, into + at[i], step)
+    finally:
+        free(of)
+        free(at)
+    return out
+
+
 cdef class Pair:
     """A frontend with one backend of it: what their connections count into."""
 

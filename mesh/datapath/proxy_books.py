@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mesh._fastpath import Engine, Front, Pair
-from mesh.datapath.base import BackendKey, Counters, Failure, FrontendEntry, Signal
+from mesh._fastpath import Engine, Front, Pair, read_columns
+from mesh.datapath.base import COLUMNS, PLAIN, BackendKey, Failure, FrontendEntry, Signal, Table
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CAUSES: Final = tuple(Failure)  # the engine's order
 KEEP_COUNTERS: Final = 60.0  # seconds for which the counters of what is gone can still be read
 SUSPECT: Final = (Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE)  # failures that speak against a backend
+SUSPECT_COLUMNS: Final = tuple(COLUMNS.index(cause) for cause in SUSPECT)
 ZERO: Final[Counts] = (0, 0, 0, 0, 0, (0,) * len(CAUSES), 0, 0, 0, 0, (0,) * 15, 0)
 
 
@@ -57,21 +58,41 @@ def add(a: Counts, b: Counts) -> Counts:
     )  # type: ignore[return-value]
 
 
-def counters(counts: Counts, failed: tuple[int, ...]) -> Counters:
+def _columns(raw: bytearray, rows: int) -> list[memoryview]:
+    """What read_columns gave, column by column."""
+    data = memoryview(raw).cast("Q")
+    return [data[i * rows : (i + 1) * rows] for i in range(len(COLUMNS))]
+
+
+def _row(counts: Counts) -> tuple[int, ...]:
+    """Counters in the order of COLUMNS, without failures: what a frontend's clients saw is not lost with a backend."""
     _, _, opened, closed, retried, _, into, out, packets_in, packets_out, connect, spent = counts
-    return Counters(
-        opened=opened,
-        closed=closed,
-        active=opened - closed,
-        retried=retried,
-        failed={cause: n for cause, n in zip(CAUSES, failed, strict=True) if n},
-        bytes_in=into,
-        bytes_out=out,
-        packets_in=packets_in,
-        packets_out=packets_out,
-        connect_seconds=connect,
-        connect_seconds_sum=spent / 1e9,
-    )
+    return (opened, closed, retried, into, out, packets_in, packets_out, spent, *(0,) * len(CAUSES), *connect)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What there is to read, row by row; the same object until a record comes or goes."""
+
+    frontends: tuple[Frontend, ...]
+    fronts: tuple[Front, ...]
+    keys: tuple[tuple[Frontend, BackendKey], ...]
+    pairs: tuple[Pair, ...]
+    records: tuple[PairRecord, ...]
+    sizes: tuple[int, ...]  # pairs of each frontend
+    retired: tuple[tuple[int, tuple[int, ...]], ...]  # by row of the frontend
+
+    @classmethod
+    def of(cls, records: Mapping[Frontend, FrontRecord]) -> _Order:
+        return cls(
+            tuple(records),
+            tuple(record.front for record in records.values()),
+            tuple((frontend, key) for frontend, record in records.items() for key in record.pairs),
+            tuple(pair.pair for record in records.values() for pair in record.pairs.values()),
+            tuple(pair for record in records.values() for pair in record.pairs.values()),
+            tuple(len(record.pairs) for record in records.values()),
+            tuple((i, _row(r.retired)) for i, r in enumerate(records.values()) if r.retired is not ZERO),
+        )
 
 
 class Books:
@@ -80,6 +101,8 @@ class Books:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.records: dict[Frontend, FrontRecord] = {}
+        self._order: _Order | None = None  # None: records have come or gone
+        self._told: tuple[_Order | None, bytearray] = (None, bytearray())  # what `signals` has looked at
 
     def record(self, frontend: Frontend, engine: Engine) -> FrontRecord:
         """The record of a frontend, made where it is new."""
@@ -87,6 +110,7 @@ class Books:
             made = FrontRecord(engine.front(sixteen(frontend.address), frontend.port, frontend.address == ANY_ADDRESS))
             with self.lock:
                 self.records[frontend] = made
+                self._order = None
         return self.records[frontend]
 
     def pair(self, record: FrontRecord, key: BackendKey, engine: Engine) -> Pair:
@@ -95,43 +119,45 @@ class Books:
             made = PairRecord(engine.pair(record.front))
             with self.lock:
                 record.pairs[key] = made
+                self._order = None
         return record.pairs[key].pair
 
-    def counters(self) -> tuple[dict[Frontend, Counters], dict[tuple[Frontend, BackendKey], Counters]]:
+    def counters(self) -> tuple[Table[Frontend], Table[tuple[Frontend, BackendKey]]]:
         """All counters, by frontend and by backend of a frontend.
 
         A frontend's `failed` counts what its clients saw, a backend's every attempt.
         """
         with self.lock:
-            records = [(f, r.front, list(r.pairs.items()), r.retired) for f, r in self.records.items()]
-        frontends: dict[Frontend, Counters] = {}
-        backends: dict[tuple[Frontend, BackendKey], Counters] = {}
-        for frontend, front, pairs, retired in records:
-            total = retired
-            for key, pair in pairs:
-                counts = pair.pair.read()
-                total = add(total, counts)
-                backends[frontend, key] = counters(counts, counts[5])
-            frontends[frontend] = counters(total, front.read()[5])
-        return frontends, backends
+            order = self._order = self._order or _Order.of(self.records)
+        backends = _columns(read_columns(order.pairs), len(order.pairs))
+        frontends = _columns(read_columns(order.pairs, order.sizes), len(order.fronts))
+        seen = _columns(read_columns(order.fronts), len(order.fronts))
+        failed = slice(len(PLAIN), len(PLAIN) + len(CAUSES))
+        frontends[failed] = seen[failed]
+        for row, retired in order.retired:
+            for column, number in zip(frontends, retired, strict=True):
+                column[row] += number
+        return Table(order.frontends, frontends), Table(order.keys, backends)
 
     def signals(self) -> Sequence[Signal]:
         """What traffic told since the last call."""
         with self.lock:
-            pairs = [(f, k, p) for f, r in self.records.items() for k, p in r.pairs.items()]
+            order = self._order = self._order or _Order.of(self.records)
+        raw = read_columns(order.pairs)
+        if order is self._told[0] and raw == self._told[1]:
+            return ()
+        self._told = order, raw
+        columns = _columns(raw, len(order.pairs))
+        seen = zip(columns[0], columns[PLAIN.index("packets_out")], *(columns[i] for i in SUSPECT_COLUMNS), strict=True)
         good: dict[str, int] = {}
         bad: dict[tuple[str, Failure], int] = {}
-        for frontend, key, record in pairs:
-            counts = record.pair.read()
+        for (frontend, key), record, (opened, answers, *failed) in zip(order.keys, order.records, seen, strict=True):
             # A UDP session says nothing by itself; an answer does.
-            seen = (
-                counts[2] if frontend.protocol is Protocol.TCP else counts[9],
-                *(counts[5][CAUSES.index(cause)] for cause in SUSPECT),
-            )
-            if seen == record.told:
+            now = (opened if frontend.protocol is Protocol.TCP else answers, *failed)
+            if now == record.told:
                 continue
-            fresh = [now - before for now, before in zip(seen, record.told, strict=True)]
-            record.told = seen
+            fresh = [n - before for n, before in zip(now, record.told, strict=True)]
+            record.told = now
             if fresh[0]:
                 good[key.backend] = good.get(key.backend, 0) + fresh[0]
             for cause, n in zip(SUSPECT, fresh[1:], strict=True):
@@ -157,6 +183,8 @@ class Books:
                     with self.lock:
                         del record.pairs[key]
                         record.retired = add(record.retired, pair.pair.read())
+                        self._order = None
             if record.entry is None and not record.pairs and engine.release(record.front):
                 with self.lock:
                     del self.records[frontend]
+                    self._order = None

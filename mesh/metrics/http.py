@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -12,11 +13,12 @@ import msgspec
 from aiohttp import web
 
 from mesh.errors import MeshError
-from mesh.metrics.collector import Snapshot, render
+from mesh.metrics.collector import Exposition, Snapshot
 from mesh.metrics.view import AgentView
 from mesh.model import Address, Flow, Protocol
 
 VIEW: Final = web.AppKey("view", AgentView)
+_EXPOSITION: Final = web.AppKey("exposition", Exposition)
 _TASKS: Final = web.AppKey("tasks", set[asyncio.Task[None]])
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -38,6 +40,7 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     """
     app = web.Application(middlewares=[_errors])
     app[VIEW] = view
+    app[_EXPOSITION] = Exposition()
     app[_TASKS] = set()
     app.router.add_get("/", _index)
     app.router.add_get("/metrics", _metrics)
@@ -95,9 +98,13 @@ async def _index(request: web.Request) -> web.Response:
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    view = request.app[VIEW]
-    snapshot = Snapshot(await view.stats(), view.state(), view.ready()[0])
-    body, content_type = await asyncio.to_thread(render, snapshot, request.headers.get("Accept", ""))
+    view, exposition = request.app[VIEW], request.app[_EXPOSITION]
+    stats, accept = await view.stats(), request.headers.get("Accept", "")
+
+    def write() -> tuple[bytes, str]:
+        return exposition.render(Snapshot(stats, view.state(), view.ready()[0]), accept)
+
+    body, content_type = await asyncio.to_thread(write)
     # Not compressed: the scraper is on this host or near, and compressing would take longer than all the rest.
     return web.Response(body=body, headers={"Content-Type": content_type})
 
@@ -112,7 +119,8 @@ async def _readyz(request: web.Request) -> web.Response:
 
 
 async def _state(request: web.Request) -> web.Response:
-    return _json(request.app[VIEW].state())
+    view = request.app[VIEW]
+    return await asyncio.to_thread(lambda: _json(view.state()))
 
 
 async def _explain(request: web.Request) -> web.Response:
@@ -159,4 +167,4 @@ async def _stop(request: web.Request) -> web.Response:
     task = asyncio.create_task(request.app[VIEW].stop(release=release), name="stop")
     tasks.add(task)
     task.add_done_callback(tasks.discard)
-    return _json({"stopping": True, "release": release, "pid": request.app[VIEW].state()["pid"]}, 202)
+    return _json({"stopping": True, "release": release, "pid": os.getpid()}, 202)
