@@ -15,16 +15,16 @@ import msgspec
 import structlog
 
 from mesh import __version__
-from mesh._maglev import ABI_VERSION, SlotTable
-from mesh.datapath.base import OWNER_NONE, OWNER_PASS, Applied, BackendEntry, Choice, FrontendEntry, Stats
+from mesh._maglev import ABI_VERSION
+from mesh.agent_services import Services
+from mesh.datapath.base import OWNER_NONE, OWNER_PASS, BackendEntry, Choice, FrontendEntry, Stats
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
 from mesh.metrics.view import Json
-from mesh.model import Backend, Flow, Frontend, FrontendState, Inventory, ServiceOptions, Target
+from mesh.model import Flow, Inventory
 from mesh.provider import Provider
 from mesh.reconcile.compose import SERVING, Drained, standing
 from mesh.reconcile.loop import Reconciler
-from mesh.reconcile.plan import key_of
 
 DRAINED_FILE: Final = "drained.json"
 
@@ -39,22 +39,6 @@ class Facts:
     engine_reason: str
     state_dir: Path
     started: float  # Unix seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _Summary:
-    """What is shown of a table, computed once for each."""
-
-    table: SlotTable
-    shares: Mapping[int, int]
-    tracked: int
-    digest: str
-
-
-def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Summary:
-    names = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
-    table = entry.table
-    return _Summary(table, table.shares(), table.tracked_slots(), table.digest(names))
 
 
 class View:
@@ -77,15 +61,14 @@ class View:
         self._provider = provider
         self._monitor = monitor
         self._stop = stop
-        self._summaries: dict[Frontend, _Summary] = {}
-        self._summing: asyncio.Task[None] | None = None
+        self._services = Services()
         self.stopping = False
         self.drained = _load_drained(facts.state_dir / DRAINED_FILE)
 
     def state(self) -> Json:
         loop, facts = self._reconciler, self._facts
+        picture, applied, drained = loop.picture, loop.applied, self.drained  # each is replaced whole
         status = self._provider.status()
-        self._summarize()
         return {
             "version": __version__,
             "abi": ABI_VERSION,
@@ -100,82 +83,16 @@ class View:
                 "error": status.error,
                 "doorbell": status.doorbell,
             },
-            "generation": {"desired": loop.picture.desired.generation, "applied": loop.applied.generation},
+            "generation": {"desired": picture.desired.generation, "applied": applied.generation},
             "apply": msgspec.to_builtins(loop.counts),
             "guard": {"holds": loop.guard_holds, "held": len(loop.held)},
             "probes": dict(self._monitor.counts),
-            "node": {"id": status.node_id, "name": _node_name(loop.picture.inventory, status.node_id)},
-            "problems": [*(str(p) for p in loop.picture.desired.problems), *loop.problems],
-            "services": self._services(),
-            "drained": {"backends": sorted(self.drained.backends), "nodes": sorted(self.drained.nodes)},
+            "node": {"id": status.node_id, "name": _node_name(picture.inventory, status.node_id)},
+            "problems": [*(str(p) for p in picture.desired.problems), *loop.problems],
+            "services": self._services.shown(picture, applied),
+            "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
             "stopping": self.stopping,
         }
-
-    def _services(self) -> list[dict[str, Any]]:
-        picture = self._reconciler.picture
-        backends = {backend.id: backend for backend in picture.inventory.backends}
-        services: dict[str, dict[str, Any]] = {
-            s.id: {"id": s.id, "name": s.name, "options": _options(s.options), "frontends": []}
-            for s in picture.inventory.services
-        }
-        for state in picture.desired.frontends.values():
-            plain = {"id": state.service, "name": state.service_name, "options": _options(state.options)}
-            service = services.setdefault(state.service, plain | {"frontends": []})
-            service["frontends"].append(self._frontend(state, backends))
-        return sorted(services.values(), key=lambda s: (s["name"], s["id"]))
-
-    def _frontend(self, state: FrontendState, backends: Mapping[str, Backend]) -> dict[str, Any]:
-        entry = self._reconciler.applied.frontends.get(state.frontend)
-        summary = self._summaries.get(state.frontend) if entry else None
-        return {
-            "frontend": str(state.frontend),
-            "table_size": state.options.table_size,
-            "tracked_slots": summary.tracked if summary else 0,
-            "digest": summary.digest if summary else "",
-            "panic": state.panic,
-            "served": entry is not None,
-            "targets": [
-                self._target(state, target, backends.get(target.backend), summary.shares if summary else {})
-                for target in state.targets
-            ],
-        }
-
-    def _target(
-        self, state: FrontendState, target: Target, backend: Backend | None, shares: Mapping[int, int]
-    ) -> dict[str, Any]:
-        entry = self._reconciler.applied.backends.get(key_of(state, target))
-        health = self._reconciler.picture.health
-        return {
-            "backend": target.backend,
-            "name": backend.name if backend else "",
-            "node": target.node,
-            "address": str(target.address),
-            "port": target.port,
-            "weight": target.weight,
-            "intent": backend.intent.value if backend else "gone",
-            "health": health.of(target.backend).value,
-            "health_reason": health.reasons.get(target.backend, ""),
-            "slots": shares.get(entry.id, 0) if entry else 0,
-            "local": target.local,
-        }
-
-    def _summarize(self) -> None:
-        """Bring the summaries up to date: a few at once, many from a thread, so that the loop is not held up."""
-        applied = self._reconciler.applied
-        stale = [f for f, e in applied.frontends.items() if f not in self._summaries or self._is_stale(f, e)]
-        for frontend in [f for f in self._summaries if f not in applied.frontends]:
-            del self._summaries[frontend]
-        if stale and len(stale) <= 4:
-            self._summaries |= _summaries(applied, stale)
-        elif stale and (self._summing is None or self._summing.done()):
-            self._summing = asyncio.create_task(self._sum_later(applied, stale))
-
-    def _is_stale(self, frontend: Frontend, entry: FrontendEntry) -> bool:
-        return self._summaries[frontend].table is not entry.table
-
-    async def _sum_later(self, applied: Applied, stale: Sequence[Frontend]) -> None:
-        for start in range(0, len(stale), 16):
-            self._summaries |= await asyncio.to_thread(_summaries, applied, stale[start : start + 16])
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         loop = self._reconciler
@@ -276,18 +193,8 @@ class View:
         await self._stop(release)
 
 
-def _summaries(applied: Applied, frontends: Sequence[Frontend]) -> dict[Frontend, _Summary]:
-    backends = {entry.id: entry for entry in applied.backends.values()}
-    return {frontend: _summary(applied.frontends[frontend], backends) for frontend in frontends}
-
-
 def _node_name(inventory: Inventory, node: str) -> str:
     return next((n.name for n in inventory.nodes if n.id == node), "") or socket.gethostname()
-
-
-def _options(options: ServiceOptions) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(options, enc_hook=str)
-    return plain
 
 
 def _owner(owner: int, names: Mapping[int, BackendEntry]) -> str:

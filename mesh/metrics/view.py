@@ -13,10 +13,14 @@ Json = Mapping[str, Any]
 
 
 class AgentView(Protocol):
-    """Read and change a running agent. All methods are called on the event loop and must not block it."""
+    """Read and change a running agent. Called on the event loop, which no method may block.
+
+    But for `state` and `ready`: these take their time, and any thread may call them.
+    """
 
     def state(self) -> Json:
-        """Everything `GET /state` answers; the schema is in docs/OPERATIONS.md.
+        """Everything `GET /state` answers; the schema is in docs/OPERATIONS.md. Never changed by either side; a
+        service, and the list of all, that is as before is the same object as before.
 
         Keys: version, abi, pid, started (Unix seconds), engine, engine_reason,
         provider {kind, connected, age_seconds,

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `services` of GET /state. Made on any thread from what never changes; what is as before is the same object."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from mesh._maglev import SlotTable
+from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
+from mesh.model import Backend, Frontend, FrontendState, Health, Service, ServiceOptions
+from mesh.reconcile.loop import Picture
+from mesh.reconcile.plan import key_of
+
+AT_ONCE: Final = 64  # tables that are summed while the caller waits; more are summed in the background
+
+Shown = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What is shown of a table, computed once for each."""
+
+    table: SlotTable
+    shares: Mapping[int, int]
+    tracked: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """All that one service's part depends on."""
+
+    service: Service | None
+    states: tuple[FrontendState, ...]
+    served: tuple[FrontendEntry | None, ...]
+    summaries: tuple[_Summary | None, ...]
+    backends: tuple[Backend, ...]
+    health: tuple[tuple[Health, str], ...]  # verdict and reason, by target
+
+
+class Services:
+    """Remembers what it made: a scrape costs what has changed since the last one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._summaries: dict[Frontend, _Summary] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-tables")
+        self._summing: Future[None] | None = None
+        self._summed: Applied | None = None  # whose tables all have a summary
+        self._seen: tuple[object, ...] = ()
+        self._made: dict[str, tuple[_Input, Shown]] = {}
+        self._shown: list[Shown] = []
+
+    def shown(self, picture: Picture, applied: Applied) -> list[Shown]:
+        """Every service, sorted by name. Must not be changed by the caller."""
+        with self._lock:
+            self._summarize(applied)
+            seen = (picture.inventory, picture.desired, picture.health, applied, *self._summaries.values())
+            if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
+                self._make(picture, applied)
+                self._seen = seen
+            return self._shown
+
+    def _make(self, picture: Picture, applied: Applied) -> None:
+        services = {service.id: service for service in picture.inventory.services}
+        states: dict[str, list[FrontendState]] = {service: [] for service in services}
+        for state in picture.desired.frontends.values():
+            states.setdefault(state.service, []).append(state)
+        backends: dict[str, list[Backend]] = defaultdict(list)
+        for backend in picture.inventory.backends:
+            backends[backend.service].append(backend)
+        verdicts, reasons = picture.health.verdicts, picture.health.reasons
+        made: dict[str, tuple[_Input, Shown]] = {}
+        changed = self._made.keys() != states.keys()
+        for service, its in states.items():
+            new = _Input(
+                services.get(service),
+                tuple(its),
+                tuple(applied.frontends.get(state.frontend) for state in its),
+                tuple(self._summaries.get(state.frontend) for state in its),
+                tuple(backends[service]),
+                tuple(
+                    (verdicts.get(t.backend, Health.UNKNOWN), reasons.get(t.backend, ""))
+                    for state in its
+                    for t in state.targets
+                ),
+            )
+            known = self._made.get(service)
+            if known is not None and _same(known[0], new):
+                made[service] = known
+            else:
+                changed = True
+                made[service] = new, _service(service, new, picture, applied)
+        self._made = made
+        if changed:
+            self._shown = sorted((shown for _, shown in made.values()), key=lambda s: (s["name"], s["id"]))
+
+    def _summarize(self, applied: Applied) -> None:
+        """Bring the summaries up to date: a few at once, many in the background, so that nobody waits for them."""
+        if applied is self._summed:
+            return
+        held = applied.frontends
+        for frontend in [f for f in self._summaries if f not in held]:
+            del self._summaries[frontend]
+        stale = [f for f, e in held.items() if (s := self._summaries.get(f)) is None or s.table is not e.table]
+        if stale and len(stale) <= AT_ONCE:
+            self._summaries |= _summaries(applied, stale)
+            stale = []
+        if not stale:
+            self._summed = applied
+        elif self._summing is None or self._summing.done():
+            self._summing = self._worker.submit(self._sum_later, applied, stale)
+
+    def _sum_later(self, applied: Applied, stale: Sequence[Frontend]) -> None:
+        for start in range(0, len(stale), 16):
+            made = _summaries(applied, stale[start : start + 16])
+            with self._lock:
+                self._summaries |= made
+
+
+def _same(a: _Input, b: _Input) -> bool:
+    """Tables and what is held of them by identity, the rest by value."""
+    held = zip((*a.served, *a.summaries), (*b.served, *b.summaries), strict=False)
+    return (
+        len(a.states) == len(b.states)
+        and all(x is y for x, y in held)
+        and (a.service, a.states, a.backends, a.health) == (b.service, b.states, b.backends, b.health)
+    )
+
+
+def _service(service: str, given: _Input, picture: Picture, applied: Applied) -> Shown:
+    known = given.service or given.states[0]
+    name = known.name if isinstance(known, Service) else known.service_name
+    backends = {backend.id: backend for backend in given.backends}
+    frontends = [
+        _frontend(state, entry, summary, backends, picture, applied)
+        for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True)
+    ]
+    return {"id": service, "name": name, "options": _options(known.options), "frontends": frontends}
+
+
+def _frontend(
+    state: FrontendState,
+    entry: FrontendEntry | None,
+    summary: _Summary | None,
+    backends: Mapping[str, Backend],
+    picture: Picture,
+    applied: Applied,
+) -> Shown:
+    summary = summary if entry else None
+    shares: Mapping[int, int] = summary.shares if summary else {}
+    health = picture.health
+    targets = []
+    for target in state.targets:
+        backend = backends.get(target.backend)
+        held = applied.backends.get(key_of(state, target)) if entry else None
+        targets.append(
+            {
+                "backend": target.backend,
+                "name": backend.name if backend else "",
+                "node": target.node,
+                "address": str(target.address),
+                "port": target.port,
+                "weight": target.weight,
+                "intent": backend.intent.value if backend else "gone",
+                "health": health.of(target.backend).value,
+                "health_reason": health.reasons.get(target.backend, ""),
+                "slots": shares.get(held.id, 0) if held else 0,
+                "local": target.local,
+            }
+        )
+    return {
+        "frontend": str(state.frontend),
+        "table_size": state.options.table_size,
+        "tracked_slots": summary.tracked if summary else 0,
+        "digest": summary.digest if summary else "",
+        "panic": state.panic,
+        "served": entry is not None,
+        "targets": targets,
+    }
+
+
+def _summaries(applied: Applied, frontends: Sequence[Frontend]) -> dict[Frontend, _Summary]:
+    backends = {entry.id: entry for entry in applied.backends.values()}
+    return {frontend: _summary(applied.frontends[frontend], backends) for frontend in frontends}
+
+
+def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Summary:
+    names = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
+    table = entry.table
+    return _Summary(table, table.shares(), table.tracked_slots(), table.digest(names))
+
+
+def _options(options: ServiceOptions) -> Shown:
+    plain: Shown = msgspec.to_builtins(options, enc_hook=str)
+    return plain
