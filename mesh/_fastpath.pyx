@@ -16,8 +16,8 @@ from mesh.fastpath.sys cimport (
     AF_INET, AF_INET6, close, fp_load, fp_peek, fp_store, pthread_join, sockaddr_in, sockaddr_in6)
 from mesh.fastpath.types cimport (
     BACKENDS, BUCKETS, CAUSES, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC,
-    OP_UNLISTEN, OP_YIELD, TRIES_MOST, backend, counters, engine, frontend, listener, pair, prefix, route, target,
-    totals, worker)
+    OP_UNLISTEN, OP_YIELD, TAG, TRIES_MOST, backend, counters, doors, engine, frontend, listener, pair, place, prefix,
+    route, target, totals, worker)
 from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
 
 RETRIES_MOST = TRIES_MOST - 1
@@ -164,6 +164,7 @@ cdef class Front:
     cdef uint32_t threads
     cdef uint32_t listeners
     cdef uint32_t members  # pairs of it that are not released
+    cdef Pair peers  # of the frontend at which other nodes hand flows over
     cdef list pairs  # those of the published route: they live as long as it does
 
     def __cinit__(self, Engine owner not None, bytes address not None, uint16_t port, bint any):
@@ -186,6 +187,10 @@ cdef class Front:
     def read(self):
         return counters_sum(self.c.counts, self.threads)
 
+    def handed(self):
+        """Counters of what other nodes have handed over here."""
+        return self.peers.read()
+
 
 cdef void route_free(route *way) noexcept nogil:
     if way is NULL:
@@ -195,6 +200,37 @@ cdef void route_free(route *way) noexcept nogil:
     free(way.allow)
     free(way.deny)
     free(way)
+
+
+cdef void doors_free(doors *d) noexcept nogil:
+    if d is NULL:
+        return
+    free(d.nodes)
+    free(d.places)
+    free(d)
+
+
+cdef doors *doors_new(list nodes, list places) except NULL:
+    """Nodes as 16 bytes; places as (tag, protocol, owner), sorted."""
+    cdef doors *d = <doors *>calloc(1, sizeof(doors))
+    cdef bytes given
+    cdef uint32_t i
+    if d is NULL:
+        raise MemoryError
+    d.nodes = <mesh_addr *>calloc(len(nodes) + 1, sizeof(mesh_addr))
+    d.places = <place *>calloc(len(places) + 1, sizeof(place))
+    if d.nodes is NULL or d.places is NULL:
+        doors_free(d)
+        raise MemoryError
+    d.node_count = len(nodes)
+    d.count = len(places)
+    for i in range(d.node_count):
+        given = nodes[i]
+        memcpy(d.nodes[i].bytes, <const uint8_t *>given, 16)
+    for i in range(d.count):
+        given, d.places[i].protocol, d.places[i].backend = places[i]
+        memcpy(d.places[i].tag, <const uint8_t *>given, TAG)
+    return d
 
 
 cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
@@ -248,6 +284,7 @@ cdef class Engine:
     cdef uint32_t started
     cdef set held  # Fronts and Pairs that threads may know of
     cdef list garbage  # addresses of routes that were replaced and may still be read
+    cdef list old_doors  # likewise
 
     def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
                   double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes,
@@ -270,6 +307,7 @@ cdef class Engine:
         self.e.port_count = last - first + 1
         self.held = set()
         self.garbage = []
+        self.old_doors = []
         self.e.backends = <backend **>calloc(BACKENDS, sizeof(backend *))
         self.e.workers = <worker **>calloc(threads, sizeof(worker *))
         if self.e.backends is NULL or self.e.workers is NULL:
@@ -297,6 +335,7 @@ cdef class Engine:
                 free(self.e.backends[i])
             free(self.e.backends)
         self.sweep()
+        doors_free(self.e.doors)
 
     cdef void stop(self) noexcept:
         cdef uint32_t i
@@ -313,6 +352,9 @@ cdef class Engine:
         for address in self.garbage:
             route_free(<route *><size_t>address)
         self.garbage.clear()
+        for address in self.old_doors:
+            doors_free(<doors *><size_t>address)
+        self.old_doors.clear()
 
     cdef void tell(self, int op, void *argument) noexcept:
         if self.running:
@@ -324,8 +366,12 @@ cdef class Engine:
         self.stop()
         self.sweep()
 
-    def put_backend(self, uint32_t owner, bytes address not None, uint16_t port):
-        """Where an owner is. Where it was elsewhere before, its UDP sessions end now."""
+    def put_backend(self, uint32_t owner, bytes address not None, uint16_t port, bytes tag=None):
+        """Where an owner is. Where it was elsewhere before, its UDP sessions end now.
+
+        Args:
+            tag: where it is on another node: how that node's agent, at `address`, knows it.
+        """
         cdef backend *b
         cdef backend *old
         cdef sockaddr_in four
@@ -333,6 +379,8 @@ cdef class Engine:
         cdef uint8_t wire[2]
         if not MESH_OWNER_FIRST <= owner < BACKENDS or len(address) != 16:
             raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}, or its address not 16 bytes")
+        if tag is not None and len(tag) != TAG:
+            raise ValueError(f"a tag is {TAG} bytes")
         b = <backend *>calloc(1, sizeof(backend))
         if b is NULL:
             raise MemoryError
@@ -341,6 +389,9 @@ cdef class Engine:
         memcpy(mapped.bytes, <const uint8_t *>address, 16)
         b.id = owner
         b.near = 1
+        if tag is not None:
+            b.away = 1
+            memcpy(b.tag, <const uint8_t *>tag, TAG)
         if is_v4(&mapped):
             memset(&four, 0, sizeof(four))
             four.sin_family = AF_INET
@@ -354,7 +405,8 @@ cdef class Engine:
             memcpy(&b.address.sin6_addr, mapped.bytes, 16)
             b.length = sizeof(sockaddr_in6)
         old = <backend *>fp_load(&self.e.backends[owner])
-        if old is not NULL and old.length == b.length and memcmp(&old.address, &b.address, sizeof(b.address)) == 0:
+        if (old is not NULL and old.length == b.length and memcmp(&old.address, &b.address, sizeof(b.address)) == 0
+                and old.away == b.away and memcmp(old.tag, b.tag, TAG) == 0):
             free(b)  # only its weight or the like has changed: its sessions stay
             return
         fp_store(&self.e.backends[owner], b)
@@ -373,6 +425,20 @@ cdef class Engine:
         fp_store(&self.e.backends[owner], NULL)
         self.tell(OP_FORGET, <void *><size_t>owner)
         free(old)
+
+    def peers(self):
+        """The frontend at which other nodes hand flows over; see `put_doors`. Its `read` counts them."""
+        cdef Front made = self.front(bytes(16), 0, True)
+        made.peers = self.pair(made)
+        made.c.peers = &made.peers.c
+        return made
+
+    def put_doors(self, list nodes not None, list places not None):
+        """Who may hand flows over (16 bytes each), and for which backends of this node: (tag, protocol, owner), sorted."""
+        cdef doors *old = <doors *>fp_load(&self.e.doors)
+        fp_store(&self.e.doors, doors_new(nodes, places))
+        if old is not NULL:
+            self.old_doors.append(<size_t>old)
 
     def front(self, bytes address not None, uint16_t port, bint any):
         """A new frontend. `port` is the one that clients call, `any`: the called address must be asked of the socket."""
@@ -457,7 +523,7 @@ cdef class Engine:
 
     def collect(self):
         """Free what was replaced, once every thread has passed through its loop."""
-        if self.garbage:
+        if self.garbage or self.old_doors:
             self.tell(OP_SYNC, NULL)
             self.sweep()
 

@@ -26,6 +26,7 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.intercept import Interceptor, table_name
 from mesh.datapath.proxy_books import Books, FrontRecord, sixteen
+from mesh.datapath.proxy_peers import Peers, all_backends, tag_of
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
@@ -74,6 +75,7 @@ class ProxyDatapath:
         self._docker_host = docker_host
         self._threads = config.threads or len(os.sched_getaffinity(0))
         self._books = Books()
+        self._peers = Peers(config, self._threads)
         self._backends: dict[int, BackendEntry] = {}
         self._applied = Applied()
         self._problems: dict[Frontend, str] = {}
@@ -134,11 +136,12 @@ class ProxyDatapath:
         engine, intercept = self._opened()
         try:
             for backend in plan.put_backends:
-                engine.put_backend(backend.id, sixteen(backend.target.address), backend.target.port)
+                self._put_backend(engine, backend)
         except ValueError as error:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
         with self._books.lock:
             self._backends.update({b.id: b for b in (*plan.result.backends.values(), *plan.put_backends)})
+        self._peers.apply(engine, plan.result.nodes or (), all_backends(plan.result, plan.drop_backends))
         for entry in plan.put_frontends:
             try:
                 self._put(entry)
@@ -171,6 +174,13 @@ class ProxyDatapath:
         )
         self._books.reap(engine, self._applied.backends, time.monotonic())
         return self._applied
+
+    def _put_backend(self, engine: Engine, entry: BackendEntry) -> None:
+        target = entry.target
+        if target.via is None:
+            engine.put_backend(entry.id, sixteen(target.address), target.port)
+        else:
+            engine.put_backend(entry.id, sixteen(target.via), self._config.peer_port, tag_of(entry.key))
 
     def _opened(self) -> tuple[Engine, Interceptor]:
         if self._engine is None or self._intercept is None:
@@ -225,7 +235,8 @@ class ProxyDatapath:
 
     def problems(self) -> Sequence[str]:
         notes = self._intercept.notes if self._intercept else {}
-        return (*self._general, *self._problems.values(), *notes.values())
+        peers = (self._peers.problem,) if self._peers.problem else ()
+        return (*self._general, *peers, *self._problems.values(), *notes.values())
 
     def stats(self) -> Stats:
         if self._engine is None:
@@ -256,6 +267,11 @@ class ProxyDatapath:
                 "pipe_failures": totals["pipe_failures"],
                 "udp_evictions": totals["udp_evictions"],
                 "udp_dropped": totals["udp_dropped"],
+                "peer_connections": totals["peer_connections"],
+                "peer_foreign": totals["peer_foreign"],
+                "peer_malformed": totals["peer_malformed"],
+                "peer_unknown": totals["peer_unknown"],
+                **self._peers.totals(),
             },
         )
 
@@ -313,6 +329,7 @@ class ProxyDatapath:
         """Take no new connections and wait for those there are. UDP is served on until `close`: it has no ends."""
         engine, intercept = self._opened()
         intercept.hand_back()
+        self._peers.stop(engine)
         for frontend, record in list(self._books.records.items()):
             if frontend.protocol is Protocol.TCP and record.descriptors:
                 engine.unlisten(record.front)

@@ -2,27 +2,24 @@
 # cython: language_level=3, cdivision=True
 """The life of a TCP connection: accept, choose, connect, try again, forward, end. Each belongs to one thread."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc
-from libc.string cimport memset
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memmove
 
-from mesh.fastpath.conns cimport (
-    conn_free_later, conn_new, list_append, list_remove, ready_append, set_reset)
-from mesh.fastpath.proxyproto cimport HEADER_MOST, announce
-from mesh.fastpath.select cimport cause_of, choose, from_sockaddr, hash_of, is_scarce, permitted
-from mesh.fastpath.sys cimport (
-    AF_INET6, EADDRINUSE, EADDRNOTAVAIL, EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, ETIMEDOUT, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_OOBINLINE, accept4, close, connect, epoll_ctl, epoll_event, errno, fp_add,
-    fp_count, fp_likely, fp_load, fp_now, fp_unlikely, getsockname, getsockopt, recv, setsockopt, shutdown, sockaddr, sockaddr_in6,
-    socket, socklen_t)
+from mesh.fastpath.conns cimport conn_free_later, list_append, list_remove, ready_append, set_reset
 from mesh.fastpath.keep cimport allow_reuse, connect_reusing, keep_alive
-from mesh.fastpath.stream cimport buffer_put, pending, pipe_put, pump, say, store
+from mesh.fastpath.peerproto cimport PEER_MOST, PEER_NO, PEER_YES, cause_said, peer_header
+from mesh.fastpath.proxyproto cimport HEADER_MOST, announce
+from mesh.fastpath.select cimport cause_of, choose, is_scarce
+from mesh.fastpath.stream cimport buffer_put, pending, pipe_put, pump, store
+from mesh.fastpath.sys cimport (
+    EADDRNOTAVAIL, EAGAIN, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET,
+    SO_ERROR, SO_OOBINLINE, close, connect, epoll_ctl, epoll_event, errno, fp_add, fp_count, fp_likely, fp_load, fp_now, fp_unlikely,
+    getsockopt, recv, send, setsockopt, shutdown, sockaddr, socket, socklen_t)
 from mesh.fastpath.types cimport (
-    ACCEPT_CALM, ACCEPT_MOST, BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_OTHER,
-    FAIL_TIMEOUT, HANGUP, KIND_CLIENT, LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, NODELAY, OPEN, PUMP_BROKEN, PUMP_MORE,
-    READABLE, SCRATCH, SHUT, SPOKEN, TRIES_MOST, URGENT, WRITABLE, backend, conn, counters, engine, frontend, listener, pair, route,
-    side, target, worker)
+    BROKEN, BUCKETS, CONNECTING, DEAD, ENDED, FAIL_LIMIT, FAIL_OTHER, FAIL_RESET, FAIL_TIMEOUT, HANGUP,
+    LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, OPEN, PUMP_BROKEN, PUMP_MORE, READABLE, SHUT, STAGE_ANSWER, STAGE_HEADER,
+    STAGE_NONE, TAG, URGENT, WRITABLE, backend, conn, counters, engine, listener, pair, route, side, target, worker)
 
 cdef enum:
     PAUSE_NS = 50000000
@@ -128,7 +125,7 @@ cdef inline void opened(worker *w, conn *c) noexcept nogil:
     fp_count(&counts.opened, 1)
     fp_count(&counts.connect[bucket_of(took)], 1)
     fp_count(&counts.connect_ns, took)
-    fp_count(&counts.bytes_in, c.client.length - c.header)
+    fp_count(&counts.bytes_in, c.client.length)
     list_remove(w, c)
     c.started = now
     if w.engine.idle_ns:
@@ -136,6 +133,28 @@ cdef inline void opened(worker *w, conn *c) noexcept nogil:
         list_append(w, c, LIST_IDLE)
     else:
         list_append(w, c, LIST_YOUNG)
+    if c.announce and not c.away and not tell(w, c):
+        c.client.flags |= BROKEN
+    if c.frontend.peers is not NULL:
+        answer(c, PEER_YES)
+
+
+cdef inline bint tell(worker *w, conn *c) noexcept nogil:
+    """Put a PROXY protocol header ahead of what the client has said. False: no memory."""
+    cdef uint8_t header[HEADER_MOST]
+    cdef uint32_t length = announce(&c.flow, header)
+    if c.client.length:
+        memmove(c.client.buffer + length, c.client.buffer + c.client.start, c.client.length)
+        memcpy(c.client.buffer, header, length)
+        c.client.start = 0
+        c.client.length += length
+        return True
+    return store(w, &c.client, header, length)
+
+
+cdef inline void answer(conn *c, uint8_t what) noexcept nogil:
+    """Tell the node that hands a connection over how it went. One byte always fits."""
+    send(c.client.fd, &what, 1, MSG_NOSIGNAL)
 
 
 cdef inline int dial(worker *w, conn *c, backend *b) noexcept nogil:
@@ -156,6 +175,9 @@ cdef inline int dial(worker *w, conn *c, backend *b) noexcept nogil:
         if error == 0 or error == EINPROGRESS:
             c.backend.fd = fd
             c.backend.flags = 0
+            c.stage = STAGE_NONE
+            c.away = b.away
+            memcpy(c.tag, b.tag, TAG)
             return 0
         close(fd)
         if error != EADDRNOTAVAIL:
@@ -207,7 +229,11 @@ cdef inline backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
             break
     c.pair = NULL  # its attempts are all counted
     fail(w, c, cause)
-    finish(w, c, True)
+    if c.frontend.peers is not NULL:  # the node that handed it over tries others
+        answer(c, <uint8_t>(PEER_NO + cause))
+        finish(w, c, False)
+    else:
+        finish(w, c, True)
     return NULL
 
 
@@ -295,15 +321,31 @@ cdef inline void note(worker *w, conn *c, side *s, uint32_t events) noexcept nog
         s.flags |= WRITABLE
 
 
-cdef inline void on_client(worker *w, conn *c, uint32_t events) noexcept nogil:
-    if c.state == DEAD:
-        return
-    note(w, c, &c.client, events)
-    if fp_likely(c.state == OPEN):
-        service(w, c)
-    elif c.client.flags & BROKEN:  # the client left before the backend had answered
-        fail(w, c, FAIL_OTHER)
-        finish(w, c, True)
+cdef inline bint hand_over(worker *w, conn *c, uint32_t events) noexcept nogil:
+    """The other node's agent is connected: send the header, and then wait for its answer. True: it says yes."""
+    cdef uint8_t header[PEER_MOST]
+    cdef uint8_t said = 0
+    cdef ssize_t length, n
+    if c.stage == STAGE_NONE:
+        if not events & EPOLLOUT:
+            return False
+        length = peer_header(&c.flow, c.tag, c.announce, header)
+        n = send(c.backend.fd, header, length, MSG_NOSIGNAL)
+        if n != length:
+            retry(w, c, cause_of(errno) if n < 0 else FAIL_OTHER)
+            return False
+        c.stage = STAGE_ANSWER
+    n = recv(c.backend.fd, &said, 1, 0)
+    if n < 0 and (errno == EAGAIN or errno == EINTR):
+        return False
+    if n == 1 and said == PEER_YES:
+        c.stage = STAGE_NONE
+        return True
+    if n == 1:
+        retry(w, c, cause_said(said))
+    else:
+        retry(w, c, cause_of(errno) if n < 0 else FAIL_RESET)
+    return False
 
 
 cdef inline void on_backend(worker *w, conn *c, uint32_t events) noexcept nogil:
@@ -315,140 +357,14 @@ cdef inline void on_backend(worker *w, conn *c, uint32_t events) noexcept nogil:
             error = error_of(c.backend.fd)
             retry(w, c, cause_of(error))
             return
-        if not events & EPOLLOUT:
+        if c.away:
+            if not hand_over(w, c, events):
+                return
+        elif not events & EPOLLOUT:
             return
         opened(w, c)
     note(w, c, &c.backend, events)
     service(w, c)
-
-
-cdef inline int speak_early(worker *w, conn *c, backend *b) noexcept nogil:
-    """Read what the client has sent already. Where the handshake with the backend is over by then (on one host it
-    is), pass it on at once. Returns 0, the errno of the backend's socket, or -1: the client is gone."""
-    cdef ssize_t n = recv(c.client.fd, w.scratch, SCRATCH, 0)
-    cdef ssize_t sent = 0
-    cdef int error = 0
-    if n < 0:
-        return 0 if errno == EAGAIN or errno == EINTR else -1
-    if n == 0:
-        c.client.flags |= ENDED
-        return 0
-    if n == SCRATCH:
-        c.client.flags |= READABLE | BULK
-    if c.header == 0 and (b.near or c.hash & 63 == 0):
-        sent = say(&c.backend, w.scratch, <uint32_t>n)
-        if sent < 0:
-            error = 0 if errno == EAGAIN else errno
-            c.backend.flags &= ~SPOKEN
-            sent = 0
-        b.near = sent != 0
-    if sent != n and not store(w, &c.client, w.scratch + sent, <uint32_t>(n - sent)):
-        return -1
-    if sent:
-        opened(w, c)
-        fp_count(&c.pair.counts[w.index].bytes_in, sent)
-        if sent != n:
-            c.backend.flags &= ~WRITABLE
-    return error
-
-
-cdef inline void start(worker *w, conn *c, route *way) noexcept nogil:
-    """A connection was accepted: find its backend and begin."""
-    cdef char header[HEADER_MOST]
-    cdef backend *b
-    cdef int error
-    if way.announce:
-        c.header = announce(&c.flow, <uint8_t *>header)
-        if not store(w, &c.client, header, c.header):
-            fail(w, c, FAIL_LIMIT)
-            finish(w, c, True)
-            return
-    c.hash = hash_of(way, &c.flow)
-    b = attempt(w, c, FAIL_NO_BACKEND)
-    if b is NULL:
-        return
-    error = speak_early(w, c, b)
-    if error < 0:
-        fail(w, c, FAIL_OTHER)
-        finish(w, c, True)
-        return
-    if error > 0:
-        attempt_failed(w, c, cause_of(error))
-        if attempt(w, c, cause_of(error)) is NULL:
-            return
-    if not watch(w, &c.backend) or not watch(w, &c.client):
-        pause(w)
-        fail(w, c, FAIL_LIMIT)
-        finish(w, c, True)
-
-
-cdef inline void accepted(worker *w, listener *l, int fd, const sockaddr_in6 *name) noexcept nogil:
-    cdef frontend *f = l.frontend
-    cdef route *way = <route *>fp_load(&f.route)
-    cdef conn *c = conn_new(w, f, fd)
-    cdef sockaddr_in6 called
-    cdef socklen_t length = sizeof(called)
-    cdef uint16_t ignored
-    if c is NULL:
-        fp_add(&w.engine.connections, -1)
-        fp_count(&f.counts[w.index].failed[FAIL_LIMIT], 1)
-        set_reset(fd)
-        close(fd)
-        pause(w)
-        return
-    fp_count(&w.totals.connections, 1)
-    fp_count(&w.totals.connecting, 1)
-    from_sockaddr(name, &c.flow.source, &c.flow.source_port)
-    c.flow.destination = f.address
-    c.flow.destination_port = f.port
-    c.flow.protocol = 6
-    if way is NULL or not permitted(way, &c.flow.source):
-        fail(w, c, FAIL_NO_BACKEND if way is NULL else FAIL_DENIED)
-        finish(w, c, True)
-        return
-    if f.any and (way.announce or not way.by_client):
-        if getsockname(fd, <sockaddr *>&called, &length) == 0:
-            from_sockaddr(&called, &c.flow.destination, &ignored)
-    start(w, c, way)
-
-
-cdef inline bint accept_one(worker *w, listener *l) noexcept nogil:
-    """Take one connection from the queue. False: there is none, or none may be taken now."""
-    cdef engine *e = w.engine
-    cdef sockaddr_in6 name
-    cdef socklen_t length = sizeof(name)
-    cdef int fd
-    if fp_unlikely(fp_add(&e.connections, 1) >= e.connections_most):
-        fp_add(&e.connections, -1)
-        pause(w)
-        return False
-    fd = accept4(l.fd, <sockaddr *>&name, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
-    if fp_likely(fd >= 0):
-        accepted(w, l, fd, &name)
-        return True
-    fp_add(&e.connections, -1)
-    if errno == EAGAIN:
-        return False
-    if errno == EINTR or errno == ECONNABORTED:
-        return True
-    fp_count(&w.totals.accept_errors, 1)
-    pause(w)
-    return False
-
-
-cdef inline void on_listener(worker *w, listener *l) noexcept nogil:
-    """Accept a batch; its size follows the load, so that lone connections cost few second accept4."""
-    cdef uint32_t taken = 0
-    while taken < l.burst:
-        if w.paused or not accept_one(w, l):
-            l.burst = taken if taken > 1 else 1
-            l.calm = ACCEPT_CALM
-            return
-        taken += 1
-    if l.calm:
-        l.calm -= 1
-    elif l.burst < ACCEPT_MOST:
-        l.burst *= 2
 
 
 cdef inline void on_timers(worker *w) noexcept nogil:
@@ -456,7 +372,11 @@ cdef inline void on_timers(worker *w) noexcept nogil:
     cdef engine *e = w.engine
     cdef conn *c = w.connecting.head
     while c is not NULL and c.started + e.connect_ns <= w.now:
-        retry(w, c, FAIL_TIMEOUT)
+        if c.stage == STAGE_HEADER:
+            fp_count(&w.totals.peer_malformed, 1)
+            finish(w, c, True)
+        else:
+            retry(w, c, FAIL_TIMEOUT)
         c = w.connecting.head
     c = w.young.head
     while c is not NULL and c.started + 1000000000 <= w.now:

@@ -31,6 +31,12 @@ cdef enum:
     BUCKETS = 15
     BACKENDS = 65538
     CHUNK = 64  # connections allocated at once
+    TAG = 10  # what names a backend to its own node: 8 bytes of its seed, its port in network order
+
+cdef enum:  # conn.stage: what is awaited from another node while connecting
+    STAGE_NONE = 0
+    STAGE_HEADER = 1  # its header
+    STAGE_ANSWER = 2  # its answer to ours
 
 cdef enum:  # Failure, in its order
     FAIL_REFUSED = 0
@@ -108,6 +114,10 @@ cdef struct totals:  # of one thread
     uint64_t udp_evictions
     uint64_t udp_dropped
     uint64_t pipe_failures
+    uint64_t peer_connections  # handed over by other nodes
+    uint64_t peer_foreign  # callers that are no node of the cluster
+    uint64_t peer_malformed
+    uint64_t peer_unknown  # for a backend that is not here
     uint64_t connections  # of this thread now; gauges from here on
     uint64_t connecting
     uint64_t sessions
@@ -122,6 +132,8 @@ cdef struct backend:
     uint32_t length  # of address: sockaddr_in or sockaddr_in6
     sockaddr_in6 address
     uint8_t near  # hint: the handshake is over when connect() returns
+    uint8_t away  # on another node, whose agent is at `address`
+    uint8_t tag[TAG]  # for that agent
 
 cdef struct pair:  # a frontend with one backend of it
     counters *counts  # one per thread
@@ -151,6 +163,7 @@ cdef struct frontend:
     counters *counts
     uint16_t port  # network order, as clients call it
     uint8_t any  # listens on all addresses: the called one must be asked for
+    pair *peers  # where other nodes hand flows over: what those count into; NULL elsewhere
     mesh_addr address  # the called one, otherwise
 
 cdef struct pipe:
@@ -176,7 +189,10 @@ cdef struct conn:
     uint8_t queued  # on worker.ready
     uint8_t listed  # the timer list it is on
     uint8_t tries
-    uint8_t header  # bytes of PROXY protocol in client.buffer while connecting
+    uint8_t announce  # the backend is told who calls
+    uint8_t stage
+    uint8_t away  # towards another node's agent
+    uint8_t tag[TAG]
     uint32_t again  # next n of mesh_hash_again
     uint32_t hash
     uint32_t tried[TRIES_MOST]
@@ -278,7 +294,19 @@ cdef struct worker:
     pthread_cond_t cond
     pthread_t thread
 
+cdef struct place:  # a backend of this node, as other nodes name it
+    uint8_t tag[TAG]
+    uint8_t protocol
+    uint32_t backend
+
+cdef struct doors:  # what other nodes may reach here; immutable
+    mesh_addr *nodes
+    uint32_t node_count
+    place *places  # sorted by tag and protocol
+    uint32_t count
+
 cdef struct engine:
+    doors *doors  # atomic
     uint32_t threads
     uint32_t retries
     uint32_t port_first  # net.ipv4.ip_local_port_range

@@ -5,6 +5,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
+from mesh.fastpath.accept cimport accept_one, on_client, on_listener
 from mesh.fastpath.conns cimport chunks_free, conns_reap, ready_take
 from mesh.fastpath.sessions cimport sessions_reap
 from mesh.fastpath.stream cimport pipe_destroy
@@ -13,7 +14,7 @@ from mesh.fastpath.sys cimport (
     epoll_ctl, epoll_event, epoll_wait, eventfd, fp_count, fp_now, fp_unlikely, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_sigmask, read, sigfillset, sigset_t, write)
-from mesh.fastpath.tcp cimport accept_one, finish, on_backend, on_client, on_listener, on_timers, resume, service
+from mesh.fastpath.tcp cimport finish, on_backend, on_timers, resume, service
 from mesh.fastpath.types cimport (
     BATCH, CONNECTING, DATAGRAM, DEAD, EVENTS, KIND_BACKEND, KIND_CLIENT, KIND_DATAGRAMS, KIND_LISTENER, KIND_SESSION,
     KIND_WAKE, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD, SCRATCH, conn, engine, frontend,

@@ -138,8 +138,10 @@ class Served:
         frontends: Mapping[Frontend, Mapping[str, Where]],
         options: ServiceOptions | None = None,
         idle: Sequence[str] = (),
+        via: str = "",
+        nodes: Sequence[str] = (),
     ) -> Applied:
-        """Serve exactly these: backends by name; those in `idle` get no slot."""
+        """Serve exactly these: backends by name; those in `idle` get no slot; with `via` all are on that node."""
         options = options or ServiceOptions(table_size=1021)
         backends: dict[BackendKey, BackendEntry] = {}
         entries: dict[Frontend, FrontendEntry] = {}
@@ -148,7 +150,8 @@ class Served:
             for name, (host, port) in sorted(members.items()):
                 key = BackendKey(name, port, int(frontend.protocol))
                 owner = self._ids.setdefault(key, len(self._ids) + 2)
-                target = Target(name, ip_address(host), port, 0 if name in idle else 1)
+                away = ip_address(via) if via else None
+                target = Target(name, away or ip_address(host), port, 0 if name in idle else 1, via=away)
                 backends[key] = BackendEntry(owner, key, target)
                 mine.append(backends[key])
             table = SlotTable.build(
@@ -163,7 +166,7 @@ class Served:
             put_frontends=tuple(entries.values()),
             drop_frontends=tuple(f for f in before.frontends if f not in entries),
             drop_backends=tuple(b for k, b in before.backends.items() if k not in backends),
-            result=Applied(before.generation + 1, entries, backends),
+            result=Applied(before.generation + 1, entries, backends, tuple(map(ip_address, nodes))),
         )
         self.applied = self.datapath.apply(plan)
         return self.applied

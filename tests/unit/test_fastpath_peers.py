@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proxy engine between nodes: two engines on loopback, one hands over to the other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pytest
+
+from mesh.datapath.base import BackendKey
+from mesh.datapath.proxy_peers import tag_of
+from mesh.model import Frontend, ProxyProtocol, ServiceOptions
+from tests.unit.fastpath_bench import Served, TcpServer, Where, call, echo, engine, eventually, free_port, read_all, tcp
+
+HERE, THERE = "127.0.0.1", "127.0.0.2"
+
+
+@dataclass
+class Pair:
+    """`front` calls `ingress`, which reaches the backends only through `owner`."""
+
+    ingress: Served
+    owner: Served
+    front: Frontend
+    port: int
+
+    def serve(
+        self,
+        known: Mapping[str, Where],
+        there: Mapping[str, Where] | None = None,
+        options: ServiceOptions | None = None,
+        nodes: tuple[str, ...] = (HERE, THERE),
+    ) -> None:
+        """The ingress knows of `known`; on the owner's node are `there`, by default the same."""
+        self.owner.serve({tcp(): known if there is None else there}, options, nodes=nodes)
+        self.ingress.serve({self.front: known}, options, via=THERE)
+
+    def total(self, name: str) -> int:
+        return self.owner.datapath.stats().totals[name]
+
+
+@contextlib.contextmanager
+def pair(**keys: object) -> Iterator[Pair]:
+    port = free_port()
+    with engine(peer_port=port, **keys) as ingress, engine(peer_port=port, **keys) as owner:
+        yield Pair(ingress, owner, tcp(), port)
+
+
+def header(tag: bytes, flags: int = 0, source: bytes = b"\x0a\0\0\x01") -> bytes:
+    value = tag + bytes([flags])
+    body = source + b"\x0a\0\0\x02" + struct.pack(">HH", 1234, 80) + b"\x04\0\x01x" + b"\xe0\0\x0b" + value
+    return b"\r\n\r\n\0\r\nQUIT\n" + b"\x21\x11" + struct.pack(">H", len(body)) + body
+
+
+def test_connections_reach_backends_of_the_other_node() -> None:
+    servers = {name: TcpServer() for name in "abc"}
+    with pair() as nodes:
+        nodes.serve({name: server.where for name, server in servers.items()})
+        for i in range(100):
+            with call(nodes.front, "::1" if i % 2 else "127.0.0.1") as sock:
+                sock.sendall(b"hello")
+                assert sock.recv(100) == b"hello"
+        now = nodes.ingress.quiet(nodes.front)
+        assert (now.opened, now.bytes_in, now.bytes_out, now.retried, now.failed) == (100, 500, 500, 0, {})
+        assert [s.accepted for s in servers.values()] == [
+            nodes.ingress.of_backend(nodes.front, name).opened for name in servers
+        ]
+        eventually(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
+        assert (nodes.total("peer_connections"), nodes.total("peer_opened")) == (100, 100)
+        assert nodes.total("peer_bytes_in") == 500
+
+
+def test_streams_are_whole_and_halves_close_alone() -> None:
+    data = os.urandom(1 << 20) * 16
+
+    def digest_back(sock: socket.socket) -> None:
+        got = read_all(sock)
+        sock.sendall(hashlib.sha256(got).digest() + got)
+
+    server = TcpServer(digest_back)
+    with pair() as nodes:
+        nodes.serve({"a": server.where})
+        with call(nodes.front) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            back = read_all(sock)
+        assert back[:32] == hashlib.sha256(data).digest()
+        assert back[32:] == data
+        nodes.ingress.quiet(nodes.front)
+
+
+def test_the_backend_hears_of_the_client_and_not_of_the_node() -> None:
+    heard: list[bytes] = []
+
+    def listen(sock: socket.socket) -> None:
+        heard.append(sock.recv(1000))
+        sock.sendall(b"ok")
+
+    server = TcpServer(listen)
+    with pair() as nodes:
+        options = ServiceOptions(table_size=1021, proxy_protocol=ProxyProtocol.V2)
+        nodes.serve({"a": server.where}, options=options)
+        with call(nodes.front, "127.0.0.7") as sock:
+            source = sock.getsockname()
+            sock.sendall(b"hello")
+            assert sock.recv(10) == b"ok"
+    expected = b"\x21\x11\0\x0c" + socket.inet_aton(source[0]) + socket.inet_aton("127.0.0.7")
+    assert heard == [b"\r\n\r\n\0\r\nQUIT\n" + expected + struct.pack(">HH", source[1], nodes.front.port) + b"hello"]
+
+
+def _gone(server: TcpServer) -> dict[str, Where]:
+    return {}
+
+
+def _dead(server: TcpServer) -> dict[str, Where]:
+    return {"ghost": (HERE, server.where[1])}
+
+
+@pytest.mark.parametrize("ghost", [_gone, _dead])
+def test_what_the_other_node_cannot_reach_is_tried_elsewhere(ghost: Callable[[TcpServer], dict[str, Where]]) -> None:
+    """The client's first bytes are not lost with the first choice."""
+    live, dead = TcpServer(), TcpServer()
+    dead.close()
+    with pair() as nodes:
+        nodes.serve({"a": live.where, "ghost": dead.where}, {"a": live.where, **ghost(dead)})
+        for _ in range(40):
+            with call(nodes.front) as sock:
+                sock.sendall(b"hello")
+                assert sock.recv(100) == b"hello"
+        now = nodes.ingress.quiet(nodes.front)
+        assert now.opened == 40
+        assert now.failed == {}
+        assert now.retried > 5
+        assert nodes.total("peer_unknown") == (now.retried if ghost is _gone else 0)
+
+
+def test_a_node_without_an_agent_is_a_failed_choice() -> None:
+    with engine(peer_port=free_port()) as ingress:
+        front = tcp()
+        ingress.serve({front: {"a": (HERE, 9)}}, via=THERE)
+        with contextlib.suppress(ConnectionResetError), call(front) as sock:
+            assert sock.recv(10) == b""
+        assert sum(ingress.counters(front).failed.values()) == 1
+
+
+def test_only_nodes_may_hand_over() -> None:
+    server = TcpServer()
+    with pair() as nodes:
+        nodes.serve({"a": server.where}, nodes=(THERE, "127.0.0.3"))
+        tag = tag_of(BackendKey("a", server.where[1], 6))
+        with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), 5) as sock:
+            sock.sendall(header(tag))
+            assert sock.recv(10) == b""
+        eventually(lambda: nodes.total("peer_foreign") == 1)
+        with socket.create_connection((HERE, nodes.port), 5, source_address=(THERE, 0)) as sock:
+            whole = header(tag)
+            for i in range(len(whole)):
+                sock.sendall(whole[i : i + 1])
+            assert sock.recv(1) == b"\x06"
+            sock.sendall(b"hello")
+            assert sock.recv(10) == b"hello"
+
+
+def test_what_is_no_header_is_cut_off() -> None:
+    server = TcpServer()
+    with pair(connect_timeout=0.3) as nodes:
+        nodes.serve({"a": server.where})
+        good = header(tag_of(BackendKey("a", server.where[1], 6)))
+        no_tag = good.replace(b"\xe0", b"\xe1")
+        too_long = good[:14] + b"\xff\xff" + good[16:]
+        short_tag = good.replace(b"\xe0\0\x0b", b"\xe0\0\x40")
+        wrong = (
+            b"GET / HTTP/1.1\r\n\r\n",
+            no_tag,
+            too_long,
+            short_tag,
+            good[:13] + b"\x31" + good[14:],
+            good[:20],
+            b"",
+        )
+        for data in wrong:
+            with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), 5) as sock:
+                sock.sendall(data)
+                assert sock.recv(10) == b""
+        eventually(lambda: nodes.total("peer_malformed") == len(wrong))
+        assert server.accepted == 0
+        eventually(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
+
+
+def test_echo_is_exact_for_many_at_once() -> None:
+    server = TcpServer(echo)
+    with pair() as nodes, contextlib.ExitStack() as stack:
+        nodes.serve({"a": server.where})
+        socks = [stack.enter_context(call(nodes.front)) for _ in range(100)]
+        for i, sock in enumerate(socks):
+            sock.sendall(struct.pack(">Q", i) * 100)
+        for i, sock in enumerate(socks):
+            want, got = struct.pack(">Q", i) * 100, b""
+            while len(got) < len(want):
+                got += sock.recv(4096)
+            assert got == want
