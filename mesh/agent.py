@@ -17,6 +17,7 @@ import structlog
 import uvloop
 
 from mesh import __version__, agent_log
+from mesh.agent_cluster import ClusterProvider
 from mesh.agent_handover import HandOver
 from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
@@ -25,7 +26,7 @@ from mesh.config import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
-from mesh.model import Backend, Frontend, Inventory
+from mesh.model import Backend, Frontend, HealthView, Inventory
 from mesh.notify import Notifier
 from mesh.provider import Provider
 from mesh.reconcile.loop import Picture, Reconciler
@@ -129,7 +130,9 @@ class Agent:
             close_all([descriptor for descriptors in inherited.values() for descriptor in descriptors])
             inherited = None
         chosen, applied = await self._open(chosen, inherited)
-        self._monitor = Monitor(self._reconciler.set_health)
+        self._monitor = Monitor(self._on_health)
+        if isinstance(self._provider, ClusterProvider):
+            self._provider.engine, self._provider.on_health = chosen.name, self._reconciler.set_health
         facts = Facts(chosen.name, chosen.reason, self._state_dir, time.time())
         self._view = View(facts, self._reconciler, self._provider, self._monitor, self.stop)
         self._servers = Servers(self._view, self._config.http_listen, self._state_dir)
@@ -186,6 +189,12 @@ class Agent:
         await asyncio.to_thread(successor.serving)
         log.info("taken over", pid=successor.pid)
         await self._servers.start()
+
+    def _on_health(self, view: HealthView) -> None:
+        if isinstance(self._provider, ClusterProvider):
+            self._provider.own_health(view)
+        else:
+            self._reconciler.set_health(view)
 
     def _publish(self, inventory: Inventory) -> None:
         self._inventory = inventory

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mesh.agent_cluster import ClusterProvider
 from mesh.config import Config
 from mesh.datapath.base import Datapath
 from mesh.errors import ConfigError, DatapathError
@@ -37,7 +38,7 @@ async def choose_provider(config: Config) -> tuple[Config, Provider]:
         kind = "static" if config.static_file else "swarm" if await swarm.detect(config) else "demo"
     config = replace(config, provider=kind)
     if kind == "swarm":
-        return config, swarm.SwarmProvider(config)
+        return config, ClusterProvider(config)
     if kind == "static":
         if not config.static_file:
             raise ConfigError("provider = static needs a file", where="static_file", remedy="set --static-file")

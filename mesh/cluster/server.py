@@ -18,9 +18,10 @@ from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
 from mesh.model import Inventory
 
-HEARTBEAT: Final = 1.5  # seconds between pings; a pong is due within half of that
+HEARTBEAT: Final = 1.0  # seconds between pings; a pong is due within half of that
 QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a snapshot instead
 _ROTATION_CHECK: Final = 5.0
+_CLOSED: Final = (1000, 1001, 1002)  # the peer, or we, said why (RFC 6455, 7.4.1)
 
 log = structlog.get_logger("mesh.cluster")
 
@@ -67,6 +68,7 @@ class RelayServer:
         self._owners: dict[str, str] = {}  # backend -> node
         self._snapshot = wire.Snapshot(0, wire.Content())
         self._silent: set[str] = set()
+        self.engines: dict[str, str] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
 
@@ -104,6 +106,7 @@ class RelayServer:
         await runner.setup()
         site: web.TCPSite | None = None
         server = None
+        said = ""
         try:
             while True:
                 try:
@@ -111,13 +114,17 @@ class RelayServer:
                     if context is not server:
                         if site is not None:
                             await site.stop()
-                        site = web.TCPSite(runner, None, self.port, ssl_context=context, reuse_address=True)
+                        # A process that takes over listens while its predecessor still does.
+                        site = web.TCPSite(runner, None, self.port, ssl_context=context, reuse_port=True)
                         await site.start()
                         self.port = int(runner.addresses[0][1])
                         server = context
                         log.info("relay listens", port=self.port)
+                    said = ""
                 except (CredentialsError, OSError) as error:
-                    log.error("relay cannot listen", error=str(error), port=self.port)
+                    if str(error) != said:
+                        said = str(error)
+                        log.error("relay cannot listen", error=said, port=self.port)
                 await asyncio.sleep(_ROTATION_CHECK)
         finally:
             await runner.cleanup()
@@ -169,6 +176,7 @@ class RelayServer:
         wire.check_version(hello)
         peer = _Peer(identity, address, hello)
         self._peers.add(peer)
+        self.engines[identity.node] = hello.engine
         if identity.node in self._silent:
             self._silent.discard(identity.node)
             self._on_node(identity.node, True)
@@ -206,7 +214,7 @@ class RelayServer:
     def _leave(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
         self._peers.discard(peer)
         node = peer.identity.node
-        silent = isinstance(socket.exception(), TimeoutError)
+        silent = socket.close_code not in _CLOSED
         log.info("node disconnected", node=node, silent=silent)
         if silent and all(other.identity.node != node for other in self._peers):
             self._silent.add(node)

@@ -68,6 +68,7 @@ class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
     address: str = ""
     up: bool = True
     weight: int = 1
+    engine: str = ""
 
 
 class Verdict(msgspec.Struct, array_like=True, frozen=True):
@@ -183,7 +184,7 @@ def content_of(inventory: Inventory, verdicts: dict[str, Verdict]) -> Content:
             )
             for b in inventory.backends
         },
-        {n.id: WireNode(n.id, n.name, str(n.address or ""), n.up, n.weight) for n in inventory.nodes},
+        {n.id: WireNode(n.id, n.name, str(n.address or ""), n.up, n.weight, n.engine) for n in inventory.nodes},
         verdicts,
     )
 
@@ -226,7 +227,7 @@ def inventory_of(content: Content) -> Inventory:
                 for b in sorted(content.backends.values(), key=lambda b: b.id)
             ),
             nodes=tuple(
-                Node(n.id, n.name, ipaddress.ip_address(n.address) if n.address else None, n.up, n.weight)
+                Node(n.id, n.name, ipaddress.ip_address(n.address) if n.address else None, n.up, n.weight, n.engine)
                 for n in sorted(content.nodes.values(), key=lambda n: n.id)
             ),
             source="relay",

@@ -60,6 +60,7 @@ class KernelDatapath:
     """mesh.datapath.base.Datapath over eBPF."""
 
     name = "kernel"
+    spans = False  # backends of other nodes are left out
 
     def __init__(self, config: Config, *, docker_host: bool = False) -> None:
         self._config = config

@@ -207,7 +207,10 @@ class Reconciler:
         """Compose, guard, plan and apply. On the worker thread; touches nothing of the loop's own."""
         start = time.perf_counter()
         picture, applied = task.picture, task.applied
-        composed = compose(picture.inventory, picture.health, picture.drained, task.config)
+        known = picture.inventory
+        if not getattr(self.datapath, "spans", True):
+            known = replace(known, backends=tuple(b for b in known.backends if b.address is not None))
+        composed = compose(known, picture.health, picture.drained, task.config)
         previous = picture.desired
         guarded = guard(previous, composed, task.held, health=picture.health, now=task.now, config=task.config)
         same = (guarded.desired.frontends, guarded.desired.nodes) == (previous.frontends, previous.nodes)

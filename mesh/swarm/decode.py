@@ -82,7 +82,7 @@ def decode(answers: Answers) -> Read:
     services = parse(answers.services, list[schema.Service], "GET /services")
     tasks = parse(answers.tasks, list[schema.Task], "GET /tasks")
     nodes = parse(answers.nodes, list[schema.Node], "GET /nodes")
-    local = _local(info.swarm.node_id, answers)
+    local = local_of(info.swarm.node_id, answers)
     problems: list[Problem] = []
     known_nodes = _nodes(nodes, problems)
     known_services = _services(services, problems)
@@ -113,7 +113,12 @@ def not_a_manager(state: str) -> ProviderError:
     )
 
 
-def _local(node: str, answers: Answers) -> Local:
+def local_of(node: str, answers: Answers) -> Local:
+    """The containers of tasks on node `node`, from the local part of the answers.
+
+    Raises:
+        ProviderError: a body cannot be used.
+    """
     containers = parse(answers.containers, list[schema.Container], "GET /containers/json")
     unready = parse(answers.unready, list[schema.Container], "GET /containers/json")
     gateway = parse(answers.gateway, schema.Network, "GET /networks/docker_gwbridge")

@@ -39,6 +39,9 @@ _CONTAINERS: Final = "/containers/json" + _filters({"label": [TASK_LABEL]})
 _UNREADY: Final = "/containers/json" + _filters({"label": [TASK_LABEL], "health": ["starting", "unhealthy"]})
 
 
+_HERE: Final = (_CONTAINERS, _UNREADY, "/networks/docker_gwbridge")
+
+
 def engine_url(host: str) -> tuple[str, str]:
     """Base URL and socket path (empty for TCP) of a DOCKER_HOST.
 
@@ -94,16 +97,27 @@ class Engine:
         Raises:
             ProviderError: the Engine is away, too slow, no manager, or answers half.
         """
+        return Answers(*await self._read("/info", "/services", "/tasks", "/nodes", *_HERE))
+
+    async def read_here(self) -> Answers:
+        """What every node knows of itself; services, tasks and nodes are empty.
+
+        Raises:
+            ProviderError: the Engine is away, too slow, or answers half.
+        """
+        info, *here = await self._read("/info", *_HERE)
+        return Answers(info, b"[]", b"[]", b"[]", *here)
+
+    async def _read(self, *paths: str) -> list[bytes]:
         if not self._prefix:
             await self.negotiate()
-        paths = ("/info", "/services", "/tasks", "/nodes", _CONTAINERS, _UNREADY, "/networks/docker_gwbridge")
         try:
             async with asyncio.TaskGroup() as group:
                 reads = [group.create_task(self._get(path)) for path in paths]
         except BaseExceptionGroup as failed:
             self._prefix = ""  # another Engine may be there next time
             raise _first(failed) from None
-        return Answers(*(r.result() for r in reads))
+        return [r.result() for r in reads]
 
     async def info(self) -> schema.Info:
         """GET /info.

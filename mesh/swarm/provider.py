@@ -192,13 +192,13 @@ class SwarmProvider:
 
 
 async def detect(config: Config) -> bool:
-    """Whether docker_host is a swarm manager that answers."""
+    """Whether docker_host is a node of a swarm that answers."""
     try:
         engine = Engine(config.docker_host, request_seconds=3.0)
     except ConfigError:
         return False
     try:
-        return (await engine.info()).swarm.control_available
+        return (await engine.info()).swarm.local_node_state == "active"
     except ProviderError:
         return False
     finally:

@@ -22,11 +22,17 @@ class Version(_Part, frozen=True):
     min_api_version: str = field(default="1.12", name="MinAPIVersion")
 
 
+class RemoteManager(_Part, frozen=True):
+    node_id: str = field(default="", name="NodeID")
+    addr: str = ""
+
+
 class SwarmInfo(_Part, frozen=True):
     node_id: str = field(default="", name="NodeID")
     node_addr: str = ""
     local_node_state: str = ""
     control_available: bool = False
+    remote_managers: list[RemoteManager] | None = None
 
 
 class Info(_Part, frozen=True):

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One inventory on all nodes: a manager's agent reads the swarm and tells the others, a worker's agent is told.
+
+Which of the two a node is, is looked up all the time: promotion and demotion need no restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import structlog
+
+from mesh.cluster import wire
+from mesh.cluster.client import RelayProvider, view_of
+from mesh.cluster.credentials import CredentialsWatch, Files
+from mesh.cluster.server import RelayServer
+from mesh.config import Config
+from mesh.errors import ConfigError
+from mesh.model import Address, Health, HealthView, Inventory, Node
+from mesh.provider import Provider, ProviderStatus, Publish
+from mesh.swarm import Here, SwarmProvider
+
+REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
+CONFIRM: Final = 0.5  # seconds that a silent node has to answer at all
+LOST_SHARE: Final = 0.5  # of all nodes; where more are silent at once, it is this node that is cut off
+
+log = structlog.get_logger("mesh.cluster")
+
+
+def manager_addresses(text: str, port: int) -> list[tuple[str, int]]:
+    """`cluster_managers` as addresses.
+
+    Raises:
+        ConfigError: an entry is neither host nor host:port.
+    """
+    found = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        host, colon, number = entry.rpartition(":")
+        if not colon or (":" in host and not host.endswith("]")):
+            host, number = entry, str(port)
+        if not number.isdigit() or not 0 < int(number) < 65536:
+            raise ConfigError(f"{entry!r} is not host or host:port", where="cluster_managers")
+        found.append((host.strip("[]"), int(number)))
+    return found
+
+
+async def answers(address: Address, port: int) -> bool:
+    """Whether a host is alive: it accepts a connection or refuses it."""
+    try:
+        async with asyncio.timeout(CONFIRM):
+            _, writer = await asyncio.open_connection(str(address), port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def _steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """A part that starts again should it ever fail: the others, and the data path, go on without it."""
+
+    async def run() -> None:
+        while True:
+            try:
+                await work()
+            except Exception:
+                log.exception("internal error; this part starts again", part=name)
+            await asyncio.sleep(1.0)
+
+    return asyncio.create_task(run(), name=name)
+
+
+class ClusterProvider:
+    """A provider for every node of a swarm; see mesh.provider.Provider.
+
+    Before `run`, set `engine` to how this node forwards, and `on_health` to what takes all nodes' verdicts, this
+    node's among them, whenever they change.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._fixed = manager_addresses(config.cluster_managers, config.cluster_port)
+        self._credentials = CredentialsWatch(Files.of(config))
+        self._here = Here(config, self._on_look)
+        self._swarm = SwarmProvider(config)
+        self._server: RelayServer | None = None
+        self._relay: RelayProvider | None = None
+        self._publish: Publish = lambda inventory: None
+        self._source: Provider = self._swarm
+        self._inventory: Inventory | None = None  # as it was told
+        self._published: Inventory | None = None
+        self._reports: dict[str, wire.Report] = {}
+        self._told = HealthView()  # by managers, to a worker
+        self._own = HealthView()
+        self._health = HealthView()
+        self._silent: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[str] = set()
+        self._changed = asyncio.Event()  # something to report
+        self._role = asyncio.Event()  # the role has changed
+        self.engine = ""
+        self.on_health: Callable[[HealthView], None] = lambda view: None
+
+    # ---- what others ask ----
+
+    async def run(self, publish: Publish) -> None:
+        """Follow until cancelled."""
+        self._publish = publish
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._here.run())
+            group.create_task(self._play())
+
+    def reload(self) -> None:
+        """Read again now."""
+        self._source.reload()
+
+    def status(self) -> ProviderStatus:
+        """How the source of the inventory is doing."""
+        return replace(self._source.status(), node_id=self._here.look.node or self._swarm.status().node_id)
+
+    def own_health(self, view: HealthView) -> None:
+        """Take what this node's probes say."""
+        self._own = view
+        self._changed.set()
+        self._merge_health()
+
+    # ---- roles ----
+
+    def _on_look(self) -> None:
+        if self._here.look.worker is not (self._source is self._relay):
+            self._role.set()
+        self._changed.set()
+        self._pass_on()
+
+    async def _play(self) -> None:
+        """Be a manager or a worker, until that changes."""
+        await self._here.looked.wait()
+        while True:
+            self._role.clear()
+            worker = self._here.look.worker
+            log.info("this node is a worker" if worker else "this node reads the swarm itself")
+            tasks = self._as_worker() if worker else self._as_manager()
+            try:
+                await self._role.wait()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._server = None
+                self._forget_silent()
+
+    def _as_manager(self) -> list[asyncio.Task[None]]:
+        server = self._server = RelayServer(
+            self._credentials,
+            self._config.cluster_port,
+            engine=self.engine,
+            on_report=self._on_report,
+            on_node=self._on_node,
+        )
+        self._source = self._swarm
+        relay = RelayProvider(self._credentials, self._others, engine=self.engine, inventory=False)
+        self._told, self._relay = HealthView(), None
+        return [
+            _steady("swarm", lambda: self._swarm.run(self._take)),
+            _steady("relay server", server.run),
+            _steady("relay", lambda: relay.run(self._ignore)),
+            _steady("report", lambda: self._report_forever(relay)),
+        ]
+
+    def _as_worker(self) -> list[asyncio.Task[None]]:
+        relay = RelayProvider(
+            self._credentials, self._managers, engine=self.engine, inventory=True, on_verdicts=self._on_verdicts
+        )
+        self._source = self._relay = relay
+        self._reports.clear()
+        return [
+            _steady("relay", lambda: relay.run(self._take)),
+            _steady("report", lambda: self._report_forever(relay)),
+        ]
+
+    @staticmethod
+    def _ignore(inventory: Inventory) -> None:
+        """A manager reads for itself."""
+
+    async def _managers(self) -> Sequence[tuple[str, int]]:
+        if self._fixed:
+            return self._fixed
+        return sorted((host, self._config.cluster_port) for host in self._here.look.managers.values())
+
+    async def _others(self) -> Sequence[tuple[str, int]]:
+        own = self._here.look.managers.get(self._here.look.node)
+        return [place for place in await self._managers() if place[0] != own]
+
+    # ---- inventory ----
+
+    def _take(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Publish what is known now, and to other nodes where this one is a manager."""
+        if self._inventory is None:
+            return
+        if self._server is None:
+            inventory = self._here.local_inventory(self._inventory)
+        else:
+            inventory = replace(self._inventory, nodes=self._nodes(self._inventory, self._server.engines))
+            self._server.publish(inventory, self._verdicts())
+        if inventory != self._published:
+            self._published = inventory
+            self._publish(inventory)
+
+    def _nodes(self, inventory: Inventory, engines: Mapping[str, str]) -> tuple[Node, ...]:
+        """Nodes with what their agents say of themselves; those that do not answer are down."""
+        engines = {**engines, self._here.look.node: self.engine}
+        lost = self._lost if len(self._lost) <= LOST_SHARE * len(inventory.nodes) else set()
+        return tuple(
+            replace(node, up=node.up and node.id not in lost, engine=engines.get(node.id, ""))
+            for node in inventory.nodes
+        )
+
+    # ---- silent nodes ----
+
+    def _on_node(self, node: str, here: bool) -> None:
+        if here:
+            if task := self._silent.pop(node, None):
+                task.cancel()
+            self._mark(node, lost=False)
+        elif node not in self._silent:
+            self._silent[node] = asyncio.create_task(self._watch_silent(node))
+
+    async def _watch_silent(self, node: str) -> None:
+        """A node's agent is gone without a word: is it the agent or the node?"""
+        while True:
+            address = next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
+            if address is None:
+                return
+            self._mark(node, lost=not await answers(address, self._config.cluster_port))
+            await asyncio.sleep(1.0)
+
+    def _mark(self, node: str, *, lost: bool) -> None:
+        if lost is (node in self._lost):
+            return
+        log.warning("a node does not answer" if lost else "a node answers again", node=node)
+        (self._lost.add if lost else self._lost.discard)(node)
+        self._pass_on()
+
+    def _forget_silent(self) -> None:
+        for task in self._silent.values():
+            task.cancel()
+        self._silent.clear()
+        self._lost.clear()
+
+    # ---- health ----
+
+    def _on_report(self, node: str, report: wire.Report) -> None:
+        if self._reports.get(node) != report:
+            self._reports[node] = report
+            self._merge_health()
+
+    def _on_verdicts(self, view: HealthView) -> None:
+        self._told = view
+        self._merge_health()
+
+    def _verdicts(self) -> dict[str, wire.Verdict]:
+        """All that is known of all backends: what each node says of its own."""
+        found: dict[str, wire.Verdict] = {}
+        for report in self._reports.values():
+            found |= report.verdicts
+        known = {b.id for b in self._inventory.backends} if self._inventory else set()
+        return {key: verdict for key, verdict in {**found, **self._own_verdicts()}.items() if key in known}
+
+    def _own_verdicts(self) -> dict[str, wire.Verdict]:
+        """This node's word for its own backends; one that the others cannot see to have ended, or to be unready, is
+        down to them."""
+        found = {
+            key: wire.Verdict(health.value, self._own.reasons.get(key, ""))
+            for key, health in self._own.verdicts.items()
+            if health is not Health.UNKNOWN
+        }
+        if self._inventory is None or self._server is not None:
+            return found
+        node = self._here.look.node
+        mine = {b.id: b for b in self._here.local_inventory(self._inventory).backends if b.node == node}
+        for backend in self._inventory.backends:
+            if backend.node == node and backend.ready:
+                here = mine.get(backend.id)
+                if here is None or not here.ready:
+                    found[backend.id] = wire.Verdict(Health.DOWN.value, "not ready" if here else "no container runs")
+        return found
+
+    def _merge_health(self) -> None:
+        others = self._told if self._server is None else view_of(self._verdicts())
+        view = HealthView(
+            {**others.verdicts, **self._own.verdicts},
+            {**{k: r for k, r in others.reasons.items() if k not in self._own.verdicts}, **self._own.reasons},
+        )
+        if view != self._health:
+            self._health = view
+            self.on_health(view)
+        if self._server is not None:
+            self._pass_on()
+
+    async def _report_forever(self, relay: RelayProvider) -> None:
+        while True:
+            self._changed.clear()
+            await relay.report(wire.Report(self._own_verdicts(), engine=self.engine))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_EVERY):
+                    await self._changed.wait()
+            await asyncio.sleep(0.02)  # a burst is one report

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Engine of any node knows of itself: its role, the managers, and the containers of its own tasks.
+
+A worker is told by a manager which tasks it has; where they are reached, and that they have died, it sees here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from mesh.config import Config
+from mesh.errors import ProviderError
+from mesh.model import Backend, Inventory
+from mesh.swarm import schema
+from mesh.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
+from mesh.swarm.engine import Engine
+from mesh.swarm.overlay import Overlay
+
+_INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
+_QUIET: Final = 0.05  # seconds between two looks
+_RETRY: Final = 0.5
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at the local Engine. `managers` by node id, as host."""
+
+    node: str = ""
+    worker: bool = False
+    managers: Mapping[str, str] = field(default_factory=dict)
+    local: Local = field(default_factory=Local)
+    containers: Mapping[str, str] = field(default_factory=dict)  # by task
+
+
+def decode_look(answers: Answers) -> Look:
+    """What the Engine answered.
+
+    Raises:
+        ProviderError: a body cannot be used.
+    """
+    swarm = parse(answers.info, schema.Info, "GET /info").swarm
+    containers = parse(answers.containers, list[schema.Container], "GET /containers/json")
+    return Look(
+        node=swarm.node_id,
+        worker=swarm.local_node_state == "active" and not swarm.control_available,
+        managers={m.node_id: m.addr.rpartition(":")[0].strip("[]") for m in swarm.remote_managers or () if m.addr},
+        local=local_of(swarm.node_id, answers),
+        containers={task: c.id for c in containers if (task := (c.labels or {}).get(TASK_LABEL))},
+    )
+
+
+def merge(inventory: Inventory, look: Look) -> Inventory:
+    """A manager's inventory with what this node knows of its own tasks; one without a running container is gone."""
+
+    def own(backend: Backend) -> Backend | None:
+        container = look.containers.get(backend.id, "")
+        if container not in look.local.running:
+            return None
+        address = (look.local.addresses or {}).get(container)
+        ready = backend.ready and container not in look.local.unready
+        return replace(backend, address=address, local=True, container=container, ready=ready)
+
+    backends = (own(b) if b.node == look.node else b for b in inventory.backends)
+    return replace(inventory, backends=tuple(b for b in backends if b is not None))
+
+
+class Here:
+    """Follows the local Engine.
+
+    Args:
+        on_change: called on the event loop whenever `look` or `local_inventory` would answer otherwise.
+    """
+
+    def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
+        self._config = config
+        self._on_change = on_change
+        self._overlay = Overlay()
+        self._begun = 0
+        self._ring = asyncio.Event()
+        self.look = Look()
+        self.error = ""
+        self.looked = asyncio.Event()  # once, with whatever result
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        engine = Engine(self._config.docker_host)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read_forever(engine))
+                group.create_task(self._hear_forever(engine))
+        finally:
+            await engine.close()
+
+    def local_inventory(self, inventory: Inventory) -> Inventory:
+        """`inventory` with this node's own knowledge."""
+        return self._overlay.apply(Read(merge(inventory, self.look), self.look.local))
+
+    async def _read_forever(self, engine: Engine) -> None:
+        while True:
+            self._ring.clear()
+            self._begun += 1
+            pause = _INTERVAL
+            try:
+                begun = self._begun
+                look = await asyncio.to_thread(decode_look, await engine.read_here())
+                self._overlay.settle(begun, look.local.running)
+                self.error = ""
+                if look != self.look:
+                    self.look = look
+                    self._on_change()
+            except Exception as error:  # whatever it is: the last look stands
+                if str(error) != self.error:
+                    log.warning("the local Engine cannot be read", error=str(error))
+                self.error, pause = str(error), _RETRY
+            self.looked.set()
+            await asyncio.sleep(_QUIET)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._ring.wait()
+
+    async def _hear_forever(self, engine: Engine) -> None:
+        while True:
+            started = time.monotonic()
+            with contextlib.suppress(ProviderError):
+                async with contextlib.aclosing(engine.events()) as events:
+                    async for event in events:
+                        changed, ring = (False, True) if event is None else self._overlay.hear(event, self._begun)
+                        if changed:
+                            self._on_change()
+                        if ring:
+                            self._ring.set()
+            if time.monotonic() - started < _RETRY:
+                await asyncio.sleep(_RETRY * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
