@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three nodes of a real swarm, an agent on each: any node answers for any task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import peers
+from tests.daemon import Daemon, backends_of
+from tests.lab.dockerd import Node, Swarm
+from tests.lab.netns import Namespace, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+
+WEB = 8000
+
+
+class Cluster:
+    """A swarm with a daemon on each node, and a client beside it."""
+
+    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy") -> None:
+        self.swarm, self.client = swarm, client
+        self.daemons = [self._daemon(node, engine) for node in swarm.nodes]
+
+    def _daemon(self, node: Node, engine: str) -> Daemon:
+        return Daemon(
+            node.namespace,
+            Path(self.swarm.lab.directory) / f"mesh-{node.hostname}",
+            wait=False,
+            provider="swarm",
+            engine=engine,
+            docker_host=node.host,
+            docker_data_root=node.data_root,
+            docker_exec_root=node.exec_root,
+        )
+
+    def sees(self, daemon: Daemon, service: str) -> set[str]:
+        """Backends to which a daemon gives new connections, once it has applied what it knows."""
+        state = daemon.state()
+        if state["generation"]["applied"] != state["generation"]["desired"]:
+            return set()
+        return {backend for backend, weight in backends_of(state, service).items() if weight}
+
+    def agree(self, service: str, count: int) -> set[str]:
+        """Until all daemons serve exactly the `count` tasks that Docker names, from equal tables."""
+        self.swarm.wait_running(service, count)
+
+        def all_see() -> set[str]:
+            tasks = {task["ID"] for task in self.swarm.tasks(service)}
+            return tasks if all(self.sees(d, service) == tasks for d in self.daemons) else set()
+
+        tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=60)
+        wait_for(lambda: len(self.digests(service)) == 1, f"equal tables of {service} on every node")
+        return tasks
+
+    def digests(self, service: str) -> set[str]:
+        found = set()
+        for daemon in self.daemons:
+            for entry in daemon.state()["services"]:
+                if entry["name"] == service:
+                    found |= {frontend["digest"] for frontend in entry["frontends"]}
+        return found
+
+    def close(self) -> None:
+        for daemon in self.daemons:
+            daemon.close()
+
+    def tails(self) -> str:
+        return "\n".join(f"--- {d.namespace.short}\n{d.tail(4000)}" for d in self.daemons)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(shared_swarm3: Swarm) -> Iterator[Cluster]:
+    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    for daemon in shared_cluster.daemons:
+        daemon.wait_ready()
+    yield shared_cluster
+    request.node.add_report_section("teardown", "daemons", shared_cluster.tails())
+
+
+def test_any_node_answers_for_any_task(cluster: Cluster) -> None:
+    cluster.swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    tasks = cluster.agree("web", 6)
+    for node in cluster.swarm.nodes:
+        report = peers.load(cluster.client, node.address, WEB, "-n", "3000", "-c", "32")
+        assert (report.ok, report.failures) == (3000, ())
+        assert set(report.identities) == tasks
+        assert all(350 <= answers <= 650 for answers in report.identities.values()), report.identities
+
+
+def test_a_service_that_is_on_one_node_only(cluster: Cluster) -> None:
+    """Also on the node that has it, on a worker that has not, and to the node itself."""
+    worker = cluster.swarm.nodes[1]
+    constraint = f"node.hostname=={worker.hostname}"
+    cluster.swarm.create("one", "--constraint", constraint, publish=["8001:8080"])
+    (task,) = cluster.agree("one", 1)
+    for node in cluster.swarm.nodes:
+        report = peers.load(cluster.client, node.address, 8001, "-n", "100", "-c", "8")
+        assert (report.ok, set(report.identities)) == (100, {task})
+        local = peers.load(node.namespace, "127.0.0.1", 8001, "-n", "50", "-c", "4")
+        assert (local.ok, set(local.identities)) == (50, {task})
+
+
+def test_killed_on_a_worker_is_out_everywhere(cluster: Cluster) -> None:
+    cluster.swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    before = cluster.agree("web", 3)
+    worker = cluster.swarm.nodes[2]
+    for container in cluster.swarm.containers("web", worker):
+        worker.docker("kill", container)
+    after = cluster.agree("web", 3)
+    assert before != after
+    report = peers.load(cluster.client, cluster.swarm.manager.address, WEB, "-n", "600", "-c", "16")
+    assert (report.ok, report.failures, set(report.identities)) == (600, (), after)
