@@ -188,8 +188,7 @@ cdef class Front:
         return counters_sum(self.c.counts, self.threads)
 
     def handed(self):
-        """Counters of what other nodes have handed over here."""
-        return self.peers.read()
+        return self.peers.read()  # what other nodes have handed over here
 
 
 cdef void route_free(route *way) noexcept nogil:
@@ -453,10 +452,8 @@ cdef class Engine:
         return made
 
     def release(self, thing not None):
-        """Forget a Pair that no route names and no connection uses, or a Front without listeners and pairs.
-
-        Returns False where it is still in use. Call `collect` between the put_route that leaves it out and this.
-        """
+        """Forget a Pair that no route names and no connection uses, or a Front without listeners and pairs; False: it
+        is in use. Call `collect` between the put_route that leaves it out and this."""
         cdef Pair one
         if thing not in self.held:
             return True

@@ -38,7 +38,7 @@ class Peers:
     def __init__(self, config: Config, threads: int) -> None:
         self._port = config.peer_port
         self._threads = threads
-        self._front: Front | None = None
+        self._fronts: dict[Protocol, Front] = {}
         self._held: tuple[object, object] | None = None
         self.problem = ""
 
@@ -49,7 +49,7 @@ class Peers:
             return
         engine.put_doors([sixteen(address) for address in nodes], places)
         self._held = (nodes, places)
-        if len(nodes) > 1 and self._front is None:
+        if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:
                 self._listen(engine)
                 self.problem = ""
@@ -58,27 +58,29 @@ class Peers:
                 self.problem = f"tasks of this node are not reachable through other nodes: {error}"
 
     def _listen(self, engine: Engine) -> None:
-        frontend = Frontend(ANY_ADDRESS, self._port, Protocol.TCP)
-        try:
-            sockets = listening_sockets(frontend, self._port, self._threads)
-        except OSError as error:
-            raise why(frontend, error) from None
-        self._front = engine.peers()
-        for thread, sock in enumerate(sockets):
-            six = sock.family.name == "AF_INET6"
-            engine.listen(self._front, sock.detach(), stream=True, six=six, thread=thread)
+        for protocol in Protocol:
+            if protocol in self._fronts:
+                continue
+            frontend = Frontend(ANY_ADDRESS, self._port, protocol)
+            try:
+                sockets = listening_sockets(frontend, self._port, self._threads)
+            except OSError as error:
+                raise why(frontend, error) from None
+            front = self._fronts[protocol] = engine.peers()
+            for thread, sock in enumerate(sockets):
+                six = sock.family.name == "AF_INET6"
+                engine.listen(front, sock.detach(), stream=protocol is Protocol.TCP, six=six, thread=thread)
 
     def stop(self, engine: Engine) -> None:
-        """Take nothing over any more."""
-        if self._front is not None:
-            engine.unlisten(self._front)
+        """Take no connection over any more. Datagrams are, until the end: they have none."""
+        if Protocol.TCP in self._fronts:
+            engine.unlisten(self._fronts[Protocol.TCP])
 
     def totals(self) -> dict[str, int]:
         """Counters of what was handed over, by metric name without prefix and suffix."""
-        if self._front is None:
-            return {}
-        counts = self._front.handed()
-        return {"peer_opened": counts[2], "peer_bytes_in": counts[6], "peer_bytes_out": counts[7]}
+        rows = [front.handed() for front in list(self._fronts.values())]
+        named = {"peer_opened": 2, "peer_bytes_in": 6, "peer_bytes_out": 7}
+        return {name: sum(row[index] for row in rows) for name, index in named.items()}  # type: ignore[misc]
 
 
 def all_backends(applied: Applied, coming: Iterable[BackendEntry]) -> list[BackendEntry]:

@@ -5,6 +5,9 @@
 A PROXY protocol v2 header with the client's and the called address, whose TLV 0xE0 (the first that is free for private
 use) names the backend: TAG bytes, then a byte of flags. The answer is one byte: PEER_YES, or PEER_NO + cause; bytes of
 the client follow only after PEER_YES, so that the one who hands over can try another backend.
+
+Datagrams go over one by one, each behind PEER_UDP bytes; a session has a source port of its own, and what the backend
+answers comes back to that port as it is.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
@@ -14,7 +17,7 @@ from mesh._maglev cimport mesh_addr, mesh_flow
 from mesh.fastpath.proxyproto cimport HEADER_MOST, announce
 from mesh.fastpath.select cimport map_v4
 from mesh.fastpath.sys cimport fp_load
-from mesh.fastpath.types cimport CAUSES, FAIL_OTHER, TAG, backend, doors, engine, place
+from mesh.fastpath.types cimport CAUSES, FAIL_OTHER, PEER_UDP, TAG, backend, doors, engine, place
 
 cdef enum:
     PEER_TLV = 0xE0
@@ -89,6 +92,25 @@ cdef inline int32_t peer_parse(const uint8_t *data, uint32_t length, handed *to)
     memcpy(&to.flow.destination_port, data + 18 + 2 * size, 2)
     to.flow.protocol = 6
     return <int32_t>total if tags_of(data + 20 + 2 * size, total - 20 - 2 * size, to) else -1
+
+
+cdef inline void peer_head(const mesh_flow *flow, const uint8_t *tag, uint8_t *out) noexcept nogil:
+    """Write what goes ahead of a datagram: "MUD1", the tag, two zeros, addresses, ports. Answers go back bare."""
+    memcpy(out, <const char *>b"MUD1", 4)
+    memcpy(out + 4, tag, TAG)
+    out[14] = out[15] = 0
+    memcpy(out + 16, flow.source.bytes, 16)
+    memcpy(out + 32, flow.destination.bytes, 16)
+    memcpy(out + 48, &flow.source_port, 2)
+    memcpy(out + 50, &flow.destination_port, 2)
+
+
+cdef inline bint peer_head_of(const uint8_t *data, uint32_t length, uint8_t *tag) noexcept nogil:
+    """The tag ahead of a datagram. False: there is none."""
+    if length < PEER_UDP or memcmp(data, <const char *>b"MUD1", 4) != 0:
+        return False
+    memcpy(tag, data + 4, TAG)
+    return True
 
 
 cdef inline int cause_said(uint8_t answer) noexcept nogil:

@@ -31,6 +31,7 @@ cdef enum:
     BUCKETS = 15
     BACKENDS = 65538
     CHUNK = 64  # connections allocated at once
+    PEER_UDP = 52  # bytes ahead of a datagram that another node hands over
     TAG = 10  # what names a backend to its own node: 8 bytes of its seed, its port in network order
 
 cdef enum:  # conn.stage: what is awaited from another node while connecting
@@ -228,6 +229,9 @@ cdef struct session:
     uint8_t dead
     uint8_t tries
     int fd  # connected to the backend; -1: the backend refused, the next datagram picks anew
+    uint8_t away  # towards another node's agent
+    uint8_t tag[TAG]  # of the backend that another node asked for
+    uint8_t head[PEER_UDP]  # what goes ahead of each datagram, if away
     uint32_t hash  # by which it is routed
     uint32_t key  # by which it is found
     uint32_t again
@@ -246,6 +250,7 @@ cdef struct session:
 cdef struct datagrams:  # what one recvmmsg or sendmmsg works on
     mmsghdr messages[BATCH]
     iovec vectors[BATCH]
+    iovec doubles[BATCH][2]
     sockaddr_in6 names[BATCH]
     char control[BATCH][CONTROL]
 

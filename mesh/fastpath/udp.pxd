@@ -6,9 +6,10 @@ SO_REUSEPORT gives all datagrams of a flow to one thread. A reply leaves from th
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
+from mesh.fastpath.peerproto cimport backend_here, is_node, peer_head, peer_head_of
 from mesh.fastpath.select cimport cause_of, choose, from_sockaddr, hash_of, is_scarce, is_v4, map_v4, permitted
 from mesh.fastpath.sessions cimport (
     session_bury, session_find, session_link, session_new, session_touch, session_unlink)
@@ -19,8 +20,8 @@ from mesh.fastpath.sys cimport (
     fp_count, fp_load, fp_now, getsockopt, in6_pktinfo, in_pktinfo, msghdr, recvmmsg, sendmmsg, sockaddr, sockaddr_in6,
     socket, socklen_t)
 from mesh.fastpath.types cimport (
-    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_UNREACHABLE, TRIES_MOST, backend, counters, datagrams,
-    engine, frontend, listener, pair, route, session, target, worker)
+    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_UNREACHABLE, PEER_UDP, TAG, TRIES_MOST,
+    backend, counters, datagrams, engine, frontend, listener, pair, route, session, target, worker)
 
 cdef enum:
     ROUNDS = 4  # batches per event
@@ -78,9 +79,22 @@ cdef inline int session_dial(worker *w, session *s, backend *b, pair *to) noexce
         return error
     s.fd = fd
     s.pair = to
+    s.away = b.away
+    if b.away:
+        peer_head(&s.flow, b.tag, s.head)
     fp_count(&to.counts[w.index].begun, 1)
     fp_count(&to.counts[w.index].opened, 1)
     return 0
+
+
+cdef inline bint peer_route(worker *w, session *s) noexcept nogil:
+    """Connect to the backend of this node that another node asks for. False: it is not here."""
+    cdef backend *b = backend_here(w.engine, s.tag, 17)
+    if b is NULL:
+        fp_count(&w.totals.peer_unknown, 1)
+        return False
+    s.backend = b.id
+    return session_dial(w, s, b, s.listener.frontend.peers) == 0
 
 
 cdef inline bint session_route(worker *w, session *s) noexcept nogil:
@@ -91,6 +105,8 @@ cdef inline bint session_route(worker *w, session *s) noexcept nogil:
     cdef int error = 0
     cdef int cause = FAIL_NO_BACKEND
     cdef bint again = s.tries != 0
+    if s.listener.frontend.peers is not NULL:
+        return peer_route(w, s)
     while True:
         t = NULL
         if s.tries <= w.engine.retries:
@@ -173,6 +189,19 @@ cdef inline void set_source(msghdr *m, const session *s, char *control) noexcept
         memcpy(CMSG_DATA(c), &four, sizeof(four))
 
 
+cdef inline bint peer_take(worker *w, datagrams *d, int i, const mesh_addr *source, uint8_t *tag) noexcept nogil:
+    """Take the head off a datagram of another node. False: it is none."""
+    if not is_node(w.engine, source):
+        fp_count(&w.totals.peer_foreign, 1)
+        return False
+    if not peer_head_of(<const uint8_t *>d.vectors[i].iov_base, d.messages[i].msg_len, tag):
+        fp_count(&w.totals.peer_malformed, 1)
+        return False
+    d.vectors[i].iov_base = <char *>d.vectors[i].iov_base + PEER_UDP
+    d.messages[i].msg_len -= PEER_UDP
+    return True
+
+
 cdef inline session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
     """The session that a received datagram belongs to, made where it is new. NULL: it may not pass."""
     cdef frontend *f = l.frontend
@@ -181,6 +210,7 @@ cdef inline session *session_of(worker *w, listener *l, datagrams *d, int i) noe
     cdef session *s
     cdef msghdr *m = &d.messages[i].msg_hdr
     cdef uint32_t key
+    cdef uint8_t tag[TAG]
     memset(&flow, 0, sizeof(flow))
     flow.destination = f.address
     from_sockaddr(&d.names[i], &flow.source, &flow.source_port)
@@ -188,12 +218,17 @@ cdef inline session *session_of(worker *w, listener *l, datagrams *d, int i) noe
         called_address(m, &flow.destination)
     flow.destination_port = f.port
     flow.protocol = 17
+    if f.peers is not NULL and not peer_take(w, d, i, &flow.source, tag):
+        return NULL
     key = mesh_hash_flow(&flow)
     s = session_find(w, &flow, key, l)
+    if s is not NULL and f.peers is not NULL and memcmp(s.tag, tag, TAG) != 0:
+        session_end(w, s)  # the port was used before, for another session
+        s = NULL
     if s is not NULL:
         return s
     way = <route *>fp_load(&f.route)
-    if not permitted(way, &flow.source):
+    if f.peers is NULL and not permitted(way, &flow.source):
         fp_count(&f.counts[w.index].failed[FAIL_DENIED], 1)
         return NULL
     while fp_add(&w.engine.sessions, 1) >= w.engine.udp_most:
@@ -208,13 +243,31 @@ cdef inline session *session_of(worker *w, listener *l, datagrams *d, int i) noe
         return NULL
     s.flow = flow
     s.listener = l
-    s.hash = hash_of(way, &flow)
+    if f.peers is NULL:
+        s.hash = hash_of(way, &flow)
+    else:
+        memcpy(s.tag, tag, TAG)
     s.client = d.names[i]
     s.client_length = m.msg_namelen
     l.sessions += 1
     fp_count(&w.totals.sessions, 1)
     session_link(w, s, key)
     return s
+
+
+cdef inline void load(datagrams *out, session *s, datagrams *d, const int *which, int first, int count) noexcept nogil:
+    """Make the messages that are to go to the session's backend, wherever it is now."""
+    cdef msghdr *m
+    cdef int i
+    for i in range(first, count):
+        m = &out.messages[i].msg_hdr
+        memset(m, 0, sizeof(msghdr))
+        out.doubles[i][0].iov_base = s.head
+        out.doubles[i][0].iov_len = PEER_UDP
+        out.doubles[i][1].iov_base = d.vectors[which[i]].iov_base
+        out.doubles[i][1].iov_len = d.messages[which[i]].msg_len
+        m.msg_iov = &out.doubles[i][0 if s.away else 1]
+        m.msg_iovlen = 2 if s.away else 1
 
 
 cdef inline void forward(worker *w, session *s, datagrams *d, const int *which, int count) noexcept nogil:
@@ -224,17 +277,13 @@ cdef inline void forward(worker *w, session *s, datagrams *d, const int *which, 
     cdef int done = 0
     cdef int turns = 0
     cdef counters *counts
-    for i in range(count):
-        memset(&out.messages[i].msg_hdr, 0, sizeof(msghdr))
-        out.vectors[i].iov_base = d.vectors[which[i]].iov_base
-        out.vectors[i].iov_len = d.messages[which[i]].msg_len
-        out.messages[i].msg_hdr.msg_iov = &out.vectors[i]
-        out.messages[i].msg_hdr.msg_iovlen = 1
+    load(out, s, d, which, 0, count)
     while done < count:
         if s.fd < 0:
             turns += 1
             if turns > TRIES_MOST or not session_route(w, s):
                 break
+            load(out, s, d, which, done, count)
         sent = sendmmsg(s.fd, &out.messages[done], count - done, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent < 0:
             if errno == EINTR:
@@ -250,7 +299,7 @@ cdef inline void forward(worker *w, session *s, datagrams *d, const int *which, 
         counts = &s.pair.counts[w.index]
         fp_count(&counts.packets_in, sent)
         for i in range(done, done + sent):
-            fp_count(&counts.bytes_in, out.vectors[i].iov_len)
+            fp_count(&counts.bytes_in, out.doubles[i][1].iov_len)
         done += sent
     if done < count:
         fp_count(&w.totals.udp_dropped, count - done)

@@ -215,7 +215,7 @@ ENGINE: Final = {
         (Kind.COUNTER, "udp_evictions", "UDP sessions ended before their time to make room for new ones."),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
         (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for backends of this one."),
-        (Kind.COUNTER, "peer_opened", "Of those, the ones that a backend accepted."),
+        (Kind.COUNTER, "peer_opened", "Connections and UDP sessions that other nodes handed over and a backend took."),
         (Kind.COUNTER, "peer_bytes_in", "Bytes from clients of other nodes."),
         (Kind.COUNTER, "peer_bytes_out", "Bytes to clients of other nodes."),
         (Kind.COUNTER, "peer_foreign", "Callers of the peer port that are no node of the cluster, cut off."),

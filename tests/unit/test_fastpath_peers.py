@@ -16,7 +16,20 @@ import pytest
 from mesh.datapath.base import BackendKey
 from mesh.datapath.proxy_peers import tag_of
 from mesh.model import Frontend, ProxyProtocol, ServiceOptions
-from tests.unit.fastpath_bench import Served, TcpServer, Where, call, echo, engine, eventually, free_port, read_all, tcp
+from tests.unit.fastpath_bench import (
+    Served,
+    TcpServer,
+    UdpServer,
+    Where,
+    call,
+    echo,
+    engine,
+    eventually,
+    free_port,
+    read_all,
+    tcp,
+    udp,
+)
 
 HERE, THERE = "127.0.0.1", "127.0.0.2"
 
@@ -205,3 +218,59 @@ def test_echo_is_exact_for_many_at_once() -> None:
             while len(got) < len(want):
                 got += sock.recv(4096)
             assert got == want
+
+
+def asked(nodes: Pair, data: bytes, sock: socket.socket) -> bytes:
+    """What is answered to a datagram."""
+    sock.sendto(data, ("127.0.0.1", nodes.front.port))
+    return sock.recvfrom(65536)[0]
+
+
+@pytest.fixture
+def datagrams() -> Iterator[Pair]:
+    port = free_port()
+    with engine(peer_port=port) as ingress, engine(peer_port=port) as owner:
+        yield Pair(ingress, owner, udp(), port)
+
+
+def test_datagrams_reach_backends_of_the_other_node(datagrams: Pair) -> None:
+    servers = {name: UdpServer(name) for name in "ab"}
+    datagrams.owner.serve({udp(): {n: s.where for n, s in servers.items()}}, nodes=(HERE, THERE))
+    datagrams.ingress.serve({datagrams.front: {n: s.where for n, s in servers.items()}}, via=THERE)
+    answered = []
+    for i in range(20):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(10)
+            first = asked(datagrams, b"x%d" % i, sock)
+            answered.append(first[:1])
+            assert first[1:] == b":x%d" % i
+            for size in (0, 1, 1400, 9000, 60000):
+                assert asked(datagrams, b"y" * size, sock) == first[:1] + b":" + b"y" * size
+    assert set(answered) == {b"a", b"b"}
+    eventually(lambda: datagrams.ingress.counters(datagrams.front).packets_out == 120)
+    now = datagrams.ingress.counters(datagrams.front)
+    assert now.packets_in == 120
+    assert now.bytes_in == now.bytes_out - 2 * 120
+    for name, server in servers.items():
+        assert len(server.sources) == answered.count(name.encode())
+
+
+def test_datagrams_for_what_is_not_there_are_counted(datagrams: Pair) -> None:
+    server = UdpServer("a")
+    datagrams.owner.serve({udp(): {"a": server.where}}, nodes=(THERE, "127.0.0.3"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
+        foreign.bind((HERE, 0))
+        foreign.sendto(b"MUD1" + tag_of(BackendKey("a", server.where[1], 17)) + bytes(38), (HERE, datagrams.port))
+        eventually(lambda: datagrams.total("peer_foreign") == 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as node:
+        node.bind((THERE, 0))
+        node.settimeout(10)
+        for data in (b"", b"MUD1", b"x" * 100):
+            node.sendto(data, (HERE, datagrams.port))
+        eventually(lambda: datagrams.total("peer_malformed") == 3)
+        node.sendto(b"MUD1" + tag_of(BackendKey("b", 9, 17)) + bytes(38) + b"lost", (HERE, datagrams.port))
+        eventually(lambda: datagrams.total("peer_unknown") == 1)
+        node.sendto(
+            b"MUD1" + tag_of(BackendKey("a", server.where[1], 17)) + bytes(38) + b"hello", (HERE, datagrams.port)
+        )
+        assert node.recv(100) == b"a:hello"  # the same port, but now for a backend that is here
