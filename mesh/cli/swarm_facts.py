@@ -40,8 +40,11 @@ def check_docker(config: Config) -> Iterator[Finding]:
         yield Finding("swarm", missing, f"this node is {swarm.get('LocalNodeState') or 'of none'}", "docker swarm init")
         return
     if not swarm.get("ControlAvailable"):
-        remedy = "run mesh on the managers: only they know the services"
-        yield Finding("swarm", missing, "this node is a worker", remedy)
+        managers = sorted(m.get("Addr", "") for m in swarm.get("RemoteManagers") or ())
+        if not managers:
+            yield Finding("swarm", missing, "this node is a worker that knows no manager", "docker swarm join")
+            return
+        yield Finding("swarm", Verdict.OK, f"worker {swarm.get('NodeID')}, told by {', '.join(managers)}")
         return
     yield Finding("swarm", Verdict.OK, f"manager {swarm.get('NodeID')}")
     yield from _ports(services, config)

@@ -180,12 +180,13 @@ async def test_check_sees_the_running_daemon(daemon: Daemon) -> None:
 async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
     """The Engine's documented answers of a manager and of a worker, over a real socket."""
     manager = True
+    managers: list[dict[str, str]] = []
 
     async def version(request: web.Request) -> web.Response:
         return web.json_response({"Version": "20.10.24", "ApiVersion": "1.41"})
 
     async def info(request: web.Request) -> web.Response:
-        swarm = {"LocalNodeState": "active", "ControlAvailable": manager, "NodeID": "n1"}
+        swarm = {"LocalNodeState": "active", "ControlAvailable": manager, "NodeID": "n1", "RemoteManagers": managers}
         return web.json_response({"Swarm": swarm})
 
     async def services(request: web.Request) -> web.Response:
@@ -203,7 +204,10 @@ async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
     assert found["swarm"] == ("ok", "manager n1") and found["published ports"][1].startswith("1 published")
     manager = False
     done = await mesh(*args)
-    assert done.code == Exit.NOT_READY and "worker" in done.out
+    assert done.code == Exit.NOT_READY and "worker that knows no manager" in done.out
+    managers.append({"NodeID": "n2", "Addr": "192.0.2.2:2377"})
+    found = {f["what"]: (f["verdict"], f["found"]) for f in (await mesh(*args)).json()}
+    assert found["swarm"] == ("ok", "worker n1, told by 192.0.2.2:2377")
     await runner.cleanup()
 
 
