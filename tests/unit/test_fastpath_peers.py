@@ -112,7 +112,10 @@ def test_the_backend_hears_of_the_client_and_not_of_the_node() -> None:
     heard: list[bytes] = []
 
     def listen(sock: socket.socket) -> None:
-        heard.append(sock.recv(1000))
+        said = b""
+        while not said.endswith(b"hello"):
+            said += sock.recv(1000)
+        heard.append(said)
         sock.sendall(b"ok")
 
     server = TcpServer(listen)
