@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,42 @@ def test_killed_on_a_worker_is_out_everywhere(cluster: Cluster) -> None:
     assert before != after
     report = peers.load(cluster.client, cluster.swarm.manager.address, WEB, "-n", "600", "-c", "16")
     assert (report.ok, report.failures, set(report.identities)) == (600, (), after)
+
+
+def test_a_node_that_loses_power_is_out_and_comes_back(
+    cluster: Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    """Only what was under way to it fails; the others take no connection to it once it is known to be silent."""
+    cluster.swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    cluster.agree("web", 6)
+    gone = cluster.swarm.nodes[2]
+    identity = cluster.swarm.manager.inspect("node", gone.hostname)["ID"]
+    lost = {task["ID"] for task in cluster.swarm.tasks("web") if task["NodeID"] == identity}
+    assert lost
+    loads = [
+        peers.Load(cluster.client, node.address, WEB, "-n", "0", "-c", "16", "-r", "50", "-T", "20")
+        for node in cluster.swarm.nodes[:2]
+    ]
+    with loads[0] as one, loads[1] as two:
+        port = f"p{gone.address.rpartition('.')[2]}"  # of the switch
+        cluster.swarm.lab.switch.ip("link", "set", port, "down")
+        begun = time.monotonic()
+        try:
+            left = cluster.daemons[:2]
+            wait_for(lambda: not any(cluster.sees(d, "web") & lost for d in left), "the lost node is out")
+            record_property("seconds until a silent node is out", round(time.monotonic() - begun, 2))
+            time.sleep(2)
+            quiet = [
+                peers.load(cluster.client, n.address, WEB, "-n", "300", "-c", "8") for n in cluster.swarm.nodes[:2]
+            ]
+        finally:
+            cluster.swarm.lab.switch.ip("link", "set", port, "up")
+        reports = [one.stop(), two.stop()]
+    for report in quiet:
+        assert (report.ok, report.failures, set(report.identities) & lost) == (300, (), set())
+    for report in reports:
+        assert report.failures_but_of(*lost, "") == []
+        assert report.failed <= 32
+    cluster.agree("web", 6)
+    report = peers.load(cluster.client, gone.address, WEB, "-n", "300", "-c", "8")
+    assert (report.ok, report.failures) == (300, ())
