@@ -3,6 +3,8 @@
 
 The programs leave such flows to the kernel (verdict FAMILY), which hands them to sockets on this node's own addresses
 of that version. Tables are the same, so the proxy sends a flow to the task that the programs would have chosen.
+
+It also keeps the peer port, at which nodes with the proxy engine hand over flows for the tasks of this one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.config import Config
-from mesh.datapath.base import Applied, BackendKey, Counters, FrontendEntry, Plan, Signal, Stats
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Counters, FrontendEntry, Plan, Signal, Stats
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
 
@@ -39,6 +41,13 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     return found
 
 
+def for_peers(applied: Applied) -> dict[BackendKey, BackendEntry]:
+    """The backends for which other nodes may hand flows over: all that run here, where there are other nodes. Pure."""
+    if len(applied.nodes or ()) < 2:
+        return {}
+    return {key: entry for key, entry in applied.backends.items() if entry.target.via is None}
+
+
 def added(a: Counters, b: Counters) -> Counters:
     """Two rows of counters as one."""
     causes = {*a.failed, *b.failed}
@@ -60,7 +69,7 @@ def added(a: Counters, b: Counters) -> Counters:
 
 
 class Beside:
-    """A ProxyDatapath that is started when the first frontend needs it."""
+    """A ProxyDatapath that is started when the first frontend needs it, or the second node is known."""
 
     def __init__(self, config: Config, *, docker_host: bool) -> None:
         self._config = dataclasses.replace(config, threads=config.threads or 1)
@@ -68,21 +77,29 @@ class Beside:
         self._proxy: ProxyDatapath | None = None
         self._applied = Applied()
         self._sources: dict[Frontend, FrontendEntry] = {}
+        self._peers: tuple[object, ...] = ()
         self._problem = ""
 
     def apply(self, applied: Applied, addresses: Iterable[Address]) -> None:
         """Serve what `applied` needs on these addresses of the node. What fails is told by `problems`."""
         sources = needed(applied, addresses)
         same = sources.keys() == self._sources.keys() and all(self._sources[f] is e for f, e in sources.items())
-        if (same and not self._problem) or not (sources or self._proxy):
+        peers = for_peers(applied)
+        same = same and self._peers == (applied.nodes, peers)
+        if (same and not self._problem) or not (sources or peers or self._proxy):
             return
         try:
-            self._carry_out(applied, sources)
+            self._carry_out(applied, sources, peers)
+            self._peers = (applied.nodes, peers)
             self._problem = ""
         except (DatapathError, ImportError, OSError) as error:
-            self._problem = f"clients of the other IP version than their tasks' are not served: {error}"
+            self._problem = (
+                f"clients of the other IP version than their tasks', or of other nodes, are not served: {error}"
+            )
 
-    def _carry_out(self, applied: Applied, sources: Mapping[Frontend, FrontendEntry]) -> None:
+    def _carry_out(
+        self, applied: Applied, sources: Mapping[Frontend, FrontendEntry], peers: Mapping[BackendKey, BackendEntry]
+    ) -> None:
         if self._proxy is None:
             from mesh.datapath.proxy import ProxyDatapath  # noqa: PLC0415 -- only where it is needed
 
@@ -95,7 +112,7 @@ class Beside:
             for frontend, source in sources.items()
         }
         used = {owner for entry in entries.values() for owner in entry.backends}
-        backends = {key: entry for key, entry in applied.backends.items() if entry.id in used}
+        backends = {key: entry for key, entry in applied.backends.items() if entry.id in used or key in peers}
         held = self._applied
         self._applied = self._proxy.apply(
             Plan(
@@ -104,7 +121,8 @@ class Beside:
                 put_frontends=tuple(e for f, e in entries.items() if held.frontends.get(f) is not e),
                 drop_frontends=tuple(f for f in held.frontends if f not in entries),
                 drop_backends=tuple(e for key, e in held.backends.items() if key not in backends),
-                result=Applied(applied.generation, entries, backends),
+                put_nodes=applied.nodes,
+                result=Applied(applied.generation, entries, backends, applied.nodes),
             )
         )
         self._sources = dict(sources)

@@ -13,6 +13,7 @@ from tests import peers
 from tests.daemon import Daemon, backends_of
 from tests.lab.dockerd import Node, Swarm
 from tests.lab.netns import Namespace, wait_for
+from tests.swarm.test_scenario_one_node import bpf_fs
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
 
@@ -24,12 +25,13 @@ class Cluster:
 
     def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy") -> None:
         self.swarm, self.client = swarm, client
-        self.daemons = [self._daemon(node, engine) for node in swarm.nodes]
+        self.daemons = [self.daemon(node, engine) for node in swarm.nodes]
 
-    def _daemon(self, node: Node, engine: str) -> Daemon:
+    def daemon(self, node: Node, engine: str, **more: object) -> Daemon:
         return Daemon(
             node.namespace,
-            Path(self.swarm.lab.directory) / f"mesh-{node.hostname}",
+            Path(self.swarm.lab.directory) / f"mesh-{engine}-{node.hostname}",
+            **more,
             wait=False,
             provider="swarm",
             engine=engine,
@@ -160,3 +162,21 @@ def test_a_node_that_loses_power_is_out_and_comes_back(
     cluster.agree("web", 6)
     report = peers.load(cluster.client, gone.address, WEB, "-n", "300", "-c", "8")
     assert (report.ok, report.failures) == (300, ())
+
+
+def test_a_node_with_the_kernel_engine_takes_what_others_hand_over(cluster: Cluster) -> None:
+    """Its tasks answer to clients of nodes with the proxy engine."""
+    swarm = cluster.swarm
+    swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    tasks = cluster.agree("web", 3)
+    cluster.daemons[2].close()
+    mixed = cluster.daemon(swarm.nodes[2], "kernel", bpf_fs=bpf_fs(swarm))
+    try:
+        mixed.wait_ready()
+        for node in swarm.nodes[:2]:
+            report = peers.load(cluster.client, node.address, WEB, "-n", "300", "-c", "8")
+            assert (report.ok, report.failures, set(report.identities)) == (300, (), tasks)
+        assert mixed.total("mesh_peer_connections_total") > 0
+    finally:
+        mixed.close()
+        cluster.daemons[2].start()
