@@ -119,10 +119,9 @@ class Services:
             self._summing = self._worker.submit(self._sum_later, applied, stale)
 
     def _sum_later(self, applied: Applied, stale: Sequence[Frontend]) -> None:
-        for start in range(0, len(stale), 16):
-            made = _summaries(applied, stale[start : start + 16])
-            with self._lock:
-                self._summaries |= made
+        made = _summaries(applied, stale)
+        with self._lock:
+            self._summaries |= made
 
 
 def _same(a: _Input, b: _Input) -> bool:

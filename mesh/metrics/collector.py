@@ -76,14 +76,14 @@ class Exposition:
         """The exposition and its content type, by the scraper's Accept header: OpenMetrics 1.0 or text 0.0.4."""
         encoder, content_type = choose_encoder(accept)
         openmetrics = content_type.startswith("application/openmetrics-text")
-        process = encoder(PROCESS).removesuffix(_EOF)
-        parts: list[str] = []
+        parts: list[bytes] = []
         for family, lines in self.collect(snapshot).items():
             name = family.name.removesuffix("_total") if openmetrics else family.name
             help_text = family.help.translate(_HELP_ESCAPES) if openmetrics else family.help
-            parts += (f"# HELP {name} {help_text}", f"# TYPE {name} {family.kind.value}", lines)
-        text = "\n".join(parts).encode() + b"\n" + process
-        return (text + _EOF if openmetrics else text), content_type
+            parts += (f"# HELP {name} {help_text}\n# TYPE {name} {family.kind.value}".encode(), lines)
+        # One copy of the whole, which is megabytes: none more to put something before or behind it.
+        parts += (encoder(PROCESS).removesuffix(_EOF) + _EOF if openmetrics else encoder(PROCESS),)
+        return b"\n".join(parts), content_type
 
     def collect(self, snapshot: Snapshot) -> Blocks:
         """Sample lines by family, in the order of FAMILIES; families without samples are left out."""
@@ -91,7 +91,7 @@ class Exposition:
         agent: Rows = defaultdict(list)
         _agent(agent, state, snapshot.ready)
         agent[f.VERDICTS] = [_line(f.VERDICTS, labelled(verdict=k), v) for k, v in stats.verdicts.items()]
-        found = {family: "\n".join(lines) for family, lines in agent.items()}
+        found = {family: "\n".join(lines).encode() for family, lines in agent.items()}
         with self._lock:
             found |= self._services.blocks(state["services"])
             found |= self._frontends.blocks(Table.of(stats.frontends), self._services.names)
@@ -100,7 +100,7 @@ class Exposition:
         for kind, values in ((Kind.GAUGE, stats.gauges), (Kind.COUNTER, stats.totals)):
             for name in sorted(values):
                 family = f.engine_family(name, kind)
-                result[family] = _line(family, "", values[name])
+                result[family] = _line(family, "", values[name]).encode()
         return result
 
 
@@ -164,7 +164,7 @@ class _Services:
             self._made[id(service)] = made
             for family, lines in made[1].items():
                 all_of[family] += lines
-        self._blocks = {family: "\n".join(lines) for family, lines in all_of.items()}
+        self._blocks = {family: "\n".join(lines).encode() for family, lines in all_of.items()}
         self.names = {front["frontend"]: service["name"] for service in services for front in service["frontends"]}
         self._shown = services
         return self._blocks

@@ -10,7 +10,7 @@ from typing import Final, Generic, TypeVar
 from mesh.datapath.base import CONNECT_BUCKETS, PLAIN, Failure, Table
 from mesh.metrics.families import Family
 
-Blocks = dict[Family, str]  # sample lines by family, without the last newline
+Blocks = dict[Family, bytes]  # sample lines by family, without the last newline
 _Key = TypeVar("_Key")
 
 _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
@@ -59,7 +59,7 @@ class Series(Generic[_Key]):
         self._order: tuple[_Key, ...] | None = None
         self._names: Mapping[str, str] = {}
         self._labels: list[str] = []
-        self._templates: Blocks = {}
+        self._templates: dict[Family, str] = {}
 
     def blocks(self, table: Table[_Key], names: Mapping[str, str]) -> Blocks:
         """The lines of all rows."""
@@ -67,18 +67,21 @@ class Series(Generic[_Key]):
             self._labels = self._label(table.order, names)
             self._templates = self._made()
             self._order, self._names = table.order, names
-        found = {family: self._templates[family] % tuple(of(table)) for family, of in self._single.items()}
+        found = {family: self._filled(family, of(table)) for family, of in self._single.items()}
         for family, (into, out, sparse) in self._double.items():
             pairs = zip(table.column(into), table.column(out), strict=True)
             if sparse:
-                found[family] = "\n".join(self._moved(family, pairs))
+                found[family] = "\n".join(self._moved(family, pairs)).encode()
             else:
-                found[family] = self._templates[family] % tuple(chain.from_iterable(pairs))
-        found[self._failed] = "\n".join(self._failures(table))
-        found[self._connect] = "\n".join(self._connects(table))
+                found[family] = self._filled(family, chain.from_iterable(pairs))
+        found[self._failed] = "\n".join(self._failures(table)).encode()
+        found[self._connect] = "\n".join(self._connects(table)).encode()
         return found
 
-    def _made(self) -> Blocks:
+    def _filled(self, family: Family, numbers: Iterable[int]) -> bytes:
+        return (self._templates[family] % tuple(numbers)).encode()
+
+    def _made(self) -> dict[Family, str]:
         labels = [label.replace("%", "%%") for label in self._labels]
         made = {family: "\n".join([f"{family.name}{{{label}}} %d" for label in labels]) for family in self._single}
         for family, (_, _, sparse) in self._double.items():
@@ -95,18 +98,19 @@ class Series(Generic[_Key]):
 
     def _failures(self, table: Table[_Key]) -> Iterable[str]:
         for i, cause in enumerate(Failure):
-            for label, count in zip(self._labels, table.column(len(PLAIN) + i), strict=True):
+            column = table.column(len(PLAIN) + i)
+            for label, count in zip(self._labels, column, strict=True) if any(column) else ():
                 if count:
                     yield f'{self._failed.name}{{{label},cause="{cause.value}"}} {count}'
 
     def _connects(self, table: Table[_Key]) -> Iterable[str]:
         name = self._connect.name
         buckets = table.columns[_CONNECT:]
-        rows: Iterable[tuple[int, ...]] = zip(*buckets, strict=True) if buckets else ()
-        for label, spent, counts in zip(self._labels, table.column(_SPENT), rows, strict=False):
-            total = sum(counts)
-            if not total:
+        for row, spent in enumerate(table.column(_SPENT) if buckets else ()):
+            if not spent:
                 continue
+            label, counts = self._labels[row], [bucket[row] for bucket in buckets]
+            total = sum(counts)
             if self._histogram:
                 for bound, sofar in zip(_BOUNDS, accumulate(counts), strict=True):
                     yield f'{name}_bucket{{{label},le="{bound}"}} {sofar}'
