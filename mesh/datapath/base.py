@@ -11,7 +11,7 @@ import enum
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from mesh._maglev import SlotTable
 from mesh.model import Address, Flow, Frontend, FrontendState, Target
@@ -21,9 +21,11 @@ OWNER_PASS: Final = 1
 OWNER_FIRST: Final = 2
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class BackendKey:
-    """What an engine addresses: a backend's id and the port of it that one frontend uses."""
+class BackendKey(NamedTuple):
+    """What an engine addresses: a backend's id and the port of it that one frontend uses.
+
+    A tuple, as a plan hashes each several times.
+    """
 
     backend: str
     port: int

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mesh.config import Config
@@ -78,7 +79,25 @@ class _Member:
     up: bool
 
 
-def compose(inventory: Inventory, health: HealthView, drained: Drained, config: Config) -> DesiredState:
+_Part = tuple[tuple[Problem, ...], tuple[tuple[PublishedPort, FrontendState], ...]]
+
+
+@dataclass(slots=True)
+class ComposeCache:
+    """What the last compose made of each service: with it, the next one costs what has changed.
+
+    It never changes what is composed. Not to be used by two threads at once.
+    """
+
+    whole: tuple[object, ...] = ()  # what every service depends on
+    parts: dict[str, tuple[tuple[object, ...], _Part]] = field(default_factory=dict)  # input and outcome, by service
+    unsorted: list[Frontend] = field(default_factory=list)
+    ordered: list[Frontend] = field(default_factory=list)
+
+
+def compose(
+    inventory: Inventory, health: HealthView, drained: Drained, config: Config, cache: ComposeCache | None = None
+) -> DesiredState:
     """What the node should serve. `generation` is left at 0: the loop counts.
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
@@ -86,22 +105,47 @@ def compose(inventory: Inventory, health: HealthView, drained: Drained, config: 
     another node is reached by way of that node; without an address of it, it is left out. Where the
     share of backends that probes let through is at or below `config.panic_threshold`, the probes of that service are
     disregarded (`panic`). Two services with one frontend: the first by id keeps it.
+
+    Args:
+        cache: of the calls before, brought up to date; frontends that are as before are then the same objects.
     """
+    cache = cache if cache is not None else ComposeCache()
+    whole = (inventory.nodes, drained, config.panic_threshold)
+    before = cache.parts if whole == cache.whole else {}
     nodes = {node.id: node for node in inventory.nodes}
-    members: defaultdict[str, list[_Member]] = defaultdict(list)
-    for backend in sorted(inventory.backends, key=lambda b: b.id):
-        node = nodes.get(backend.node)
-        address = _place(backend, node)
-        if address is not None:
-            members[backend.service].append(_member(backend, node, address, health, drained))
+    backends: defaultdict[str, list[Backend]] = defaultdict(list)
+    for backend in sorted(inventory.backends, key=_by_id):
+        backends[backend.service].append(backend)
+    verdict = health.verdicts.get
     frontends: dict[Frontend, FrontendState] = {}
     problems = list(inventory.problems)
-    for service in sorted(inventory.services, key=lambda s: s.id):
-        if service.options.enable:
-            problems += _add_service(frontends, service, members[service.id], config)
+    parts: dict[str, tuple[tuple[object, ...], _Part]] = {}
+    for service in sorted(inventory.services, key=_by_id):
+        if not service.options.enable:
+            continue
+        its = backends[service.id]
+        given = (service, its, [verdict(backend.id) for backend in its])
+        known = before.get(service.id)
+        if known is None or known[0] != given:
+            placed = ((b, nodes.get(b.node), _place(b, nodes.get(b.node))) for b in its)
+            members = [_member(b, node, place, health, drained) for b, node, place in placed if place is not None]
+            known = given, _part(service, members, config)
+        parts[service.id] = known
+        problems += _add(frontends, service, known[1])
+    cache.whole, cache.parts = whole, parts
     addresses = {node.address for node in inventory.nodes if node.address is not None}
     by_version = sorted(addresses, key=lambda a: (a.version, a.packed))
-    return DesiredState(0, dict(sorted(frontends.items())), tuple(problems), tuple(by_version))
+    return DesiredState(0, _sorted(frontends, cache), tuple(problems), tuple(by_version))
+
+
+_by_id: Final = operator.attrgetter("id")
+
+
+def _sorted(frontends: dict[Frontend, FrontendState], cache: ComposeCache) -> dict[Frontend, FrontendState]:
+    unsorted = list(frontends)
+    if unsorted != cache.unsorted:
+        cache.unsorted, cache.ordered = unsorted, sorted(unsorted)
+    return {frontend: frontends[frontend] for frontend in cache.ordered}
 
 
 def _member(backend: Backend, node: Node | None, address: Address, health: HealthView, drained: Drained) -> _Member:
@@ -112,9 +156,8 @@ def _member(backend: Backend, node: Node | None, address: Address, health: Healt
     return _Member(backend, node, address, weight, up=verdict is not Health.DOWN)
 
 
-def _add_service(
-    frontends: dict[Frontend, FrontendState], service: Service, members: Sequence[_Member], config: Config
-) -> list[Problem]:
+def _part(service: Service, members: Sequence[_Member], config: Config) -> _Part:
+    """A service by itself: problems, and what each of its ports would be."""
     problems: list[Problem] = []
     eligible = [m for m in members if m.weight]
     healthy = sum(m.up for m in eligible)
@@ -131,9 +174,19 @@ def _add_service(
     options, problem = _fitting(service, len(members))
     if problem:
         problems.append(problem)
+    states: list[tuple[PublishedPort, FrontendState]] = []
     for port in sorted(set(service.ports)):
-        taken = frontends.get(port.frontend)
-        if taken is not None:
+        targets = tuple(_target(m, port, weights[m.backend.id]) for m in members)
+        states.append((port, FrontendState(port.frontend, service.id, service.name, options, targets, panic)))
+    return tuple(problems), tuple(states)
+
+
+def _add(frontends: dict[Frontend, FrontendState], service: Service, part: _Part) -> list[Problem]:
+    """Add a service's frontends to those of the services before it."""
+    problems = list(part[0])
+    for port, state in part[1]:
+        taken = frontends.setdefault(state.frontend, state)
+        if taken is not state:
             problems.append(
                 Problem(
                     f"service {service.name}, port {port.published}/{port.protocol}",
@@ -141,9 +194,6 @@ def _add_service(
                     "publish one of the two on another port",
                 )
             )
-            continue
-        targets = tuple(_target(m, port, weights[m.backend.id]) for m in members)
-        frontends[port.frontend] = FrontendState(port.frontend, service.id, service.name, options, targets, panic)
     return problems
 
 

@@ -17,7 +17,7 @@ from mesh.config import Config
 from mesh.datapath.base import Applied, Datapath, Plan
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Frontend, HealthView, Inventory
-from mesh.reconcile.compose import Drained, compose
+from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.guard import FOREVER, Guarded, Held, guard
 from mesh.reconcile.plan import doubtful, plan, settle
 
@@ -111,6 +111,7 @@ class Reconciler:
         self._on_change = on_change
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-apply")
+        self._composed = ComposeCache()  # the worker's
         self._dirty = asyncio.Event()
         self._held: Mapping[Held, float] = {}
         self._freed: deque[frozenset[int]] = deque(maxlen=RESERVED_PLANS)
@@ -204,13 +205,13 @@ class Reconciler:
             await self._dirty.wait()
 
     def _step(self, task: _Task) -> _Outcome:
-        """Compose, guard, plan and apply. On the worker thread; touches nothing of the loop's own."""
+        """Compose, guard, plan and apply. On the worker thread; touches nothing of the loop's own but the cache."""
         start = time.perf_counter()
         picture, applied = task.picture, task.applied
         known = picture.inventory
         if not getattr(self.datapath, "spans", True):
             known = replace(known, backends=tuple(b for b in known.backends if b.address is not None))
-        composed = compose(known, picture.health, picture.drained, task.config)
+        composed = compose(known, picture.health, picture.drained, task.config, self._composed)
         previous = picture.desired
         guarded = guard(previous, composed, task.held, health=picture.health, now=task.now, config=task.config)
         same = (guarded.desired.frontends, guarded.desired.nodes) == (previous.frontends, previous.nodes)

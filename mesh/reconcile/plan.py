@@ -115,12 +115,17 @@ def _assign(
     used = {entry.id for entry in applied.backends.values()} | reserved
     free = (n for n in itertools.count(OWNER_FIRST) if n not in used)
     entries: dict[BackendKey, BackendEntry] = {}
-    for key in sorted(wanted):
+    new: list[BackendKey] = []
+    for key, target in wanted.items():
         held = applied.backends.get(key)
-        if held is not None and held.target == wanted[key]:
+        if held is None:
+            new.append(key)
+        elif held.target is target or held.target == target:
             entries[key] = held
-            continue
-        number = held.id if held is not None else next(free)
+        else:
+            entries[key] = BackendEntry(held.id, key, target)
+    for key in sorted(new):
+        number = next(free)
         if number >= MAX_BACKENDS:
             raise DatapathError(
                 f"{len(wanted)} backends, but there is room for {MAX_BACKENDS - OWNER_FIRST}",
@@ -148,7 +153,7 @@ def _frontend(
     if held is None:
         table = _passing(state.options.table_size).transition(_build(state, backends))
         return FrontendEntry(state, table, _named(table, ids))
-    if held.state == state and ids == set(held.backends):
+    if (held.state is state or held.state == state) and ids == set(held.backends):
         return held
     alive = {target.backend for target in state.targets}
     stale = [owner for owner in held.backends if owner not in ids]
@@ -200,7 +205,11 @@ def _steps(
 ) -> Plan:
     return Plan(
         generation=generation,
-        put_backends=tuple(entry for key, entry in backends.items() if applied.backends.get(key) != entry),
+        put_backends=tuple(
+            entry
+            for key, entry in backends.items()
+            if (held := applied.backends.get(key)) is not entry and held != entry
+        ),
         put_frontends=tuple(
             entry for frontend, entry in frontends.items() if applied.frontends.get(frontend) is not entry
         ),

@@ -24,7 +24,7 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
-from mesh.reconcile.compose import SERVING, Drained, compose, standing
+from mesh.reconcile.compose import SERVING, ComposeCache, Drained, compose, standing
 from tests.unit.inventories import health_views, inventories
 
 CONFIG = Config()
@@ -197,3 +197,33 @@ def test_new_flows_only_where_everybody_agrees(inventory: Inventory, health: Hea
                 assert why == SERVING or (why == "down" and state.panic)
             elif state.options.locality is Locality.CLUSTER:
                 assert why != SERVING
+
+
+@given(st.lists(st.tuples(inventories(), health_views(), st.booleans()), min_size=2, max_size=4))
+def test_what_is_remembered_changes_nothing(steps: list[tuple[Inventory, HealthView, bool]]) -> None:
+    """Any sequence of inputs through one cache, each twice, composes what each does by itself."""
+    cache = ComposeCache()
+    for inventory, health, drain in steps:
+        drained = Drained(frozenset(b.id for b in inventory.backends[:1])) if drain else Drained()
+        alone = compose(inventory, health, drained, Config())
+        first = compose(inventory, health, drained, Config(), cache)
+        again = compose(inventory, health, drained, Config(), cache)
+        assert first == again == alone
+        assert list(first.frontends) == list(alone.frontends)
+        assert all(again.frontends[f] is state for f, state in first.frontends.items())
+
+
+@given(inventories(), health_views(), st.data())
+def test_one_change_is_composed_as_if_it_were_new(
+    inventory: Inventory, health: HealthView, data: st.DataObject
+) -> None:
+    cache = ComposeCache()
+    compose(inventory, health, Drained(), Config(), cache)
+    for _ in range(3):
+        if inventory.backends:
+            i = data.draw(st.integers(0, len(inventory.backends) - 1))
+            new = replace(inventory.backends[i], ready=data.draw(st.booleans()), weight=data.draw(st.integers(0, 3)))
+            inventory = replace(inventory, backends=(*inventory.backends[:i], new, *inventory.backends[i + 1 :]))
+            verdict = data.draw(st.sampled_from(Health))
+            health = HealthView({**health.verdicts, new.id: verdict})
+        assert compose(inventory, health, Drained(), Config(), cache) == compose(inventory, health, Drained(), Config())
