@@ -36,7 +36,8 @@ def test_objects_load_and_forward_on_debians_kernel(tmp_path: Path) -> None:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (make packages-test)")
     kernel = debian_kernel(ROOT / "build" / "guest" / "kernel")
-    command = f"uname -r; {sys.executable} -m pytest -q --color=no -p no:cacheprovider --timeout 600 {' '.join(TABLES + FORWARDING)}"
+    options = "-q --color=no -p no:cacheprovider --timeout 600"
+    command = f"uname -r; {sys.executable} -m pytest {options} {' '.join(TABLES + FORWARDING)}"
     result = run_in_guest(kernel, command, tmp_path, cwd=ROOT, timeout=840)
     assert kernel.version in result.output.splitlines()
     passed = re.search(r"(\d+) passed", result.output)
