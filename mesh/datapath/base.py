@@ -172,6 +172,9 @@ class Table(Mapping[_Key, Counters]):
             connect_seconds_sum=connect / 1e9,
         )
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
     def __iter__(self) -> Iterator[_Key]:
         return iter(self.order)
 

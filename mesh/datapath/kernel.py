@@ -97,6 +97,7 @@ class KernelDatapath:
         self._programs, maps = kernel_maps.load(directory, sizes)
         self._maps = KernelMaps(maps, directory)
         kernel_adopt.check_hash(self._programs["mesh_explain"])
+        self._order: kernel_stats.Order | None = None  # of what stats() last read
         self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
         self._monitor = Monitor()
         self._netlink = Netlink()
@@ -305,7 +306,8 @@ class KernelDatapath:
         """See Datapath.stats."""
         with self._lock:
             applied, served = self._applied, dict(self._maps.served)
-        stats = kernel_stats.read(self._maps, applied, served)
+        order = self._order = kernel_stats.Order.of(applied, served, self._order)
+        stats = kernel_stats.read(self._maps, order)
         if self._statistics is not None:
             stats = dataclasses.replace(stats, totals=kernel_stats.run_time(self._programs))
         return self._beside.merge(stats, applied)

@@ -10,16 +10,19 @@ It also keeps the peer port, at which nodes with the proxy engine hand over flow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from mesh.config import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, Counters, FrontendEntry, Plan, Signal, Stats
+from mesh.datapath.base import COLUMNS, Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats, Table
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
 
 if TYPE_CHECKING:
     from mesh.datapath.proxy import ProxyDatapath
+
+
+_Key = TypeVar("_Key")
 
 
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
@@ -48,24 +51,24 @@ def for_peers(applied: Applied) -> dict[BackendKey, BackendEntry]:
     return {key: entry for key, entry in applied.backends.items() if entry.target.via is None}
 
 
-def added(a: Counters, b: Counters) -> Counters:
-    """Two rows of counters as one."""
-    causes = {*a.failed, *b.failed}
-    return Counters(
-        opened=a.opened + b.opened,
-        closed=a.closed + b.closed,
-        active=a.active + b.active,
-        retried=a.retried + b.retried,
-        failed={cause: a.failed.get(cause, 0) + b.failed.get(cause, 0) for cause in causes},
-        bytes_in=a.bytes_in + b.bytes_in,
-        bytes_out=a.bytes_out + b.bytes_out,
-        packets_in=a.packets_in + b.packets_in,
-        packets_out=a.packets_out + b.packets_out,
-        connect_seconds=tuple(x + y for x, y in zip(a.connect_seconds, b.connect_seconds, strict=True))
-        if a.connect_seconds and b.connect_seconds
-        else a.connect_seconds or b.connect_seconds,
-        connect_seconds_sum=a.connect_seconds_sum + b.connect_seconds_sum,
-    )
+def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | None]) -> Table[_Key]:
+    """`table` with what the rows of `more` counted, under the keys that `name` gives them; None: left out."""
+    moved = {row for column in more.columns if any(column) for row, n in enumerate(column) if n}
+    if not moved:
+        return table
+    rows = {key: row for row, key in enumerate(table.order)}
+    columns = [list(table.column(i)) for i in range(len(COLUMNS))]
+    sources = [more.column(i) for i in range(len(COLUMNS))]
+    for row in sorted(moved):
+        key = name(more.order[row])
+        if key is None:
+            continue
+        at = rows.setdefault(key, len(rows))
+        for column, source in zip(columns, sources, strict=True):
+            if at == len(column):
+                column.append(0)
+            column[at] += source[row]
+    return Table(table.order if len(rows) == len(table.order) else tuple(rows), columns)
 
 
 class Beside:
@@ -139,16 +142,17 @@ class Beside:
         if self._proxy is None:
             return stats
         ours = self._proxy.stats()
-        frontends = dict(stats.frontends)
-        backends: dict[tuple[Frontend, BackendKey], Counters] = dict(stats.backends)
-        for frontend, row in ours.frontends.items():
-            known = self._known(frontend, applied)
-            if known in frontends:
-                frontends[known] = added(frontends[known], row)
-        for (frontend, key), row in ours.backends.items():
-            pair = self._known(frontend, applied), key
-            if pair[0] in applied.frontends and key in applied.backends:
-                backends[pair] = added(backends.get(pair, Counters()), row)
+        names = {frontend: self._known(frontend, applied) for frontend in ours.frontends}
+
+        def front(frontend: Frontend) -> Frontend | None:
+            return known if (known := names[frontend]) in stats.frontends else None
+
+        def pair(row: tuple[Frontend, BackendKey]) -> tuple[Frontend, BackendKey] | None:
+            known = names[row[0]]
+            return (known, row[1]) if known in applied.frontends and row[1] in applied.backends else None
+
+        frontends = added(Table.of(stats.frontends), Table.of(ours.frontends), front)
+        backends = added(Table.of(stats.backends), Table.of(ours.backends), pair)
         return dataclasses.replace(
             stats,
             frontends=frontends,

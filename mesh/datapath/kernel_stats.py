@@ -4,54 +4,75 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath import codec
-from mesh.datapath.base import OWNER_FIRST, Applied, Choice, Counters, Failure, Stats
+from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Stats, Table
 from mesh.datapath.kernel_maps import KernelMaps, Served
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
 SKB: Final = 192  # bytes of struct __sk_buff
 SKB_CB: Final = 48  # offset of its cb
-ZERO: Final = Counters()
-NO_FAILURES: Final[Mapping[Failure, int]] = ZERO.failed
 ETHER: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
 
 
-def counters(row: tuple[int, ...], protocol: int) -> Counters:
-    """A row of mesh_counts. UDP has no end: its flows count as closed, none as active."""
-    if not any(row):
-        return ZERO
-    packets_in, bytes_in, packets_out, bytes_out, starts, ends = row
-    closed = min(ends, starts) if protocol == Protocol.TCP else starts
-    return Counters(starts, closed, starts - closed, 0, NO_FAILURES, bytes_in, bytes_out, packets_in, packets_out)
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which rows of the maps are shown, in which order; the same object until what is held changes."""
+
+    applied: Applied
+    served: tuple[Served, ...]
+    frontends: tuple[Frontend, ...]
+    numbers: tuple[int, ...]  # of the frontends
+    backends: tuple[tuple[Frontend, BackendKey], ...]
+    ids: tuple[int, ...]  # of the backends
+
+    @classmethod
+    def of(cls, applied: Applied, served: Mapping[Frontend, Served], known: Order | None) -> Order:
+        """`known` itself where it still holds. A backend of several frontends is told once, under the first of them."""
+        now = tuple(served.values())
+        if known is not None and known.applied is applied and known.served == now:
+            return known
+        frontends = tuple(frontend for frontend in applied.frontends if frontend in served)
+        names = {entry.id: key for key, entry in applied.backends.items()}
+        backends: dict[int, tuple[Frontend, BackendKey]] = {}
+        for frontend, entry in applied.frontends.items():
+            for number in entry.backends:
+                key = names.pop(number, None)
+                if key is not None:
+                    backends[number] = frontend, key
+        numbers = tuple(served[frontend].id for frontend in frontends)
+        return cls(applied, now, frontends, numbers, tuple(backends.values()), tuple(backends))
 
 
-def read(maps: KernelMaps, applied: Applied, served: Mapping[Frontend, Served]) -> Stats:
-    """All counters. A backend that several frontends share is told once, under the first of them."""
-    top = max((s.id for s in served.values()), default=0) + 1
-    rows = list(codec.COUNTS.iter_unpack(maps.counts("mesh_fcounts", top)))
-    frontends = {
-        frontend: counters(rows[served[frontend].id], frontend.protocol)
-        for frontend in applied.frontends
-        if frontend in served
-    }
-    names = {entry.id: key for key, entry in applied.backends.items()}
-    rows = list(codec.COUNTS.iter_unpack(maps.counts("mesh_bcounts", max(names, default=0) + 1)))
-    backends = {}
-    for frontend, entry in applied.frontends.items():
-        for number in entry.backends:
-            key = names.pop(number, None)
-            if key is not None:
-                backends[frontend, key] = counters(rows[number], frontend.protocol)
+def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> list[Sequence[int]]:
+    """Rows of mesh_counts as columns of a Table. UDP has no end: its flows count as closed, none as active."""
+    data = memoryview(raw).cast("Q").tolist()
+    width = codec.COUNTS.size // 8
+    packets_in, bytes_in, packets_out, bytes_out, opened, ended = (
+        [column[row] for row in rows] for column in (data[i::width] for i in range(width))
+    )
+    tcp = Protocol.TCP
+    closed = [min(e, s) if p is tcp else s for s, e, p in zip(opened, ended, protocols, strict=True)]
+    return [opened, closed, [0] * len(rows), bytes_in, bytes_out, packets_in, packets_out]
+
+
+def read(maps: KernelMaps, order: Order) -> Stats:
+    """All counters."""
+    raw = maps.counts("mesh_fcounts", max(order.numbers, default=0) + 1)
+    columns = _columns(raw, order.numbers, [frontend.protocol for frontend in order.frontends])
+    frontends = Table(order.frontends, columns)
+    raw = maps.counts("mesh_bcounts", max(order.ids, default=0) + 1)
+    columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])
+    backends = Table(order.backends, columns)
     raw = maps.counts("mesh_verdicts", len(VERDICTS))
     verdicts = {name: codec.unpack_u64(raw[8 * i : 8 * i + 8]) for i, name in enumerate(VERDICTS)}
-    tracked = any(entry.table.tracked for entry in applied.frontends.values())
+    tracked = any(entry.table.tracked for entry in order.applied.frontends.values())
     gauges = {
         "flow_cache_entries": float(maps.entries("mesh_flows")) if tracked else 0.0,
         "flow_cache_size": float(maps.size("mesh_flows")),

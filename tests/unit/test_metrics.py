@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from mesh.datapath.base import BackendKey, Counters, Failure
+from mesh.datapath.base import COLUMNS, PLAIN, BackendKey, Counters, Failure, Table
+from mesh.datapath.kernel_beside import added
 from mesh.metrics import families
-from mesh.metrics.collector import Snapshot, collect, render
+from mesh.metrics.collector import Exposition, Snapshot, collect, render
 from tests.unit.metrics_samples import frontend, snapshot, state, stats
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -122,3 +125,42 @@ def test_promtool_finds_nothing_to_object_to(size: tuple[int, int]) -> None:
     body, _ = render(snapshot(*size))
     done = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def rows_of(numbers: list[list[int]]) -> Table[str]:
+    """A table of rows "0", "1", ... with these numbers in the order of COLUMNS."""
+    return Table(tuple(str(i) for i in range(len(numbers))), list(zip(*numbers, strict=True)))
+
+
+@given(st.lists(st.lists(st.integers(0, 2**63), min_size=len(COLUMNS), max_size=len(COLUMNS)), min_size=1, max_size=5))
+def test_a_table_is_the_mapping_that_it_shows(numbers: list[list[int]]) -> None:
+    table = rows_of([[closed + opened % 1000, closed, *rest] for opened, closed, *rest in numbers])
+    again = Table.of(dict(table))
+    assert again == table and len(table) == len(numbers)
+    spent = PLAIN.index("connect_ns")  # shown in seconds
+    for i in range(len(COLUMNS)):
+        if i != spent:
+            assert list(again.column(i)) == list(table.column(i))
+
+
+def test_the_proxy_beside_is_added_up() -> None:
+    kernel = Table(("a", "b"), [[5, 6], [1, 2]])
+    proxy = rows_of([[1] * len(COLUMNS), [0] * len(COLUMNS), [2] * len(COLUMNS)])
+    both = added(kernel, proxy, {"0": "b", "1": "x", "2": "c"}.get)
+    assert list(both) == ["a", "b", "c"]
+    assert (both["a"].opened, both["b"].opened, both["b"].closed, both["c"].opened) == (5, 7, 3, 2)
+    assert both["b"].failed[Failure.REFUSED] == 1 and both["c"].connect_seconds[0] == 2
+    assert added(kernel, rows_of([[0] * len(COLUMNS)]), lambda _: "a") is kernel
+
+
+def test_text_that_is_kept_follows_what_it_names() -> None:
+    """One exposition over changing sets of rows and names writes what a new one writes."""
+    kept = Exposition()
+    for services, backends in ((1, 2), (2, 3), (2, 3), (1, 3), (0, 0), (2, 1)):
+        snap = snapshot(services, backends)
+        columns = replace(snap.stats, frontends=Table.of(snap.stats.frontends), backends=Table.of(snap.stats.backends))
+        for shown in (replace(snap, stats=columns), replace(snap, stats=columns, ready=False)):
+            assert kept.collect(shown) == Exposition().collect(shown)
+    renamed = state(2, 1)
+    renamed["services"][0]["name"] = "other 100%"
+    assert kept.collect(replace(snap, state=renamed)) == collect(replace(snap, state=renamed))
