@@ -7,20 +7,23 @@ Scale: a table of 1,000 backends; a cluster of 1,000 services with 10 backends e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
 from mesh.config import Config
-from mesh.datapath.base import Applied
-from mesh.metrics.collector import render
-from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
-from mesh.reconcile.compose import Drained, compose
+from mesh.datapath.base import Applied, Table
+from mesh.datapath.proxy import ProxyDatapath
+from mesh.metrics.collector import Exposition, Snapshot, render
+from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service
+from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.guard import guard
-from mesh.reconcile.plan import plan
+from mesh.reconcile.plan import key_of, plan
 from mesh.swarm.decode import Answers, decode
 from tests.unit.metrics_samples import snapshot
 
@@ -128,6 +131,40 @@ def test_decode_10000_tasks(benchmark: BenchmarkFixture):
     assert len(read.inventory.backends) == SERVICES * REPLICAS
 
 
-def test_scrape_10000_backends(benchmark: BenchmarkFixture):
-    body, _ = benchmark(render, snapshot(SERVICES, REPLICAS))
+def test_compose_one_of_10000_backends_changed(benchmark: BenchmarkFixture):
+    """With what the last compose remembered, as in the loop."""
+    whole, cache = inventory(), ComposeCache()
+    backends = (dataclasses.replace(whole.backends[0], intent=Intent.DRAINING), *whole.backends[1:])
+    turns = itertools.cycle((whole, dataclasses.replace(whole, backends=backends)))
+    benchmark(lambda: compose(next(turns), HealthView(), Drained(), Config(), cache))
+    assert len(cache.parts) == SERVICES
+
+
+def by_column(services: int, replicas: int) -> Snapshot:
+    """A snapshot with counters as the engines give them."""
+    shown = snapshot(services, replicas)
+    tables = Table.of(shown.stats.frontends), Table.of(shown.stats.backends)
+    return dataclasses.replace(shown, stats=dataclasses.replace(shown.stats, frontends=tables[0], backends=tables[1]))
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["first", "next"])
+def test_scrape_10000_backends(benchmark: BenchmarkFixture, kept: bool):
+    """The text of a scrape: the daemon's first one, and those that follow while nothing comes or goes."""
+    shown, exposition = by_column(SERVICES, REPLICAS), Exposition()
+    body, _ = benchmark(exposition.render if kept else render, shown)
     assert body.count(b"\n") > SERVICES * REPLICAS
+
+
+def test_read_10000_backends(benchmark: BenchmarkFixture, tmp_path: Path):
+    """The proxy engine's counters, for a scrape."""
+    engine = ProxyDatapath(Config(threads=1, intercept="bind", state_dir=str(tmp_path)))
+    books, held = engine._books, plan(Applied(), compose(inventory(), HealthView(), Drained(), Config())).result
+    engine.open()
+    try:
+        for frontend, entry in held.frontends.items():
+            record = books.record(frontend, engine._engine)
+            for target in entry.state.targets:
+                books.pair(record, key_of(entry.state, target), engine._engine)
+        assert len(benchmark(engine.stats).backends) == SERVICES * REPLICAS
+    finally:
+        engine.close(release=True)

@@ -105,7 +105,10 @@ PACKETS: Final = Family(
     "Packets in the kernel engine, datagrams in the proxy engine (UDP only).",
 )
 CONNECT: Final = Family(
-    "mesh_connect_seconds", Kind.HISTOGRAM, _PORT, "Time that backends took to accept a connection (proxy engine)."
+    "mesh_connect_seconds",
+    Kind.HISTOGRAM,
+    _PORT,
+    "Time that backends took to accept a connection (proxy engine); absent before the first.",
 )
 SERVED: Final = Family("mesh_frontend_served", Kind.GAUGE, _PORT, "1 if the engine serves this published port.")
 PANIC: Final = Family(
@@ -151,7 +154,7 @@ BACKEND_CONNECT: Final = Family(
     "mesh_backend_connect_seconds",
     Kind.SUMMARY,
     _TARGET,
-    "Time that this backend took to accept connections: sum and count (proxy engine).",
+    "Time that this backend took to accept connections: sum and count (proxy engine); absent before the first.",
 )
 BACKEND_WEIGHT: Final = Family(
     "mesh_backend_weight", Kind.GAUGE, _TARGET, "Effective weight; 0 keeps its connections and gets no new ones."
