@@ -135,6 +135,8 @@ class Agent:
             self._provider.engine, self._provider.on_health = chosen.name, self._reconciler.set_health
         facts = Facts(chosen.name, chosen.reason, self._state_dir, time.time())
         self._view = View(facts, self._reconciler, self._provider, self._monitor, self.stop)
+        if isinstance(self._provider, ClusterProvider):
+            self._provider.tables = self._view.tables
         self._servers = Servers(self._view, self._config.http_listen, self._state_dir)
         self._reconciler.set_drained(self._view.drained)
         log.info(

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import structlog
 
+from mesh import __version__
+from mesh.agent_compare import Row, differences
 from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
 from mesh.cluster.server import RelayServer
 from mesh.config import Config
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.provider import Provider, ProviderStatus, Publish
 from mesh.swarm import Here, SwarmProvider
@@ -28,7 +31,13 @@ REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has change
 CONFIRM: Final = 0.5  # seconds that a silent node has to answer at all
 LOST_SHARE: Final = 0.5  # of all nodes; where more are silent at once, it is this node that is cut off
 
+Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
+
 log = structlog.get_logger("mesh.cluster")
+
+
+async def _no_tables() -> tuple[int, dict[str, str]]:
+    return 0, {}
 
 
 def manager_addresses(text: str, port: int) -> list[tuple[str, int]]:
@@ -78,8 +87,9 @@ def _steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio
 class ClusterProvider:
     """A provider for every node of a swarm; see mesh.provider.Provider.
 
-    Before `run`, set `engine` to how this node forwards, and `on_health` to what takes all nodes' verdicts, this
-    node's among them, whenever they change.
+    Before `run`, set `engine` to how this node forwards, `tables` to what tells the generation that is applied and
+    the digests of its tables by frontend, and `on_health` to what takes all nodes' verdicts, this node's among them,
+    whenever they change.
     """
 
     def __init__(self, config: Config) -> None:
@@ -102,7 +112,10 @@ class ClusterProvider:
         self._lost: set[str] = set()
         self._changed = asyncio.Event()  # something to report
         self._role = asyncio.Event()  # the role has changed
+        self._heard: dict[str, float] = {}  # when, monotonic
+        self._report = wire.Report({})  # this node's last
         self.engine = ""
+        self.tables: Tables = _no_tables
         self.on_health: Callable[[HealthView], None] = lambda view: None
 
     # ---- what others ask ----
@@ -127,6 +140,37 @@ class ClusterProvider:
         self._own = view
         self._changed.set()
         self._merge_health()
+
+    def cluster(self) -> dict[str, Any]:
+        """All nodes side by side, and where they differ.
+
+        Raises:
+            MeshError: this node is a worker, which is told services, but not of other agents.
+        """
+        if self._server is None or self._published is None:
+            managers = ", ".join(sorted(self._here.look.managers.values()))
+            raise MeshError("only a manager's agent knows all nodes", remedy=f"ask on a manager: {managers or '?'}")
+        versions = {**self._server.nodes, self._here.look.node: __version__}
+        now = time.monotonic()
+        rows = []
+        for node in self._published.nodes:
+            own = node.id == self._here.look.node
+            report = self._report if own else self._reports.get(node.id, wire.Report({}))
+            heard = self._heard.get(node.id)
+            rows.append(
+                Row(
+                    node.id,
+                    node.name,
+                    str(node.address or ""),
+                    node.up,
+                    report.engine or node.engine,
+                    versions.get(node.id, ""),
+                    report.generation,
+                    0.0 if own else None if heard is None else now - heard,
+                    report.digests,
+                )
+            )
+        return {"nodes": [asdict(row) for row in rows], "differences": differences(rows)}
 
     # ---- roles ----
 
@@ -258,8 +302,10 @@ class ClusterProvider:
     # ---- health ----
 
     def _on_report(self, node: str, report: wire.Report) -> None:
-        if self._reports.get(node) != report:
-            self._reports[node] = report
+        before = self._reports.get(node)
+        self._reports[node] = report
+        self._heard[node] = time.monotonic()
+        if before is None or before.verdicts != report.verdicts:
             self._merge_health()
 
     def _on_verdicts(self, view: HealthView) -> None:
@@ -308,7 +354,9 @@ class ClusterProvider:
     async def _report_forever(self, relay: RelayProvider) -> None:
         while True:
             self._changed.clear()
-            await relay.report(wire.Report(self._own_verdicts(), engine=self.engine))
+            generation, digests = await self.tables()
+            self._report = wire.Report(self._own_verdicts(), digests, generation, self.engine)
+            await relay.report(self._report)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY):
                     await self._changed.wait()

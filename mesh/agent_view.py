@@ -21,7 +21,7 @@ from mesh.datapath.base import OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Fro
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
 from mesh.metrics.view import Json
-from mesh.model import Flow, Inventory
+from mesh.model import Flow, Inventory, Locality
 from mesh.provider import Provider
 from mesh.reconcile.compose import SERVING, Drained, standing
 from mesh.reconcile.loop import Reconciler
@@ -93,6 +93,21 @@ class View:
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
             "stopping": self.stopping,
         }
+
+    async def tables(self) -> tuple[int, dict[str, str]]:
+        """The generation that is applied, and the digest of each table on which all nodes should agree."""
+        picture, applied = self._reconciler.picture, self._reconciler.applied
+        services = await asyncio.to_thread(self._services.shown, picture, applied)
+        agreed = (s for s in services if s["options"]["locality"] != Locality.LOCAL_FIRST.value)
+        digests = {f["frontend"]: f["digest"] for s in agreed for f in s["frontends"] if f["digest"]}
+        return applied.generation, digests
+
+    def cluster(self) -> Json:
+        ask = getattr(self._provider, "cluster", None)
+        if ask is None:
+            raise MeshError("this daemon serves one node only", where="cluster", remedy="provider = swarm serves all")
+        answer: Json = ask()
+        return answer
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         loop = self._reconciler

@@ -18,14 +18,19 @@ _ID_SHOWN = 12
 
 
 @click.command(short_help="Is it well, and what is wrong.")
+@click.option("--cluster", is_flag=True, help="All nodes side by side, and where they differ (on a manager).")
 @daemon_options
-def status(state_dir: Path, as_json: bool) -> None:
+def status(state_dir: Path, as_json: bool, cluster: bool) -> None:
     """Is it well: engine, source of services, what is served, and what is wrong.
 
     \b
-    Exit code: 0 if the node serves all that it should, 1 if not (the reasons are printed).
+    Exit code: 0 if the node serves all that it should, 1 if not (the reasons are printed);
+               with --cluster 0 if all nodes agree.
     Example:   mesh status --json | jq .ready
     """
+    if cluster:
+        _status_of_cluster(call(state_dir, "/cluster"), as_json=as_json)
+        return
     state = call(state_dir, "/state")
     ready = call(state_dir, "/readyz", accept=(503,))
     if as_json:
@@ -34,6 +39,24 @@ def status(state_dir: Path, as_json: bool) -> None:
     else:
         _print_status(state, ready)
     if not ready["ready"]:
+        sys.exit(Exit.NOT_READY)
+
+
+def _status_of_cluster(found: Json, *, as_json: bool) -> None:
+    if as_json:
+        echo_json(found)
+    else:
+        rows: list[tuple[object, ...]] = []
+        for node in found["nodes"]:
+            heard = "never" if node["age"] is None else f"{duration(node['age'])} ago"
+            up = "yes" if node["up"] else "NO"
+            rows.append((node["name"], node["address"], up, node["engine"], node["mesh"], node["generation"], heard))
+        echo_table(rows, "NODE", "ADDRESS", "UP", "ENGINE", "MESH", "GENERATION", "HEARD", empty="no nodes")
+        tables = {frontend for node in found["nodes"] for frontend in node["digests"]}
+        click.echo()
+        for line in found["differences"] or [f"All nodes agree on {len(tables)} tables."]:
+            click.echo(line)
+    if found["differences"]:
         sys.exit(Exit.NOT_READY)
 
 

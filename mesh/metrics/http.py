@@ -28,6 +28,7 @@ INDEX: Final = """mesh
 /healthz   200 while the process runs
 /readyz    200 while the node serves all that it should, else 503 with reasons
 /state     everything the daemon knows, JSON
+/cluster   all nodes side by side, on a manager
 /explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   where a connection goes, and why
 """
 
@@ -47,6 +48,7 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/state", _state)
+    app.router.add_get("/cluster", _cluster)
     app.router.add_get("/explain", _explain)
     if control:
         app.router.add_post("/drain", _drain)
@@ -121,6 +123,10 @@ async def _readyz(request: web.Request) -> web.Response:
 async def _state(request: web.Request) -> web.Response:
     view = request.app[VIEW]
     return await asyncio.to_thread(lambda: _json(view.state()))
+
+
+async def _cluster(request: web.Request) -> web.Response:
+    return _json(request.app[VIEW].cluster())
 
 
 async def _explain(request: web.Request) -> web.Response:

@@ -32,6 +32,14 @@ class AgentView(Protocol):
         drained {backends [id], nodes [id]}, stopping (bool).
         """
 
+    def cluster(self) -> Json:
+        """All nodes side by side, as a manager knows them: nodes [{id, name, address, up, engine, mesh, generation,
+        age (seconds since its agent was heard; null: never), digests {frontend: digest}}], differences [str].
+
+        Raises:
+            mesh.errors.MeshError: this node does not know; the remedy says who does.
+        """
+
     def ready(self) -> tuple[bool, Sequence[str]]:
         """Whether the node serves what it should, and the reasons where it does not."""
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +113,22 @@ def test_a_service_that_is_on_one_node_only(cluster: Cluster) -> None:
         assert (report.ok, set(report.identities)) == (100, {task})
         local = peers.load(node.namespace, "127.0.0.1", 8001, "-n", "50", "-c", "4")
         assert (local.ok, set(local.identities)) == (50, {task})
+
+
+def test_nodes_are_compared(cluster: Cluster) -> None:
+    cluster.swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    cluster.agree("web", 3)
+
+    def compared() -> dict[str, Any]:
+        return dict(json.loads(cluster.daemons[0].get("/cluster")[1]))
+
+    wait_for(lambda: not compared()["differences"], "nodes without a difference")
+    nodes = {node["name"]: node for node in compared()["nodes"]}
+    assert set(nodes) == {node.hostname for node in cluster.swarm.nodes}
+    assert {node["engine"] for node in nodes.values()} == {"proxy"}
+    assert all(len(node["digests"]) == 1 and node["age"] < 10 for node in nodes.values())
+    status, answer = cluster.daemons[1].get("/cluster")
+    assert status == 400 and cluster.swarm.manager.address in answer
 
 
 def test_killed_on_a_worker_is_out_everywhere(cluster: Cluster) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from mesh.agent_compare import Row, differences
 from mesh.datapath.base import CONNECT_BUCKETS, BackendKey, Counters, Failure, Stats
 from mesh.errors import MeshError
 from mesh.metrics.collector import Snapshot
@@ -127,6 +129,7 @@ class SampleView:
     def __init__(self) -> None:
         self.shown = state()
         self.reasons: list[str] = []
+        self.nodes: list[Row] = []
         self.changed: list[tuple[str, str, bool]] = []
         self.stopped = asyncio.Event()
         self.released = False
@@ -134,6 +137,11 @@ class SampleView:
 
     def state(self) -> Json:
         return self.shown
+
+    def cluster(self) -> Json:
+        if not self.nodes:
+            raise MeshError("only a manager's agent knows all nodes", remedy="ask on a manager: 192.0.2.9")
+        return {"nodes": [asdict(row) for row in self.nodes], "differences": differences(self.nodes)}
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         return not self.reasons, self.reasons

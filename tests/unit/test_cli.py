@@ -19,6 +19,7 @@ from aiohttp import web
 from mesh.cli.main import Exit, main
 from mesh.metrics.http import make_app
 from tests.unit.metrics_samples import SampleView
+from tests.unit.test_agent_compare import ONE, TWO
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,19 @@ async def test_status(daemon: Daemon) -> None:
     assert all(text in done.out for text in ("ready      NO", view.reasons[0], "mesh.affinity"))
     done = await run("status", "--json")
     assert (done.code, done.json()["ready"], done.json()["reasons"]) == (Exit.NOT_READY, False, view.reasons)
+
+
+async def test_status_of_the_cluster(daemon: Daemon) -> None:
+    view, run = daemon
+    done = await run("status", "--cluster")
+    assert done.code != Exit.OK and "ask on a manager: 192.0.2.9" in done.err
+    view.nodes = [ONE, TWO]
+    done = await run("status", "--cluster")
+    assert (done.code, done.err) == (Exit.OK, "")
+    assert "All nodes agree on 2 tables." in done.out and "192.0.2.1" in done.out
+    view.nodes = [ONE, replace(TWO, up=False)]
+    done = await run("status", "--cluster")
+    assert done.code == Exit.NOT_READY and "node two does not answer" in done.out
 
 
 async def test_services_and_backends(daemon: Daemon) -> None:
