@@ -9,7 +9,7 @@ import os
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ async def test_drain_and_undrain(daemon: Daemon) -> None:
 async def test_stop_waits_until_it_is_gone(daemon: Daemon) -> None:
     view, run = daemon
     done = await run("stop", "--release")
-    assert (done.code, view.released) == (0, True) and "daemon 4711 stopped" in done.out
+    assert (done.code, view.released) == (0, True) and f"daemon {os.getpid()} stopped" in done.out
     done = await run("status")
     assert done.code == Exit.UNREACHABLE
 
