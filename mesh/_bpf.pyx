@@ -411,11 +411,11 @@ cdef class Link(Handle):
     """An attachment that lives while it is open or pinned; `update` replaces its program without a gap."""
 
     @staticmethod
-    def create(Program program not None, int target, int kind):
-        """Attach by BPF_LINK_CREATE. `target`: a descriptor (cgroup), or for tcx an interface's index."""
+    def create(Program program not None, int target, int kind, uint32_t flags=0):
+        """Attach by BPF_LINK_CREATE. `target`: a descriptor (cgroup), or for tcx and XDP an interface's index."""
         cdef Link link = Link.__new__(Link)
         with nogil:
-            link.fd = bpf_link_create(program.fd, target, kind, NULL)
+            link.fd = mesh_link(program.fd, target, kind, flags)
         link.name = program.name
         if link.fd < 0:
             raise failure(link.fd, "attach", f"{program.name} to target {target}, attach type {kind}")

@@ -99,6 +99,12 @@ cdef extern from *:
 
         return bpf_prog_load(BPF_PROG_TYPE_SCHED_CLS, "mesh_passing", "Dual BSD/GPL", code, 2, NULL);
     }
+    static int mesh_link(int program, int target, int kind, __u32 flags)
+    {
+        LIBBPF_OPTS(bpf_link_create_opts, opts, .flags = flags);
+
+        return bpf_link_create(program, target, kind, &opts);
+    }
     static int mesh_tc_clear(int ifindex)
     {
         LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = BPF_TC_INGRESS | BPF_TC_EGRESS);
@@ -180,6 +186,7 @@ cdef extern from *:
     int mesh_batch_delete(int fd, const void *keys, uint32_t *count) nogil
     int mesh_tc(int fd, int ifindex, int ingress, uint32_t handle, uint32_t priority, int attach, int *created) nogil
     int mesh_passing() nogil
+    int mesh_link(int program, int target, int kind, uint32_t flags) nogil
     int mesh_tc_clear(int ifindex) nogil
     int mesh_tc_program(int ifindex, int ingress, uint32_t handle, uint32_t priority, uint32_t *id) nogil
     int mesh_test_run(int fd, const void *data, uint32_t size, void *out, uint32_t *out_size, const void *ctx,
@@ -242,7 +249,6 @@ cdef extern from *:
     int bpf_map_freeze(int fd) nogil
     int bpf_map_get_fd_by_id(uint32_t id) nogil
     int bpf_prog_get_fd_by_id(uint32_t id) nogil
-    int bpf_link_create(int program, int target, int kind, const void *opts) nogil
     int bpf_link_update(int link, int program, const void *opts) nogil
     int bpf_link_detach(int link) nogil
     int bpf_enable_stats(int type) nogil

@@ -42,6 +42,11 @@ class Config:
         choices=("auto", "nft", "bind"),
     )
     interfaces: str = _key("", "kernel engine: those that face clients, names or globs, comma separated; empty: all")
+    xdp: str = _key(
+        "off",
+        "kernel engine; on: network cards with native XDP drop denied sources before all else",
+        choices=("off", "on"),
+    )
     no_backend: str = _key(
         "refuse", "kernel engine: a frontend without a backend; pass: to the kernel", choices=("refuse", "pass")
     )

@@ -22,7 +22,7 @@ import structlog
 from mesh import _bpf
 from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
 from mesh.config import Config
-from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats
+from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats, kernel_xdp
 from mesh.datapath.base import (
     OWNER_PASS,
     Applied,
@@ -94,7 +94,8 @@ class KernelDatapath:
         self._others = [p for p in home.glob("*") if p.name != directory.name]
         sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
         self._directory = directory
-        self._programs, maps = kernel_maps.load(directory, sizes)
+        more = [kernel_xdp.OBJECT] if self._config.xdp == "on" else []
+        self._programs, maps = kernel_maps.load(directory, sizes, more)
         self._maps = KernelMaps(maps, directory)
         kernel_adopt.check_hash(self._programs["mesh_explain"])
         self._order: kernel_stats.Order | None = None  # of what stats() last read
@@ -103,6 +104,7 @@ class KernelDatapath:
         self._netlink = Netlink()
         self._finder = Places(self._netlink)
         self._attach = Attachments(self._programs, directory / "links")
+        self._xdp = kernel_xdp.XdpStage(self._programs.get(kernel_xdp.PROGRAM), directory / "links")
         self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6)
         names = self._names.read()
         self._applied = kernel_adopt.adopted(self._maps, names)
@@ -232,8 +234,10 @@ class KernelDatapath:
         topology = self._finder.topology
         if not self._attached:
             self._attach.adopt(topology.interfaces)
+            self._xdp.adopt()
             self._attached = True
-        problems = self._attach.sync(wanted(topology, self._places.values(), self._patterns))
+        programs = wanted(topology, self._places.values(), self._patterns)
+        problems = self._attach.sync(programs) + self._xdp.sync(topology.interfaces, programs)
         group = Path(self._config.cgroup) if self._config.cgroup else cgroup_root()
         self._problems = problems + self._attach.sync_sockets(group)
 
@@ -357,6 +361,7 @@ class KernelDatapath:
             self._monitor.close()
             self._netlink.close()
             if release and self._live_until(time.monotonic() + self._config.drain_timeout) == 0:
+                self._xdp.detach()
                 self._attach.detach()
                 remove_pins(self._directory)
                 with contextlib.suppress(OSError):

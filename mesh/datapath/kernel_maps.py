@@ -24,12 +24,15 @@ FILES: Final = ("ingress.bpf.o", "task.bpf.o", "socket.bpf.o")
 ONE: Final = codec.pack_u32(1)
 
 
-def load(directory: Path, sizes: Mapping[str, int]) -> tuple[dict[str, _bpf.Program], dict[str, _bpf.Map]]:
-    """Load all objects over the maps pinned in `directory`, and pin those that are new there.
+def load(
+    directory: Path, sizes: Mapping[str, int], more: Sequence[str] = ()
+) -> tuple[dict[str, _bpf.Program], dict[str, _bpf.Map]]:
+    """Load the objects over the maps pinned in `directory`, and pin those that are new there.
 
     Args:
         directory: in a bpf file system, may be absent.
         sizes: entries by map name, for maps that are created now.
+        more: objects beyond those that are always loaded.
 
     Raises:
         DatapathError: an object is missing, is of another build, or is refused by the kernel.
@@ -37,7 +40,7 @@ def load(directory: Path, sizes: Mapping[str, int]) -> tuple[dict[str, _bpf.Prog
     programs: dict[str, _bpf.Program] = {}
     maps: dict[str, _bpf.Map] = {}
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for file in FILES:
+    for file in (*FILES, *more):
         path = OBJECTS / file
         if not path.exists():
             raise DatapathError("is missing", where=str(path), remedy="build the package again, with clang installed")

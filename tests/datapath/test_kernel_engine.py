@@ -389,6 +389,47 @@ def test_source_rules(plane: Plane, engine: Driver) -> None:
         assert refused(plane.client, plane.node.address) is not expected, options
 
 
+def test_xdp_stage_is_adopted_and_goes_with_the_engine(plane: Plane) -> None:
+    """It drops before mesh_ingress can, in the next process as well; without the key it is taken off."""
+    # In namespaces there are veths only, which lose the mark of checksums left to offload: have them complete.
+    plane.client.run("ethtool", "-K", "eth0", "tx", "off")
+
+    def is_on() -> bool:
+        return "prog/xdp" in plane.node.run("ip", "-d", "link", "show", "eth0").stdout
+
+    for end in ("kill", "off", "release"):
+        driver = plane.driver(xdp="off" if end == "off" else "on", bpf_stats=1)
+        driver.pretend_cards()
+        driver.open()
+        driver.serve(services=[plane.web("b1", options={"deny": ["192.0.2.0/24"]})])
+        assert driver.problems() == []
+        assert is_on() is (end != "off")
+        denied = driver.stats()["verdicts"]["denied"]
+        assert refused(plane.client, plane.node.address)
+        stats = driver.stats()
+        assert stats["verdicts"]["denied"] > denied
+        assert ("program_xdp_runs" in stats["totals"]) is (end != "off")
+        driver.serve(services=[plane.web("b1")])
+        plane.calls(5)
+        if end == "release":
+            driver.close(release=True)
+            assert not is_on()
+            assert plane.pins() == []
+        else:
+            driver.kill()
+            assert is_on() is (end != "off")
+
+
+def test_xdp_stage_is_not_for_veths(plane: Plane) -> None:
+    driver = plane.driver(xdp="on")
+    driver.open()
+    driver.serve(services=[plane.web("b1")])
+    (line,) = driver.problems()
+    assert line.startswith("interface eth0 has no XDP stage: it is a veth")
+    plane.calls(5)
+    driver.close(release=True)
+
+
 def test_frontend_with_an_address_of_its_own(plane: Plane, engine: Driver) -> None:
     plane.node.add_address("eth0", "192.0.2.201/24")
     one = plane.web("b1", address="192.0.2.201")

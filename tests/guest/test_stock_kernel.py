@@ -18,6 +18,8 @@ TABLES = (
     "tests/bpf/test_forward.py::test_there_and_back",
     "tests/bpf/test_transition.py::test_starts_go_to_the_current_owner_and_others_stay",
     "tests/bpf/test_transition.py::test_known_answers_where_no_frontend_is",
+    "tests/bpf/test_xdp.py::test_denied_sources_are_dropped_as_behind_it",
+    "tests/bpf/test_xdp.py::test_native_on_a_real_interface",
 )
 FORWARDING = (
     "tests/datapath/test_kernel_engine.py::test_every_backend_answers_and_sees_the_clients_address",

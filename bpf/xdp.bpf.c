@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Optional first stage, on network cards only: what source rules deny is dropped before the kernel makes an skb of it.
+ * It decides nothing else, and nothing differently from mesh_ingress, which stays behind it.
+ */
+#include "lib/parse.h"
+#include "lib/count.h"
+#include "lib/select.h"
+
+#define MULTICAST 0x01 /* of the first byte of a MAC address */
+
+/* The flow of an untagged unicast frame that is whole. XDP knows no MAC address of the interface; one of another host
+ * is seen only by promiscuous interfaces. */
+INLINE enum parse_result parse_frame(struct xdp_md *xdp, struct packet *p)
+{
+	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
+	struct ethhdr *ether = data;
+	enum parse_result result = PARSE_OTHER;
+	__u32 available;
+
+	if ((void *)(ether + 1) > end || (ether->h_dest[0] & MULTICAST))
+		return PARSE_OTHER;
+	__builtin_memset(p, 0, sizeof(*p));
+	available = (__u32)(end - data) - L3;
+	if (ether->h_proto == bpf_htons(ETH_P_IP))
+		result = parse_v4(p, data, end, available);
+	else if (ether->h_proto == bpf_htons(ETH_P_IPV6))
+		result = parse_v6(p, data, end, available);
+	return unlikely(p->fragment) ? PARSE_FRAGMENT : result;
+}
+
+SEC("xdp")
+int mesh_xdp(struct xdp_md *xdp)
+{
+	struct mesh_frontend *frontend;
+	struct packet p;
+	__u32 word, id;
+
+	if (parse_frame(xdp, &p) != PARSE_FLOW)
+		return XDP_PASS;
+	word = port_word(p.flow.protocol, p.flow.destination_port);
+	if (likely(!word))
+		return XDP_PASS;
+	id = find_frontend(&p.flow, word);
+	frontend = id ? bpf_map_lookup_elem(&mesh_frontends, &id) : NULL;
+	if (!frontend || likely(!frontend->acl && !(frontend->flags & MESH_FRONTEND_DENY)))
+		return XDP_PASS;
+	if (!is_denied(frontend, &p.flow.source))
+		return XDP_PASS;
+	count_verdict(MESH_VERDICT_DENIED);
+	return XDP_DROP;
+}
