@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 from scapy.all import ARP, Dot1Q, ICMPv6EchoRequest, IPv6ExtHdrFragment, Packet
@@ -109,6 +110,28 @@ def test_truncated_frames_pass(plane: Plane, frame: Packet) -> None:
         assert run(plane, raw[:length]) == PASS
     assert run(plane, raw) == DROP
     assert run(plane, raw + bytes(20)) == DROP  # padding of a short frame
+
+
+def test_mutated_frames_meet_the_same_rules_as_behind_it(plane: Plane) -> None:
+    """DROP just where mesh_ingress denies, but for what is left to it: IPv4 fragments."""
+    random = Random(1)
+    frames = [bytes(frame) for frame in (*DENIED, *PASSED.values())]
+    seen = {DROP: 0, PASS: 0}
+    for _ in range(4000):
+        frame = bytearray(random.choice(frames))
+        for _ in range(random.randrange(4)):
+            frame[random.randrange(12, len(frame))] = random.choice((0, 1, 6, 17, 0x40, 0x45, 80, 255))
+        raw = bytes(frame[: random.randrange(54, max(55, len(frame) + 1))]) if random.random() < 0.2 else bytes(frame)
+        before = plane.verdicts().get("DENIED", 0)
+        dropped = run(plane, raw) == DROP
+        assert plane.verdicts().get("DENIED", 0) - before == dropped
+        denied = plane.run("mesh_ingress", raw).retval == SHOT and plane.verdicts()["DENIED"] > before + dropped
+        is_fragment = raw[12:14] == b"\x08\x00" and int.from_bytes(raw[20:22], "big") & 0x3FFF != 0
+        is_multicast = raw[0] & 1 != 0
+        assert denied == dropped or (denied and is_fragment), raw.hex()
+        assert not (dropped and (is_fragment or is_multicast)), raw.hex()
+        seen[DROP if dropped else PASS] += 1
+    assert min(seen.values()) > 500
 
 
 # ---- attached ----
