@@ -13,6 +13,7 @@ import click
 from mesh.agent_parts import choose_provider
 from mesh.cli.client import echo_json, echo_table
 from mesh.cli.facts import Finding, Verdict, check_host
+from mesh.cli.firewall_facts import check_firewall
 from mesh.cli.main import Exit
 from mesh.cli.swarm_facts import check_docker
 from mesh.config import Config
@@ -24,7 +25,7 @@ from mesh.errors import ConfigError, MeshError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options
 def check(as_json: bool, **flags: Any) -> None:
-    """Can it run here: configuration, engine, limits, ports, Docker, each with a verdict and a remedy.
+    """Can it run here: configuration, engine, limits, ports, Docker, firewall, each with a verdict and a remedy.
 
     Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
 
@@ -33,16 +34,17 @@ def check(as_json: bool, **flags: Any) -> None:
     Example:   mesh check --engine proxy --http-listen 127.0.0.1:9551
     """
     config, findings = _config(flags)
-    findings += [*check_host(_resolved(config)), *check_docker(config)]
+    resolved = _resolved(config)
+    findings += [*check_host(resolved), *check_docker(config), *check_firewall(resolved)]
     if as_json:
         echo_json([asdict(finding) for finding in findings])
     else:
         rows: list[tuple[object, ...]] = [(f.verdict.value, f.what, f.found) for f in findings]
         echo_table(rows, "VERDICT", "WHAT", "FOUND", empty="")
         click.echo()
-        remedies = [finding for finding in findings if finding.remedy and finding.verdict is not Verdict.OK]
-        for finding in remedies:
-            click.echo(f"{finding.verdict.value}: {finding.what}: {finding.remedy}")
+        remedies = [(f.verdict.value, f.what, f.remedy) for f in findings if f.remedy and f.verdict is not Verdict.OK]
+        for remedy in dict.fromkeys(remedies):
+            click.echo(": ".join(remedy))
     if any(finding.verdict is Verdict.FAIL for finding in findings):
         sys.exit(Exit.NOT_READY)
 
