@@ -9,21 +9,22 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import structlog
 
 from mesh import __version__
 from mesh._maglev import ABI_VERSION
+from mesh.agent_explain import Explainer
 from mesh.agent_services import Services
-from mesh.datapath.base import OWNER_NONE, OWNER_PASS, BackendEntry, Choice, FrontendEntry, Stats
+from mesh.datapath.base import Stats
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
 from mesh.metrics.view import Json
 from mesh.model import Flow, Inventory, Locality
 from mesh.provider import Provider
-from mesh.reconcile.compose import SERVING, Drained, standing
+from mesh.reconcile.compose import Drained
 from mesh.reconcile.loop import Reconciler
 
 DRAINED_FILE: Final = "drained.json"
@@ -62,6 +63,7 @@ class View:
         self._monitor = monitor
         self._stop = stop
         self._services = Services()
+        self._explainer = Explainer(reconciler)
         self.stopping = False
         self.drained = _load_drained(facts.state_dir / DRAINED_FILE)
 
@@ -131,63 +133,7 @@ class View:
         return await asyncio.to_thread(self._reconciler.datapath.stats)
 
     async def explain(self, flow: Flow) -> Json:
-        choice = await asyncio.to_thread(self._reconciler.datapath.lookup, flow)
-        if choice is None:
-            return {
-                "error": f"{flow.destination} port {flow.destination_port}/{flow.protocol} is not published here",
-                "remedy": "`mesh services` lists what is",
-            }
-        entry = self._reconciler.applied.frontends.get(choice.frontend)
-        tracked = entry.table.slot(choice.slot)[2] if entry is not None else False
-        names = {e.id: e for e in self._reconciler.applied.backends.values()}
-        return {
-            "frontend": str(choice.frontend),
-            "service": entry.state.service_name if entry else "",
-            "hash": choice.hash,
-            "table_size": entry.table.size if entry else 0,
-            "slot": choice.slot,
-            "current": _owner(choice.owner, names),
-            "previous": _owner(choice.previous, names),
-            "tracked": tracked,
-            "backend": self._described(choice.backend) if choice.backend else None,
-            "reasons": self._reasons(choice, entry, tracked),
-            "next": [self._described(backend) for backend in choice.next],
-        }
-
-    def _described(self, entry: BackendEntry) -> dict[str, Any]:
-        backends = {backend.id: backend for backend in self._reconciler.picture.inventory.backends}
-        known = backends.get(entry.key.backend)
-        health = self._reconciler.picture.health
-        return {
-            "backend": entry.key.backend,
-            "name": known.name if known else "",
-            "node": entry.target.node,
-            "address": str(entry.target.address),
-            "port": entry.target.port,
-            "health": health.of(entry.key.backend).value,
-        }
-
-    def _reasons(self, choice: Choice, entry: FrontendEntry | None, tracked: bool) -> list[str]:
-        if entry is None:
-            return []
-        by = "client's address" if entry.state.options.affinity.value == "client-ip" else "5-tuple"
-        reasons = [f"the {by} hashes to {choice.hash:#010x}, slot {choice.slot} of {entry.table.size}"]
-        if choice.owner == OWNER_NONE:
-            reasons.append("no backend takes new connections")
-        elif choice.owner == OWNER_PASS:
-            reasons.append("left to whoever served the port before")
-        if tracked and choice.previous != choice.owner:
-            reasons.append("the slot is passing from one owner to another: connections from before stay where they are")
-        if entry.state.panic:
-            reasons.append("every backend is down by our probes, so all are used")
-        picture = self._reconciler.picture
-        nodes = {node.id: node for node in picture.inventory.nodes}
-        for backend in picture.inventory.backends:
-            if backend.service == entry.state.service:
-                why = standing(backend, nodes.get(backend.node), picture.health.of(backend.id), picture.drained)
-                if why != SERVING:
-                    reasons.append(f"{backend.name or backend.id} takes no new connections: {why}")
-        return reasons
+        return await self._explainer.explain(flow)
 
     async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
         inventory = self._reconciler.picture.inventory
@@ -210,12 +156,6 @@ class View:
 
 def _node_name(inventory: Inventory, node: str) -> str:
     return next((n.name for n in inventory.nodes if n.id == node), "") or socket.gethostname()
-
-
-def _owner(owner: int, names: Mapping[int, BackendEntry]) -> str:
-    if owner in (OWNER_NONE, OWNER_PASS):
-        return "none" if owner == OWNER_NONE else "pass"
-    return names[owner].key.backend if owner in names else f"gone ({owner})"
 
 
 def _find(kind: str, name: str, things: Mapping[str, str]) -> str:

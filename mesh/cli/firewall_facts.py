@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check` finds out about DOCKER-USER, the chain for an operator's own rules on forwarded packets. Reads only.
+"""What `mesh check` finds out about DOCKER-USER, the chain for an operator's own rules on forwarded packets.
 
 What mesh carries does not pass it: the kernel engine forwards past netfilter, and connections of the proxy engine end
 at the node. docs/OPERATIONS.md, Firewall.

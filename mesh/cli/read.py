@@ -195,9 +195,10 @@ def explain(source: str, destination: str, proto: str, state_dir: Path, as_json:
     """Where a new connection goes, and why: its slot, its backend, and the next choices.
 
     SRC:PORT is the client's address as this node sees it, DST:PORT what the client calls. IPv6 in brackets.
+    With the kernel engine the loaded program is asked as well (line `program`), and it is said if it disagrees.
 
     \b
-    Exit code: 0 a backend takes it; 1 none does; 4 nothing is published there.
+    Exit code: 0 a backend takes it; 1 none does, or tables and program disagree; 4 nothing is published there.
     Example:   mesh explain 192.0.2.7:40000 192.0.2.1:8080
                mesh explain '[2001:db8::7]:40000' '[2001:db8::1]:53' --proto udp
     """
@@ -207,7 +208,7 @@ def explain(source: str, destination: str, proto: str, state_dir: Path, as_json:
         echo_json(answer)
     else:
         _print_explanation(answer)
-    if not answer.get("backend"):
+    if not answer.get("backend") or answer.get("agree") is False:
         sys.exit(Exit.NOT_READY)
 
 
@@ -226,6 +227,10 @@ def _print_explanation(answer: Json) -> None:
         ("backend", describe(answer["backend"])),
         ("slot", f"{answer['slot']} of {answer['table_size']} (hash {answer['hash']:#010x})"),
     ]
+    if answer["program"] is None:
+        rows.append(("program", "none: this engine's threads use these tables themselves"))
+    else:
+        rows.append(("program", _program_says(answer["program"], agree=answer["agree"])))
     if answer.get("previous") not in (None, answer.get("current")):
         rows.append(("previous", f"{describe(answer['previous'])}: keeps the connections it has"))
     rows += [("next" if i == 0 else "", f"{i + 1}. {describe(choice)}") for i, choice in enumerate(answer["next"])]
@@ -233,3 +238,15 @@ def _print_explanation(answer: Json) -> None:
         click.echo(f"{title:<10}{text}")
     for reason in answer["reasons"]:
         click.echo(f"  - {reason}")
+    if answer["agree"] is False:
+        click.echo(
+            "\nTHE LOADED PROGRAM AND THE TABLES DISAGREE: packets go where the program says. "
+            "Restart the daemon, which reads the maps back and repairs them, and report this."
+        )
+
+
+def _program_says(program: Json, *, agree: bool) -> str:
+    """What the loaded program says, in a few words."""
+    owner = describe(program["backend"]) if program["backend"] else program["owner"]
+    place = f"slot {program['slot']}, hash {program['hash']:#010x}"
+    return f"{'agrees' if agree else 'DISAGREES'}: {program['verdict']}, {owner} ({place})"

@@ -2,7 +2,7 @@
 """The contract between the reconciler and an engine: Applied -> Plan -> Datapath.apply, and Stats back.
 
 An engine is handed complete tables; it never chooses. All calls block and are made from one worker thread, except
-`stats`, `signals` and `lookup`, which may be called from any thread at any time.
+`stats`, `signals`, `lookup` and `explain`, which may be called from any thread at any time.
 """
 
 from __future__ import annotations
@@ -216,6 +216,17 @@ class Choice:
     next: tuple[BackendEntry, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What an engine's running program says of the first packet of a flow."""
+
+    verdict: str  # a name of abi.h, "not ours" where it serves no frontend there
+    frontend: int
+    hash: int
+    slot: int
+    owner: int
+
+
 class Datapath(Protocol):
     """An engine. Implementations: MemoryDatapath, proxy.ProxyDatapath, kernel.KernelDatapath."""
 
@@ -249,6 +260,12 @@ class Datapath(Protocol):
 
     def lookup(self, flow: Flow) -> Choice | None:
         """Which backend a new connection of this flow would get, by the engine's own table; None: not our port."""
+
+    def explain(self, flow: Flow) -> Explanation | None:
+        """The same question to the program that runs, which is asked and changes nothing; any thread.
+
+        None: this engine runs no program beside the tables of `lookup`.
+        """
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """Slots in which a flow of another owner than the current one was seen in the last `seconds`.

@@ -28,6 +28,7 @@ from mesh.datapath.base import (
     Applied,
     BackendEntry,
     Choice,
+    Explanation,
     FrontendEntry,
     Plan,
     Signal,
@@ -324,8 +325,8 @@ class KernelDatapath:
         """See Datapath.lookup."""
         return kernel_stats.lookup(self._applied, self._finder.topology.addresses, flow)
 
-    def explain(self, flow: Flow) -> kernel_stats.Explanation:
-        """What the loaded program itself says of a flow that starts now."""
+    def explain(self, flow: Flow) -> Explanation:
+        """See Datapath.explain: a test run of mesh_explain."""
         return kernel_stats.explain(self._programs["mesh_explain"], flow)
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:

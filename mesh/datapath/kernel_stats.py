@@ -11,7 +11,7 @@ from typing import Final
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath import codec
-from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Stats, Table
+from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats, Table
 from mesh.datapath.kernel_maps import KernelMaps, Served
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
 
@@ -141,17 +141,6 @@ def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Fr
         if note.owner != entry.table.slot(slot)[0]:
             found.setdefault(frontend, set()).add(slot)
     return {frontend: frozenset(slots) for frontend, slots in found.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the loaded program says of a flow's first packet."""
-
-    verdict: str  # a verdict's name, "not ours" where no frontend has the destination
-    frontend: int
-    hash: int
-    slot: int
-    owner: int
 
 
 def _packet(flow: Flow) -> bytes:

@@ -76,6 +76,9 @@ class MemoryDatapath:
     def lookup(self, flow: Flow) -> Choice | None:
         return lookup(self._applied, flow)
 
+    def explain(self, flow: Flow) -> None:
+        """None: see Datapath.explain."""
+
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         return self.live
 

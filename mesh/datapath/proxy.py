@@ -311,6 +311,9 @@ class ProxyDatapath:
             next=tuple(by_id[o] for o in further if o in by_id),
         )
 
+    def explain(self, flow: Flow) -> None:
+        """None: see Datapath.explain."""
+
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's."""
         with self._books.lock:

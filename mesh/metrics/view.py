@@ -48,7 +48,11 @@ class AgentView(Protocol):
 
     async def explain(self, flow: Flow) -> Json:
         """Where a flow goes, and why: frontend, service, hash, table_size, slot, current, previous, tracked, backend,
-        reasons [str], next [backend...]; or {"error", "remedy"} where the port is not ours."""
+        reasons [str], next [backend...]; or {"error", "remedy"} where the port is not ours.
+
+        program {verdict, hash, slot, owner, backend}: what the loaded program says to the same question, null with an
+        engine that runs none; agree: whether it says what the tables say, null without a program.
+        """
 
     async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
         """Drain or undrain a `backend` or `node` by id, unique id prefix or name. Kept across restarts.

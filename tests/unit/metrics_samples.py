@@ -120,6 +120,8 @@ EXPLANATION = {
     "backend": target(0, 1),
     "reasons": ["slot 7 belongs to web0.1"],
     "next": [target(0, 2), target(0, 0)],
+    "program": None,
+    "agree": None,
 }
 
 

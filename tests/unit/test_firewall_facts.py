@@ -84,7 +84,7 @@ def test_check_lists_the_rules_of_this_namespace(namespace: Namespace, tmp_path:
     namespace.run("ip6tables", "-I", "DOCKER-USER", "!", "-s", "2001:db8::/32", "-j", "REJECT")
     found = findings()
     assert [verdict for verdict, _, _ in found] == ["warn"] * 3
-    shown = dict((text.partition(": ")[2], remedy) for _, text, remedy in found)
+    shown = {text.partition(": ")[2]: remedy for _, text, remedy in found}
     assert "mesh.deny=203.0.113.0/24" in shown["DOCKER-USER -s 203.0.113.0/24 -j DROP"]
     (sixth,) = [remedy for rule, remedy in shown.items() if "2001:db8::/32" in rule]
     assert "mesh.allow=2001:db8::/32" in sixth
