@@ -129,6 +129,29 @@ INLINE int is_note_good(const struct mesh_note *note, __u32 frontend)
 	return backend && backend->state != MESH_BACKEND_FREE && backend->epoch == note->epoch;
 }
 
+/* The flow cache has no word on a flow, be it for want of room: whether the reverse entries, which a flood of starts
+ * does not push out, know it as one of `owner`'s. */
+static __noinline int is_known_of(struct mesh_flow *flow, __u32 owner)
+{
+	struct mesh_backend *backend = find_backend(owner);
+	struct mesh_reply *reply;
+	struct mesh_addr called;
+	__be16 port;
+
+	if (!flow || !backend || backend->state == MESH_BACKEND_FREE)
+		return 0;
+	called = flow->destination; /* the flow is its own key for a moment: the stack has no room for another */
+	port = flow->destination_port;
+	flow->destination = backend->address;
+	flow->destination_port = backend->port;
+	reply = bpf_map_lookup_elem(&mesh_replies, flow);
+	flow->destination = called;
+	flow->destination_port = port;
+	return reply && reply->owner == owner && reply->epoch == backend->epoch && reply->called_port == port &&
+	       reply->called.halves[0] == called.halves[0] && reply->called.halves[1] == called.halves[1] &&
+	       (reply->flags & (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)) != (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT);
+}
+
 /* The owner of a flow whose slot is in transition. */
 INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, struct choice *c)
 {
@@ -148,6 +171,8 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 		c->owner = note->owner;
 		c->noted = note;
 		c->note = 0;
+		c->verdict = MESH_VERDICT_NOTED;
+	} else if (is_known_of((struct mesh_flow *)flow, slot->current)) {
 		c->verdict = MESH_VERDICT_NOTED;
 	} else if (keeps_flows(previous, flow->protocol, c->flags)) {
 		c->owner = previous;

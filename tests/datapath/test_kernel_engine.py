@@ -232,6 +232,22 @@ def test_connections_stay_through_a_hundred_changes(plane: Plane, engine: Driver
         connection.echo(100)
 
 
+def test_connections_outlive_a_full_flow_cache(plane: Plane) -> None:
+    """After a take-over all slots are in transition: what a flood of starts pushes out of the flow cache is still
+    known by its reverse entry, or established connections would be given to PASS."""
+    engine = plane.driver(flow_cache=1024)
+    engine.open()
+    engine.serve(services=[plane.web("b1", "b2", "b3")])
+    connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
+    for connection in connections:
+        connection.echo()
+    for _ in range(3000):
+        Connection(plane.client, plane.node.address).close()
+    for connection in connections:
+        connection.echo()
+    engine.close(release=True)
+
+
 def test_a_draining_backend_keeps_its_connections_and_gets_no_new_ones(plane: Plane, engine: Driver) -> None:
     connections = [Connection(plane.client, plane.node.address) for _ in range(30)]
     engine.serve(services=[plane.web("b1", "b2", "b3", weights={"b2": 0})])
