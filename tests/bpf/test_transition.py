@@ -244,3 +244,19 @@ def test_source_rules(plane: Plane) -> None:
     assert action("198.51.100.9", NODE4, 80) == REDIRECT
     assert plane.verdicts()["DENIED"] == 4
     assert ACTIVE
+
+
+def test_flows_that_the_cache_has_lost_are_known_by_their_reverse_entries(plane: Plane) -> None:
+    tcp(plane, A, PASS)
+    for flags in ("S", "A"):
+        assert owner(plane, flags, 40000) == A
+    assert owner(plane, "S", 40001) == A  # an opening alone is no proof
+    keys = plane.maps["mesh_flows"].dump()[0]
+    plane.maps["mesh_flows"].delete_batch(keys)
+    assert owner(plane, "A", 40000) == A
+    assert owner(plane, "A", 40001) == PASS
+    assert owner(plane, "A", 40002) == PASS
+    assert plane.verdicts() == {"STARTED": 2, "NOTED": 2, "PASS": 2}
+    plane.maps["mesh_flows"].delete_batch(plane.maps["mesh_flows"].dump()[0])
+    plane.backend(A, TASKS[A], 8080, epoch=2)
+    assert owner(plane, "A", 40000) == PASS  # another backend than the entry's
