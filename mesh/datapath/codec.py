@@ -26,7 +26,7 @@ FLOW: Final = struct.Struct("=16s16sHHB3x")
 NOTE: Final = struct.Struct("=IIII")
 REPLY: Final = struct.Struct("=16s16sHHIIIII")
 COUNTS: Final = struct.Struct("=6Q")
-CONFIG: Final = struct.Struct("=Q16s16sIxxxx")
+CONFIG: Final = struct.Struct("=Q16s16s8x")
 ADDRESS_SIZE: Final = 16
 
 
@@ -63,7 +63,6 @@ BACKEND_STATE_OFFSET: Final = 16  # of the word with port, protocol and state
 ACL_ALLOW: Final = 1
 ACL_DENY: Final = 2
 
-SETTING_OFF: Final = 0x1
 
 STAMP_SHIFT: Final = 30  # stamps are CLOCK_MONOTONIC nanoseconds >> STAMP_SHIFT
 
@@ -229,10 +228,10 @@ def pack_note(note: Note) -> bytes:
     return NOTE.pack(note.owner, note.epoch, note.stamp, note.frontend)
 
 
-def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address, settings: int) -> bytes:
-    return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6), settings)
+def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address) -> bytes:
+    return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6))
 
 
 def unpack_config(data: bytes) -> tuple[int, Address, Address, int]:
-    cookie, hairpin, hairpin6, settings = CONFIG.unpack(data)
-    return cookie, unpack_address(hairpin), unpack_address(hairpin6), settings
+    cookie, hairpin, hairpin6 = CONFIG.unpack(data)
+    return cookie, unpack_address(hairpin), unpack_address(hairpin6)

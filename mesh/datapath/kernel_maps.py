@@ -166,9 +166,9 @@ class KernelMaps:
 
     # ---- the node ----
 
-    def configure(self, netns_cookie: int, hairpin: Address, hairpin6: Address, *, off: bool = False) -> None:
+    def configure(self, netns_cookie: int, hairpin: Address, hairpin6: Address) -> None:
         """Write what holds for the whole node."""
-        self._config.write(0, codec.pack_config(netns_cookie, hairpin, hairpin6, codec.SETTING_OFF if off else 0))
+        self._config.write(0, codec.pack_config(netns_cookie, hairpin, hairpin6))
 
     def set_addresses(self, addresses: Iterable[Address]) -> None:
         """Make these, and no others, the node's own."""

@@ -189,12 +189,9 @@ struct mesh_config {
 	struct mesh_addr
 		hairpin; /* IPv4: what a task that calls itself sees as its peer; any address that nothing uses */
 	struct mesh_addr hairpin6;
-	__u32 settings; /* MESH_SETTING_* */
-	__u32 pad;
+	__u32 pad[2];
 };
 _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
-
-#define MESH_SETTING_OFF 0x1u /* every program passes every packet untouched */
 
 /* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
 struct mesh_fragment_key {
