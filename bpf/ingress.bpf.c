@@ -14,10 +14,10 @@ int mesh_ingress(struct __sk_buff *skb)
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
 		action = serve_flow(skb, &p, 0);
-		return likely(action >= 0) ? action : refuse(skb, &p, action);
+		return unlikely(IS_REFUSAL(action)) ? refuse(skb, &p, action) : action;
 	}
 	if (result == PARSE_OTHER)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	return result == PARSE_ICMP ? serve_icmp(skb, &p, 0) : serve_rest(&p, result);
 }
 
@@ -30,7 +30,7 @@ int mesh_explain(struct __sk_buff *skb)
 	__u32 word;
 
 	if (parse(skb, &p) != PARSE_FLOW)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	word = port_word(p.flow.protocol, p.flow.destination_port);
 	c.frontend = word ? find_frontend(&p.flow, word) : 0;
 	c.start = p.flow.protocol == IPPROTO_TCP && (p.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
@@ -45,5 +45,5 @@ int mesh_explain(struct __sk_buff *skb)
 	skb->cb[MESH_EXPLAIN_HASH] = c.hash;
 	skb->cb[MESH_EXPLAIN_SLOT] = c.slot;
 	skb->cb[MESH_EXPLAIN_OWNER] = c.owner;
-	return TC_ACT_OK;
+	return TC_ACT_UNSPEC;
 }

@@ -29,7 +29,7 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mes
 	if (unlikely(p->ttl <= 1))
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
 	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, ifindex))
-		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_OK : TC_ACT_SHOT);
+		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
 	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST)))
@@ -74,7 +74,7 @@ RARE int answer_icmp(struct __sk_buff *skb, struct packet *p)
 /* A container calls a port of this node. */
 static __noinline int serve_call(struct __sk_buff *skb, struct packet *p)
 {
-	return p ? serve_flow(skb, p, 1) : TC_ACT_OK;
+	return p ? serve_flow(skb, p, 1) : TC_ACT_UNSPEC;
 }
 
 SEC("tc")
@@ -93,10 +93,10 @@ int mesh_task(struct __sk_buff *skb)
 		if (likely(reply))
 			return answer(skb, &p, reply);
 		action = serve_call(skb, &p);
-		return action >= 0 ? action : refuse(skb, &p, action);
+		return IS_REFUSAL(action) ? refuse(skb, &p, action) : action;
 	}
 	if (result == PARSE_OTHER)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (result == PARSE_ICMP) {
 		action = answer_icmp(skb, &p);
 		return action >= 0 ? action : serve_icmp(skb, &p, 1);

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from tests import reference
 from tests.reference_frames import ETHER, ICMP, ICMP6, MAPPED, TCP, UDP, Flow, Packet, be16, changed, parse, total
 
-OK, SHOT, REDIRECT = 0, 2, 7
+OK, SHOT, REDIRECT = 0xFFFFFFFF, 2, 7  # OK: TC_ACT_UNSPEC, what comes next decides
 FREE, ACTIVE, DRAINING = 0, 1, 2
 CLIENT, DENY, PASS_IF_NONE, HOLD = 1, 2, 4, 8
 NONE, PASS, FIRST = 0, 1, 2
@@ -102,6 +102,20 @@ class Model:
         state = self.backends[owner].state if owner in self.backends else FREE
         return state == ACTIVE or (state == DRAINING and protocol == TCP)
 
+    def known_of(self, flow: Flow, owner: int) -> bool:
+        """Whether the reverse entries know an un-noted flow as one of this owner's."""
+        backend = self.backends.get(owner)
+        if backend is None or backend.state == FREE:
+            return False
+        source, sport, called, called_port, protocol = flow
+        reply = self.replies.get((source, sport, backend.address, backend.port, protocol))
+        return (
+            reply is not None
+            and (reply.owner, reply.epoch) == (owner, backend.epoch)
+            and (reply.called, reply.called_port) == (called, called_port)
+            and reply.closed != 3
+        )
+
     def good(self, note: tuple[int, int, int], number: int) -> bool:
         owner, epoch, frontend = note
         if frontend != number:
@@ -127,6 +141,8 @@ class Model:
             elif known is not None:
                 if self.good(known, number):
                     verdict, owner, note = "NOTED", known[0], False
+            elif self.known_of(flow, current):
+                verdict = "NOTED"
             elif self.keeps(previous & ~TRACKED, flow[4], frontend.flags):
                 verdict, owner = "KEPT", previous & ~TRACKED
         if owner == PASS:

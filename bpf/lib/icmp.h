@@ -156,12 +156,12 @@ RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
 	__u32 word;
 
 	if (!p || !w || load_quoted(skb, p, w))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
 	if (likely(!word) || p->ttl <= 1 || (!from_task && skb->pkt_type != PACKET_HOST))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (!find_quoted(w, &c, word) || !c.backend || is_v4(&w->key.destination) != (p->version == 4))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	w->inner.source = w->key.destination;
 	w->inner.source_port = w->key.destination_port;
 	w->inner.destination = w->key.source;

@@ -14,7 +14,8 @@
  * Programs: ingress.bpf.o mesh_ingress (tc ingress, Ethernet interfaces that face clients), mesh_explain (test run
  * only); task.bpf.o mesh_task (tc ingress, host side of the local tasks' veths); socket.bpf.o
  * mesh_{connect,sendmsg,recvmsg, getpeername}{4,6} (root cgroup); xdp.bpf.o mesh_xdp (optional, native XDP of network
- * cards). They return TC_ACT_OK (XDP_PASS) for what is not theirs: other filters after them still run.
+ * cards). They return TC_ACT_UNSPEC (XDP_PASS) for what they leave to the kernel, so that programs and filters after
+ * them still run (TC_ACT_OK would end a tcx chain, and a clsact one).
  *
  * An arena is created only when the others are full: the only step that waits for a grace period, and one update of
  * each new arena, however many tables it then holds.

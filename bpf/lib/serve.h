@@ -42,13 +42,15 @@ INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 	return (int)bpf_redirect_peer(ifindex, 0);
 }
 
-/* What `serve_flow` returns for a packet that is to be refused: the verdict, below zero. */
-#define REFUSAL(name) (-1 - (int)(name))
+/* What `serve_flow` returns for a packet that is to be refused: the verdict, below every action (TC_ACT_UNSPEC is -1).
+ */
+#define REFUSAL(name)      (-2 - (int)(name))
+#define IS_REFUSAL(action) ((action) < TC_ACT_UNSPEC)
 
 /* Send the packet back as a refusal; what cannot be answered is dropped. */
 INLINE int refuse(struct __sk_buff *skb, struct packet *p, int refusal)
 {
-	__u32 name = (__u32)(-1 - refusal);
+	__u32 name = (__u32)(-2 - refusal);
 
 	if (answer_client(skb, p, name == MESH_VERDICT_EXPIRED ? ANSWER_EXPIRED : ANSWER_RESET))
 		return verdict(name == MESH_VERDICT_REFUSED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
@@ -107,7 +109,7 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 	__u16 flags;
 
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
-		return verdict(MESH_VERDICT_FAMILY, TC_ACT_OK);
+		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
 	if (unlikely(p->ttl <= 1))
 		return REFUSAL(MESH_VERDICT_EXPIRED);
 	flags = task_tuple(&to, p, c->backend, from_task);
@@ -130,19 +132,19 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 
 	word = port_word(p->flow.protocol, p->flow.destination_port);
 	if (likely(!word))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (!from_task && skb->pkt_type != PACKET_HOST)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	__builtin_memset(&c, 0, sizeof(c));
 	c.frontend = word & MESH_PORT_EXACT ? find_frontend(&p->flow, word) : word;
 	if (!c.frontend)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	choose(&p->flow, &c);
 	c.recent = c.backend && is_recent(p, &c);
 	/* A recent flow's address need not be looked up: it was, or belongs to the frontend alone. */
 	if (!c.recent && !(word & MESH_PORT_EXACT) && !is_local(&p->flow.destination))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
 	if (likely(c.backend))
@@ -151,7 +153,7 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 		note_choice(&p->flow, &c);
 	if (c.verdict == MESH_VERDICT_REFUSED)
 		return REFUSAL(MESH_VERDICT_REFUSED);
-	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_OK);
+	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_UNSPEC);
 }
 
 /* Packets without ports: passed, but counted where they are for us. */
@@ -161,11 +163,12 @@ INLINE int serve_rest(const struct packet *p, enum parse_result result)
 
 	if (result == PARSE_MALFORMED) {
 		word = port_word(p->flow.protocol, p->flow.destination_port);
-		return word && find_frontend(&p->flow, word) ? verdict(MESH_VERDICT_MALFORMED, TC_ACT_OK) : TC_ACT_OK;
+		return word && find_frontend(&p->flow, word) ? verdict(MESH_VERDICT_MALFORMED, TC_ACT_UNSPEC)
+							     : TC_ACT_UNSPEC;
 	}
 	if ((result != PARSE_FRAGMENT && result != PARSE_EXTENSION) || !is_local(&p->flow.destination))
-		return TC_ACT_OK;
-	return verdict(result == PARSE_FRAGMENT ? MESH_VERDICT_FRAGMENT : MESH_VERDICT_EXTENSION, TC_ACT_OK);
+		return TC_ACT_UNSPEC;
+	return verdict(result == PARSE_FRAGMENT ? MESH_VERDICT_FRAGMENT : MESH_VERDICT_EXTENSION, TC_ACT_UNSPEC);
 }
 
 #endif /* MESH_SERVE_H */
