@@ -232,6 +232,6 @@ def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address) -> bytes
     return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6))
 
 
-def unpack_config(data: bytes) -> tuple[int, Address, Address, int]:
+def unpack_config(data: bytes) -> tuple[int, Address, Address]:
     cookie, hairpin, hairpin6 = CONFIG.unpack(data)
     return cookie, unpack_address(hairpin), unpack_address(hairpin6)

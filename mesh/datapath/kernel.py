@@ -42,6 +42,7 @@ from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_places import Place, Places, is_held, wanted
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
+from mesh.datapath.kernel_sweep import Sweeper
 from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight
 from mesh.model import Affinity, Flow, Frontend, FrontendState, Protocol, ServiceOptions
 
@@ -120,6 +121,7 @@ class KernelDatapath:
         self._owner.write_text(self._token)
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
+        self._sweeper = Sweeper(self._maps.reverse, self._is_owner)
         return self._applied
 
     def _rebuild(self, applied: Applied) -> None:
@@ -358,6 +360,7 @@ class KernelDatapath:
             self._monitor.wake()
         if self._follower is not None:
             self._follower.join()
+            self._sweeper.close()
             self._beside.close()
             self._monitor.close()
             self._netlink.close()

@@ -109,6 +109,7 @@ class KernelMaps:
         self._exact = maps["mesh_exact"]
         self._acl = maps["mesh_acl"]
         self._addresses = maps["mesh_addresses"]
+        self.reverse = maps["mesh_replies"]
         self.arenas = Arenas(maps["mesh_arenas"], directory)
         self.served: dict[Frontend, Served] = {}
         self.backends: dict[int, BackendSlot] = {}

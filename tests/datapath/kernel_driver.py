@@ -112,6 +112,31 @@ class Served:
     def settle(self, seconds: float) -> dict[str, list[int]]:
         return {str(f): sorted(slots) for f, slots in self.engine.live_slots(seconds).items()}
 
+    def entries(self) -> dict[str, int]:
+        return {name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "replies", "openings")}
+
+    def sweep(self, seconds: float) -> int:
+        from mesh.datapath.kernel_sweep import sweep
+
+        return sweep(self.engine._maps.reverse, seconds)
+
+    def runs_behind(self, device: str, *, tcx: bool) -> int:
+        """How many packets a program behind ours on a device has met so far; the first call attaches it."""
+        import socket
+
+        from mesh import _bpf
+        from mesh.datapath.kernel_attach import TCX_INGRESS
+
+        if not hasattr(self, "behind"):
+            self.counting = _bpf.Statistics()
+            self.behind = _bpf.Program.passing()
+            index = socket.if_nametoindex(device)
+            if tcx:
+                self.link = _bpf.Link.create(self.behind, index, TCX_INGRESS)
+            else:
+                _bpf.tc_attach(self.behind, index, True, 1, 99)
+        return self.behind.statistics()[1]
+
     def stats(self) -> dict[str, Any]:
         stats = self.engine.stats()
         return {

@@ -489,6 +489,39 @@ def test_no_more_than_three_capabilities(plane: Plane) -> None:
     assert plane.pins() == []
 
 
+@pytest.mark.parametrize(("release", "tcx"), [((6, 18), True), ((6, 18), False), ((6, 1), False)])
+def test_programs_behind_ours_meet_what_is_not_ours(plane: Plane, release: tuple[int, int], tcx: bool) -> None:
+    """In a tcx chain, among the filters behind it, and among clsact filters where there is no tcx."""
+    engine = plane.driver()
+    engine.pretend_kernel(major=release[0], minor=release[1])
+    engine.open()
+    engine.serve(services=[plane.web("b1", "b2")])
+    before = engine.runs_behind(device="eth0", tcx=tcx)
+    with plane.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(3):
+            sock.sendto(b"not ours", (plane.node.address, 9))
+    wait_for(lambda: engine.runs_behind(device="eth0", tcx=tcx) >= before + 3, "packets at the program behind ours")
+    assert sum(plane.calls(5).values()) == 5
+    engine.close(release=True)
+    engine.end()
+
+
+def test_entries_of_closed_connections_are_swept(plane: Plane, engine: Driver) -> None:
+    connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
+    for connection in connections:
+        connection.echo()
+    for connection in connections[5:]:
+        connection.close()
+    wait_for(lambda: engine.stats()["frontends"]["*:8000/tcp"]["closed"] == 15, "15 closed")
+    assert engine.entries()["replies"] == 20
+    assert engine.sweep(seconds=60) == 0
+    assert wait_for(lambda: engine.sweep(seconds=0), "closed entries swept") == 15
+    assert engine.entries()["replies"] == 5
+    for connection in connections[:5]:
+        connection.echo()
+        connection.close()
+
+
 def test_kernels_before_6_6_get_a_clsact_filter(plane: Plane) -> None:
     """Attached, adopted, replaced by tcx only when it is gone, and taken off."""
     first = plane.driver()
