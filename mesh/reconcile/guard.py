@@ -77,7 +77,8 @@ def guard(
     services = _missing_services(old, new, held, now, config)
     backends = _missing_backends(old, new, held, health=health, now=now, config=config)
     owners = _owners(desired) if services or backends else {}
-    holding = services | {key: until for key, until in backends.items() if _has_place(key, old, desired, owners)}
+    holding = {key: until for key, until in services.items() if _can_stay(key[0], old, desired, owners)}
+    holding |= {key: until for key, until in backends.items() if _has_place(key, old, desired, owners)}
     result = _put_back(desired, old, holding, owners)
     names = old.names | new.names
     messages = [
@@ -155,6 +156,14 @@ def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Pla
     ]
     return all(_still_its_own(target, owners) for _, target in places) and any(
         desired.frontends[frontend].service == service for frontend, _ in places
+    )
+
+
+def _can_stay(service: str, old: _View, desired: DesiredState, owners: Mapping[Place, str]) -> bool:
+    """Whether a missing service can be put back: some port of it is still free, and some backend on it its own."""
+    return any(
+        frontend not in desired.frontends and any(t.weight and _still_its_own(t, owners) for t in state.targets)
+        for frontend, state in old.frontends[service].items()
     )
 
 
