@@ -7,12 +7,17 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.lab.fixtures import lab, shared_swarm1, shared_swarm3, swarm1, swarm3
 
 __all__ = ["lab", "shared_swarm1", "shared_swarm3", "swarm1", "swarm3"]
 
 CI = bool(os.environ.get("CI"))
+
+# How long an example takes says nothing here (a loaded machine); in CI equal code meets equal examples.
+settings.register_profile("mesh", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=CI)
+settings.load_profile("mesh")
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

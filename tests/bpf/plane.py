@@ -4,6 +4,7 @@ or attached: all is gone with the object."""
 
 from __future__ import annotations
 
+import array
 import ipaddress
 import re
 import struct
@@ -82,6 +83,7 @@ class Plane:
     def __init__(self, objects: Sequence[str] = ("ingress", "task"), *, entries: int = 4096) -> None:
         self.programs: dict[str, _bpf.Program] = {}
         self.maps: dict[str, _bpf.Map] = {}
+        self.recent: list[_bpf.Map] = []  # each object has its own
         for name in objects:
             item = _bpf.Object(str(OBJECTS / f"{name}.bpf.o"))
             own = set(item.maps())
@@ -93,6 +95,7 @@ class Plane:
             item.load()
             for shared in own & set(SHARED):
                 self.maps.setdefault(shared, item.map(shared))
+            self.recent += [item.map(known) for known in own & {"mesh_recent"}]
             for program in item.programs():
                 self.programs[program] = item.program(program)
         self.arena = _bpf.Map.create(_bpf.ARRAY, "arena", 4, 8, ARENA_SLOTS, _bpf.MMAPABLE)
@@ -123,6 +126,9 @@ class Plane:
         for name in HASHES:
             if name in self.maps and (keys := self.maps[name].dump()[0]):
                 self.maps[name].delete_batch(keys)
+        for recent in self.recent:
+            count = recent.max_entries
+            recent.update_batch(array.array("I", range(count)).tobytes(), bytes(count * recent.stride))
         self.free = 0
         self.configure()
 
