@@ -279,7 +279,7 @@ def delete_cgroups(prefix: str) -> None:
 
 
 def sweep() -> None:
-    """Remove what dead processes have left: namespaces, their processes, cgroups, directories."""
+    """Remove what dead processes have left: namespaces, their processes, cgroups, mounts, directories."""
 
     def dead(name: str) -> bool:
         owner = _OWNED.match(name)
@@ -292,4 +292,12 @@ def sweep() -> None:
         delete_cgroups(name)
     for path in Path(tempfile.gettempdir()).glob("mesh*-*"):
         if dead(path.name):
+            for mounted in mounts_below(path):
+                run("umount", "-l", mounted, check=False)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def mounts_below(path: Path) -> list[str]:
+    """Mount points under a directory, the deepest first."""
+    points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return sorted((point for point in points if point.startswith(f"{path}/")), reverse=True)

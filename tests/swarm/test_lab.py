@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -158,3 +159,13 @@ def test_server_finishes_what_is_in_flight(server: tuple[Namespace, subprocess.P
         assert idle.recv(1) == b""
         assert len(reply.read()) == 80
     assert process.wait(10) == 0
+
+
+def test_mounts_of_dead_processes_are_swept() -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = Path(tempfile.mkdtemp(prefix=f"mesh{int(ended.stdout)}-0-"))
+    (left / "bpf").mkdir()
+    run("mount", "-t", "bpf", "bpf", str(left / "bpf"))
+    sweep()
+    assert not left.exists()
+    assert str(left) not in Path("/proc/mounts").read_text()
