@@ -57,12 +57,13 @@ def test_flows_spread_and_large_datagrams_pass() -> None:
     servers, front = {n: UdpServer(n) for n in "abc"}, udp()
     with engine() as mesh:
         mesh.serve({front: {n: s.where for n, s in servers.items()}})
-        seen = []
+        seen, sources = [], set()
         for _ in range(60):
             with client(front) as sock:
                 seen.append(ask(sock, b"z" * 60000))
+                sources.add(sock.getsockname())  # the kernel may give a closed socket's port again
         assert all(seen.count(n) > 5 for n in "abc")
-        assert mesh.datapath.stats().gauges["udp_sessions"] == 60
+        assert mesh.datapath.stats().gauges["udp_sessions"] == len(sources)
 
 
 def test_bursts_of_many_flows() -> None:
