@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.lab.demo import Demo, free_port, get
+from tests.lab.demo import Demo, get
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

@@ -19,15 +19,10 @@ from mesh.config import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Counters, FrontendEntry, Plan
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
+from tests.ports import free_port
 
 Handler = Callable[[socket.socket], None]
 Where = tuple[str, int]
-
-
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET6, kind) as sock:
-        sock.bind(("::", 0))
-        return int(sock.getsockname()[1])
 
 
 def echo(sock: socket.socket) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_port
+
 SECONDS = 60
 
 
@@ -52,12 +54,6 @@ class Backend(socketserver.ThreadingTCPServer):
     def stop(self) -> None:
         self.shutdown()
         self.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> None:

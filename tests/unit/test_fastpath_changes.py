@@ -20,7 +20,8 @@ from mesh.config import Config
 from mesh.datapath.base import Failure
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import ServiceOptions
-from tests.unit.fastpath_bench import Served, TcpServer, call, engine, eventually, free_port, read_all, reset, tcp
+from tests.ports import free_port
+from tests.unit.fastpath_bench import Served, TcpServer, call, engine, eventually, read_all, reset, tcp
 
 
 def refusing() -> tuple[str, int]:
@@ -193,7 +194,7 @@ def test_a_removed_frontend_refuses_at_once_and_keeps_its_connections() -> None:
 
 def test_a_port_that_is_taken() -> None:
     server = TcpServer()
-    with socket.create_server(("::", 0), family=socket.AF_INET6) as taken, engine() as mesh:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken, engine() as mesh:
         front, other = tcp(taken.getsockname()[1]), tcp()
         applied = mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
         assert list(applied.frontends) == [other]

@@ -12,7 +12,8 @@ import pytest
 
 from mesh.datapath.base import Failure
 from mesh.model import Affinity, Frontend, ServiceOptions
-from tests.unit.fastpath_bench import UdpServer, engine, eventually, free_port, udp
+from tests.ports import free_port
+from tests.unit.fastpath_bench import UdpServer, engine, eventually, udp
 
 
 @contextlib.contextmanager
