@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+from mesh.errors import ConfigError
+from mesh.model import Address
 
 DEFAULT_CONFIG_FILE: Final = Path("/etc/mesh/mesh.toml")
 DEFAULT_STATE_DIR: Final = Path("/run/mesh")
@@ -80,3 +84,15 @@ class Config:
     log_format: str = _key(
         "auto", "auto: console on a terminal, else logfmt", choices=("auto", "console", "json", "logfmt")
     )
+
+    @property
+    def floating(self) -> frozenset[Address]:
+        """`vips` as addresses.
+
+        Raises:
+            ConfigError: an entry is no address.
+        """
+        try:
+            return frozenset(ipaddress.ip_address(part.strip()) for part in self.vips.split(",") if part.strip())
+        except ValueError as error:
+            raise ConfigError(str(error), where="vips", remedy="addresses without prefix length, by commas") from error

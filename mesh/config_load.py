@@ -72,7 +72,9 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> 
     for name, text in flags.items():
         if name in KEYS and text is not None:
             values[name] = _value(name, text, f"--{name.replace('_', '-')}")
-    return Config(**values)
+    config = Config(**values)
+    _ = config.floating  # refuses what cannot be used
+    return config
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mesh.errors import DatapathError
-from mesh.model import ANY_ADDRESS, Frontend, Protocol
+from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
 PRIORITY: Final = -110  # ahead of Docker's chains, which are at dstnat, -100
 BACKLOG: Final = 4096
@@ -28,6 +28,8 @@ RECEIVE_BUFFER: Final = 4 << 20
 KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 IPV6_RECVPKTINFO: Final = 49
 IP_PKTINFO: Final = 8
+IP_FREEBIND: Final = 15
+IPV6_FREEBIND: Final = 78
 
 
 @dataclass(slots=True)
@@ -44,8 +46,11 @@ def table_name(state_dir: str) -> str:
     return f"mesh_{hashlib.sha256(state_dir.encode()).hexdigest()[:8]}"
 
 
-def listening_socket(frontend: Frontend, port: int) -> socket.socket:
+def listening_socket(frontend: Frontend, port: int, *, floating: bool = False) -> socket.socket:
     """A bound socket (listening, for TCP) that shares its port with the other threads' (SO_REUSEPORT).
+
+    Args:
+        floating: the node need not have the address now.
 
     Raises:
         OSError: as socket() and bind() say.
@@ -77,6 +82,10 @@ def listening_socket(frontend: Frontend, port: int) -> socket.socket:
                 sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
             else:
                 sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        if floating and family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+        elif floating:
+            sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
         sock.bind((host, port))
         if kind == socket.SOCK_STREAM:
             sock.listen(BACKLOG)
@@ -86,12 +95,12 @@ def listening_socket(frontend: Frontend, port: int) -> socket.socket:
     return sock
 
 
-def listening_sockets(frontend: Frontend, port: int, count: int) -> list[socket.socket]:
+def listening_sockets(frontend: Frontend, port: int, count: int, *, floating: bool = False) -> list[socket.socket]:
     """`count` sockets on one port; port 0: the kernel chooses it for the first, the others share it."""
     made: list[socket.socket] = []
     try:
         for _ in range(count):
-            made.append(listening_socket(frontend, port))
+            made.append(listening_socket(frontend, port, floating=floating))
             port = made[0].getsockname()[1]
     except OSError:
         for sock in made:
@@ -115,7 +124,9 @@ def why(frontend: Frontend, error: OSError) -> DatapathError:
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return DatapathError(
-            "this node does not have the address", where=where, remedy="publish on an address of the node, or on all"
+            "this node does not have the address",
+            where=where,
+            remedy="publish on an address of the node or on all, or name it in vips",
         )
     return DatapathError(f"cannot listen: {error.strerror}", where=where)
 
@@ -194,6 +205,7 @@ class Interceptor:
         threads: sockets per frontend at least.
         table: name of the nftables table.
         inherited: sockets of an earlier process; ownership passes to the interceptor.
+        floating: addresses that the node may get later.
     """
 
     def __init__(
@@ -204,9 +216,11 @@ class Interceptor:
         threads: int,
         table: str,
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
+        floating: frozenset[Address] = frozenset(),
     ) -> None:
         self._mode = mode
         self._threads = threads
+        self._floating = floating
         self._table = NftTable(table)
         self._can_nft = mode != "bind" and NftTable.usable()
         if mode == "nft" and not self._can_nft:
@@ -283,14 +297,17 @@ class Interceptor:
         missing = self._threads - len(sockets)
         if missing > 0:
             with contextlib.suppress(OSError):  # fewer threads then take connections
-                sockets.extend(listening_sockets(frontend, port, missing))
+                sockets.extend(self._listen(frontend, port, missing))
         return Opened(sockets, port, port != frontend.port)
+
+    def _listen(self, frontend: Frontend, port: int, count: int) -> list[socket.socket]:
+        return listening_sockets(frontend, port, count, floating=frontend.address in self._floating)
 
     def _open(self, frontend: Frontend) -> Opened:
         try:
             if not self._prefer_nft:
                 try:
-                    return Opened(listening_sockets(frontend, frontend.port, self._threads), frontend.port, False)
+                    return Opened(self._listen(frontend, frontend.port, self._threads), frontend.port, False)
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE or not self._can_nft:
                         raise
@@ -298,7 +315,7 @@ class Interceptor:
                         f"frontend {frontend}: another process listens on this port; its new connections are "
                         "redirected to the mesh by nftables"
                     )
-            sockets = listening_sockets(frontend, 0, self._threads)
+            sockets = self._listen(frontend, 0, self._threads)
             return Opened(sockets, sockets[0].getsockname()[1], True)
         except OSError as error:
             raise why(frontend, error) from None

@@ -104,7 +104,7 @@ class KernelDatapath:
         self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
         self._monitor = Monitor()
         self._netlink = Netlink()
-        self._finder = Places(self._netlink)
+        self._finder = Places(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")
         self._xdp = kernel_xdp.XdpStage(self._programs.get(kernel_xdp.PROGRAM), directory / "links")
         self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6)

@@ -7,7 +7,7 @@ import contextlib
 import fnmatch
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -34,10 +34,16 @@ class Place:
 
 
 class Places:
-    """Finds backends. Remembers routes until interfaces or addresses change."""
+    """Finds backends. Remembers routes until interfaces or addresses change.
 
-    def __init__(self, netlink: Netlink) -> None:
+    Args:
+        floating: addresses that the node may get at any time; they count as its own (config key `vips`), so that the
+            first packet is served that comes for them.
+    """
+
+    def __init__(self, netlink: Netlink, floating: frozenset[Address] = frozenset()) -> None:
         self._netlink = netlink
+        self._floating = floating
         self._routes: dict[Address, Route | None] = {}
         self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
         self._asked: dict[Address, float] = {}  # when, monotonic
@@ -45,7 +51,8 @@ class Places:
 
     def refresh(self) -> None:
         """Read the tables anew."""
-        new = self._netlink.topology()
+        found = self._netlink.topology()
+        new = replace(found, addresses=found.addresses | self._floating)
         if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
             self._routes.clear()
         self.topology = new

@@ -107,6 +107,7 @@ class ProxyDatapath:
             threads=self._threads,
             table=table_name(self._config.state_dir),
             inherited=self._inherited,
+            floating=self._config.floating,
         )
         try:
             self._engine = Engine(

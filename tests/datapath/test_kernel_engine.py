@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -456,6 +457,22 @@ def test_frontend_with_an_address_of_its_own(plane: Plane, engine: Driver) -> No
     with pytest.raises(ConnectionRefusedError):
         plane.calls(1)
     assert set(plane.calls(5, address="192.0.2.201")) == {"b1"}
+
+
+def test_a_floating_address_is_served_from_its_first_packet(plane: Plane) -> None:
+    """Even while the engine's process hears of nothing; clients of the other IP version meet the proxy beside it."""
+    engine = plane.driver(vips="192.0.2.240, 2001:db8::240")
+    engine.open()
+    engine.serve(services=[plane.web("b1", "b2", "b3")])
+    plane.node.add_address("eth0", "2001:db8::240/64")
+    assert set(plane.calls(1, address="2001:db8::240")) <= {"b1", "b2", "b3"}
+    engine.process.send_signal(signal.SIGSTOP)
+    try:
+        plane.node.add_address("eth0", "192.0.2.240/24")
+        assert set(plane.calls(20, address="192.0.2.240")) == {"b1", "b2", "b3"}
+    finally:
+        engine.process.send_signal(signal.SIGCONT)
+    assert engine.problems() == []
 
 
 def test_many_services_are_published_and_read_at_once(plane: Plane, engine: Driver) -> None:

@@ -84,3 +84,10 @@ def test_every_key_is_a_flag() -> None:
     assert seen.keys() == {*asdict(Config()), "config"}
     text = CliRunner().invoke(command, ["--help"]).output
     assert all(f"--{f.name.replace('_', '-')}" in text for f in fields(Config))
+
+
+def test_floating_addresses_are_addresses() -> None:
+    found = load({"vips": "192.0.2.9, 2001:db8::9,"}, {}).floating
+    assert {str(address) for address in found} == {"192.0.2.9", "2001:db8::9"}
+    with pytest.raises(ConfigError, match=r"vips.*192\.0\.2\.9/24"):
+        load({"vips": "192.0.2.9/24"}, {})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from mesh.config import Config
-from mesh.datapath.intercept import NftTable, table_name
+from mesh.datapath.intercept import Interceptor, NftTable, table_name
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.errors import DatapathError
-from mesh.model import Frontend, ProxyProtocol, ServiceOptions
+from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
 from tests.lab.netns import Lab, Namespace
 from tests.unit.fastpath_bench import Served, TcpServer, UdpServer, call, eventually, read_all, tcp, udp
 
@@ -251,3 +252,19 @@ def test_more_connections_than_source_ports(node: Namespace, outside: Namespace)
                 assert sock.recv(10) == b"%d" % i
         now = mesh.quiet(front)
         assert (now.opened, now.failed) == (120, {})
+
+
+@pytest.mark.parametrize("address", ["192.0.2.240", "2001:db8::240"])
+def test_a_frontend_of_a_floating_address_waits_for_it(node: Namespace, outside: Namespace, address: str) -> None:
+    frontend = Frontend(ipaddress.ip_address(address), PORT, Protocol.TCP)
+    with node.entered():
+        refusing = Interceptor("bind", docker_host=False, threads=1, table="mesh_test")
+        with pytest.raises(DatapathError, match="vips"):
+            refusing.listen(frontend)
+        waiting = Interceptor(
+            "bind", docker_host=False, threads=1, table="mesh_test", floating=frozenset({frontend.address})
+        )
+        (sock,) = waiting.listen(frontend).sockets
+    with sock, outside.entered():
+        node.add_address("eth0", f"{address}/{24 if '.' in address else 64}")
+        socket.create_connection((address, PORT), timeout=10).close()
