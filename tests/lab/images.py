@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "lab"
 SOURCE = Path(__file__).parent / "images"
+VOTING = Path(__file__).parent / "voting"
 
 HTTP_PORT, ECHO_PORT, UDP_PORT = 8080, 8081, 8082
 """Where the stand-in server listens (images/server.c)."""
@@ -47,16 +48,36 @@ def _cached(name: str, key: str, build: object) -> Path:
     return path
 
 
-@cache
-def server() -> Path:
-    """Root file system of the stand-in server: one static binary."""
-    sources = sorted(SOURCE.glob("*.c"))
+def _static(name: str, source: Path) -> Path:
+    """Root file system of one static binary: all C files of a directory."""
+    sources = sorted(source.glob("*.c"))
 
     def build(root: Path) -> None:
-        command = ["gcc", "-static", "-O2", "-Wall", "-Werror", "-D_GNU_SOURCE", "-pthread", "-o", str(root / "server")]
+        command = ["gcc", "-static", "-O2", "-Wall", "-Werror", "-D_GNU_SOURCE", "-pthread", "-o", str(root / name)]
         subprocess.run([*command, *map(str, sources)], check=True)
 
-    return _cached("server", "".join(p.read_text() for p in sorted(SOURCE.iterdir())), build)
+    return _cached(name, "".join(p.read_text() for p in sorted(source.iterdir())), build)
+
+
+@cache
+def server() -> Path:
+    """Root file system of the stand-in server."""
+    return _static("server", SOURCE)
+
+
+@cache
+def voting_images() -> tuple[Image, ...]:
+    """Stand-ins for the images of deploy/voting-app.yml, by their own names; `vote` also with the tag `next`."""
+    roles = {
+        "bretfisher/examplevotingapp_vote": "vote",
+        "bretfisher/examplevotingapp_vote:next": "vote",
+        "redis:3.2": "redis",
+        "bretfisher/examplevotingapp_worker": "worker",
+        "postgres:9.4": "db",
+        "bretfisher/examplevotingapp_result": "result",
+    }
+    root = _static("voting", VOTING)
+    return tuple(Image(tag, root, (f'CMD ["/voting", "{role}"]',)) for tag, role in roles.items())
 
 
 def server_images() -> tuple[Image, ...]:
