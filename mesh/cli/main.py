@@ -71,6 +71,7 @@ def main() -> None:
               mesh backends web   who serves it
               mesh explain 192.0.2.7:40000 192.0.2.1:8080    where does this connection go, and why
               mesh trace --service web      connections as they come and go
+              mesh bench 8080               how fast is it, and who answers
     Change:   mesh drain node worker-3      no new connections there; those it has stay
               mesh undrain node worker-3
               mesh stop --release           stop and hand the ports back to Docker
@@ -80,10 +81,10 @@ def main() -> None:
 
 
 def _register() -> None:
-    from mesh.cli import change, check, read, run, trace  # noqa: PLC0415 -- they import what is above
+    from mesh.cli import bench, change, check, read, run, trace  # noqa: PLC0415 -- they import what is above
 
     for command in (
-        run.run, check.check, read.status, read.services, read.backends, read.explain, trace.trace,
+        run.run, check.check, read.status, read.services, read.backends, read.explain, trace.trace, bench.bench,
         change.drain, change.undrain, change.stop,
     ):  # fmt: skip
         main.add_command(command)
