@@ -17,6 +17,12 @@
     port = 8081                       # default: the port's target
     weight = 2                        # default 1; 0: no new flows
     draining = false
+    node = "far"                      # default: this host reaches it; else it runs on that node
+
+    [[nodes]]                         # where several hosts share one file; they find themselves by their addresses
+    name = "far"
+    address = "192.0.2.2"             # where the other nodes reach it
+    engine = "kernel"                 # or "proxy"; default: the same as here
 
 An error anywhere refuses the whole file: what was read before serves on, and the error names file and line.
 """
@@ -27,8 +33,10 @@ import asyncio
 import contextlib
 import ipaddress
 import re
+import socket
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -46,6 +54,7 @@ from mesh.model import (
     Frontend,
     Intent,
     Inventory,
+    Node,
     Protocol,
     PublishedPort,
     Service,
@@ -70,9 +79,16 @@ class _Published(Struct, forbid_unknown_fields=True):
     address: str = ""
 
 
+class _Node(Struct, forbid_unknown_fields=True):
+    name: _Name
+    address: str
+    engine: Literal["", "kernel", "proxy"] = ""
+
+
 class _Backend(Struct, forbid_unknown_fields=True):
     name: _Name
     address: str
+    node: str = ""
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     weight: Annotated[int, Meta(ge=0, le=WEIGHT_MAX)] = 1
     draining: bool = False
@@ -87,9 +103,15 @@ class _Service(Struct, forbid_unknown_fields=True):
 
 class _File(Struct, forbid_unknown_fields=True):
     services: list[_Service] = []
+    nodes: list[_Node] = []
 
 
-_TABLES: Final[dict[str, type[Struct]]] = {"services": _Service, "ports": _Published, "backends": _Backend}
+_TABLES: Final[dict[str, type[Struct]]] = {
+    "services": _Service,
+    "ports": _Published,
+    "backends": _Backend,
+    "nodes": _Node,
+}
 
 
 class _WrongError(Exception):
@@ -100,14 +122,17 @@ class _WrongError(Exception):
         self.path, self.message, self.remedy = path, message, remedy
 
 
-def parse_static(text: str, name: str) -> Inventory:
-    """The inventory that a file's text describes. Pure.
+def parse_static(text: str, name: str, is_here: Callable[[Address], bool] | None = None) -> Inventory:
+    """The inventory that a file's text describes. Pure, but for `is_here`.
+
+    Args:
+        is_here: whether an address is this host's; by default the kernel is asked.
 
     Raises:
         ProviderError: it cannot be used; `where` is `name:line`.
     """
     try:
-        return _inventory(convert(tomllib.loads(text), _File))
+        return _inventory(convert(tomllib.loads(text), _File), is_here or _is_here)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         place = int(line[1]) if line else text.count("\n") + 1
@@ -170,7 +195,36 @@ def _address(text: str, path: _Path) -> Address:
         raise _WrongError(path, f"{text!r} is no address", "an IPv4 or IPv6 address, without port") from None
 
 
-def _inventory(file: _File) -> Inventory:
+def _is_here(address: Address) -> bool:
+    if address.is_loopback:
+        return True
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(address), 9))  # sends nothing; a host calls its own address from it
+        except OSError:
+            return False
+        return bool(probe.getsockname()[0] == str(address))
+
+
+def _nodes(file: _File, is_here: Callable[[Address], bool]) -> tuple[dict[str, Node], str]:
+    """The nodes by name, and the name of the one that is this host; empty if the file has no nodes."""
+    nodes: dict[str, Node] = {}
+    here = ""
+    for number, entry in enumerate(file.nodes):
+        path: _Path = ("nodes", number)
+        if entry.name in nodes:
+            raise _WrongError((*path, "name"), f"there is another node {entry.name}", "names are unique")
+        address = _address(entry.address, (*path, "address"))
+        nodes[entry.name] = Node(entry.name, entry.name, address=address, engine=entry.engine)
+        here = here or (entry.name if is_here(address) else "")
+    if nodes and not here:
+        raise _WrongError(("nodes", 0), "none of the nodes has an address of this host", "add this host to the nodes")
+    return nodes, here
+
+
+def _inventory(file: _File, is_here: Callable[[Address], bool]) -> Inventory:
+    nodes, here = _nodes(file, is_here)
     services: dict[str, Service] = {}
     backends: dict[str, Backend] = {}
     frontends: dict[Frontend, str] = {}
@@ -185,7 +239,11 @@ def _inventory(file: _File) -> Inventory:
                 raise _WrongError((*path, "ports", i, "published"), taken)
             frontends[port.frontend] = entry.name
         for i, item in enumerate(entry.backends):
-            backend = _backend(item, entry.name, (*path, "backends", i))
+            if item.node and item.node not in nodes:
+                raise _WrongError(
+                    (*path, "backends", i, "node"), f"there is no node {item.node}", "add it to the nodes"
+                )
+            backend = _backend(item, entry.name, (*path, "backends", i), here)
             if backend.id in backends:
                 raise _WrongError(
                     (*path, "backends", i, "name"), f"there is another backend {item.name}", "names are unique"
@@ -195,6 +253,7 @@ def _inventory(file: _File) -> Inventory:
     return Inventory(
         services=tuple(services[k] for k in sorted(services)),
         backends=tuple(backends[k] for k in sorted(backends)),
+        nodes=tuple(nodes[k] for k in sorted(nodes)),
         source="static",
     )
 
@@ -204,15 +263,17 @@ def _published(port: _Published, path: _Path) -> PublishedPort:
     return PublishedPort(port.published, port.target, _PROTOCOLS[port.protocol], address)
 
 
-def _backend(item: _Backend, service: str, path: _Path) -> Backend:
+def _backend(item: _Backend, service: str, path: _Path, here: str) -> Backend:
+    local = item.node in ("", here)
     address = _address(item.address, (*path, "address"))
     if address.is_unspecified or address.is_multicast:
         raise _WrongError((*path, "address"), f"{address} cannot be connected to")
     return Backend(
         id=f"{service}/{item.name}",
         service=service,
-        node="",
-        address=address,
+        node=item.node or here,
+        address=address if local else None,
+        local=local,
         name=item.name,
         weight=item.weight,
         intent=Intent.DRAINING if item.draining else Intent.ACTIVE,

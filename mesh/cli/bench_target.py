@@ -104,13 +104,15 @@ def resolve(host: str, port: int, kind: Kind | None) -> str:
 
 def is_here(address: str) -> bool:
     """Whether an address is one of this node."""
+    if ipaddress.ip_address(address).is_loopback:
+        return True
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.bind((address, 0))
+            probe.connect((address, 9))  # sends nothing; a host calls its own address from that address
         except OSError:
             return False
-    return True
+        return bool(probe.getsockname()[0] == address)
 
 
 def ask(target: Target, state_dir: Path) -> tuple[Target, Behind]:

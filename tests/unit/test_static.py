@@ -207,3 +207,75 @@ def test_the_documented_example_is_right() -> None:
     found = parse_static(example, "OPERATIONS.md")
     assert [b.port for b in found.backends] == [8081]
     assert found.services[0].options.health.interval == 0.5
+
+
+NODES = """\
+[[services]]
+name = "web"
+[[services.ports]]
+published = 80
+target = 8080
+[[services.backends]]
+name = "near"
+address = "10.0.0.1"
+node = "one"
+[[services.backends]]
+name = "far"
+address = "10.0.0.1"
+node = "two"
+[[services.backends]]
+name = "shared"
+address = "10.0.0.9"
+[[nodes]]
+name = "one"
+address = "192.0.2.1"
+[[nodes]]
+name = "two"
+address = "192.0.2.2"
+engine = "proxy"
+"""
+
+
+def test_nodes_share_a_file_and_each_finds_itself() -> None:
+    here = {name: parse_static(NODES, "f", lambda a, own=own: str(a) == own) for name, own in OWN.items()}
+    for name, inventory in here.items():
+        assert {(b.name, b.node, str(b.address), b.local) for b in inventory.backends} == {
+            ("near", "one", "10.0.0.1" if name == "one" else "None", name == "one"),
+            ("far", "two", "10.0.0.1" if name == "two" else "None", name == "two"),
+            ("shared", name, "10.0.0.9", True),
+        }
+        assert [(n.id, str(n.address), n.engine) for n in inventory.nodes] == [
+            ("one", "192.0.2.1", ""),
+            ("two", "192.0.2.2", "proxy"),
+        ]
+    assert [b.id for b in here["one"].backends] == [b.id for b in here["two"].backends]
+
+
+OWN = {"one": "192.0.2.1", "two": "192.0.2.2"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ('node = "two"', 'node = "three"', 13, "there is no node three"),
+        ('name = "two"', 'name = "one"', 21, "there is another node one"),
+        ('address = "192.0.2.2"', 'address = "here"', 22, "'here' is no address"),
+        ('address = "192.0.2.1"', 'address = "192.0.2.9"', 17, "none of the nodes has an address of this host"),
+    ],
+)
+def test_nodes_that_cannot_be(old: str, new: str, line: int, message: str) -> None:
+    with pytest.raises(ProviderError, match=message) as caught:
+        parse_static(
+            NODES.replace(old, new, 1) if line != 13 else NODES.replace(old, new), "f", lambda a: str(a) == OWN["one"]
+        )
+    assert caught.value.where == f"f:{line}", caught.value
+
+
+def test_this_host_is_asked_which_node_it_is() -> None:
+    away = NODES.replace("192.0.2.", "203.0.113.")
+    with pytest.raises(ProviderError, match="none of the nodes"):
+        parse_static(away, "f")
+    assert {b.name for b in parse_static(away.replace("203.0.113.1", "127.0.0.1"), "f").backends if b.local} == {
+        "near",
+        "shared",
+    }
