@@ -39,6 +39,6 @@ cdef extern from "mesh/hash.h" nogil:
 cdef class SlotTable:
     cdef readonly uint32_t size
     cdef mesh_slot *slots  # `size` of them; never written after construction
-    cdef uint32_t *interim  # NULL, or INTERIM owners per slot that noted flows may still have
+    cdef uint32_t *interim  # INTERIM owners per slot that noted flows may still have; NULL: none has any
     cdef readonly bint tracked  # some slot needs the flow cache
-    cdef int remember(self) except -1
+    cdef uint32_t *remember(self, size_t index) except? NULL nogil

@@ -28,8 +28,9 @@ TABLE_SIZES = (1021, 4093, 16381, 65537, 655373)
 
 cdef enum:
     INTERIM = 3  # owners remembered per slot besides current and previous
+    NEAR = 1024  # owners that a pass over a table keeps apart without asking a Python object
     UNKNOWN = 0xffffffff  # stands for owners that were forgotten: such a slot leaves its transition by `settled` only
-    EMPTY = 0
+    EMPTY = 0  # MESH_OWNER_NONE
 
 
 def backend_seed(str identity not None):
@@ -133,6 +134,14 @@ cdef void interim_add(uint32_t *owners, uint32_t owner) noexcept nogil:
     owners[INTERIM - 1] = UNKNOWN
 
 
+cdef inline int add_owner(set found, uint32_t *near, uint32_t owner) except -1:
+    """Add an owner that is one, unless `near` (NEAR of them, by number) tells that it is there."""
+    if owner != EMPTY and near[owner % NEAR] != owner:
+        near[owner % NEAR] = owner
+        found.add(owner)
+    return 0
+
+
 cdef class SlotTable:
     """An immutable table of `size` slots, each with its current and its previous owner.
 
@@ -226,23 +235,19 @@ cdef class SlotTable:
         memcpy(table.slots, <const char *>slots, table.size * sizeof(mesh_slot))
         for i in range(table.size):
             if table.slots[i].current != table.slots[i].previous:
-                table.remember()
-                break
-        if table.interim is not NULL:
-            for i in range(table.size):
-                if table.slots[i].current != table.slots[i].previous:
-                    table.slots[i].previous |= MESH_SLOT_TRACKED
-                    table.interim[i * INTERIM] = UNKNOWN
+                table.slots[i].previous |= MESH_SLOT_TRACKED
+                table.tracked = True
+                table.remember(i)[0] = UNKNOWN
         return table
 
-    cdef int remember(self) except -1:
-        """Make room for interim owners; from here on the table is tracked."""
+    cdef uint32_t *remember(self, size_t index) except? NULL nogil:
+        """The interim owners of a slot, to be written: room for those of all slots is made with the first."""
         if self.interim is NULL:
             self.interim = <uint32_t *>calloc(<size_t>self.size * INTERIM, sizeof(uint32_t))
             if self.interim is NULL:
-                raise MemoryError
-        self.tracked = True
-        return 0
+                with gil:
+                    raise MemoryError
+        return self.interim + index * INTERIM
 
     def transition(self, SlotTable new not None, gone=frozenset()):
         """The table that leads from this one to `new`: current owners are those of `new`.
@@ -260,7 +265,7 @@ cdef class SlotTable:
         cdef SlotTable table
         cdef uint32_t i, source, before, base, current, owner
         cdef int k
-        cdef uint32_t *owners
+        cdef uint32_t owners[INTERIM]
         cdef bint lost, keep
         cdef bint changed = False
         cdef frozenset dead = frozenset(gone)
@@ -282,15 +287,13 @@ cdef class SlotTable:
             if not changed:
                 memcpy(table.slots, new.slots, new.size * sizeof(mesh_slot))
                 return table
-            table.remember()
-            table.tracked = False
             with nogil:
                 for i in range(new.size):
                     source = i if new.size == self.size else mesh_slot_source(i, new.size, self.size)
                     current = new.slots[i].current
                     before = self.slots[source].current
                     base = self.slots[source].previous & MESH_OWNER_MASK
-                    owners = table.interim + <size_t>i * INTERIM
+                    memset(owners, 0, sizeof(owners))
                     if self.interim is not NULL:
                         for k in range(INTERIM):
                             owner = self.interim[<size_t>source * INTERIM + k]
@@ -309,38 +312,29 @@ cdef class SlotTable:
                     if keep:
                         table.slots[i].previous = base | MESH_SLOT_TRACKED
                         table.tracked = True
+                        if owners[0] != EMPTY:
+                            memcpy(table.remember(i), owners, sizeof(owners))
                     else:
-                        memset(owners, 0, INTERIM * sizeof(uint32_t))
                         table.slots[i].previous = base
                     table.slots[i].current = current
         finally:
             free(is_dead)
-        if not table.tracked:
-            free(table.interim)
-            table.interim = NULL
         return table
 
     def settled(self, keep=frozenset()):
         """This table with every slot out of its transition, but for the slots in `keep` (those with live noted flows)."""
         cdef SlotTable table = SlotTable(self.size)
         cdef uint32_t i
-        cdef frozenset kept = frozenset(keep)
         memcpy(table.slots, self.slots, self.size * sizeof(mesh_slot))
-        if self.interim is NULL:
-            return table
-        table.remember()
-        table.tracked = False
         for i in range(self.size):
-            if not table.slots[i].previous & MESH_SLOT_TRACKED:
-                continue
-            if i in kept:
-                memcpy(table.interim + <size_t>i * INTERIM, self.interim + <size_t>i * INTERIM, INTERIM * sizeof(uint32_t))
-                table.tracked = True
-            else:
+            if table.slots[i].previous & MESH_SLOT_TRACKED:
                 table.slots[i].previous = table.slots[i].current
-        if not table.tracked:
-            free(table.interim)
-            table.interim = NULL
+        for i in keep:
+            if i < self.size and self.slots[i].previous & MESH_SLOT_TRACKED:
+                table.slots[i].previous = self.slots[i].previous
+                table.tracked = True
+                if self.interim is not NULL:
+                    memcpy(table.remember(i), self.interim + <size_t>i * INTERIM, INTERIM * sizeof(uint32_t))
         return table
 
     def slot(self, uint32_t index):
@@ -365,10 +359,21 @@ cdef class SlotTable:
     def shares(self):
         """Slots by current owner."""
         cdef dict counts = {}
-        cdef uint32_t i, owner
+        cdef uint32_t near[NEAR]
+        cdef uint32_t sums[NEAR]
+        cdef uint32_t i, owner, place
+        memset(sums, 0, sizeof(sums))
         for i in range(self.size):
             owner = self.slots[i].current
-            counts[owner] = counts.get(owner, 0) + 1
+            place = owner % NEAR
+            if sums[place] and near[place] != owner:
+                counts[near[place]] = counts.get(near[place], 0) + sums[place]
+                sums[place] = 0
+            near[place] = owner
+            sums[place] += 1
+        for place in range(NEAR):
+            if sums[place]:
+                counts[near[place]] = counts.get(near[place], 0) + sums[place]
         return counts
 
     def tracked_slots(self):
@@ -381,20 +386,16 @@ cdef class SlotTable:
     def owners(self):
         """All owners a flow of this table may have now: current, previous and interim ones (NONE and UNKNOWN excepted)."""
         cdef set found = set()
+        cdef uint32_t near[NEAR]
         cdef uint32_t i
-        cdef uint32_t a = EMPTY, b = EMPTY
+        memset(near, 0, sizeof(near))
         for i in range(self.size):
-            if self.slots[i].current != a:
-                a = self.slots[i].current
-                found.add(a)
-            if self.slots[i].previous != b:
-                b = self.slots[i].previous
-                found.add(b & MESH_OWNER_MASK)
+            add_owner(found, near, self.slots[i].current)
+            add_owner(found, near, self.slots[i].previous & MESH_OWNER_MASK)
         if self.interim is not NULL:
             for i in range(self.size * INTERIM):
-                if self.interim[i] != EMPTY and self.interim[i] != UNKNOWN:
-                    found.add(self.interim[i])
-        found.discard(MESH_OWNER_NONE)
+                if self.interim[i] != UNKNOWN:
+                    add_owner(found, near, self.interim[i])
         return found
 
     def to_bytes(self):
@@ -407,12 +408,23 @@ cdef class SlotTable:
         Args:
             names: identity (str) by owner.
         """
-        cdef dict keys = {owner: backend_seed(name)[:8] for owner, name in names.items()}
-        cdef uint32_t i
-        sums = hashlib.blake2b(digest_size=8, person=b"mesh-digest")
+        cdef bytearray text = bytearray(8 * self.size)
+        cdef char *at = text
+        cdef uint32_t near[NEAR]
+        cdef char keys[NEAR][8]
+        cdef uint32_t i, owner, place
+        cdef bytes key
+        memset(near, 0xff, sizeof(near))  # no owner is that
         for i in range(self.size):
-            sums.update(keys.get(self.slots[i].current) or self.slots[i].current.to_bytes(8, "big"))
-        return sums.hexdigest()
+            owner = self.slots[i].current
+            place = owner % NEAR
+            if near[place] != owner:
+                name = names.get(owner)
+                key = owner.to_bytes(8, "big") if name is None else backend_seed(name)[:8]
+                memcpy(keys[place], <const char *>key, 8)
+                near[place] = owner
+            memcpy(at + 8 * i, keys[place], 8)
+        return hashlib.blake2b(text, digest_size=8, person=b"mesh-digest").hexdigest()
 
     def __eq__(self, other):
         if not isinstance(other, SlotTable):

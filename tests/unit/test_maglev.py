@@ -3,6 +3,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,13 @@ def test_build_is_deterministic_over_many_random_sets():
     for _ in range(20):
         entries = backends([rng.choice([0, 1, 1, 1, 5]) for _ in range(rng.randrange(1, 60))], name=str(rng.random()))
         assert SlotTable.build(4093, entries) == SlotTable.build(4093, sorted(entries, key=lambda e: rng.random()))
+
+
+@pytest.mark.parametrize("owners", [(1024, 2048, 3072, 4096), (2, 1026, 2**31 - 1), tuple(range(2, 3000, 7))])
+def test_a_pass_over_a_table_keeps_apart_owners_of_any_number(owners):
+    table = SlotTable.build(4093, [(backend_seed(f"b{owner}"), owner, 1) for owner in owners])
+    current = [table.slot(i)[0] for i in range(table.size)]
+    assert table.shares() == Counter(current)
+    assert table.owners() == set(owners)
+    names = {owner: f"b{owner}" for owner in owners[1:]}
+    assert table.digest(names) == reference.digest(current, names)
