@@ -44,7 +44,7 @@ from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
 from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight
-from mesh.model import Affinity, Flow, Frontend, FrontendState, Protocol, ServiceOptions
+from mesh.model import Affinity, Flow, Frontend, Protocol, ServiceOptions
 
 # What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
@@ -82,7 +82,7 @@ class KernelDatapath:
         self._others: list[Path] = []  # pins of builds with another contract
         self._attached = False
         self._taking_over = False
-        self._stopping = False
+        self._stopping = threading.Event()
         self._follower: threading.Thread | None = None
 
     # ---- start ----
@@ -140,11 +140,12 @@ class KernelDatapath:
     def apply(self, plan: Plan) -> Applied:
         """See Datapath.apply. Steps are those of bpf/lib/maps.h."""
         with self._lock:
-            self._write_names(plan, self._applied, plan.result)
+            self._names.put(plan, self._applied)
             self._look(plan.put_backends)
             if not self._others:
                 self._sync()
             self._maps.put_backends({e.id: self._slot(e) for e in plan.put_backends})
+            self._maps.arenas.reserve(e.table.size for e in plan.put_frontends if not self._has_table(e))
             for entry in plan.put_frontends:
                 self._put_frontend(entry)
             for frontend in plan.drop_frontends:
@@ -154,8 +155,7 @@ class KernelDatapath:
             self._maps.free_backends(e.id for e in plan.drop_backends)
             self._applied = plan.result
             self._taking_over = False
-            if plan.drop_backends or plan.drop_frontends:
-                self._write_names(plan, plan.result)
+            self._names.drop(plan)
             for gone in plan.drop_backends:
                 self._places.pop(gone.id, None)
             self._placed = dict(self._places)
@@ -163,18 +163,6 @@ class KernelDatapath:
             self._beside.apply(self._applied, self._finder.topology.addresses)
             self._monitor.wake()
             return self._applied
-
-    @staticmethod
-    def _by_id(applied: Applied) -> dict[int, BackendEntry]:
-        return {entry.id: entry for entry in applied.backends.values()}
-
-    def _write_names(self, plan: Plan, *states: Applied) -> None:
-        backends: dict[int, BackendEntry] = {}
-        frontends: dict[Frontend, FrontendState] = {}
-        for state in states:
-            backends |= self._by_id(state)
-            frontends |= {frontend: entry.state for frontend, entry in state.frontends.items()}
-        self._names.write(plan.generation, backends.values(), frontends.values())
 
     def _slot(self, entry: BackendEntry) -> BackendSlot:
         place = self._places.get(entry.id, Place())
@@ -200,14 +188,16 @@ class KernelDatapath:
             and held is not None
             and (held.state.options.allow, held.state.options.deny) == (options.allow, options.deny)
         )
-        same_table = self._tables.get(frontend) is entry.table
         self._maps.put_frontend(
             frontend,
-            slots=None if same_table else entry.table.to_bytes(),
+            slots=None if self._has_table(entry) else entry.table.to_bytes(),
             flags=self._flags(frontend, options),
             rules=None if same_rules else compile_rules(options.allow, options.deny),
         )
         self._tables[frontend] = entry.table
+
+    def _has_table(self, entry: FrontendEntry) -> bool:
+        return self._tables.get(entry.state.frontend) is entry.table
 
     def _flags(self, frontend: Frontend, options: ServiceOptions) -> int:
         flags = codec.FRONTEND_CLIENT if options.affinity is Affinity.CLIENT_IP else 0
@@ -256,11 +246,11 @@ class KernelDatapath:
     def _follow(self) -> None:
         """Thread: containers, interfaces and addresses come and go."""
         started = time.monotonic()
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 self._monitor.wait(self._wait_for())
                 started = time.monotonic()
-                if self._stopping or not self._is_owner():
+                if self._stopping.is_set() or not self._is_owner():
                     return
                 with self._lock:
                     self._release_holds()
@@ -270,9 +260,9 @@ class KernelDatapath:
                         self._sync()
                         self._beside.apply(self._applied, self._finder.topology.addresses)
             except Exception as error:  # the next look tries again
-                if not self._stopping:
+                if not self._stopping.is_set():
                     log.warning("network change not followed", error=str(error))
-            time.sleep(max(QUIET, 4 * (time.monotonic() - started)))
+            self._stopping.wait(max(QUIET, 4 * (time.monotonic() - started)))
 
     def _is_owner(self) -> bool:
         """Whether no other process has taken the maps over since: they have one writer."""
@@ -355,7 +345,7 @@ class KernelDatapath:
         stay for them, and go with the next `mesh stop --release` or reboot."""
         if release:
             self._hand_back()
-        self._stopping = True
+        self._stopping.set()
         with contextlib.suppress(AttributeError):
             self._monitor.wake()
         if self._follower is not None:
@@ -378,6 +368,7 @@ class KernelDatapath:
 
     def _hand_back(self) -> None:
         with self._lock:
+            self._maps.arenas.reserve(entry.table.size for entry in self._applied.frontends.values())
             for entry in self._applied.frontends.values():
                 table = entry.table.transition(SlotTable.uniform(entry.table.size, OWNER_PASS))
                 self._put_frontend(FrontendEntry(entry.state, table, entry.backends))

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import bisect
-import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 from mesh import _bpf
 from mesh.datapath import codec
 from mesh.datapath.codec import ARENA_SLOTS, SLOT_SIZE, Table
-from mesh.errors import DatapathError
+from mesh.errors import BpfError, DatapathError
 
 GRACE: Final = 1.0  # seconds; a program runs for microseconds, so nobody reads a range this long after it was replaced
 
@@ -122,20 +122,35 @@ class Arenas:
             table = self._freed.pop(0)[1]
             self._arenas[table.arena].ranges.give(table.offset, table.size)
 
-    def _grow(self) -> int:
-        """Create one more arena; returns its index."""
-        index = len(self._arenas)
-        if index >= codec.MAX_ARENAS:
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Make room for tables of these sizes that are about to be published: one wait of the kernel for all."""
+        self._reclaim()
+        short = sum(sizes) - sum(arena.ranges.free for arena in self._arenas)
+        count = min(-(-short // ARENA_SLOTS), codec.MAX_ARENAS - len(self._arenas))
+        if count > 0:
+            self._grow(count)
+
+    def _grow(self, count: int = 1) -> int:
+        """Create more arenas; returns the index of the first. The kernel waits for all CPUs once a call."""
+        first = len(self._arenas)
+        if first + count > codec.MAX_ARENAS:
             raise DatapathError(
                 "no room for further slot tables",
                 where="kernel engine",
                 remedy="choose smaller mesh.table-size labels",
             )
-        made = _bpf.Map.create(_bpf.ARRAY, "mesh_arena", 4, SLOT_SIZE, ARENA_SLOTS, _bpf.MMAPABLE)
-        pin = self._pin(index)
-        if pin.exists():
-            os.unlink(pin)  # noqa: PTH108
-        self._outer.update(codec.pack_u32(index), codec.pack_u32(made.fileno()))
-        made.pin(str(pin))
-        self._arenas.append(Arena(made, _bpf.Mapping(made)))
-        return index
+        indexes = range(first, first + count)
+        made = [_bpf.Map.create(_bpf.ARRAY, "mesh_arena", 4, SLOT_SIZE, ARENA_SLOTS, _bpf.MMAPABLE) for _ in indexes]
+        for index in indexes:
+            self._pin(index).unlink(missing_ok=True)
+        keys = [codec.pack_u32(index) for index in indexes]
+        values = [codec.pack_u32(arena.fileno()) for arena in made]
+        try:
+            self._outer.update_batch(b"".join(keys), b"".join(values))
+        except BpfError:  # before Linux 5.19 there are no batches of maps
+            for key, value in zip(keys, values, strict=True):
+                self._outer.update(key, value)
+        for index, arena in zip(indexes, made, strict=True):
+            arena.pin(str(self._pin(index)))
+            self._arenas.append(Arena(arena, _bpf.Mapping(arena)))
+        return first

@@ -7,17 +7,14 @@ what it finds under names of its own, and the next plan replaces them while conn
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from mesh.datapath.base import BackendEntry, BackendKey
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
 from mesh.model import (
     Affinity,
     Frontend,
@@ -32,6 +29,8 @@ from mesh.model import (
 )
 
 VERSION: Final = 2
+SPARE: Final = 1 << 16  # bytes of changes for which the file is never written whole
+_CHANGES: Final = ("backends", "frontends", "gone_backends", "gone_frontends")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +81,23 @@ def _options_in(row: dict[str, Any]) -> ServiceOptions:
     )
 
 
+def _place_out(frontend: Frontend) -> list[Any]:
+    return [str(frontend.address), frontend.port, int(frontend.protocol)]
+
+
+def _place_in(row: list[Any]) -> Frontend:
+    address, port, protocol = row
+    return Frontend(ipaddress.ip_address(address), port, Protocol(protocol))
+
+
+def _raw(value: object) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
 def _frontend_out(state: FrontendState) -> dict[str, Any]:
     frontend = state.frontend
     return {
-        "frontend": [str(frontend.address), frontend.port, int(frontend.protocol)],
+        "frontend": _place_out(frontend),
         "service": [state.service, state.service_name],
         "options": _options_out(state.options),
         "targets": [_target_out(target) for target in state.targets],
@@ -94,10 +106,9 @@ def _frontend_out(state: FrontendState) -> dict[str, Any]:
 
 
 def _frontend_in(row: dict[str, Any]) -> FrontendState:
-    address, port, protocol = row["frontend"]
     service, name = row["service"]
     return FrontendState(
-        frontend=Frontend(ipaddress.ip_address(address), port, Protocol(protocol)),
+        frontend=_place_in(row["frontend"]),
         service=service,
         service_name=name,
         options=_options_in(row["options"]),
@@ -116,43 +127,82 @@ def _backend_in(row: list[Any]) -> BackendEntry:
 
 
 class NamesFile:
-    """One file, replaced as a whole."""
+    """One file: a line with all names, then a line for every change since; written whole again as changes grow."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: dict[Any, tuple[Any, msgspec.Raw]] = {}  # by id or frontend: what was encoded, and its text
+        self._backends: dict[int, msgspec.Raw] = {}
+        self._frontends: dict[Frontend, msgspec.Raw] = {}
+        self._spent = self._size = 0  # bytes of the changes, and of the line with all
 
     def read(self) -> Names:
         """What it says; nothing where it is absent, of another version or damaged."""
         try:
-            row = msgspec.json.decode(self._path.read_bytes())
+            first, *changes = self._path.read_bytes().split(b"\n")
+            row = msgspec.json.decode(first)
             if row["version"] != VERSION:
                 return Names()
-            backends = [_backend_in(each) for each in row["backends"]]
-            frontends = [_frontend_in(each) for each in row["frontends"]]
-            return Names(row["generation"], {b.id: b for b in backends}, {f.frontend: f for f in frontends})
+            backends = {b.id: b for b in map(_backend_in, row["backends"])}
+            frontends = {f.frontend: f for f in map(_frontend_in, row["frontends"])}
+            generation = row["generation"]
+            for row in map(msgspec.json.decode, changes[:-1]):  # what a line break does not end was not written whole
+                generation = row["generation"]
+                backends |= {b.id: b for b in map(_backend_in, row["backends"])}
+                frontends |= {f.frontend: f for f in map(_frontend_in, row["frontends"])}
+                for number in row["gone_backends"]:
+                    backends.pop(number, None)
+                for place in row["gone_frontends"]:
+                    frontends.pop(_place_in(place), None)
+            return Names(generation, backends, frontends)
         except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError):
             return Names()
 
-    def write(self, generation: int, backends: Iterable[BackendEntry], frontends: Iterable[FrontendState]) -> None:
-        """Replace it."""
+    def put(self, plan: Plan, held: Applied) -> None:
+        """Name what a plan is about to put, beside what there is: by the first call, all that is `held` by then."""
+        if not self._size:
+            self._backends = {e.id: _raw(_backend_out(e)) for e in held.backends.values()}
+            self._frontends = {f: _raw(_frontend_out(e.state)) for f, e in held.frontends.items()}
+            self._write(held.generation)
+        backends = {entry.id: _raw(_backend_out(entry)) for entry in plan.put_backends}
+        frontends = {entry.state.frontend: _raw(_frontend_out(entry.state)) for entry in plan.put_frontends}
+        self._backends |= backends
+        self._frontends |= frontends
+        self._append(plan.generation, backends=list(backends.values()), frontends=list(frontends.values()))
+
+    def drop(self, plan: Plan) -> None:
+        """Forget the names of what a plan has dropped."""
+        held = {entry.id for entry in plan.put_backends}
+        gone = [entry.id for entry in plan.drop_backends if entry.id not in held]
+        for number in gone:
+            self._backends.pop(number, None)
+        for frontend in plan.drop_frontends:
+            self._frontends.pop(frontend, None)
+        if gone or plan.drop_frontends:
+            places = [_place_out(frontend) for frontend in plan.drop_frontends]
+            self._append(plan.generation, gone_backends=gone, gone_frontends=places)
+
+    def _append(self, generation: int, **change: list[Any]) -> None:
+        row = {"generation": generation, **{name: change.get(name, []) for name in _CHANGES}}
+        line = msgspec.json.encode(row) + b"\n"
+        self._spent += len(line)
+        if self._spent > max(self._size, SPARE) or not self._path.exists():
+            self._write(generation)
+            return
+        with self._path.open("ab") as file:
+            file.write(line)
+
+    def _write(self, generation: int) -> None:
         row = {
             "version": VERSION,
             "generation": generation,
-            "backends": [self._row(entry.id, entry, _backend_out) for entry in backends],
-            "frontends": [self._row(state.frontend, state, _frontend_out) for state in frontends],
+            "backends": list(self._backends.values()),
+            "frontends": list(self._frontends.values()),
         }
+        text = msgspec.json.encode(row) + b"\n"
         partial = self._path.with_suffix(".partial")
-        partial.write_bytes(msgspec.json.encode(row))
-        os.replace(partial, self._path)  # noqa: PTH105
-
-    def _row(self, key: Any, value: Any, encode: Callable[[Any], Any]) -> msgspec.Raw:
-        """Most rows are those of the last time: the very same objects."""
-        held = self._rows.get(key)
-        if held is None or held[0] is not value:
-            held = self._rows[key] = (value, msgspec.Raw(msgspec.json.encode(encode(value))))
-        return held[1]
+        partial.write_bytes(text)
+        partial.replace(self._path)
+        self._spent, self._size = 0, len(text)
 
     def remove(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        self._path.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from mesh.model import Address, Frontend, Protocol
 INGRESS: Final = "mesh_ingress"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
-ASK_AGAIN: Final = 0.5  # seconds between two questions for one MAC
+ASK_AGAIN: Final = (0.5, 4.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
+ASK_MOST: Final = 256  # questions between two looks: many that nobody answers must not hold up the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Places:
         self._floating = floating
         self._routes: dict[Address, Route | None] = {}
         self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
-        self._asked: dict[Address, float] = {}  # when, monotonic
+        self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again, monotonic, and after what pause
+        self._questions = 0  # since the last look
         self.topology = Topology()
 
     def refresh(self) -> None:
@@ -55,7 +57,9 @@ class Places:
         new = replace(found, addresses=found.addresses | self._floating)
         if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
             self._routes.clear()
+            self._asked.clear()
         self.topology = new
+        self._questions = 0
         self._ports |= new.ports
         self._ports = {k: v for k, v in self._ports.items() if v in new.interfaces and new.interfaces[v].master == k[0]}
 
@@ -79,12 +83,16 @@ class Places:
         port = via if via.kind == "veth" else self._port(via, mac)
         if port is None and via.kind == "bridge":  # a container that is gone had this MAC
             self._ask(via.index, address, anew=True)
+        else:
+            self._asked.pop(address, None)
         return Place(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
 
     def _ask(self, interface: int, address: Address, *, anew: bool = False) -> None:
-        now = time.monotonic()
-        if now - self._asked.get(address, -ASK_AGAIN) >= ASK_AGAIN:
-            self._asked[address] = now
+        first, most = ASK_AGAIN
+        now, (due, pause) = time.monotonic(), self._asked.get(address, (0.0, first))
+        if now >= due and self._questions < ASK_MOST:
+            self._questions += 1
+            self._asked[address] = now + pause, min(2 * pause, most)
             with contextlib.suppress(OSError):
                 self._netlink.resolve(interface, address, anew=anew)
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from mesh._maglev import SlotTable
 from mesh.config import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
 from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel_arena import Ranges
 from mesh.datapath.kernel_beside import needed
-from mesh.datapath.kernel_names import NamesFile
+from mesh.datapath.kernel_names import SPARE, Names, NamesFile
 from mesh.datapath.kernel_places import INGRESS, TASK, Place, wanted
 from mesh.datapath.kernel_rtnl import Interface, Topology
 from mesh.datapath.kernel_rules import compile_rules
@@ -113,15 +113,30 @@ def test_names_come_back(tmp_path: Path) -> None:
     target = Target("task", ipaddress.ip_address("172.18.0.3"), 80, 2, True, "node", "container")
     entry = BackendEntry(7, BackendKey("task", 80, 6), target)
     frontend = state(Frontend(ANY_ADDRESS, 8000, Protocol.TCP), target)
-    names = NamesFile(tmp_path / "names.json")
+    served = FrontendEntry(frontend, SlotTable.uniform(1021, 7), (7,))
+    path = tmp_path / "names.json"
+    names = NamesFile(path)
     assert names.read().backends == {}
-    names.write(5, [entry], [frontend])
-    names.write(5, [entry], [frontend])
-    found = NamesFile(tmp_path / "names.json").read()
+    held = Applied(4)
+    names.put(Plan(5, put_backends=(entry,), put_frontends=(served,)), held)
+    found = NamesFile(path).read()
     assert (found.generation, found.backends, found.frontends) == (5, {7: entry}, {frontend.frontend: frontend})
     changed = dataclasses.replace(entry, target=dataclasses.replace(target, weight=0))
-    names.write(6, [changed], [])
-    assert names.read().backends == {7: changed}
+    names.put(step := Plan(6, put_backends=(changed,), drop_frontends=(frontend.frontend,)), held)
+    assert NamesFile(path).read().frontends  # until it is dropped indeed
+    names.drop(step)
+    assert names.read() == Names(6, {7: changed}, {})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"generation":7,"backends":[[1')  # the process was killed as it wrote
+    assert names.read() == Names(6, {7: changed}, {})
+    path.write_bytes(whole)
+    for generation in range(7, 2000):
+        names.put(Plan(generation, put_backends=(entry if generation % 2 else changed,)), held)
+    assert names.read() == Names(1999, {7: entry}, {})
+    assert path.stat().st_size < 2 * SPARE
+    path.unlink()  # by whoever
+    names.drop(Plan(2000, drop_backends=(entry,)))
+    assert names.read() == Names(2000)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', '{"version": 1, "backends": [[1]]}', "null"])
