@@ -1,24 +1,60 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where clients' packets come in: tc ingress of every Ethernet interface that faces clients. */
-#include "lib/icmp.h"
+#include "lib/arrive.h"
+#include "lib/leave.h"
+
+int mesh_error(struct __sk_buff *skb);
+
+/* What programs of this object go on with, by GO. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, PROGRAMS);
+	__uint(key_size, sizeof(__u32));
+	__array(values, int(void *));
+} mesh_programs SEC(".maps") = {.values = {
+					[GO_ARRIVE] = (void *)&mesh_tunnel,
+					[GO_LEAVE] = (void *)&mesh_leave,
+					[GO_ERROR] = (void *)&mesh_error,
+				}};
+
+/* ICMP errors from the clients' side, and from the way to other nodes. */
+SEC("tc")
+int mesh_error(struct __sk_buff *skb)
+{
+	struct packet p;
+	int action;
+
+	if (parse(skb, &p) != PARSE_ICMP)
+		return TC_ACT_UNSPEC;
+	action = serve_icmp(skb, &p, 0);
+	if (action <= GO(0))
+		bpf_tail_call(skb, &mesh_programs, GO(0) - action);
+	return action > GO(0) ? action : verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
+}
 
 SEC("tc")
 int mesh_ingress(struct __sk_buff *skb)
 {
+	int action = GO(GO_ERROR);
 	enum parse_result result;
 	struct packet p;
-	int action;
 
 	result = parse(skb, &p);
 	if (unlikely(result == PARSE_FRAGMENT) && !fragment_ports(&p))
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
 		action = serve_flow(skb, &p, 0);
-		return unlikely(IS_REFUSAL(action)) ? refuse(skb, &p, action) : action;
-	}
-	if (result == PARSE_OTHER)
+		if (likely(!IS_REFUSAL(action)))
+			return action;
+		if (action > GO(0))
+			return refuse(skb, &p, action);
+	} else if (result == PARSE_OTHER) {
 		return TC_ACT_UNSPEC;
-	return result == PARSE_ICMP ? serve_icmp(skb, &p, 0) : serve_rest(&p, result);
+	} else if (result != PARSE_ICMP) {
+		return serve_rest(&p, result);
+	}
+	bpf_tail_call(skb, &mesh_programs, GO(0) - action);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 }
 
 /* See MESH_EXPLAIN_VERDICT in abi.h. */

@@ -104,6 +104,8 @@ INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, struct mesh_dia
 	choose(flow, &c);
 	if (c.owner == MESH_OWNER_PASS)
 		return MESH_VERDICT_SOCKET_PASS;
+	if (c.backend && is_away(c.backend))
+		return MESH_VERDICT_SOCKET_PASS;
 	if (!c.backend)
 		return c.verdict == MESH_VERDICT_REFUSED ? MESH_VERDICT_SOCKET_NONE : MESH_VERDICT_SOCKET_PASS;
 	to->called = flow->destination;

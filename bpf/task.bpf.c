@@ -2,7 +2,7 @@
 /* Where tasks' packets come out: tc ingress of the host side of every local container's interface. Replies get back the
  * address that the client called; what is no reply may be a call of a port of this node.
  */
-#include "lib/icmp.h"
+#include "lib/depart.h"
 
 #define MTU_SAFE 1280u /* no interface that carries IPv6 takes less; smaller packets need no look at it */
 
@@ -41,31 +41,23 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mes
 	return hand_back(skb, ifindex, peer);
 }
 
-/* An error of a task about a packet that a client sent: it quotes (client -> task). -1: not about a flow of ours. */
+/* An error of a task about a packet that a client sent. -1: not about a flow of ours. */
 RARE int answer_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp_work *w = icmp_work();
 	struct mesh_reply *reply;
 	__u32 ifindex, peer;
 
-	if (!p || !w || p->ttl <= 1 || load_quoted(skb, p, w) ||
-	    !same_address(&w->quoted.flow.source, &p->flow.destination))
+	if (!p || !w)
 		return -1;
-	w->key = w->quoted.flow;
-	reply = bpf_map_lookup_elem(&mesh_replies, &w->key);
+	reply = find_sent(skb, p, w);
 	if (!reply)
-		reply = bpf_map_lookup_elem(&mesh_openings, &w->key);
-	if (!reply || (reply->flags & MESH_REPLY_HAIRPIN))
 		return -1;
 	ifindex = reply->ifindex;
+	if (ifindex & MESH_REPLY_NODE)
+		return GO(0);
 	peer = reply->flags & MESH_REPLY_PEER;
-	w->inner.source = w->key.source;
-	w->inner.source_port = w->key.source_port;
-	w->inner.destination = reply->called;
-	w->inner.destination_port = reply->called_port;
-	w->outer.source = reply->called;
-	w->outer.destination = p->flow.destination;
-	if (rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer))
+	if (translate_own(skb, p, w, reply))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_ICMP_OUT);
 	return hand_back(skb, ifindex, peer);
@@ -90,16 +82,21 @@ int mesh_task(struct __sk_buff *skb)
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
 		reply = find_reply(&p.flow);
-		if (likely(reply))
+		if (likely(reply && !(reply->ifindex & MESH_REPLY_NODE)))
 			return answer(skb, &p, reply);
-		action = serve_call(skb, &p);
-		return IS_REFUSAL(action) ? refuse(skb, &p, action) : action;
+		if (!reply) {
+			action = serve_call(skb, &p);
+			return IS_REFUSAL(action) ? refuse(skb, &p, action) : action;
+		}
+		bpf_tail_call(skb, &mesh_departures, 0);
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	}
 	if (result == PARSE_OTHER)
 		return TC_ACT_UNSPEC;
-	if (result == PARSE_ICMP) {
-		action = answer_icmp(skb, &p);
-		return action >= 0 ? action : serve_icmp(skb, &p, 1);
-	}
-	return serve_rest(&p, result);
+	if (result != PARSE_ICMP)
+		return serve_rest(&p, result);
+	action = answer_icmp(skb, &p);
+	if (action == GO(0))
+		bpf_tail_call(skb, &mesh_departures, 0);
+	return action >= 0 ? action : serve_icmp(skb, &p, 1);
 }

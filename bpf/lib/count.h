@@ -13,6 +13,17 @@ INLINE void count_verdict(__u32 verdict)
 		*value += 1;
 }
 
+INLINE int verdict(__u32 name, int action)
+{
+	count_verdict(name);
+	return action;
+}
+
+/* What `serve_flow` returns for a packet that is to be refused: the verdict, below every action (TC_ACT_UNSPEC is -1).
+ */
+#define REFUSAL(name)      (-2 - (int)(name))
+#define IS_REFUSAL(action) ((action) < TC_ACT_UNSPEC)
+
 INLINE void count_in(__u32 frontend, __u32 owner, __u32 bytes)
 {
 	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);

@@ -120,11 +120,30 @@ INLINE int rewrite_outer(struct __sk_buff *skb, const struct packet *p, const st
 	return rewrite_v6(skb, p, to);
 }
 
-/* The reverse entry of the flow that an error from the client's side quotes (called -> client), by the table's word. */
-INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u32 word)
+/* The reverse entry of the flow with a backend that an error from the client's side quotes (called -> client). */
+INLINE struct mesh_reply *find_called(struct icmp_work *w, const struct mesh_backend *backend)
 {
 	struct mesh_flow *key = &w->key;
 	struct mesh_reply *reply;
+
+	key->source = w->quoted.flow.destination;
+	key->source_port = w->quoted.flow.destination_port;
+	key->destination = backend->address;
+	key->destination_port = backend->port;
+	key->protocol = w->quoted.flow.protocol;
+	reply = bpf_map_lookup_elem(&mesh_replies, key);
+	if (!reply)
+		reply = bpf_map_lookup_elem(&mesh_openings, key);
+	if (!reply || !same_address(&reply->called, &w->quoted.flow.source) ||
+	    reply->called_port != w->quoted.flow.source_port)
+		return NULL;
+	return reply;
+}
+
+/* Such an entry by the table's word. */
+INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u32 word)
+{
+	struct mesh_flow *key = &w->key;
 
 	key->source = w->quoted.flow.destination;
 	key->destination = w->quoted.flow.source;
@@ -135,20 +154,56 @@ INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u
 	if (!c->frontend)
 		return NULL;
 	choose(key, c);
-	if (!c->backend)
-		return NULL;
-	key->destination = c->backend->address;
-	key->destination_port = c->backend->port;
-	reply = bpf_map_lookup_elem(&mesh_replies, key);
-	if (!reply)
-		reply = bpf_map_lookup_elem(&mesh_openings, key);
-	if (!reply || !same_address(&reply->called, &w->quoted.flow.source) ||
-	    reply->called_port != w->quoted.flow.source_port)
-		return NULL;
-	return reply;
+	return c->backend && !is_away(c->backend) ? find_called(w, c->backend) : NULL;
 }
 
-/* An error from the client's side about a packet that we sent for a task. */
+/* Translate an error about a flow whose entry find_called has found; it is the task's packet then. */
+INLINE int translate_error(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
+{
+	w->inner.source = w->key.destination;
+	w->inner.source_port = w->key.destination_port;
+	w->inner.destination = w->key.source;
+	w->inner.destination_port = w->key.source_port;
+	w->outer.source = p->flow.source;
+	w->outer.destination = w->key.destination;
+	return rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer);
+}
+
+/* The reverse entry of the flow that an error of a task quotes (client -> task). */
+INLINE struct mesh_reply *find_sent(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
+{
+	struct mesh_reply *reply;
+
+	if (p->ttl <= 1 || load_quoted(skb, p, w) || !same_address(&w->quoted.flow.source, &p->flow.destination))
+		return NULL;
+	w->key = w->quoted.flow;
+	reply = bpf_map_lookup_elem(&mesh_replies, &w->key);
+	if (!reply)
+		reply = bpf_map_lookup_elem(&mesh_openings, &w->key);
+	return reply && !(reply->flags & MESH_REPLY_HAIRPIN) ? reply : NULL;
+}
+
+/* Translate it for the client. */
+INLINE int translate_own(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w,
+			 const struct mesh_reply *reply)
+{
+	w->inner.source = w->key.source;
+	w->inner.source_port = w->key.source_port;
+	w->inner.destination = reply->called;
+	w->inner.destination_port = reply->called_port;
+	w->outer.source = reply->called;
+	w->outer.destination = p->flow.destination;
+	return rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer);
+}
+
+/* Whether a quoted packet is one of the tunnel's. */
+INLINE int is_tunnel(const struct mesh_flow *quoted)
+{
+	return quoted->protocol == IPPROTO_UDP &&
+	       (port_word(IPPROTO_UDP, quoted->destination_port) & MESH_PORT_TUNNEL) != 0;
+}
+
+/* An error from the client's side about a packet that we sent for a task. Returns an action, or a GO. */
 RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
 {
 	struct icmp_work *w = icmp_work();
@@ -157,18 +212,18 @@ RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
 
 	if (!p || !w || load_quoted(skb, p, w))
 		return TC_ACT_UNSPEC;
+	if (!from_task && is_tunnel(&w->quoted.flow))
+		return GO(GO_ARRIVE);
 	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
 	if (likely(!word) || p->ttl <= 1 || (!from_task && skb->pkt_type != PACKET_HOST))
 		return TC_ACT_UNSPEC;
-	if (!find_quoted(w, &c, word) || !c.backend || is_v4(&w->key.destination) != (p->version == 4))
+	if (!find_quoted(w, &c, word))
+		return c.backend && is_away(c.backend) && c.backend->version == p->version && !from_task
+			       ? leave_for(skb, c.owner, 0, (__u32)c.wide)
+			       : TC_ACT_UNSPEC;
+	if (!c.backend || is_v4(&w->key.destination) != (p->version == 4))
 		return TC_ACT_UNSPEC;
-	w->inner.source = w->key.destination;
-	w->inner.source_port = w->key.destination_port;
-	w->inner.destination = w->key.source;
-	w->inner.destination_port = w->key.source_port;
-	w->outer.source = p->flow.source;
-	w->outer.destination = w->key.destination;
-	if (rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer))
+	if (translate_error(skb, p, w))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_ICMP_IN);
 	return deliver(skb, c.backend);

@@ -87,6 +87,31 @@ struct {
 	__type(value, struct mesh_backend);
 } mesh_backends SEC(".maps");
 
+/* Other nodes of the cluster (agent writes): only they may send through the tunnel. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MESH_MAX_NODES);
+	__type(key, struct mesh_addr);
+	__type(value, struct mesh_node);
+} mesh_nodes SEC(".maps");
+
+/* Their addresses by mesh_node.id (agent writes, before mesh_nodes). */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MESH_MAX_NODES);
+	__type(key, __u32);
+	__type(value, struct mesh_addr);
+} mesh_ways SEC(".maps");
+
+/* Backends of this node as other nodes call them (agent writes): -> owner id. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MESH_MAX_BACKENDS);
+	__type(key, struct mesh_id);
+	__type(value, __u32);
+} mesh_ids SEC(".maps");
+
 /* Source rules (agent writes): (rule set, prefix) -> MESH_ACL_ALLOW or _DENY; the longest prefix decides, so the agent
  * leaves out what a deny covers (deny wins). No match: MESH_FRONTEND_DENY says. New rules are a new rule set. */
 struct {

@@ -36,10 +36,13 @@ struct icmp {
 };
 
 #define ICMP4_UNREACHABLE   3u
+#define ICMP4_TOO_BIG       4u /* code of ICMP4_UNREACHABLE */
 #define ICMP4_TIME_EXCEEDED 11u
 #define ICMP4_PARAMETER     12u
 #define ICMP6_UNREACHABLE   1u
-#define ICMP6_PARAMETER     4u /* 2: too big, 3: time exceeded */
+#define ICMP6_TOO_BIG       2u
+#define ICMP6_TIME_EXCEEDED 3u
+#define ICMP6_PARAMETER     4u
 
 enum parse_result {
 	PARSE_OTHER,     /* no business of ours */
@@ -63,6 +66,8 @@ struct packet {
 	__sum16 check; /* of the IPv4 header */
 	__u8 dont_fragment;
 	__u8 pad;
+	__u16 mtu; /* that it is larger than, where it is refused as too big */
+	__u16 pad2[3];
 };
 
 INLINE void address_v4(struct mesh_addr *a, __be32 v4)

@@ -80,6 +80,22 @@ INLINE __u32 header_length(const struct packet *p)
 	return p->version == 4 ? V4_HEADER : V6_HEADER;
 }
 
+/* A reset as long as the segment that it answers: a packet with the marks of a tunnel (make_room) cannot be shortened.
+ * Resets may carry data, which nobody reads (RFC 9293, 3.5.2). */
+INLINE int reset_in_place(struct __sk_buff *skb, const struct packet *p, struct tcphdr *got, struct tcphdr *tcp)
+{
+	__u32 diff;
+
+	if (skb->gso_size)
+		return -1;
+	tcp->check = got->check;
+	diff = (__u32)bpf_csum_diff((void *)got, sizeof(*got), (void *)tcp, sizeof(*tcp), 0);
+	if (bpf_skb_store_bytes(skb, p->l4, tcp, sizeof(*tcp), 0) ||
+	    bpf_l4_csum_replace(skb, p->l4 + TCP_CHECK, 0, diff, 0))
+		return -1;
+	return answer_headers(skb, p, p->length - header_length(p), IPPROTO_TCP);
+}
+
 /* The reset that a TCP segment gets from a port where nobody listens. */
 INLINE int send_reset(struct __sk_buff *skb, const struct packet *p)
 {
@@ -103,7 +119,7 @@ INLINE int send_reset(struct __sk_buff *skb, const struct packet *p)
 		tcp.ack = 1;
 	}
 	if (bpf_skb_change_tail(skb, p->l4 + (__u32)sizeof(tcp), 0))
-		return -1;
+		return reset_in_place(skb, p, &got, &tcp);
 	partial = is_partial(skb, p->l4 + TCP_CHECK, &check);
 	if (partial < 0)
 		return -1;
@@ -144,20 +160,20 @@ INLINE int quoted_sum(struct __sk_buff *skb, const struct packet *p, __u32 at, _
 	return 0;
 }
 
-/* An ICMP error about the packet. `type`, `code` are those of the packet's IP version. */
-INLINE int send_error(struct __sk_buff *skb, const struct packet *p, __u8 type, __u8 code)
+/* An ICMP error about the packet. `type`, `code` are those of the packet's IP version; `mtu`: where it is too big. */
+INLINE int send_error(struct __sk_buff *skb, const struct packet *p, __u8 type, __u8 code, __u32 mtu)
 {
 	__u32 header = header_length(p), room = header + (__u32)sizeof(struct icmp);
 	__u32 quote = header + (p->flow.protocol == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr));
 	__u8 protocol = p->version == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6;
 	__u32 length = quote + (__u32)sizeof(struct icmp);
-	struct icmp icmp = {.type = type, .code = code};
+	struct icmp icmp = {.type = type, .code = code, .rest = bpf_htonl(mtu)};
 	__u64 sum = 0;
 
 	if (bpf_skb_change_tail(skb, L3 + quote, 0) || bpf_skb_adjust_room(skb, (__s32)room, BPF_ADJ_ROOM_MAC, 0) ||
 	    quoted_sum(skb, p, L3 + room, &sum))
 		return -1;
-	sum += bpf_htons((__u16)(type << 8 | code));
+	sum += (__u64)bpf_htons((__u16)(type << 8 | code)) + icmp.rest;
 	if (p->version == 6)
 		sum += pseudo_sum(p, length, protocol);
 	icmp.check = (__sum16)~fold16(fold32(sum));
@@ -166,15 +182,40 @@ INLINE int send_error(struct __sk_buff *skb, const struct packet *p, __u8 type, 
 	return answer_headers(skb, p, length, protocol);
 }
 
-/* Whether the packet may be answered at all: whole, without IP options, no reset. */
+/* Whether the packet may be answered at all: whole, without IP options, no error, no reset. */
 INLINE int may_answer(const struct packet *p)
 {
-	return !p->fragment && p->l4 == L3 + header_length(p) && !(p->tcp_flags & TCP_RST);
+	return (p->flow.protocol == IPPROTO_TCP || p->flow.protocol == IPPROTO_UDP) && !p->fragment &&
+	       p->l4 == L3 + header_length(p) && !(p->tcp_flags & TCP_RST);
 }
 
 #define ANSWER_RESET       0 /* TCP reset, for UDP port unreachable */
 #define ANSWER_UNREACHABLE 1
 #define ANSWER_EXPIRED     2
+#define ANSWER_TOO_BIG     3 /* for more than p->mtu bytes */
+
+INLINE int answer_to(__u32 name)
+{
+	if (name == MESH_VERDICT_TUNNEL_TOO_BIG)
+		return ANSWER_TOO_BIG;
+	return name == MESH_VERDICT_EXPIRED ? ANSWER_EXPIRED : ANSWER_RESET;
+}
+
+INLINE int send_error_v4(struct __sk_buff *skb, const struct packet *p, int what)
+{
+	int big = what == ANSWER_TOO_BIG, expired = what == ANSWER_EXPIRED;
+
+	return send_error(skb, p, expired ? ICMP4_TIME_EXCEEDED : ICMP4_UNREACHABLE,
+			  expired ? 0 : (big ? ICMP4_TOO_BIG : 3), big ? p->mtu : 0);
+}
+
+INLINE int send_error_v6(struct __sk_buff *skb, const struct packet *p, int what)
+{
+	int big = what == ANSWER_TOO_BIG, expired = what == ANSWER_EXPIRED;
+
+	return send_error(skb, p, big ? ICMP6_TOO_BIG : (expired ? ICMP6_TIME_EXCEEDED : ICMP6_UNREACHABLE),
+			  big || expired ? 0 : 4, big ? p->mtu : 0);
+}
 
 /* Turn the packet into an answer to its sender. Not 0: it is spoilt, drop it. */
 RARE int answer_client(struct __sk_buff *skb, struct packet *p, int what)
@@ -183,9 +224,7 @@ RARE int answer_client(struct __sk_buff *skb, struct packet *p, int what)
 		return -1;
 	if (what == ANSWER_RESET && p->flow.protocol == IPPROTO_TCP)
 		return send_reset(skb, p);
-	if (what == ANSWER_EXPIRED)
-		return p->version == 4 ? send_error(skb, p, ICMP4_TIME_EXCEEDED, 0) : send_error(skb, p, 3, 0);
-	return p->version == 4 ? send_error(skb, p, ICMP4_UNREACHABLE, 3) : send_error(skb, p, ICMP6_UNREACHABLE, 4);
+	return p->version == 4 ? send_error_v4(skb, p, what) : send_error_v6(skb, p, what);
 }
 
 #endif /* MESH_REFUSE_H */

@@ -21,6 +21,13 @@ struct choice {
 	__u32 recent; /* see is_recent */
 };
 
+INLINE struct mesh_config *config(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&mesh_config, &zero);
+}
+
 INLINE __u32 stamp_now(void)
 {
 	return (__u32)(bpf_ktime_get_coarse_ns() >> MESH_STAMP_SHIFT);
@@ -40,8 +47,9 @@ INLINE int is_local(const struct mesh_addr *address)
 	return bpf_map_lookup_elem(&mesh_addresses, address) != NULL;
 }
 
-/* The frontend's id at (destination, port, protocol) of a flow whose port's word is known; 0: none. */
-INLINE __u32 find_frontend(const struct mesh_flow *flow, __u32 word)
+/* The frontend's id at (destination, port, protocol) of a flow whose port's word is known, if the destination is (or
+ * was) this node's; 0: none. */
+INLINE __u32 frontend_at(const struct mesh_flow *flow, __u32 word)
 {
 	if (word & MESH_PORT_EXACT) {
 		struct mesh_frontend_key key = {
@@ -54,8 +62,15 @@ INLINE __u32 find_frontend(const struct mesh_flow *flow, __u32 word)
 		if (id)
 			return *id;
 	}
-	word &= MESH_PORT_FRONTEND;
-	return word && is_local(&flow->destination) ? word : 0;
+	return word & MESH_PORT_FRONTEND;
+}
+
+/* The frontend's id at (destination, port, protocol) of a flow whose port's word is known; 0: none. */
+INLINE __u32 find_frontend(const struct mesh_flow *flow, __u32 word)
+{
+	__u32 id = frontend_at(flow, word);
+
+	return id && (id != (word & MESH_PORT_FRONTEND) || is_local(&flow->destination)) ? id : 0;
 }
 
 INLINE int is_denied(const struct mesh_frontend *frontend, const struct mesh_addr *source)
@@ -98,6 +113,12 @@ INLINE int read_slot(const struct mesh_frontend *frontend, struct choice *c, str
 INLINE struct mesh_backend *find_backend(__u32 owner)
 {
 	return owner < MESH_OWNER_FIRST ? NULL : bpf_map_lookup_elem(&mesh_backends, &owner);
+}
+
+/* Whether a backend runs on another node. */
+INLINE int is_away(const struct mesh_backend *backend)
+{
+	return backend->seed != 0;
 }
 
 /* Whether an un-noted flow that is not starting may be given to a slot's previous owner. UDP has no start: its flows

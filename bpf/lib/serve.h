@@ -7,19 +7,7 @@
 
 #include "refuse.h"
 #include "reply.h"
-
-INLINE struct mesh_config *config(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&mesh_config, &zero);
-}
-
-INLINE int verdict(__u32 name, int action)
-{
-	count_verdict(name);
-	return action;
-}
+#include "tunnel.h"
 
 /* Past netfilter into the task's network namespace, or to the bridge where its veth is not known. */
 INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
@@ -42,17 +30,12 @@ INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 	return (int)bpf_redirect_peer(ifindex, 0);
 }
 
-/* What `serve_flow` returns for a packet that is to be refused: the verdict, below every action (TC_ACT_UNSPEC is -1).
- */
-#define REFUSAL(name)      (-2 - (int)(name))
-#define IS_REFUSAL(action) ((action) < TC_ACT_UNSPEC)
-
 /* Send the packet back as a refusal; what cannot be answered is dropped. */
 INLINE int refuse(struct __sk_buff *skb, struct packet *p, int refusal)
 {
 	__u32 name = (__u32)(-2 - refusal);
 
-	if (answer_client(skb, p, name == MESH_VERDICT_EXPIRED ? ANSWER_EXPIRED : ANSWER_RESET))
+	if (answer_client(skb, p, answer_to(name)))
 		return verdict(name == MESH_VERDICT_REFUSED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
 	count_verdict(name);
 	return (int)bpf_redirect(skb->ifindex, 0);
@@ -102,12 +85,26 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
 	return MESH_REPLY_PEER | MESH_REPLY_HAIRPIN;
 }
 
-/* A packet whose owner is a task of this node. */
+/* A packet whose owner is a task of another node. Containers' own addresses mean nothing there. */
+INLINE int forward_away(struct __sk_buff *skb, struct packet *p, const struct choice *c, int from_task)
+{
+	if (c->backend->version != p->version)
+		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
+	if (from_task)
+		return verdict(MESH_VERDICT_TUNNEL_NONE, TC_ACT_UNSPEC);
+	if (c->note || c->noted)
+		note_choice(&p->flow, c);
+	return leave_for(skb, c->owner, c->frontend, (__u32)c->wide);
+}
+
+/* A packet whose owner is a task. */
 INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, int from_task)
 {
 	struct tuple to;
 	__u16 flags;
 
+	if (unlikely(is_away(c->backend)))
+		return forward_away(skb, p, c, from_task);
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
 	if (unlikely(p->ttl <= 1))
@@ -124,7 +121,7 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 	return deliver(skb, c->backend);
 }
 
-/* A TCP or UDP packet with known ports. Returns an action, or a REFUSAL that the caller has to carry out. */
+/* A TCP or UDP packet with known ports. Returns an action, or a REFUSAL or GO that the caller has to carry out. */
 INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 {
 	struct choice c;
@@ -135,6 +132,8 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 		return TC_ACT_UNSPEC;
 	if (!from_task && skb->pkt_type != PACKET_HOST)
 		return TC_ACT_UNSPEC;
+	if (unlikely(word & MESH_PORT_TUNNEL))
+		return from_task ? TC_ACT_UNSPEC : GO(GO_ARRIVE);
 	__builtin_memset(&c, 0, sizeof(c));
 	c.frontend = word & MESH_PORT_EXACT ? find_frontend(&p->flow, word) : word;
 	if (!c.frontend)

@@ -44,6 +44,9 @@ SHARED: Final = (
     "mesh_config",
     "mesh_dialled",
     "mesh_peers",
+    "mesh_nodes",
+    "mesh_ways",
+    "mesh_ids",
 )
 LARGE: Final = {
     "mesh_flows",
@@ -63,7 +66,11 @@ HASHES: Final = (
     "mesh_replies",
     "mesh_openings",
     "mesh_fragments",
+    "mesh_nodes",
+    "mesh_ids",
 )
+TUNNEL_PORT = 6084
+DIRECT = 1  # MESH_SETTING_DIRECT
 HAIRPIN, HAIRPIN6 = "169.254.77.1", "fe80::6d65:7368"
 
 
@@ -93,6 +100,8 @@ class Plane:
                 elif shared in LARGE:
                     item.resize(shared, entries)
             item.load()
+            for array_of_programs in own & {"mesh_programs", "mesh_departures"}:  # emptied once nobody holds them
+                self.maps[array_of_programs] = item.map(array_of_programs)
             for shared in own & set(SHARED):
                 self.maps.setdefault(shared, item.map(shared))
             self.recent += [item.map(known) for known in own & {"mesh_recent"}]
@@ -132,10 +141,33 @@ class Plane:
         self.free = 0
         self.configure()
 
-    def configure(self, cookie: int = 0) -> None:
-        self.maps["mesh_config"].update(
-            u32(0), struct.pack("=Q16s16sII", cookie, packed(HAIRPIN), packed(HAIRPIN6), 0, 0)
-        )
+    def configure(self, cookie: int = 0, *, settings: int = 0) -> None:
+        value = struct.pack("=Q16s16sI", cookie, packed(HAIRPIN), packed(HAIRPIN6), settings)
+        self.maps["mesh_config"].update(u32(0), value + struct.pack("!H2x", TUNNEL_PORT))
+
+    def tunnel(self, number: int, node: str, own: str, *, mtu: int = 1500, ifindex: int = 1) -> None:
+        """Another node, and this one's address by which it is known there."""
+        self.maps["mesh_ways"].update(u32(number), packed(node))
+        self.maps["mesh_nodes"].update(packed(node), packed(own) + struct.pack("=6I", ifindex, mtu, number, 0, 0, 0))
+        self.maps["mesh_ports"].update(u32(65536 + TUNNEL_PORT), u32(0x40000000))
+        self.used |= {("mesh_ways", number), ("mesh_ports", 65536 + TUNNEL_PORT)}
+
+    def away(
+        self,
+        owner: int,
+        node: str,
+        port: int,
+        seed: bytes,
+        *,
+        protocol: int = TCP,
+        state: int = ACTIVE,
+        version: int = 4,
+    ) -> None:
+        """A backend on another node."""
+        value = packed(node) + struct.pack("!HBB", port, protocol, state)
+        value += struct.pack("=III6sBx8s16x", 1, 0, 0, bytes(6), version, seed)
+        self.used |= {("mesh_backends", owner), ("mesh_bcounts", owner)}
+        self.maps["mesh_backends"].update(u32(owner), value)
 
     def table(self, slots: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Store a table; returns (first, size)."""

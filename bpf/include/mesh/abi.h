@@ -4,8 +4,9 @@
  *
  * Rules: fixed-width types; explicit, zeroed pads; network byte order is marked by __be types, everything else is host
  * order; an address is always 16 bytes, IPv4 as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2). Sizes and offsets are asserted.
- * Any change of layout or meaning increases MESH_ABI_VERSION; the digest of this file and hash.h is compiled into all
- * artefacts (MESH_ABI_DIGEST) and compared when one opens the other, so a stale build is refused and never half works.
+ * Any change of layout or meaning increases MESH_ABI_VERSION; the digest of this file, tunnel.h and hash.h is compiled
+ * into all artefacts (MESH_ABI_DIGEST) and compared when one opens the other, so a stale build is refused and never
+ * half works.
  */
 #ifndef MESH_ABI_H
 #define MESH_ABI_H
@@ -81,7 +82,8 @@ _Static_assert(sizeof(struct mesh_table) == 8, "mesh_table is 8 bytes");
 
 /* Value of mesh_ports by protocol and port: the id of the frontend with any address (0: none) and this flag. */
 #define MESH_PORT_EXACT    0x80000000u /* some frontend with an address of its own has this port: see mesh_exact */
-#define MESH_PORT_FRONTEND 0x7fffffffu
+#define MESH_PORT_TUNNEL   0x40000000u /* UDP: the tunnel's port (tunnel.h); no frontend may have it */
+#define MESH_PORT_FRONTEND 0x3fffffffu
 #define MESH_PORT_TCP      0u     /* index of a TCP port in mesh_ports: MESH_PORT_TCP + port in host order */
 #define MESH_PORT_UDP      65536u /* likewise */
 
@@ -113,7 +115,8 @@ _Static_assert(sizeof(struct mesh_frontend_key) == 24, "mesh_frontend_key is 24 
 #define MESH_BACKEND_DRAINING 2u /* keeps its flows, gets no new ones (un-noted UDP flows count as new) */
 
 /* A backend by owner id. `epoch` changes whenever an id is given to another backend, so that notes of the old one are
- * not taken for the new one's. */
+ * not taken for the new one's. One that runs on another node has a `seed`: `address` is that node's then, as in
+ * mesh_nodes, `seed` and `port` are what the backend is called there (struct mesh_id), `ifindex` and `bridge` are 0. */
 struct mesh_backend {
 	struct mesh_addr address;
 	__be16 port;
@@ -123,11 +126,15 @@ struct mesh_backend {
 	__u32 ifindex; /* host side of its veth; 0: unknown, deliver through `bridge` */
 	__u32 bridge;  /* interface by which this node reaches the address (docker_gwbridge) */
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
-	__u8 pad[26];
+	__u8 version;  /* on another node: the IP version that it serves, 4 or 6; else 0 */
+	__u8 pad;
+	__be64 seed; /* not 0: on another node */
+	__u8 pad2[16];
 };
 _Static_assert(sizeof(struct mesh_backend) == 64, "mesh_backend is 64 bytes");
 _Static_assert(__builtin_offsetof(struct mesh_backend, epoch) == 20, "mesh_backend.epoch");
 _Static_assert(__builtin_offsetof(struct mesh_backend, mac) == 32, "mesh_backend.mac");
+_Static_assert(__builtin_offsetof(struct mesh_backend, seed) == 40, "mesh_backend.seed");
 
 /* Key of mesh_acl: longest prefix of (rule set, source). `bits` is 32 + the prefix' length on the 16-byte address. */
 struct mesh_acl_key {
@@ -153,18 +160,19 @@ struct mesh_note {
 _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 
 /* Key of mesh_replies is a mesh_flow: source = the client as the task sees it, destination = the backend. */
-#define MESH_REPLY_PEER    0x1u  /* the client is a container of this node: deliver to its veth */
-#define MESH_REPLY_HAIRPIN 0x2u  /* the client is the task itself and sees mesh_config.hairpin as its peer */
-#define MESH_REPLY_FIN_IN  0x4u  /* the client has closed its direction */
-#define MESH_REPLY_FIN_OUT 0x8u  /* the task has closed its direction */
-#define MESH_REPLY_OPENED  0x10u /* counted in `starts` */
+#define MESH_REPLY_PEER    0x1u        /* the client is a container of this node: deliver to its veth */
+#define MESH_REPLY_HAIRPIN 0x2u        /* the client is the task itself and sees mesh_config.hairpin as its peer */
+#define MESH_REPLY_FIN_IN  0x4u        /* the client has closed its direction */
+#define MESH_REPLY_FIN_OUT 0x8u        /* the task has closed its direction */
+#define MESH_REPLY_OPENED  0x10u       /* counted in `starts` */
+#define MESH_REPLY_NODE    0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
 struct mesh_reply {
 	struct mesh_addr called; /* the address that the client called */
 	struct mesh_addr client; /* the client's own address */
 	__be16 called_port;
 	__u16 flags;
-	__u32 ifindex; /* where the client's packets come in, hence where replies leave */
+	__u32 ifindex; /* where the client's packets come in, hence where replies leave; or MESH_REPLY_NODE */
 	__u32 frontend;
 	__u32 owner;
 	__u32 epoch;
@@ -189,9 +197,13 @@ struct mesh_config {
 	struct mesh_addr
 		hairpin; /* IPv4: what a task that calls itself sees as its peer; any address that nothing uses */
 	struct mesh_addr hairpin6;
-	__u32 pad[2];
+	__u32 settings;     /* MESH_SETTING_* */
+	__be16 tunnel_port; /* of all nodes; the same one has MESH_PORT_TUNNEL in mesh_ports */
+	__u16 pad;
 };
 _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
+
+#define MESH_SETTING_DIRECT 0x1u /* replies go straight to clients, whichever node they called */
 
 /* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
 struct mesh_fragment_key {
@@ -251,6 +263,18 @@ _Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 	X(EXPIRED, "dropped: TTL or hop limit used up; time exceeded sent to the client")                              \
 	X(TOO_BIG,                                                                                                     \
 	  "reply larger than the interface takes: passed for the kernel to tell the task, dropped without DF")         \
+	X(TUNNEL_OUT, "sent through the tunnel to the node of its task")                                               \
+	X(TUNNEL_IN, "came through the tunnel, sent to a task of this node")                                           \
+	X(TUNNEL_ANSWER, "reply of a task, sent through the tunnel to the node that the client called")                \
+	X(TUNNEL_DIRECT, "reply of a task to a client that called another node, sent straight to the client")          \
+	X(TUNNEL_REPLY, "reply that came through the tunnel, sent to the client")                                      \
+	X(TUNNEL_ICMP, "ICMP error that came through the tunnel, translated and sent to its task")                     \
+	X(TUNNEL_FOREIGN, "dropped: on the tunnel's port, from an address that is no node of the cluster")             \
+	X(TUNNEL_BAD, "dropped: came through the tunnel, but is none of what nodes send")                              \
+	X(TUNNEL_UNKNOWN, "came through the tunnel for a task that is not here: refused, the first of a flow dropped") \
+	X(TUNNEL_TOO_BIG, "larger than the way to the other node takes: the sender was told so")                       \
+	X(TUNNEL_PATH, "ICMP error: the way to another node takes less than was known; noted")                         \
+	X(TUNNEL_NONE, "passed: no way to the task's node, or a container of this node calls; replies are dropped")    \
 	X(ERROR, "passed: a map or helper failed")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,

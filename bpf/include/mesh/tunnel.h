@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The contract, second part: the tunnel between the nodes' kernel engines, on the wire and in maps. Rules as in abi.h.
+ *
+ * On the wire: IPv4 or IPv6, UDP (source port 49152 to 65535 by the flow, checksum 0), struct mesh_geneve, the IP
+ * packet as the client sent it (destination: what it called), or as the client is to get it (MESH_TUNNEL_REPLY). The
+ * outer and the inner IP version need not be the same. The outer source is mesh_node.source: the receiving node has to
+ * know this one by it. */
+#ifndef MESH_TUNNEL_H
+#define MESH_TUNNEL_H
+
+#include "abi.h"
+
+/* A backend as all nodes call it. As key of mesh_ids, which says the owner id on the node where it runs: `flags` 0. */
+struct mesh_id {
+	__be32 seed[2]; /* the first 8 bytes of mesh._maglev.backend_seed, as they are */
+	__be16 port;    /* on which the backend serves */
+	__u8 protocol;
+	__u8 flags; /* on the wire: MESH_TUNNEL_* */
+};
+_Static_assert(sizeof(struct mesh_id) == 12, "mesh_id is 12 bytes");
+
+#define MESH_TUNNEL_REPLY                                                                                              \
+	0x1u /* from the backend's node to the one that the client called; the rest of the id is 0                     \
+	      */
+
+/* Geneve (RFC 8926) with one critical option of the experimental class. No inner Ethernet header. */
+struct mesh_geneve {
+	__u8 words; /* version 0; length of the options in words */
+	__u8 flags;
+	__be16 inner; /* EtherType of the inner packet */
+	__be32 vni;   /* 0 */
+	__be16 option_class;
+	__u8 option_type;
+	__u8 option_words;
+	struct mesh_id id;
+};
+_Static_assert(sizeof(struct mesh_geneve) == 24, "mesh_geneve is 24 bytes");
+
+#define MESH_GENEVE_WORDS    4u
+#define MESH_GENEVE_CRITICAL 0x40u
+#define MESH_GENEVE_CLASS    0xff6du
+#define MESH_GENEVE_TYPE     0x81u /* critical */
+#define MESH_GENEVE_OPTION   3u
+#define MESH_TUNNEL_PORT     6084u   /* unless configured */
+#define MESH_TUNNEL_SOURCE   0xc000u /* and 14 bits of the flow's hash */
+
+/* Value of mesh_nodes, by address: another node of the cluster. Only they may send through the tunnel, with that
+ * address as source. A node that has gone loses its entry: replies to clients that called it go straight to them. */
+struct mesh_node {
+	struct mesh_addr source; /* this node's own, of the same IP version, by which that node knows it */
+	__u32 ifindex;           /* by which it is reached; a neighbour or a gateway is resolved by the kernel */
+	__u32 mtu;               /* IP packet size that fits this interface and route; 0: the node takes no tunnel */
+	__u32 id;                /* its index in mesh_ways, as long as any reverse entry may have it */
+	__u32 path_mtu;          /* programs write: by ICMP from the way, less than `mtu`; 0: none */
+	__u32 path_stamp;        /* programs write: when, MESH_STAMP_SHIFT; MESH_PATH_LIFE later it counts no more */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct mesh_node) == 40, "mesh_node is 40 bytes");
+_Static_assert(__builtin_offsetof(struct mesh_node, path_mtu) == 28, "mesh_node.path_mtu");
+
+#define MESH_PATH_LIFE 600u
+#define MESH_MAX_NODES 4096u
+
+#endif /* MESH_TUNNEL_H */
