@@ -14,16 +14,9 @@
 
 enum call { CONNECT, SEND };
 
-INLINE int same_address(const struct mesh_addr *a, const struct mesh_addr *b)
-{
-	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
-}
-
 INLINE void get_v4(const struct bpf_sock_addr *ctx, struct mesh_addr *address)
 {
-	address->halves[0] = 0;
-	address->words[2] = bpf_htonl(0xffff);
-	address->words[3] = ctx->user_ip4;
+	address_v4(address, ctx->user_ip4);
 }
 
 INLINE void get_v6(const struct bpf_sock_addr *ctx, struct mesh_addr *address)
@@ -40,11 +33,6 @@ INLINE void set_v6(struct bpf_sock_addr *ctx, const struct mesh_addr *address)
 	ctx->user_ip6[1] = address->words[1];
 	ctx->user_ip6[2] = address->words[2];
 	ctx->user_ip6[3] = address->words[3];
-}
-
-INLINE int is_v4(const struct mesh_addr *a)
-{
-	return a->halves[0] == 0 && a->words[2] == bpf_htonl(0xffff);
 }
 
 /* Addresses that mean this node to a socket: 127.0.0.0/8, ::1 and the unspecified ones. */

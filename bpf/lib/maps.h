@@ -123,13 +123,21 @@ struct {
 } mesh_acl SEC(".maps");
 
 /* Flow cache (programs write; agent sets max_entries at load, and may read and delete): flows of slots in transition,
- * by the client's 5-tuple. */
+ * by the client's 5-tuple. A flow waits in mesh_starts until its second packet, so that a flood never pushes one out
+ * that goes on. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, struct mesh_flow);
 	__type(value, struct mesh_note);
 } mesh_flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct mesh_flow);
+	__type(value, struct mesh_note);
+} mesh_starts SEC(".maps");
 
 /* Reverse translation (programs write; agent sets max_entries at load, and may read): (client, backend) -> what the
  * client called. Flows of which only a start was seen wait in mesh_openings, so that a flood never pushes an
@@ -154,6 +162,7 @@ struct {
  * owner, and of the stamp. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE); /* tests empty it */
 	__uint(max_entries, 1 << MESH_RECENT_BITS);
 	__type(key, __u32);
 	__type(value, __u64);
@@ -192,6 +201,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct mesh_counts);
 } mesh_bcounts SEC(".maps");
+
+/* A key for which the stack has no room (programs write; each CPU runs one at a time). */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct mesh_flow);
+} mesh_scratch SEC(".maps");
 
 /* What holds for the whole node (mmap, agent writes). */
 struct {

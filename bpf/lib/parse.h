@@ -12,7 +12,7 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 #include <linux/pkt_cls.h>
-#include "bpf.h"
+#include "address.h"
 
 #define L3          ((__u32)sizeof(struct ethhdr)) /* tagged frames are not ours: their VLAN's interface serves them */
 #define HEADERS     128u                           /* pulled into the linear part where need be */
@@ -25,7 +25,6 @@
 #define TCP_ACK     0x10
 #define TCP_FLAGS   13u /* offset in the TCP header */
 #define PACKET_HOST 0u
-#define V4_MAPPED   bpf_htonl(0xffff)
 
 /* ICMP and ICMPv6 (linux/icmp.h needs a C library). */
 struct icmp {
@@ -69,18 +68,6 @@ struct packet {
 	__u16 mtu; /* that it is larger than, where it is refused as too big */
 	__u16 pad2[3];
 };
-
-INLINE void address_v4(struct mesh_addr *a, __be32 v4)
-{
-	a->halves[0] = 0;
-	a->words[2] = V4_MAPPED;
-	a->words[3] = v4;
-}
-
-INLINE int is_v4(const struct mesh_addr *a)
-{
-	return a->halves[0] == 0 && a->words[2] == V4_MAPPED;
-}
 
 /* Ports and flags of the transport header at `l4`; `rest`: bytes of the IP packet from there on. */
 INLINE enum parse_result parse_l4(struct packet *p, void *l4, void *end, __u32 rest)

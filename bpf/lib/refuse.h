@@ -13,18 +13,6 @@
 #define V6_HEADER ((__u32)sizeof(struct ipv6hdr))
 #define HOPS      64u
 
-INLINE __u64 sum_address(const struct mesh_addr *a)
-{
-	return (__u64)a->words[0] + a->words[1] + a->words[2] + a->words[3];
-}
-
-/* Sum of the pseudo header from the flow's destination to its source (IPv4-mapped addresses: 0xffff adds nothing). */
-INLINE __u64 pseudo_sum(const struct packet *p, __u32 length, __u8 protocol)
-{
-	return sum_address(&p->flow.source) + sum_address(&p->flow.destination) + bpf_htonl(length) +
-	       bpf_htonl(protocol);
-}
-
 /* Whether the checksum at `offset` is left to offload: then a change of covered bytes does not touch it. */
 INLINE int is_partial(struct __sk_buff *skb, __u32 offset, __sum16 *check)
 {

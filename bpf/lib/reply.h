@@ -25,11 +25,6 @@ INLINE void reply_key(struct mesh_flow *key, const struct packet *p, const struc
 	key->pad[0] = key->pad[1] = key->pad[2] = 0;
 }
 
-INLINE int same_address(const struct mesh_addr *a, const struct mesh_addr *b)
-{
-	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
-}
-
 INLINE int is_current(const struct mesh_reply *reply, const struct choice *c)
 {
 	return reply->owner == c->owner && reply->epoch == c->backend->epoch;

@@ -3,6 +3,7 @@
 #ifndef MESH_SELECT_H
 #define MESH_SELECT_H
 
+#include "address.h"
 #include "maps.h"
 
 struct choice {
@@ -16,10 +17,14 @@ struct choice {
 	__u32 slot;
 	__u32 owner;
 	__u16 start;  /* the packet starts a flow */
-	__u8 note;    /* the flow cache must learn the owner */
+	__u8 note;    /* the flow cache must learn the owner: NOTE_* */
 	__u8 trusted; /* source rules do not apply */
 	__u32 recent; /* see is_recent */
 };
+
+#define NOTE_FIRST 1 /* the flow's first packet that needs one: among those that a flood may push out */
+#define NOTE_KEEP  2 /* the flow is known to go on */
+#define NOTE_AGAIN 3 /* likewise, by its first note */
 
 INLINE struct mesh_config *config(void)
 {
@@ -152,24 +157,25 @@ INLINE int is_note_good(const struct mesh_note *note, __u32 frontend)
 
 /* The flow cache has no word on a flow, be it for want of room: whether the reverse entries, which a flood of starts
  * does not push out, know it as one of `owner`'s. */
-static __noinline int is_known_of(struct mesh_flow *flow, __u32 owner)
+static __noinline int is_known_of(const struct mesh_flow *flow, __u32 owner)
 {
 	struct mesh_backend *backend = find_backend(owner);
+	struct mesh_config *node = config();
 	struct mesh_reply *reply;
-	struct mesh_addr called;
-	__be16 port;
+	struct mesh_flow *key;
+	__u32 zero = 0;
 
-	if (!flow || !backend || backend->state == MESH_BACKEND_FREE)
+	key = bpf_map_lookup_elem(&mesh_scratch, &zero);
+	if (!flow || !key || !node || !backend || backend->state == MESH_BACKEND_FREE)
 		return 0;
-	called = flow->destination; /* the flow is its own key for a moment: the stack has no room for another */
-	port = flow->destination_port;
-	flow->destination = backend->address;
-	flow->destination_port = backend->port;
-	reply = bpf_map_lookup_elem(&mesh_replies, flow);
-	flow->destination = called;
-	flow->destination_port = port;
-	return reply && reply->owner == owner && reply->epoch == backend->epoch && reply->called_port == port &&
-	       reply->called.halves[0] == called.halves[0] && reply->called.halves[1] == called.halves[1] &&
+	*key = *flow;
+	key->destination = backend->address;
+	key->destination_port = backend->port;
+	if (same_address(&key->source, &key->destination)) /* the task calls itself: see task_tuple */
+		key->source = is_v4(&key->destination) ? node->hairpin : node->hairpin6;
+	reply = bpf_map_lookup_elem(&mesh_replies, key);
+	return reply && reply->owner == owner && reply->epoch == backend->epoch &&
+	       reply->called_port == flow->destination_port && same_address(&reply->called, &flow->destination) &&
 	       (reply->flags & (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)) != (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT);
 }
 
@@ -177,15 +183,16 @@ static __noinline int is_known_of(struct mesh_flow *flow, __u32 owner)
 INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, struct choice *c)
 {
 	__u32 previous = slot->previous & MESH_OWNER_MASK;
-	struct mesh_note *note;
+	struct mesh_note *note = bpf_map_lookup_elem(&mesh_flows, flow);
 
 	c->owner = slot->current;
-	c->note = 1;
+	c->note = NOTE_KEEP;
 	c->verdict = MESH_VERDICT_STARTED;
-	if (c->start)
+	if (c->start) {
+		c->note = note ? NOTE_KEEP : NOTE_FIRST;
 		return;
+	}
 	c->verdict = MESH_VERDICT_MOVED;
-	note = bpf_map_lookup_elem(&mesh_flows, flow);
 	if (note) {
 		if (!is_note_good(note, c->frontend))
 			return;
@@ -193,9 +200,21 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 		c->noted = note;
 		c->note = 0;
 		c->verdict = MESH_VERDICT_NOTED;
-	} else if (is_known_of((struct mesh_flow *)flow, slot->current)) {
+		return;
+	}
+	note = bpf_map_lookup_elem(&mesh_starts, flow);
+	if (note) {
+		c->note = NOTE_AGAIN;
+		if (!is_note_good(note, c->frontend))
+			return;
+		c->owner = note->owner;
 		c->verdict = MESH_VERDICT_NOTED;
-	} else if (keeps_flows(previous, flow->protocol, c->flags)) {
+	} else if (is_known_of(flow, slot->current)) {
+		c->verdict = MESH_VERDICT_NOTED;
+	} else {
+		c->note = NOTE_FIRST;
+		if (!keeps_flows(previous, flow->protocol, c->flags))
+			return;
 		c->owner = previous;
 		c->verdict = MESH_VERDICT_KEPT;
 	}
@@ -256,7 +275,13 @@ INLINE void note_choice(const struct mesh_flow *flow, const struct choice *c)
 			.frontend = c->frontend,
 		};
 
+		if (c->note == NOTE_FIRST) {
+			bpf_map_update_elem(&mesh_starts, flow, &note, BPF_ANY);
+			return;
+		}
 		bpf_map_update_elem(&mesh_flows, flow, &note, BPF_ANY);
+		if (c->note == NOTE_AGAIN)
+			bpf_map_delete_elem(&mesh_starts, flow);
 	} else if (c->noted && c->noted->stamp != now) {
 		c->noted->stamp = now;
 	}

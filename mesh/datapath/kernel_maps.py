@@ -82,8 +82,8 @@ def probe() -> None:
     if not path.exists():
         raise DatapathError("is missing", where=str(path), remedy="build the package again, with clang installed")
     opened = _bpf.Object(str(path))
-    for name in ("mesh_flows", "mesh_replies", "mesh_openings", "mesh_bcounts", "mesh_fcounts", "mesh_backends"):
-        opened.resize(name, 1024)
+    for name in ("flows", "starts", "replies", "openings", "bcounts", "fcounts", "backends"):
+        opened.resize(f"mesh_{name}", 1024)
     opened.load()
 
 
@@ -331,11 +331,12 @@ class KernelMaps:
         return self._maps[name].sums(limit)[1]
 
     def notes(self) -> Iterator[tuple[bytes, codec.Note]]:
-        """(flow as mesh_flow bytes, note) of the whole flow cache; any thread."""
-        keys, values = self._maps["mesh_flows"].dump()
+        """(flow as mesh_flow bytes, note) of the whole flow cache, those of one packet included; any thread."""
         step, row = codec.FLOW.size, codec.NOTE.size
-        for i in range(len(keys) // step):
-            yield keys[i * step : (i + 1) * step], codec.unpack_note(values[i * row : (i + 1) * row])
+        for name in ("mesh_flows", "mesh_starts"):
+            keys, values = self._maps[name].dump()
+            for i in range(len(keys) // step):
+                yield keys[i * step : (i + 1) * step], codec.unpack_note(values[i * row : (i + 1) * row])
 
     def size(self, name: str) -> int:
         """How many entries a map has room for."""

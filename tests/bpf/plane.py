@@ -4,7 +4,6 @@ or attached: all is gone with the object."""
 
 from __future__ import annotations
 
-import array
 import ipaddress
 import re
 import struct
@@ -35,6 +34,7 @@ SHARED: Final = (
     "mesh_backends",
     "mesh_acl",
     "mesh_flows",
+    "mesh_starts",
     "mesh_replies",
     "mesh_openings",
     "mesh_fragments",
@@ -50,6 +50,7 @@ SHARED: Final = (
 )
 LARGE: Final = {
     "mesh_flows",
+    "mesh_starts",
     "mesh_replies",
     "mesh_openings",
     "mesh_fragments",
@@ -63,6 +64,7 @@ HASHES: Final = (
     "mesh_addresses",
     "mesh_acl",
     "mesh_flows",
+    "mesh_starts",
     "mesh_replies",
     "mesh_openings",
     "mesh_fragments",
@@ -90,7 +92,7 @@ class Plane:
     def __init__(self, objects: Sequence[str] = ("ingress", "task"), *, entries: int = 4096) -> None:
         self.programs: dict[str, _bpf.Program] = {}
         self.maps: dict[str, _bpf.Map] = {}
-        self.recent: list[_bpf.Map] = []  # each object has its own
+        self.recent: list[_bpf.Mapping] = []  # each object has its own
         for name in objects:
             item = _bpf.Object(str(OBJECTS / f"{name}.bpf.o"))
             own = set(item.maps())
@@ -104,7 +106,7 @@ class Plane:
                 self.maps[array_of_programs] = item.map(array_of_programs)
             for shared in own & set(SHARED):
                 self.maps.setdefault(shared, item.map(shared))
-            self.recent += [item.map(known) for known in own & {"mesh_recent"}]
+            self.recent += [_bpf.Mapping(item.map(known)) for known in own & {"mesh_recent"}]
             for program in item.programs():
                 self.programs[program] = item.program(program)
         self.arena = _bpf.Map.create(_bpf.ARRAY, "arena", 4, 8, ARENA_SLOTS, _bpf.MMAPABLE)
@@ -136,8 +138,7 @@ class Plane:
             if name in self.maps and (keys := self.maps[name].dump()[0]):
                 self.maps[name].delete_batch(keys)
         for recent in self.recent:
-            count = recent.max_entries
-            recent.update_batch(array.array("I", range(count)).tobytes(), bytes(count * recent.stride))
+            recent.write(0, bytes(recent.size))
         self.free = 0
         self.configure()
 

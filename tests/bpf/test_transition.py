@@ -34,7 +34,7 @@ from tests.bpf.plane import (
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 A, B = 2, 3
-TASKS = {A: "172.18.0.3", B: "172.18.0.4"}
+TASKS = {A: "172.18.0.3", B: "172.18.0.4", 4: "172.18.0.5"}
 
 
 @pytest.fixture
@@ -91,7 +91,6 @@ def test_port_that_is_used_again_starts_anew(plane: Plane) -> None:
 
 
 def test_noted_flows_outlive_further_changes(plane: Plane) -> None:
-    plane.backend(4, "172.18.0.5", 8080)
     tcp(plane, A, B)
     assert owner(plane, "S", 40001) == A
     tcp(plane, 4, B)
@@ -246,17 +245,84 @@ def test_source_rules(plane: Plane) -> None:
     assert ACTIVE
 
 
+def forget(p: Plane) -> None:
+    """Lose every note."""
+    for name in ("mesh_flows", "mesh_starts"):
+        p.maps[name].delete_batch(p.maps[name].dump()[0])
+
+
+def notes(p: Plane, name: str) -> list[tuple[int, int]]:
+    """(client's port, owner) of a table of notes."""
+    keys, values = p.maps[name].dump()
+    found = zip(range(0, len(keys), 40), range(0, len(values), 16), strict=True)
+    return sorted((*struct.unpack_from("!H", keys, k + 32), *struct.unpack_from("=I", values, v)) for k, v in found)
+
+
 def test_flows_that_the_cache_has_lost_are_known_by_their_reverse_entries(plane: Plane) -> None:
     tcp(plane, A, PASS)
     for flags in ("S", "A"):
         assert owner(plane, flags, 40000) == A
     assert owner(plane, "S", 40001) == A  # an opening alone is no proof
-    keys = plane.maps["mesh_flows"].dump()[0]
-    plane.maps["mesh_flows"].delete_batch(keys)
+    forget(plane)
     assert owner(plane, "A", 40000) == A
     assert owner(plane, "A", 40001) == PASS
     assert owner(plane, "A", 40002) == PASS
     assert plane.verdicts() == {"STARTED": 2, "NOTED": 2, "PASS": 2}
-    plane.maps["mesh_flows"].delete_batch(plane.maps["mesh_flows"].dump()[0])
+    forget(plane)
     plane.backend(A, TASKS[A], 8080, epoch=2)
     assert owner(plane, "A", 40000) == PASS  # another backend than the entry's
+
+
+def test_a_flow_is_kept_among_those_that_go_on_from_its_second_packet(plane: Plane) -> None:
+    """So that starts that nobody follows up, and stray packets, never push a flow out that goes on."""
+    tcp(plane, A, B)
+    for flags, sport in (("S", 40000), ("A", 40001), ("S", 40002)):
+        owner(plane, flags, sport)
+    assert notes(plane, "mesh_flows") == []
+    assert notes(plane, "mesh_starts") == [(40000, A), (40001, B), (40002, A)]
+    assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
+    assert notes(plane, "mesh_flows") == [(40000, A), (40001, B)]
+    assert notes(plane, "mesh_starts") == [(40002, A)]
+    for sport in range(10000, 20000):
+        owner(plane, "S", sport)
+    tcp(plane, 4, PASS)  # neither owner that is left is that of the flows
+    assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
+
+
+def test_a_port_that_is_used_again_replaces_the_note_of_the_flow_before(plane: Plane) -> None:
+    tcp(plane, A, B)
+    assert [owner(plane, "A"), owner(plane, "A"), owner(plane, "S")] == [B, B, A]
+    assert (notes(plane, "mesh_flows"), notes(plane, "mesh_starts")) == ([(40000, A)], [])
+    assert owner(plane, "A") == A
+
+
+def test_udp_is_noted_alike(plane: Plane) -> None:
+    udp(plane, A, B)
+    assert owner(plane, "", 40000) == owner(plane, "", 40001) == owner(plane, "", 40001) == B
+    assert notes(plane, "mesh_starts") == [(40000, B)]
+    assert notes(plane, "mesh_flows") == [(40001, B)]
+
+
+def test_hairpin_flows_are_known_by_their_reverse_entries_too() -> None:
+    """A task that calls itself is another client to itself: the entry has the hairpin's address."""
+    plane = Plane.fresh()
+    plane.local(NODE4)
+    plane.backend(A, TASKS[A], 8080)
+    tcp(plane, A, PASS)
+    for flags in ("S", "A", "A"):
+        assert plane.run("mesh_task", bytes(segment(TASKS[A], 40000, NODE4, 80, flags))).retval == REDIRECT
+    forget(plane)
+    assert plane.run("mesh_task", bytes(segment(TASKS[A], 40000, NODE4, 80, "A"))).retval == REDIRECT
+    assert plane.verdicts() == {"STARTED": 1, "NOTED": 3}
+
+
+def test_a_flow_whose_note_is_lost_goes_to_the_previous_owner_if_that_keeps_flows(plane: Plane) -> None:
+    """Where its own is neither the current nor the previous one, nothing knows it any more: docs/PACKETS.md."""
+    tcp(plane, A, B)
+    assert [owner(plane, flags, 40000) for flags in ("S", "A")] == [A, A]
+    tcp(plane, 4, B)
+    forget(plane)
+    assert owner(plane, "A", 40000) == B
+    forget(plane)
+    plane.backend(B, TASKS[B], 8080, state=FREE)
+    assert (owner(plane, "A", 40000), plane.verdicts()["MOVED"]) == (4, 1)

@@ -113,7 +113,13 @@ class Served:
         return {str(f): sorted(slots) for f, slots in self.engine.live_slots(seconds).items()}
 
     def entries(self) -> dict[str, int]:
-        return {name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "replies", "openings")}
+        return {name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "starts", "replies", "openings")}
+
+    def forget(self, *names: str) -> None:
+        """Empty tables of the programs."""
+        for name in names:
+            held = self.engine._maps._maps[f"mesh_{name}"]
+            held.delete_batch(held.dump()[0])
 
     def sweep(self, seconds: float) -> int:
         from mesh.datapath.kernel_sweep import sweep

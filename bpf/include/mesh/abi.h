@@ -150,7 +150,8 @@ _Static_assert(sizeof(struct mesh_acl_key) == 24, "mesh_acl_key is 24 bytes");
 /* Stamps are CLOCK_MONOTONIC in nanoseconds >> MESH_STAMP_SHIFT: about seconds, without a division. */
 #define MESH_STAMP_SHIFT 30
 
-/* Value of mesh_flows: the owner of a flow whose slot is in transition. `stamp` is when it was last seen. */
+/* Value of mesh_flows and mesh_starts: the owner of a flow whose slot is in transition. `stamp` is when it was last
+ * seen. */
 struct mesh_note {
 	__u32 owner;
 	__u32 epoch; /* of the owner; 0 for PASS */
