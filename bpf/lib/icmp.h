@@ -117,7 +117,7 @@ INLINE int rewrite_outer(struct __sk_buff *skb, const struct packet *p, const st
 	diff = diff_address(&p->flow.source, &to->source) + diff_address(&p->flow.destination, &to->destination);
 	if (bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, fold32(diff), BPF_F_PSEUDO_HDR))
 		return -1;
-	return rewrite_v6(skb, p, to);
+	return rewrite_v6(skb, p, to, diff);
 }
 
 /* The reverse entry of the flow with a backend that an error from the client's side quotes (called -> client). */

@@ -71,15 +71,18 @@ INLINE int rewrite_v4(struct __sk_buff *skb, const struct packet *p, const struc
 	return 0;
 }
 
-INLINE int rewrite_v6(struct __sk_buff *skb, const struct packet *p, const struct tuple *to)
+/* No header checksum compensates in IPv6, so a CHECKSUM_COMPLETE sum has to follow. */
+INLINE int rewrite_v6(struct __sk_buff *skb, const struct packet *p, const struct tuple *to, __u64 addresses)
 {
-	__u8 header[33];
+	struct ipv6hdr *ip = (void *)(long)skb->data + L3;
 
-	header[0] = p->ttl - 1;
-	__builtin_memcpy(header + 1, &to->source, 16);
-	__builtin_memcpy(header + 17, &to->destination, 16);
-	/* No header checksum compensates in IPv6, so a CHECKSUM_COMPLETE sum has to follow. */
-	return (int)bpf_skb_store_bytes(skb, L3 + 7, header, sizeof(header), BPF_F_RECOMPUTE_CSUM);
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return -1;
+	ip->hop_limit = p->ttl - 1;
+	__builtin_memcpy(&ip->saddr, &to->source, 16);
+	__builtin_memcpy(&ip->daddr, &to->destination, 16);
+	bpf_csum_update(skb, fold32(addresses + diff16(bpf_htons(p->ttl), bpf_htons(p->ttl - 1))));
+	return 0;
 }
 
 /* A transport header in the linear part, or NULL. */
@@ -196,7 +199,7 @@ INLINE int rewrite(struct __sk_buff *skb, const struct packet *p, const struct t
 			    diff_address(&p->flow.destination, &to->destination);
 	if (likely(p->fragment != 2) && rewrite_transport(skb, p, to, addresses))
 		return -1;
-	return p->version == 4 ? rewrite_v4(skb, p, to, addresses) : rewrite_v6(skb, p, to);
+	return p->version == 4 ? rewrite_v4(skb, p, to, addresses) : rewrite_v6(skb, p, to, addresses);
 }
 
 #endif /* MESH_REWRITE_H */

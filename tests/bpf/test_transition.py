@@ -283,8 +283,10 @@ def test_a_flow_is_kept_among_those_that_go_on_from_its_second_packet(plane: Pla
     assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
     assert notes(plane, "mesh_flows") == [(40000, A), (40001, B)]
     assert notes(plane, "mesh_starts") == [(40002, A)]
+    start = bytearray(bytes(segment(CLIENT4, 0, NODE4, 80)))
     for sport in range(10000, 20000):
-        owner(plane, "S", sport)
+        struct.pack_into("!H", start, 34, sport)
+        plane.run("mesh_ingress", bytes(start))
     tcp(plane, 4, PASS)  # neither owner that is left is that of the flows
     assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
 

@@ -63,9 +63,8 @@ def test_connections_go_on_through_a_flood_of_starts(plane: Plane, record_proper
     assert json.loads(flood.stdout.read())["sent"] > 10 * CACHE
     stats, entries = engine.stats(), engine.entries()
     assert stats["verdicts"]["started"] > 10 * CACHE, stats["verdicts"]
-    assert entries["flows"] <= CACHE
-    assert entries["openings"] <= 65536
-    assert entries["replies"] == len(idle) + 1  # no start that nobody follows up gets in
+    assert entries["starts"] <= 65536 >= entries["openings"]
+    assert entries["flows"] == entries["replies"] == len(idle) + 1  # no start that nobody follows up gets in
     assert stats["frontends"]["*:8000/tcp"]["opened"] == len(idle) + 1
     for connection in idle:
         connection.echo()
