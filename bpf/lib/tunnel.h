@@ -128,7 +128,11 @@ RARE int clamp_mss(struct __sk_buff *skb, struct packet *p, __u32 mtu)
 		return 0;
 	most = mtu - header_length(p) - (__u32)sizeof(struct tcphdr);
 	length = (words >> 4) * 4u - (__u32)sizeof(struct tcphdr);
-	if (length < 4 || length > MSS_ROOM || bpf_skb_load_bytes(skb, p->l4 + sizeof(struct tcphdr), w, length))
+	if (length < 4 || length > MSS_ROOM)
+		return 0;
+	asm volatile("" : "+r"(length)); /* kernels before 6.3 do not see through what the compiler makes of it */
+	length = ((length - 1) & (sizeof(w->options) - 1)) + 1;
+	if (bpf_skb_load_bytes(skb, p->l4 + sizeof(struct tcphdr), w->options, length))
 		return 0;
 	at = find_mss(w, length);
 	if (!at)
