@@ -150,7 +150,8 @@ def _nodes(nodes: Iterable[schema.Node], problems: list[Problem]) -> tuple[Node,
         problems += wrong
         # A manager that was initialised without an address reports 0.0.0.0 as its own.
         address = _address(node.status.addr) or _address(node.manager_status.addr if node.manager_status else "")
-        found.append(Node(node.id, name, address, node.status.state == "ready", weight))
+        # A new leader calls every node "unknown" until it has called; only "down" is a verdict.
+        found.append(Node(node.id, name, address, node.status.state != "down", weight))
     return tuple(found)
 
 

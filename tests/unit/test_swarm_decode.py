@@ -85,6 +85,13 @@ def test_a_task_whose_container_has_ended_is_gone() -> None:
     assert not decode(answers(tasks=[task("t1")], running=[])).inventory.backends
 
 
+@pytest.mark.parametrize(("state", "up"), [("ready", True), ("down", False), ("unknown", True), ("disconnected", True)])
+def test_only_a_node_that_swarm_calls_down_is_down(state: str, up: bool) -> None:
+    """After a change of leader all nodes are "unknown", while they look for it "disconnected"."""
+    read = decode(answers(nodes=[{"ID": "a", "Status": {"State": state, "Addr": "10.0.0.2"}}]))
+    assert [node.up for node in read.inventory.nodes] == [up]
+
+
 def test_an_unhealthy_container_is_not_ready() -> None:
     (backend,) = decode(answers(tasks=[task("t1")], running=["c-t1"], unready=["c-t1"])).inventory.backends
     assert not backend.ready
