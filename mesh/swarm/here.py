@@ -27,15 +27,21 @@ from mesh.swarm.overlay import Overlay
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
 _QUIET: Final = 0.05  # seconds between two looks
 _RETRY: Final = 0.5
+_SETTLED: Final = ("active", "inactive", "")
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at the local Engine. `managers` by node id, as host."""
+    """One look at the local Engine. `managers` by node id, as host.
+
+    `settled`: the Engine has taken up, or given up, its part in a swarm; while it starts, or has an error, it knows
+    neither its role nor the managers.
+    """
 
     node: str = ""
+    settled: bool = True
     worker: bool = False
     managers: Mapping[str, str] = field(default_factory=dict)
     local: Local = field(default_factory=Local)
@@ -52,11 +58,19 @@ def decode_look(answers: Answers) -> Look:
     containers = parse(answers.containers, list[schema.Container], "GET /containers/json")
     return Look(
         node=swarm.node_id,
+        settled=swarm.local_node_state in _SETTLED,
         worker=swarm.local_node_state == "active" and not swarm.control_available,
         managers={m.node_id: m.addr.rpartition(":")[0].strip("[]") for m in swarm.remote_managers or () if m.addr},
         local=local_of(swarm.node_id, answers),
         containers={task: c.id for c in containers if (task := (c.labels or {}).get(TASK_LABEL))},
     )
+
+
+def keep_role(look: Look, before: Look) -> Look:
+    """A look with the role of the one before where it has none of its own yet."""
+    if look.settled:
+        return look
+    return replace(look, node=look.node or before.node, worker=before.worker, managers=before.managers)
 
 
 def merge(inventory: Inventory, look: Look) -> Inventory:
@@ -112,7 +126,7 @@ class Here:
             pause = _INTERVAL
             try:
                 begun = self._begun
-                look = await asyncio.to_thread(decode_look, await engine.read_here())
+                look = keep_role(await asyncio.to_thread(decode_look, await engine.read_here()), self.look)
                 self._overlay.settle(begun, look.local.running)
                 self.error = ""
                 if look != self.look:

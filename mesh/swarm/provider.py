@@ -57,7 +57,7 @@ class SwarmProvider:
 
     async def run(self, publish: Publish) -> None:
         """Read, publish and follow until cancelled."""
-        self._publish = publish
+        self._publish, self._published = publish, None  # who asks again has forgotten
         engine = Engine(self._config.docker_host)
         try:
             async with asyncio.TaskGroup() as group:

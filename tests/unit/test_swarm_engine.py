@@ -18,7 +18,9 @@ from mesh.config import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Inventory
 from mesh.swarm import SwarmProvider, detect
+from mesh.swarm.decode import NO_GATEWAY, Answers
 from mesh.swarm.engine import Engine, engine_url
+from mesh.swarm.here import Look, decode_look, keep_role
 from mesh.swarm.watch import plain_key, tls_context, watch, watch_request
 
 PORT = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"}
@@ -207,6 +209,30 @@ async def test_the_last_good_state_serves_on(peer: Peer, how: str) -> None:
         running.cancel()
         await asyncio.wait([running])
     assert running.cancelled()
+
+
+async def test_who_follows_again_is_told_again(peer: Peer) -> None:
+    """As an agent does whose node was a manager before."""
+    provider = SwarmProvider(Config(docker_host=f"unix://{peer.path}", docker_exec_root="/nonexistent"))
+    for _ in range(2):
+        published = list[Inventory]()
+        running = asyncio.create_task(provider.run(published.append))
+        await until(lambda: published)  # noqa: B023
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def test_an_engine_that_starts_does_not_know_its_role() -> None:
+    def look(state: str, control: bool) -> Look:
+        swarm = {"NodeID": "n1" if control else "", "LocalNodeState": state, "ControlAvailable": control}
+        info = json.dumps({"Swarm": swarm}).encode()
+        return decode_look(Answers(info, b"[]", b"[]", b"[]", b"[]", b"[]", NO_GATEWAY))
+
+    worker = Look("n1", worker=True, managers={"m": "192.0.2.9"})
+    starting = keep_role(look("pending", False), worker)
+    assert (starting.node, starting.worker, starting.managers) == ("n1", True, {"m": "192.0.2.9"})
+    promoted = keep_role(look("active", True), worker)
+    assert (promoted.node, promoted.worker, promoted.managers) == ("n1", False, {})
 
 
 async def test_a_death_is_published_without_a_read(peer: Peer) -> None:
