@@ -5,7 +5,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 
 from mesh.fastpath.conns cimport conn_new, list_append, list_remove, set_reset
-from mesh.fastpath.peerproto cimport PEER_NO, PEER_READ, backend_here, handed, is_node, peer_parse
+from mesh.fastpath.peerproto cimport PEER_NO, PEER_READ, backend_here, handed, is_node, is_question, peer_parse
 from mesh.fastpath.select cimport cause_of, from_sockaddr, hash_of, permitted
 from mesh.fastpath.stream cimport say, store
 from mesh.fastpath.sys cimport (
@@ -117,7 +117,8 @@ cdef inline void peer_begin(worker *w, conn *c, const uint8_t *tag) noexcept nog
     cdef backend *b = backend_here(w.engine, tag, 6)
     cdef int error
     if b is NULL:
-        fp_count(&w.totals.peer_unknown, 1)
+        if not is_question(tag):
+            fp_count(&w.totals.peer_unknown, 1)
         answer(c, PEER_NO + FAIL_NO_BACKEND)
         finish(w, c, False)
         return

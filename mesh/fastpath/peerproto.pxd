@@ -8,6 +8,9 @@ the client follow only after PEER_YES, so that the one who hands over can try an
 
 Datagrams go over one by one, each behind PEER_UDP bytes; a session has a source port of its own, and what the backend
 answers comes back to that port as it is.
+
+A tag of zeros, which no backend has, asks whether anybody is there (mesh/datapath/peer_probe.py): a connection gets
+PEER_NO + FAIL_NO_BACKEND, a datagram of any size its first PEER_UDP bytes back, marked, so that no answer is a question.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
@@ -110,6 +113,15 @@ cdef inline bint peer_head_of(const uint8_t *data, uint32_t length, uint8_t *tag
     if length < PEER_UDP or memcmp(data, <const char *>b"MUD1", 4) != 0:
         return False
     memcpy(tag, data + 4, TAG)
+    return True
+
+
+cdef inline bint is_question(const uint8_t *tag) noexcept nogil:
+    """Whether a tag names nobody and only asks for a sign of life."""
+    cdef int i
+    for i in range(TAG):
+        if tag[i]:
+            return False
     return True
 
 

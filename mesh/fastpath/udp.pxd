@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
-from mesh.fastpath.peerproto cimport backend_here, is_node, peer_head, peer_head_of
+from mesh.fastpath.peerproto cimport backend_here, is_node, is_question, peer_head, peer_head_of
 from mesh.fastpath.select cimport cause_of, choose, from_sockaddr, hash_of, is_scarce, is_v4, map_v4, permitted
 from mesh.fastpath.sessions cimport (
     session_bury, session_find, session_link, session_new, session_touch, session_unlink)
@@ -202,6 +202,24 @@ cdef inline bint peer_take(worker *w, datagrams *d, int i, const mesh_addr *sour
     return True
 
 
+cdef inline bint answered(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
+    """Answer a node that only asks whether anybody is there. False: it is no such question."""
+    cdef uint8_t *data = <uint8_t *>d.vectors[i].iov_base
+    cdef mesh_addr source
+    cdef uint16_t port
+    cdef uint8_t tag[TAG]
+    if not peer_head_of(data, d.messages[i].msg_len, tag) or not is_question(tag) or data[14]:
+        return False
+    from_sockaddr(&d.names[i], &source, &port)
+    if not is_node(w.engine, &source):
+        return False
+    data[14] = 1
+    d.vectors[i].iov_len = PEER_UDP
+    d.messages[i].msg_hdr.msg_flags = 0  # the control data, as it came, names the address that was called
+    sendmmsg(l.fd, &d.messages[i], 1, MSG_DONTWAIT | MSG_NOSIGNAL)
+    return True
+
+
 cdef inline session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
     """The session that a received datagram belongs to, made where it is new. NULL: it may not pass."""
     cdef frontend *f = l.frontend
@@ -334,6 +352,9 @@ cdef inline void on_datagrams(worker *w, listener *l) noexcept nogil:
         if got <= 0:
             return
         for i in range(got):
+            w.owner[i] = NULL
+            if l.frontend.peers is not NULL and answered(w, l, d, i):
+                continue
             s = session_of(w, l, d, i)
             w.owner[i] = s
             if s is NULL:

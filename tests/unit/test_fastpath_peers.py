@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import ipaddress
 import os
 import socket
 import struct
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import pytest
 
 from mesh.datapath.base import BackendKey
+from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
 from mesh.datapath.proxy_peers import tag_of
 from mesh.model import Frontend, ProxyProtocol, ServiceOptions
 from tests.unit.fastpath_bench import (
@@ -277,3 +280,30 @@ def test_datagrams_for_what_is_not_there_are_counted(datagrams: Pair) -> None:
             b"MUD1" + tag_of(BackendKey("a", server.where[1], 17)) + bytes(38) + b"hello", (HERE, datagrams.port)
         )
         assert node.recv(100) == b"a:hello"  # the same port, but now for a backend that is here
+
+
+def test_who_only_asks_whether_somebody_is_there_is_answered(datagrams: Pair) -> None:
+    """By TCP and UDP, uncounted; an answer that comes back as a question, and a stranger, get nothing."""
+    datagrams.owner.serve({udp(): {}}, nodes=(HERE, "127.0.0.3"))
+    here = ipaddress.ip_address(HERE)
+    assert asyncio.run(ask_stream(here, datagrams.port)) == ""
+    assert path_mtu(here, datagrams.port, 9000) == PathMtu(9000, 9000)
+    assert path_mtu(here, free_port(), 9000) == PathMtu(0, 9000, refused=True)
+    assert asyncio.run(ask_stream(here, free_port())) == "nobody listens"
+    totals = datagrams.owner.datapath.stats().totals
+    assert {name: totals[name] for name in totals if name.startswith("peer_")} == {
+        name: 0 for name in totals if name.startswith("peer_")
+    }
+    assert totals["udp_dropped"] == 0
+    question = b"MUD1" + bytes(48)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((HERE, 0))
+        sock.settimeout(10)
+        sock.sendto(question + b"more", (HERE, datagrams.port))
+        answer = sock.recv(1000)
+        assert len(answer) == 52 and answer != question
+        sock.sendto(answer, (HERE, datagrams.port))
+        eventually(lambda: datagrams.total("peer_unknown") == 1)
+    datagrams.owner.serve({udp(): {}}, nodes=(THERE, "127.0.0.3"))
+    assert asyncio.run(ask_stream(here, datagrams.port)) == "cut off"
+    assert path_mtu(here, datagrams.port, 9000).mtu == 0

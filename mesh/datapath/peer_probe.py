@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks another node's peer port whether anybody is there, and how large a packet may be on the way to it.
+
+The questions are those of mesh/fastpath/peerproto.pxd with a tag of zeros: no flow begins, nothing is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.model import Address
+
+CONNECT: Final = 3.0  # seconds
+TRIES: Final = 3
+WAIT: Final = 0.4  # seconds for one answer
+LEAST: Final = {4: 576, 6: 1280}  # bytes that every path carries: RFC 791, RFC 8200
+_HEADERS: Final = {4: 28, 6: 48}  # IP and UDP
+_TAG: Final = bytes(10)
+_HEAD: Final = 52  # PEER_UDP
+_QUESTION: Final = b"MUD1" + _TAG + b"\0\0"
+_ANSWER: Final = b"MUD1" + _TAG + b"\1\0"
+# ip(7), ipv6(7); not in the socket module.
+_DISCOVER: Final = {4: (socket.IPPROTO_IP, 10), 6: (socket.IPPROTO_IPV6, 23)}
+_MTU: Final = {4: (socket.IPPROTO_IP, 14), 6: (socket.IPPROTO_IPV6, 24)}
+_PROBE: Final = 3  # do not fragment, and do not believe what is known of the path
+_TOLD: Final = -1
+_REFUSED: Final = -2
+
+
+@dataclass(frozen=True, slots=True)
+class PathMtu:
+    """What the way to a node carries, bytes with IP header; 0: no datagram came back at all.
+
+    `told`: a router said so (ICMP), so that senders learn it. Where `mtu` is less than `device` and nobody told,
+    larger packets vanish: a black hole.
+    """
+
+    mtu: int
+    device: int
+    told: bool = False
+    refused: bool = False  # the host answers that nobody listens
+
+    @property
+    def black_hole(self) -> bool:
+        return 0 < self.mtu < self.device and not self.told
+
+
+async def ask_stream(address: Address, port: int) -> str:
+    """Whether the peer port takes connections from here; empty: it does, else why not, in words.
+
+    One of: "no answer", "nobody listens", "cut off" or what the system says.
+    """
+    client = bytes(2 * (4 if address.version == 4 else 16) + 4)
+    value = _TAG + b"\0"
+    body = client + b"\xe0" + struct.pack(">H", len(value)) + value
+    family = b"\x11" if address.version == 4 else b"\x21"
+    header = b"\r\n\r\n\0\r\nQUIT\n\x21" + family + struct.pack(">H", len(body)) + body
+    try:
+        async with asyncio.timeout(CONNECT):
+            reader, writer = await asyncio.open_connection(str(address), port)
+            try:
+                writer.write(header)
+                return "" if await reader.read(1) else "cut off"
+            finally:
+                writer.close()
+    except TimeoutError:
+        return "no answer"
+    except ConnectionRefusedError:
+        return "nobody listens"
+    except ConnectionError:
+        return "cut off"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def path_mtu(address: Address, port: int, device: int) -> PathMtu:
+    """The largest packet that arrives at a node's peer port. Takes moments, or some seconds where packets vanish.
+
+    Args:
+        device: MTU of the interface that leads there.
+    """
+    version = address.version
+    with socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(*_DISCOVER[version], _PROBE)
+        sock.connect((str(address), port))
+        first = _ask(sock, version, LEAST[version])
+        if first <= 0:
+            return PathMtu(0, device, refused=first == _REFUSED)
+        low, high, told = LEAST[version], device, False
+        candidate = device
+        while low < high:
+            found = _ask(sock, version, candidate)
+            if found > 0:
+                low = candidate
+            else:
+                high = candidate - 1
+            candidate = (low + high + 1) // 2
+            if found == _TOLD:
+                told = True
+                known = sock.getsockopt(*_MTU[version])
+                candidate = known if low < known <= high else candidate
+        return PathMtu(low, device, told)
+
+
+def _ask(sock: socket.socket, version: int, size: int) -> int:
+    """`size` if a packet of that many bytes was answered, 0 if nothing came back, else _TOLD or _REFUSED."""
+    nonce = os.urandom(16)
+    data = _QUESTION + nonce + bytes(max(size - _HEADERS[version], _HEAD) - len(_QUESTION) - len(nonce))
+    for _ in range(TRIES):
+        try:
+            sock.send(data)
+            if _answered(sock, nonce):
+                return size
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                return _TOLD
+            if error.errno == errno.ECONNREFUSED:
+                return _REFUSED
+    return 0
+
+
+def _answered(sock: socket.socket, nonce: bytes) -> bool:
+    deadline = time.monotonic() + WAIT
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        try:
+            answer = sock.recv(2048)
+        except TimeoutError:
+            return False
+        if answer.startswith(_ANSWER + nonce):
+            return True
+    return False
