@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from mesh.swarm import Here, SwarmProvider
 
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
 CONFIRM: Final = 0.5  # seconds that a silent node has to answer at all
-LOST_SHARE: Final = 0.5  # of all nodes; where more are silent at once, it is this node that is cut off
+STALL: Final = 0.2  # seconds over CONFIRM after which it is this process that did not get to run
 
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
 
@@ -59,15 +59,21 @@ def manager_addresses(text: str, port: int) -> list[tuple[str, int]]:
 
 async def answers(address: Address, port: int) -> bool:
     """Whether a host is alive: it accepts a connection or refuses it."""
-    try:
-        async with asyncio.timeout(CONFIRM):
-            _, writer = await asyncio.open_connection(str(address), port)
-    except ConnectionRefusedError:
+    while True:
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(CONFIRM):
+                _, writer = await asyncio.open_connection(str(address), port)
+        except ConnectionRefusedError:
+            return True
+        except TimeoutError:
+            if time.monotonic() - begun > CONFIRM + STALL:  # the answer may be here already
+                continue
+            return False
+        except OSError:
+            return False
+        writer.close()
         return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
 
 
 def _steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
@@ -217,11 +223,18 @@ class ClusterProvider:
 
     def _as_worker(self) -> list[asyncio.Task[None]]:
         relay = RelayProvider(
-            self._credentials, self._managers, engine=self.engine, inventory=True, on_verdicts=self._on_verdicts
+            self._credentials,
+            self._managers,
+            engine=self.engine,
+            inventory=True,
+            on_verdicts=self._on_verdicts,
+            on_link=self._on_link,
         )
         self._source = self._relay = relay
         self._reports.clear()
+        server = RelayServer(self._credentials, self._config.cluster_port, engine=self.engine, manager=False)
         return [
+            _steady("node server", server.run),
             _steady("relay", lambda: relay.run(self._take)),
             _steady("report", lambda: self._report_forever(relay)),
         ]
@@ -249,25 +262,31 @@ class ClusterProvider:
         """Publish what is known now, and to other nodes where this one is a manager."""
         if self._inventory is None:
             return
-        if self._server is None:
-            inventory = self._here.local_inventory(self._inventory)
-        else:
-            inventory = replace(self._inventory, nodes=self._nodes(self._inventory, self._server.engines))
+        inventory = self._inventory
+        if self._server is None or inventory.source == wire.SOURCE:  # until this manager has read for itself
+            inventory = self._here.local_inventory(inventory)
+        inventory = replace(inventory, nodes=self._nodes(inventory))
+        if self._server is not None:
             self._server.publish(inventory, self._verdicts())
         if inventory != self._published:
             self._published = inventory
             self._publish(inventory)
 
-    def _nodes(self, inventory: Inventory, engines: Mapping[str, str]) -> tuple[Node, ...]:
+    def _nodes(self, inventory: Inventory) -> tuple[Node, ...]:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
-        engines = {**engines, self._here.look.node: self.engine}
-        lost = self._lost if len(self._lost) <= LOST_SHARE * len(inventory.nodes) else set()
+        engines = {**(self._server.engines if self._server else {}), self._here.look.node: self.engine}
         return tuple(
-            replace(node, up=node.up and node.id not in lost, engine=engines.get(node.id, ""))
+            replace(node, up=node.up and node.id not in self._lost, engine=engines.get(node.id, node.engine))
             for node in inventory.nodes
         )
 
     # ---- silent nodes ----
+
+    def _on_link(self, host: str, here: bool) -> None:
+        """To a worker: a manager went silent or is back. The last one's silence is told by nobody else."""
+        for node in (self._inventory or Inventory()).nodes:
+            if host == str(node.address) or host == self._here.look.managers.get(node.id):
+                self._on_node(node.id, here)
 
     def _on_node(self, node: str, here: bool) -> None:
         if here:
@@ -281,7 +300,9 @@ class ClusterProvider:
         """A node's agent is gone without a word: is it the agent or the node?"""
         while True:
             address = next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
-            if address is None:
+            if address is None:  # it has left the swarm
+                self._lost.discard(node)
+                self._silent.pop(node, None)
                 return
             self._mark(node, lost=not await answers(address, self._config.cluster_port))
             await asyncio.sleep(1.0)

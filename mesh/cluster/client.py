@@ -16,7 +16,7 @@ import structlog
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
-from mesh.cluster.server import HEARTBEAT
+from mesh.cluster.server import CLOSED, HEARTBEAT
 from mesh.errors import MeshError
 from mesh.model import Health, HealthView
 from mesh.provider import ProviderStatus, Publish
@@ -27,6 +27,7 @@ _REFRESH: Final = 5.0  # seconds between looks at the list of managers
 
 Managers = Callable[[], Awaitable[Sequence[tuple[str, int]]]]
 OnVerdicts = Callable[[HealthView], None]
+OnLink = Callable[[str, bool], None]
 
 log = structlog.get_logger("mesh.cluster")
 
@@ -94,6 +95,8 @@ class _Link:
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.BINARY:
                     await self._relay.received(self, wire.decode(message.data))
+            if socket.close_code not in CLOSED:
+                self._relay.on_link(host, False)
             if isinstance(socket.exception(), Exception):
                 raise ConnectionError(str(socket.exception()))
 
@@ -104,6 +107,7 @@ class RelayProvider:
     Args:
         managers: the managers' addresses now, asked for every few seconds.
         on_verdicts: all nodes' verdicts, whenever they change.
+        on_link: a manager's host, and whether it is here (True) or went silent without closing its connection.
     """
 
     def __init__(
@@ -114,9 +118,11 @@ class RelayProvider:
         engine: str = "",
         inventory: bool = True,
         on_verdicts: OnVerdicts = lambda view: None,
+        on_link: OnLink = lambda host, here: None,
     ) -> None:
         self.credentials = credentials
         self.engine = engine
+        self.on_link = on_link
         self._managers = managers
         self._inventory = inventory
         self._on_verdicts = on_verdicts
@@ -169,6 +175,7 @@ class RelayProvider:
         await asyncio.gather(*(link.send(report) for link in self._links.values()))
 
     async def connected(self, link: _Link) -> None:
+        self.on_link(link.address[0], True)
         await link.send(self._report)
         if self._inventory and self._source is None:
             await self._subscribe(self._preferred())

@@ -84,6 +84,7 @@ class Credentials:
     """One reading of the files: contexts for both directions, and who we are."""
 
     identity: Identity
+    begins: datetime
     expires: datetime
     server: ssl.SSLContext
     client: ssl.SSLContext
@@ -131,7 +132,7 @@ def load(files: Files) -> Credentials:
             _load_chain(context, chain)
         except (ssl.SSLError, ValueError) as error:
             raise CredentialsError(f"OpenSSL refuses it: {error}", where=f"{files.certificate}, {files.key}") from error
-    return Credentials(identity, parsed.not_valid_after_utc, server, client)
+    return Credentials(identity, parsed.not_valid_before_utc, parsed.not_valid_after_utc, server, client)
 
 
 def _subject(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manager's side of the relay: inventory to the nodes, their verdicts back, over mutual TLS."""
+"""What a node says over mutual TLS: who it is, to any node; a manager also inventory, and it takes verdicts back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mesh.model import Inventory
 HEARTBEAT: Final = 1.0  # seconds between pings; a pong is due within half of that
 QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a snapshot instead
 _ROTATION_CHECK: Final = 5.0
-_CLOSED: Final = (1000, 1001, 1002)  # the peer, or we, said why (RFC 6455, 7.4.1)
+CLOSED: Final = (1000, 1001, 1002)  # the peer, or we, said why (RFC 6455, 7.4.1)
 
 log = structlog.get_logger("mesh.cluster")
 
@@ -40,12 +40,21 @@ class _Peer:
     subscribed: bool = False
 
 
+def _ignore_report(node: str, report: wire.Report) -> None:
+    """Of a node that is no manager."""
+
+
+def _ignore_node(node: str, here: bool) -> None:
+    """Likewise."""
+
+
 class RelayServer:
-    """Serves this manager's inventory to agents of the same swarm.
+    """Serves agents of the same swarm.
 
     Args:
         credentials: this node's.
         port: TCP port, all addresses; 0 lets the kernel choose (tests).
+        manager: serve inventory too; a worker only says who it is, which `mesh check --cluster` asks.
         on_report: a node's verdicts over its own backends, whole, whenever they change.
         on_node: a node went silent without closing its connection (False) or is back (True).
     """
@@ -56,10 +65,12 @@ class RelayServer:
         port: int,
         *,
         engine: str = "",
-        on_report: OnReport,
-        on_node: OnNode,
+        manager: bool = True,
+        on_report: OnReport = _ignore_report,
+        on_node: OnNode = _ignore_node,
     ) -> None:
         self._credentials = credentials
+        self._manager = manager
         self._engine = engine
         self.port = port
         self._on_report = on_report
@@ -101,7 +112,9 @@ class RelayServer:
     async def run(self) -> None:
         """Serve until cancelled. New certificates are taken up without closing what is open."""
         app = web.Application()
-        app.router.add_get("/v1/relay", self._handle)
+        app.router.add_get("/v1/node", self._about)
+        if self._manager:
+            app.router.add_get("/v1/relay", self._handle)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         site: web.TCPSite | None = None
@@ -134,18 +147,32 @@ class RelayServer:
         log.warning("relay refused a peer", peer=request.remote, reason=text)
         return web.Response(status=403, text=text + "\n")
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    def _admit(self, request: web.Request) -> Identity | web.Response:
+        """Who calls, or the refusal."""
         transport = request.transport
         certificate = transport.get_extra_info("peercert") if transport else None
         try:
             identity = peer_identity(certificate or {})
         except CredentialsError as error:
             return self._refuse(request, "certificate", str(error))
-        ours = self._credentials.current().identity
-        if identity.cluster != ours.cluster:
+        if identity.cluster != self._credentials.current().identity.cluster:
             return self._refuse(request, "cluster", "another swarm's certificate")
         if identity.role not in {"swarm-manager", "swarm-worker"}:
             return self._refuse(request, "role", f"role {identity.role} has no place here")
+        return identity
+
+    async def _about(self, request: web.Request) -> web.Response:
+        """GET /v1/node, JSON: node, role, mesh (version), engine."""
+        caller = self._admit(request)
+        if isinstance(caller, web.Response):
+            return caller
+        ours = self._credentials.current().identity
+        return web.json_response({"node": ours.node, "role": ours.role, "mesh": __version__, "engine": self._engine})
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        identity = self._admit(request)
+        if isinstance(identity, web.Response):
+            return identity
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=wire.MAX_MESSAGE, compress=False)
         await socket.prepare(request)
         peer: _Peer | None = None
@@ -214,7 +241,7 @@ class RelayServer:
     def _leave(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
         self._peers.discard(peer)
         node = peer.identity.node
-        silent = socket.close_code not in _CLOSED
+        silent = socket.close_code not in CLOSED
         log.info("node disconnected", node=node, silent=silent)
         if silent and all(other.identity.node != node for other in self._peers):
             self._silent.add(node)

@@ -18,6 +18,7 @@ from mesh.model import Backend, Inventory, Node, PublishedPort, Service, Service
 
 VERSION: Final = 1
 OLDEST: Final = 1
+SOURCE: Final = "relay"  # of an inventory that was told, not read
 MAX_MESSAGE: Final = 32 << 20  # bytes; a snapshot of 10,000 backends has about 2 MB
 
 
@@ -230,7 +231,7 @@ def inventory_of(content: Content) -> Inventory:
                 Node(n.id, n.name, ipaddress.ip_address(n.address) if n.address else None, n.up, n.weight, n.engine)
                 for n in sorted(content.nodes.values(), key=lambda n: n.id)
             ),
-            source="relay",
+            source=SOURCE,
         )
     except ValueError as error:
         raise WireError(f"an inventory that cannot be used: {error}", where="relay") from error

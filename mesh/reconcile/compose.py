@@ -77,6 +77,7 @@ class _Member:
     address: Address
     weight: int
     up: bool
+    away: bool = False  # it would serve, were its node not down
 
 
 _Part = tuple[tuple[Problem, ...], tuple[tuple[PublishedPort, FrontendState], ...]]
@@ -102,7 +103,8 @@ def compose(
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
     weighs nothing, and probes do not say DOWN. Otherwise it stays with weight 0, so that its flows stay. A backend of
-    another node is reached by way of that node; without an address of it, it is left out. Where the
+    another node is reached by way of that node; without an address of it, it is left out. Where all that could serve
+    are on nodes that are down, they are used nevertheless: it may be this node that is cut off. Where the
     share of backends that probes let through is at or below `config.panic_threshold`, the probes of that service are
     disregarded (`panic`). Two services with one frontend: the first by id keeps it.
 
@@ -150,15 +152,34 @@ def _sorted(frontends: dict[Frontend, FrontendState], cache: ComposeCache) -> di
 
 def _member(backend: Backend, node: Node | None, address: Address, health: HealthView, drained: Drained) -> _Member:
     verdict = health.of(backend.id)
-    if standing(backend, node, Health.UNKNOWN, drained) != SERVING:
+    away = node is not None and not node.up
+    reachable = replace(node, up=True) if node is not None and away else node
+    if standing(backend, reachable, Health.UNKNOWN, drained) != SERVING:
         return _Member(backend, node, address, 0, up=False)
     weight = min(backend.weight * (node.weight if node else 1), WEIGHT_MAX)
-    return _Member(backend, node, address, weight, up=verdict is not Health.DOWN)
+    return _Member(backend, node, address, weight, verdict is not Health.DOWN, away)
+
+
+def _without_those_away(members: Sequence[_Member]) -> tuple[Sequence[_Member], bool]:
+    """Members with no weight where their node is down, unless nobody else could serve; and whether that is so."""
+    away = any(m.away for m in members)
+    if not away or not any(m.weight and not m.away for m in members):
+        return members, away
+    return [replace(m, weight=0, up=False) if m.away else m for m in members], False
 
 
 def _part(service: Service, members: Sequence[_Member], config: Config) -> _Part:
     """A service by itself: problems, and what each of its ports would be."""
     problems: list[Problem] = []
+    members, all_away = _without_those_away(members)
+    if all_away:
+        problems.append(
+            Problem(
+                f"service {service.name}",
+                "all nodes that could serve it are down or silent, so their backends are used nevertheless",
+                "`docker node ls` and `mesh check --cluster` say which, and why",
+            )
+        )
     eligible = [m for m in members if m.weight]
     healthy = sum(m.up for m in eligible)
     panic = healthy < len(eligible) and healthy <= config.panic_threshold * len(eligible)

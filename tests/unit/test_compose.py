@@ -73,7 +73,18 @@ def test_a_node_that_is_down_drained_or_weightless_gets_no_new_flows() -> None:
         (Node("n", "n", weight=0), Drained()),
         (Node("n", "n"), Drained(nodes=frozenset({"n"}))),
     ):
-        assert weights(compose(of(backend("a"), node=node), HealthView(), drained, CONFIG)) == {"a": 0}
+        inventory = replace(of(backend("a"), backend("b", node="m")), nodes=(Node("m", "m"), node))
+        assert weights(compose(inventory, HealthView(), drained, CONFIG)) == {"a": 0, "b": 1}
+
+
+def test_where_all_nodes_are_down_it_may_be_this_one_that_is_cut_off() -> None:
+    nodes = (Node("m", "m", up=False), Node("n", "n", up=False))
+    inventory = replace(of(backend("a"), backend("b", node="m", weight=0)), nodes=nodes)
+    desired = compose(inventory, HealthView(), Drained(), CONFIG)
+    assert weights(desired) == {"a": 1, "b": 0}
+    assert ["down or silent" in str(problem) for problem in desired.problems] == [True]
+    ill = HealthView({"a": Health.DOWN})
+    assert weights(compose(inventory, ill, Drained(), replace(CONFIG, panic_threshold=0.0))) == {"a": 1, "b": 0}
 
 
 def test_a_backend_of_another_node_is_reached_by_way_of_it() -> None:
@@ -190,10 +201,15 @@ def test_new_flows_only_where_everybody_agrees(inventory: Inventory, health: Hea
     nodes = {n.id: n for n in inventory.nodes}
     for state in desired.frontends.values():
         assert [t.backend for t in state.targets] == sorted(t.backend for t in state.targets)
+        reasons = {}
         for target in state.targets:
             known = backends[target.backend]
-            why = standing(known, nodes.get(known.node), health.of(known.id), Drained())
-            if target.weight:
+            reasons[known.id] = standing(known, nodes.get(known.node), health.of(known.id), Drained())
+        for target in state.targets:
+            why = reasons[target.backend]
+            if target.weight and why == "node down":
+                assert not {SERVING, "down"} & set(reasons.values())
+            elif target.weight:
                 assert why == SERVING or (why == "down" and state.panic)
             elif state.options.locality is Locality.CLUSTER:
                 assert why != SERVING
