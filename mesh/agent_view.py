@@ -111,6 +111,13 @@ class View:
         answer: Json = ask()
         return answer
 
+    def nodes(self) -> Json:
+        own, nodes = self._provider.status().node_id, self._reconciler.picture.inventory.nodes
+        shown = [
+            {"id": n.id, "name": n.name, "address": str(n.address or ""), "up": n.up, "engine": n.engine} for n in nodes
+        ]
+        return {"node": own, "nodes": shown}
+
     def ready(self) -> tuple[bool, Sequence[str]]:
         loop = self._reconciler
         reasons = []

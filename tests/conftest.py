@@ -9,9 +9,9 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.lab.fixtures import lab, shared_swarm1, shared_swarm3, swarm1, swarm3
+from tests.lab.fixtures import lab, shared_swarm1, shared_swarm3, shared_swarm5, swarm1, swarm3, swarm5
 
-__all__ = ["lab", "shared_swarm1", "shared_swarm3", "swarm1", "swarm3"]
+__all__ = ["lab", "shared_swarm1", "shared_swarm3", "shared_swarm5", "swarm1", "swarm3", "swarm5"]
 
 CI = bool(os.environ.get("CI"))
 

@@ -12,6 +12,7 @@ import click
 
 from mesh.agent_parts import choose_provider
 from mesh.cli.client import echo_json, echo_table
+from mesh.cli.cluster_facts import check_cluster
 from mesh.cli.facts import Finding, Verdict, check_host
 from mesh.cli.firewall_facts import check_firewall
 from mesh.cli.main import Exit
@@ -22,20 +23,24 @@ from mesh.errors import ConfigError, MeshError
 
 
 @click.command(short_help="Can it run here: verdicts and remedies.")
+@click.option("--cluster", is_flag=True, help="The way from this node to every other one instead; the daemon must run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options
-def check(as_json: bool, **flags: Any) -> None:
+def check(as_json: bool, cluster: bool, **flags: Any) -> None:
     """Can it run here: configuration, engine, limits, ports, Docker, firewall, each with a verdict and a remedy.
 
     Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
 
+    With --cluster it asks the daemon for the swarm's nodes and tries the way to each from here, as traffic takes it:
+    control port (mutual TLS; certificates, version, engine), peer port by TCP and UDP, path MTU. Clocks are not needed.
+
     \b
-    Exit code: 0 all ok, or warnings only; 1 something would keep the daemon from serving.
+    Exit code: 0 all ok, or warnings only; 1 something would keep the daemon, or the nodes together, from serving.
     Example:   mesh check --engine proxy --http-listen 127.0.0.1:9551
+               mesh check --cluster --json | jq '.[] | select(.verdict == "fail")'
     """
     config, findings = _config(flags)
-    resolved = _resolved(config)
-    findings += [*check_host(resolved), *check_docker(config), *check_firewall(resolved)]
+    findings += check_cluster(config) if cluster else _check_here(config)
     if as_json:
         echo_json([asdict(finding) for finding in findings])
     else:
@@ -47,6 +52,11 @@ def check(as_json: bool, **flags: Any) -> None:
             click.echo(": ".join(remedy))
     if any(finding.verdict is Verdict.FAIL for finding in findings):
         sys.exit(Exit.NOT_READY)
+
+
+def _check_here(config: Config) -> list[Finding]:
+    resolved = _resolved(config)
+    return [*check_host(resolved), *check_docker(config), *check_firewall(resolved)]
 
 
 def _config(flags: dict[str, Any]) -> tuple[Config, list[Finding]]:

@@ -72,6 +72,7 @@ def main() -> None:
               mesh explain 192.0.2.7:40000 192.0.2.1:8080    where does this connection go, and why
               mesh trace --service web      connections as they come and go
               mesh bench 8080               how fast is it, and who answers
+              mesh check --cluster          does this node reach every other one, and why not
     Change:   mesh drain node worker-3      no new connections there; those it has stay
               mesh undrain node worker-3
               mesh stop --release           stop and hand the ports back to Docker

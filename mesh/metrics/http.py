@@ -29,6 +29,7 @@ INDEX: Final = """mesh
 /readyz    200 while the node serves all that it should, else 503 with reasons
 /state     everything the daemon knows, JSON
 /cluster   all nodes side by side, on a manager
+/nodes     the cluster's nodes, on any node
 /explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   where a connection goes, and why
 """
 
@@ -49,6 +50,7 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/state", _state)
     app.router.add_get("/cluster", _cluster)
+    app.router.add_get("/nodes", _nodes)
     app.router.add_get("/explain", _explain)
     if control:
         app.router.add_post("/drain", _drain)
@@ -127,6 +129,10 @@ async def _state(request: web.Request) -> web.Response:
 
 async def _cluster(request: web.Request) -> web.Response:
     return _json(request.app[VIEW].cluster())
+
+
+async def _nodes(request: web.Request) -> web.Response:
+    return _json(request.app[VIEW].nodes())
 
 
 async def _explain(request: web.Request) -> web.Response:

@@ -40,6 +40,11 @@ class AgentView(Protocol):
             mesh.errors.MeshError: this node does not know; the remedy says who does.
         """
 
+    def nodes(self) -> Json:
+        """The cluster's nodes as this one knows them, whatever its role: node (own id), nodes [{id, name, address, up,
+        engine}]; address and engine are empty while nobody has told them.
+        """
+
     def ready(self) -> tuple[bool, Sequence[str]]:
         """Whether the node serves what it should, and the reasons where it does not."""
 

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from tests.lab import images
@@ -42,6 +44,16 @@ def unavailable() -> str:
         if not shutil.which(name)
     ]
     return f"not installed: {', '.join(missing)} (make packages-test)" if missing else ""
+
+
+def bpf_fs(lab: Lab, name: str = "") -> Path:
+    """A bpf file system of this lab, one for each name; what is pinned there goes with it."""
+    path = lab.directory / f"bpf{name}"
+    if not path.exists():
+        path.mkdir()
+        run("mount", "-t", "bpf", "bpf", str(path))
+        lab.on_close(lambda: run("umount", "-l", str(path)))
+    return path
 
 
 class Node:
@@ -80,6 +92,11 @@ class Node:
         """dockerd's process id."""
         assert self._daemon is not None
         return self._daemon.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether dockerd runs."""
+        return self._daemon is not None and self._daemon.poll() is None
 
     def inside(self, *command: str) -> list[str]:
         """The argument list that runs a command in the node's network, mount and UTS namespaces."""
@@ -165,11 +182,12 @@ class Node:
 
 
 class Swarm:
-    """N dockerds joined to one swarm; `nodes[0]` leads it."""
+    """N dockerds joined to one swarm; `nodes[0]` leads it at first. `manager` is the one that is asked."""
 
     def __init__(self, lab: Lab, managers: int = 1, workers: int = 0) -> None:
         self.lab = lab
         self.nodes: list[Node] = []
+        self.asked = 0
         for number in range(1, managers + workers + 1):
             node = Node(lab, lab.host(f"n{number}"))
             self.nodes.append(node)
@@ -185,10 +203,19 @@ class Swarm:
 
     @property
     def manager(self) -> Node:
-        return self.nodes[0]
+        return self.nodes[self.asked]
+
+    def revive(self) -> None:
+        """Start what was stopped or killed, all at once: a manager alone waits for the others. Until all are ready."""
+        self.asked = 0
+        ended = [node for node in self.nodes if not node.running]
+        if ended:
+            with ThreadPoolExecutor(len(ended)) as pool:
+                list(pool.map(lambda node: node.start(timeout=90), ended))
+        wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready again", timeout=90, interval=0.2)
 
     def _ready(self, count: int) -> bool:
-        states = self.manager.docker("node", "ls", "--format", "{{.Status}}").stdout.split()
+        states = self.manager.docker("node", "ls", "--format", "{{.Status}}", check=False).stdout.split()
         return states.count("Ready") == count
 
     def docker(self, *arguments: str, check: bool = True, timeout: float = 60) -> str:

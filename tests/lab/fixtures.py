@@ -51,3 +51,20 @@ def swarm3(shared_swarm3: dockerd.Swarm) -> Iterator[dockerd.Swarm]:
     """A swarm of one manager and two workers; services are removed after the test."""
     yield shared_swarm3
     shared_swarm3.reset()
+
+
+@pytest.fixture(scope="module")
+def shared_swarm5() -> Iterator[dockerd.Swarm]:
+    """A swarm of three managers and two workers for one module."""
+    if reason := dockerd.unavailable():
+        pytest.skip(reason)
+    with Lab() as made:
+        yield dockerd.Swarm(made, managers=3, workers=2)
+
+
+@pytest.fixture
+def swarm5(shared_swarm5: dockerd.Swarm) -> Iterator[dockerd.Swarm]:
+    """A swarm of three managers and two workers; services are removed after the test."""
+    yield shared_swarm5
+    shared_swarm5.revive()
+    shared_swarm5.reset()

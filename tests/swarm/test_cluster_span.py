@@ -6,75 +6,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import peers
-from tests.daemon import Daemon, backends_of
-from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import Namespace, wait_for
-from tests.swarm.test_scenario_one_node import bpf_fs
+from tests.cluster import WEB, Cluster
+from tests.lab.dockerd import Swarm
+from tests.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
-
-WEB = 8000
-
-
-class Cluster:
-    """A swarm with a daemon on each node, and a client beside it."""
-
-    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy") -> None:
-        self.swarm, self.client = swarm, client
-        self.daemons = [self.daemon(node, engine) for node in swarm.nodes]
-
-    def daemon(self, node: Node, engine: str, **more: object) -> Daemon:
-        return Daemon(
-            node.namespace,
-            Path(self.swarm.lab.directory) / f"mesh-{engine}-{node.hostname}",
-            **more,
-            wait=False,
-            provider="swarm",
-            engine=engine,
-            docker_host=node.host,
-            docker_data_root=node.data_root,
-            docker_exec_root=node.exec_root,
-        )
-
-    def sees(self, daemon: Daemon, service: str) -> set[str]:
-        """Backends to which a daemon gives new connections, once it has applied what it knows."""
-        state = daemon.state()
-        if state["generation"]["applied"] != state["generation"]["desired"]:
-            return set()
-        return {backend for backend, weight in backends_of(state, service).items() if weight}
-
-    def agree(self, service: str, count: int) -> set[str]:
-        """Until all daemons serve exactly the `count` tasks that Docker names, from equal tables."""
-        self.swarm.wait_running(service, count)
-
-        def all_see() -> set[str]:
-            tasks = {task["ID"] for task in self.swarm.tasks(service)}
-            return tasks if all(self.sees(d, service) == tasks for d in self.daemons) else set()
-
-        tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=60)
-        wait_for(lambda: len(self.digests(service)) == 1, f"equal tables of {service} on every node")
-        return tasks
-
-    def digests(self, service: str) -> set[str]:
-        found = set()
-        for daemon in self.daemons:
-            for entry in daemon.state()["services"]:
-                if entry["name"] == service:
-                    found |= {frontend["digest"] for frontend in entry["frontends"]}
-        return found
-
-    def close(self) -> None:
-        for daemon in self.daemons:
-            daemon.close()
-
-    def tails(self) -> str:
-        return "\n".join(f"--- {d.namespace.short}\n{d.tail(4000)}" for d in self.daemons)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +27,7 @@ def shared_cluster(shared_swarm3: Swarm) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(shared_cluster: Cluster, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    for daemon in shared_cluster.daemons:
-        daemon.wait_ready()
+    shared_cluster.wait_ready()
     yield shared_cluster
     request.node.add_report_section("teardown", "daemons", shared_cluster.tails())
 
@@ -182,13 +122,33 @@ def test_a_node_that_loses_power_is_out_and_comes_back(
     assert (report.ok, report.failures) == (300, ())
 
 
+def test_the_only_manager_goes_silent_and_comes_back(cluster: Cluster) -> None:
+    """No manager is left to tell the workers, who see it for themselves."""
+    swarm, left = cluster.swarm, cluster.daemons[1:]
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    tasks = cluster.agree("web", 6)
+    identity = swarm.manager.inspect("node", swarm.manager.hostname)["ID"]
+    lost = {task["ID"] for task in swarm.tasks("web") if task["NodeID"] == identity}
+    assert lost and tasks - lost
+    port = f"p{swarm.manager.address.rpartition('.')[2]}"
+    swarm.lab.switch.ip("link", "set", port, "down")
+    try:
+        wait_for(lambda: all(cluster.sees(d, "web") == tasks - lost for d in left), "the manager's tasks are out")
+        for node in swarm.nodes[1:]:
+            report = peers.load(cluster.client, node.address, WEB, "-n", "300", "-c", "8")
+            assert (report.ok, report.failures, set(report.identities)) == (300, (), tasks - lost)
+    finally:
+        swarm.lab.switch.ip("link", "set", port, "up")
+    cluster.agree("web", 6)
+
+
 def test_a_node_with_the_kernel_engine_takes_what_others_hand_over(cluster: Cluster) -> None:
     """Its tasks answer to clients of nodes with the proxy engine."""
     swarm = cluster.swarm
     swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
     tasks = cluster.agree("web", 3)
     cluster.daemons[2].close()
-    mixed = cluster.daemon(swarm.nodes[2], "kernel", bpf_fs=bpf_fs(swarm))
+    mixed = cluster.daemon(swarm.nodes[2], "kernel")
     try:
         mixed.wait_ready()
         for node in swarm.nodes[:2]:

@@ -12,15 +12,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import peers
 from tests.daemon import Daemon, backends_of
-from tests.lab.dockerd import Swarm
-from tests.lab.netns import Namespace, run, wait_for
+from tests.lab.dockerd import Swarm, bpf_fs
+from tests.lab.netns import Namespace, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
 
@@ -33,16 +32,6 @@ SOCKET_AWAY = {"proxy": float(os.environ.get("MESH_TEST_SOCKET_AWAY", "60")), "k
 REACTION = 5.0  # seconds; unloaded it is well below one, see the recorded properties
 
 
-def bpf_fs(swarm: Swarm) -> Path:
-    """A bpf file system of this lab; what is pinned there goes with it."""
-    path = swarm.lab.directory / "bpf"
-    if not path.exists():
-        path.mkdir()
-        run("mount", "-t", "bpf", "bpf", str(path))
-        swarm.lab.on_close(lambda: run("umount", "-l", str(path)))
-    return path
-
-
 class Site:
     """The swarm's node with the daemon, and a client beside it."""
 
@@ -50,7 +39,7 @@ class Site:
         self.swarm, self.engine, self.client = swarm, engine, client
         self.address = swarm.manager.address
         node = swarm.manager
-        extra = {"bpf_fs": bpf_fs(swarm)} if engine == "kernel" else {}
+        extra = {"bpf_fs": bpf_fs(swarm.lab)} if engine == "kernel" else {}
         self.daemon = Daemon(
             node.namespace,
             swarm.lab.directory / f"mesh-{engine}",

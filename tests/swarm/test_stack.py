@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests import peers
+from tests.cluster import Cluster
 from tests.lab import images
 from tests.lab.dockerd import Swarm
 from tests.lab.netns import wait_for
-from tests.swarm.test_cluster_span import Cluster
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
 

@@ -131,7 +131,7 @@ class SampleView:
     def __init__(self) -> None:
         self.shown = state()
         self.reasons: list[str] = []
-        self.nodes: list[Row] = []
+        self.rows: list[Row] = []
         self.changed: list[tuple[str, str, bool]] = []
         self.stopped = asyncio.Event()
         self.released = False
@@ -141,9 +141,13 @@ class SampleView:
         return self.shown
 
     def cluster(self) -> Json:
-        if not self.nodes:
+        if not self.rows:
             raise MeshError("only a manager's agent knows all nodes", remedy="ask on a manager: 192.0.2.9")
-        return {"nodes": [asdict(row) for row in self.nodes], "differences": differences(self.nodes)}
+        return {"nodes": [asdict(row) for row in self.rows], "differences": differences(self.rows)}
+
+    def nodes(self) -> Json:
+        nodes = [{"id": n.id, "name": n.name, "address": n.address, "up": n.up, "engine": n.engine} for n in self.rows]
+        return {"node": "n1", "nodes": nodes}
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         return not self.reasons, self.reasons

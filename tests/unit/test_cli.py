@@ -81,11 +81,11 @@ async def test_status_of_the_cluster(daemon: Daemon) -> None:
     view, run = daemon
     done = await run("status", "--cluster")
     assert done.code != Exit.OK and "ask on a manager: 192.0.2.9" in done.err
-    view.nodes = [ONE, TWO]
+    view.rows = [ONE, TWO]
     done = await run("status", "--cluster")
     assert (done.code, done.err) == (Exit.OK, "")
     assert "All nodes agree on 2 tables." in done.out and "192.0.2.1" in done.out
-    view.nodes = [ONE, replace(TWO, up=False)]
+    view.rows = [ONE, replace(TWO, up=False)]
     done = await run("status", "--cluster")
     assert done.code == Exit.NOT_READY and "node two does not answer" in done.out
 

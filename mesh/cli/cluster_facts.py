@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `mesh check --cluster` finds out about the way from this node to every other one."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from mesh import __version__
+from mesh.cli.client import call
+from mesh.cli.facts import Finding, Verdict
+from mesh.cluster.credentials import CredentialsError, Files, load
+from mesh.config import Config
+from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
+from mesh.errors import MeshError
+from mesh.model import Address
+
+TIMEOUT: Final = 3.0  # seconds for a handshake and an answer
+EXPIRY_WARN: Final = 0.2  # share of a certificate's life: swarm renews it long before
+AT_ONCE: Final = 32
+_SIOCGIFMTU: Final = 0x8921
+_MTU_UNKNOWN: Final = 1500
+CLOCK: Final = "not needed: nothing between nodes goes by the time of day, but for the validity of certificates"
+
+NO_ANSWER: Final = "no answer"
+
+Findings = Iterator[Finding]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another node, as this one's daemon knows it."""
+
+    id: str
+    name: str
+    address: Address | None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What another node's control port said."""
+
+    obstacle: str = ""
+    remedy: str = ""
+    seconds: float = 0.0
+    valid: tuple[datetime, datetime] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def check_cluster(config: Config) -> Findings:
+    """Findings about this node's certificate, then about each other node, node by node."""
+    try:
+        known = call(Path(config.state_dir), "/nodes")
+    except MeshError as error:
+        yield Finding("nodes", Verdict.FAIL, str(MeshError(error.message, where=error.where)), error.remedy)
+        return
+    own = next((node for node in known["nodes"] if node["id"] == known["node"]), None)
+    others = [Peer(n["id"], n["name"], _address(n["address"])) for n in known["nodes"] if n["id"] != known["node"]]
+    if own is None:
+        found = "this daemon serves one node only" if not known["nodes"] else "this node is not among those it knows"
+        yield Finding("nodes", Verdict.FAIL, found, "provider = swarm, on a node of a swarm; `mesh status` says more")
+        return
+    found = f"this is {own['name']} at {own['address'] or 'no known address'}, with {len(others)} others"
+    yield Finding("nodes", Verdict.OK, found)
+    try:
+        credentials = load(Files.of(config))
+    except CredentialsError as error:
+        yield Finding("own certificate", Verdict.FAIL, f"{error.where}: {error.message}", error.remedy)
+        return
+    yield expiry("own certificate", credentials.begins, credentials.expires, credentials.identity.role)
+    yield Finding("clock", Verdict.OK, CLOCK)
+    for findings in asyncio.run(_all(config, others, credentials.client)):
+        yield from findings
+
+
+def _address(text: str) -> Address | None:
+    return ipaddress.ip_address(text) if text else None
+
+
+async def _all(config: Config, others: list[Peer], context: ssl.SSLContext) -> list[list[Finding]]:
+    free = asyncio.Semaphore(AT_ONCE)
+
+    async def one(peer: Peer) -> list[Finding]:
+        async with free:
+            return await _one(config, peer, context)
+
+    return await asyncio.gather(*(one(peer) for peer in sorted(others, key=lambda peer: peer.name)))
+
+
+async def _one(config: Config, peer: Peer, context: ssl.SSLContext) -> list[Finding]:
+    if peer.address is None:
+        remedy = "docker node inspect; join with --advertise-addr"
+        return [Finding(f"{peer.name} address", Verdict.FAIL, "no address of it is known", remedy)]
+    answer, refusal, mtu = await asyncio.gather(
+        ask_control(peer, config.cluster_port, context),
+        ask_stream(peer.address, config.peer_port),
+        asyncio.to_thread(path_mtu, peer.address, config.peer_port, device_mtu(peer.address)),
+    )
+    if answer.obstacle == NO_ANSWER and mtu.black_hole:
+        answer.remedy = "first the path MTU: packets of the handshake may be too large"
+    return [*control(peer, config.cluster_port, answer), *peer_port(peer, config.peer_port, refusal, mtu)]
+
+
+async def ask_control(peer: Peer, port: int, context: ssl.SSLContext) -> Answer:
+    """One question over mutual TLS. The node's id is a name in its certificate: nobody else answers for it."""
+    begun = time.monotonic()
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            reader, writer = await asyncio.open_connection(
+                str(peer.address), port, ssl=context, server_hostname=peer.id
+            )
+            certificate = writer.get_extra_info("peercert") or {}
+            writer.write(f"GET /v1/node HTTP/1.1\r\nHost: {peer.id}\r\nConnection: close\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+    except TimeoutError:
+        return Answer(NO_ANSWER, f"let TCP {port} of all nodes through the firewall; is the node up?")
+    except ConnectionRefusedError:
+        return Answer("nobody listens", "start mesh there, with the same cluster_port")
+    except ssl.SSLError as error:
+        reason = getattr(error, "verify_message", "") or error.reason or str(error)
+        return Answer(f"no TLS: {reason}", "does another program hold the port? is the node of this swarm? its clock?")
+    except OSError as error:
+        return Answer(error.strerror or str(error), "is the node up, and is there a route to it?")
+    answer = Answer(
+        seconds=time.monotonic() - begun, valid=(_time(certificate, "notBefore"), _time(certificate, "notAfter"))
+    )
+    status = head.split(b" ", 2)[1:2]
+    if status == [b"200"]:
+        answer.about = json.loads(body)
+    elif status != [b"404"]:
+        answer.obstacle = f"refused: {body.decode(errors='replace').strip() or head.decode(errors='replace')[:80]}"
+        answer.remedy = "are both nodes of the same swarm? `mesh status` there says more"
+    return answer
+
+
+def _time(certificate: Mapping[str, Any], key: str) -> datetime:
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate[key])), UTC)
+
+
+def control(peer: Peer, port: int, answer: Answer) -> Findings:
+    """The control port, the certificate behind it, and who answered."""
+    what = f"{peer.name} control port"
+    if answer.obstacle:
+        yield Finding(what, Verdict.FAIL, f"{peer.address} tcp {port}: {answer.obstacle}", answer.remedy)
+    else:
+        yield Finding(what, Verdict.OK, f"{peer.address} tcp {port}: mutual TLS, {answer.seconds * 1000:.0f} ms")
+    if answer.valid is not None:
+        yield expiry(f"{peer.name} certificate", *answer.valid, str(answer.about.get("role", "")))
+    if answer.valid is None or answer.obstacle:
+        return
+    version, engine = answer.about.get("mesh"), answer.about.get("engine")
+    found = f"{version}, engine {engine or 'unknown'}" if version else "an older one, that does not tell"
+    same = version == __version__
+    remedy = "" if same else f"this is {__version__}; versions one apart work together, upgrade the older one"
+    yield Finding(f"{peer.name} mesh", Verdict.OK if same else Verdict.WARN, found, remedy)
+
+
+def expiry(what: str, begins: datetime, expires: datetime, role: str) -> Finding:
+    """How long a certificate is good; swarm renews node certificates in the second half of their life."""
+    now = datetime.now(UTC)
+    left, life = (expires - now).total_seconds(), (expires - begins).total_seconds()
+    found = f"{role + ', ' if role else ''}valid until {expires:%Y-%m-%d %H:%M} UTC"
+    remedy = "swarm should have renewed it: is dockerd there in reach of a manager (TCP 2377)? docker swarm ca --rotate"
+    if left <= 0:
+        return Finding(what, Verdict.FAIL, f"{found}: expired", remedy)
+    if left < EXPIRY_WARN * life:
+        return Finding(what, Verdict.WARN, f"{found}: {left / 86400:.1f} days left", remedy)
+    return Finding(what, Verdict.OK, found)
+
+
+def peer_port(peer: Peer, port: int, refusal: str, mtu: PathMtu) -> Findings:
+    """The port at which flows are handed over, by TCP and UDP, and the size of packets on the way."""
+    remedies = {
+        NO_ANSWER: f"let {{}} {port} of all nodes through the firewall; is the node up?",
+        "nobody listens": "is mesh running there, with the same peer_port? `mesh status` there says more",
+        "cut off": "this node calls it from an address that is not its own in the swarm: join with --advertise-addr",
+    }
+
+    def finding(protocol: str, obstacle: str) -> Finding:
+        what, found = f"{peer.name} peer port {protocol}", f"{peer.address} {protocol} {port}"
+        if not obstacle:
+            return Finding(what, Verdict.OK, f"{found}: answers")
+        remedy = remedies.get(obstacle, "is the node up, and is there a route to it?")
+        return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy.format(protocol.upper()))
+
+    yield finding("tcp", refusal)
+    yield finding("udp", "" if mtu.mtu else "nobody listens" if mtu.refused else NO_ANSWER)
+    what = f"{peer.name} path MTU"
+    if not mtu.mtu:
+        yield Finding(what, Verdict.WARN, "not known without an answer by UDP", "first the peer port")
+    elif mtu.black_hole:
+        found = f"{mtu.mtu} bytes; larger packets vanish and no router tells, this interface sends {mtu.device}"
+        remedy = f"set the MTU of the interfaces between the nodes to {mtu.mtu}, or let ICMP too-big messages through"
+        yield Finding(what, Verdict.FAIL, found, remedy)
+    elif mtu.mtu < mtu.device:
+        yield Finding(what, Verdict.OK, f"{mtu.mtu} bytes of {mtu.device} on this interface; senders are told (ICMP)")
+    else:
+        yield Finding(what, Verdict.OK, f"{mtu.mtu} bytes")
+
+
+def device_mtu(address: Address) -> int:
+    """MTU of the interface that leads to an address, as iproute2 knows the way."""
+    command = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if command is None:
+        return _MTU_UNKNOWN
+    asked = [command, "-j", "route", "get", str(address)]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
+    try:
+        name = str(json.loads(done.stdout)[0]["dev"])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            request = struct.pack("16sI", name.encode(), 0) + bytes(16)
+            answer = fcntl.ioctl(sock, _SIOCGIFMTU, request)
+    except (ValueError, LookupError, OSError):
+        return _MTU_UNKNOWN
+    return int(struct.unpack_from("16sI", answer)[1])

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A swarm of several nodes with an agent on each, and load at all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests import peers
+from tests.daemon import Daemon, backends_of
+from tests.lab.dockerd import Node, Swarm, bpf_fs
+from tests.lab.netns import Namespace, wait_for
+
+WEB = 8000
+ENGINES = ["proxy"]  # that carry connections to other nodes
+
+
+class Cluster:
+    """A swarm with a daemon on each node, and a client beside it."""
+
+    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy") -> None:
+        self.swarm, self.client, self.engine = swarm, client, engine
+        self.daemons = [self.daemon(node, engine) for node in swarm.nodes]
+
+    def daemon(self, node: Node, engine: str, **more: object) -> Daemon:
+        if engine == "kernel":
+            more["bpf_fs"] = bpf_fs(self.swarm.lab, node.hostname)
+        return Daemon(
+            node.namespace,
+            Path(self.swarm.lab.directory) / f"mesh-{engine}-{node.hostname}",
+            **more,
+            wait=False,
+            provider="swarm",
+            engine=engine,
+            docker_host=node.host,
+            docker_data_root=node.data_root,
+            docker_exec_root=node.exec_root,
+        )
+
+    def wait_ready(self) -> None:
+        for daemon in self.daemons:
+            daemon.wait_ready()
+
+    def sees(self, daemon: Daemon, service: str) -> set[str]:
+        """Backends to which a daemon gives new connections, once it has applied what it knows."""
+        state = daemon.state()
+        if state["generation"]["applied"] != state["generation"]["desired"]:
+            return set()
+        return {backend for backend, weight in backends_of(state, service).items() if weight}
+
+    def agree(self, service: str, count: int, *, timeout: float = 60) -> set[str]:
+        """Until all daemons serve exactly the `count` tasks that Docker names, from equal tables."""
+        self.swarm.wait_running(service, count)
+
+        def all_see() -> set[str]:
+            tasks = {task["ID"] for task in self.swarm.tasks(service)}
+            return tasks if all(self.sees(d, service) == tasks for d in self.daemons) else set()
+
+        try:
+            tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=timeout, interval=0.1)
+        except TimeoutError as error:
+            seen = {d.namespace.short: sorted(self.sees(d, service)) for d in self.daemons}
+            docker = sorted(task["ID"] for task in self.swarm.tasks(service))
+            raise TimeoutError(f"{error}; Docker: {docker}, nodes: {seen}") from None
+        wait_for(lambda: len(self.digests(service)) == 1, f"equal tables of {service} on every node")
+        return tasks
+
+    def digests(self, service: str) -> set[str]:
+        found = set()
+        for daemon in self.daemons:
+            for entry in daemon.state()["services"]:
+                if entry["name"] == service:
+                    found |= {frontend["digest"] for frontend in entry["frontends"]}
+        return found
+
+    @contextlib.contextmanager
+    def load(self, *options: str, port: int = WEB, nodes: Sequence[Node] = ()) -> Iterator[Loads]:
+        """New connections all the time at each of these nodes (default: all)."""
+        loads = Loads()
+        with contextlib.ExitStack() as stack:
+            for node in nodes or self.swarm.nodes:
+                running = peers.Load(self.client, node.address, port, *(options or STEADY))
+                loads.add(node.hostname, stack.enter_context(running))
+            yield loads
+
+    def close(self) -> None:
+        for daemon in self.daemons:
+            daemon.close()
+
+    def tails(self) -> str:
+        return "\n".join(f"--- {d.namespace.short}\n{d.tail(4000)}" for d in self.daemons)
+
+
+STEADY = ("-n", "0", "-c", "16", "-r", "25")
+
+
+class Loads:
+    """Loads at several nodes."""
+
+    def __init__(self) -> None:
+        self._loads: dict[str, peers.Load] = {}
+
+    def add(self, node: str, load: peers.Load) -> None:
+        self._loads[node] = load
+
+    def stop(self) -> dict[str, peers.Report]:
+        """End them all; reports by node."""
+        return {node: load.stop() for node, load in self._loads.items()}
+
+
+def failures(reports: dict[str, peers.Report]) -> dict[str, Any]:
+    """What failed, by node; empty where all is well. Each node must have answered at all."""
+    silent = {node: "no answer at all" for node, report in reports.items() if not report.ok}
+    return silent | {node: report.failures for node, report in reports.items() if report.failures}

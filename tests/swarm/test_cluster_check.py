@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mesh check --cluster` on three nodes of a real swarm: well, with ports blocked, with a smaller MTU on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import ENGINES, Cluster
+from tests.daemon import Daemon
+from tests.lab.dockerd import Node, Swarm
+from tests.lab.netns import run, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(300)]
+
+Findings = dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def cluster(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cluster]:
+    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host(f"client-{request.param}"), engine=request.param)
+    cluster.wait_ready()
+    for daemon in cluster.daemons:
+        wait_for(lambda d=daemon: len(json.loads(d.get("/nodes")[1])["nodes"]) == 3, "all nodes are known")  # type: ignore[misc]
+    wait_for(lambda: check(cluster.daemons[0])[0] == 0, "all ports are open", interval=0.5)
+    yield cluster
+    cluster.close()
+
+
+def check(daemon: Daemon, *flags: str) -> tuple[int, Findings]:
+    """Exit code and findings by what they are about."""
+    config = [f"--{key.replace('_', '-')}={value}" for key, value in daemon.config.items()]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
+    mesh = str(Path(sys.executable).with_name("mesh"))
+    done = daemon.namespace.run(
+        mesh, "check", "--cluster", "--json", *config, *flags, check=False, env=environment, timeout=120
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, {finding["what"]: finding for finding in json.loads(done.stdout)}
+
+
+def bad(findings: Findings) -> dict[str, str]:
+    return {what: finding["found"] for what, finding in findings.items() if finding["verdict"] != "ok"}
+
+
+@contextlib.contextmanager
+def rules(node: Node, rule: str) -> Iterator[None]:
+    """A rule in the node's input chain."""
+    table = f"table inet blocked {{\nchain in {{ type filter hook input priority -300; {rule} }}\n}}"
+    run(*node.namespace.command("nft", "-f", "-"), input=table)
+    try:
+        yield
+    finally:
+        node.namespace.run("nft", "delete", "table", "inet", "blocked")
+
+
+def test_all_is_well_from_every_node(cluster: Cluster) -> None:
+    """Also from and to workers, which serve no inventory."""
+    names = [node.hostname for node in cluster.swarm.nodes]
+    facts = ("control port", "certificate", "mesh", "peer port tcp", "peer port udp", "path MTU")
+    for daemon, name in zip(cluster.daemons, names, strict=True):
+        code, findings = check(daemon)
+        assert (code, bad(findings)) == (0, {})
+        others = {f"{other} {fact}" for other in names if other != name for fact in facts}
+        assert set(findings) == {"configuration", "nodes", "own certificate", "clock"} | others
+        assert {findings[f"{other} path MTU"]["found"] for other in names if other != name} == {"1500 bytes"}
+        role = "swarm-manager" if name == names[0] else "swarm-worker"
+        assert role in findings["own certificate"]["found"] and "not needed" in findings["clock"]["found"]
+        assert all(cluster.engine in findings[f"{other} mesh"]["found"] for other in names if other != name)
+
+
+def test_what_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> None:
+    node = cluster.swarm.nodes[1]
+    with rules(node, "tcp dport 9551 drop; udp dport 9552 drop;"):
+        code, findings = check(cluster.daemons[0])
+    assert code == 1
+    assert set(bad(findings)) == {f"{node.hostname} {what}" for what in ("control port", "peer port udp", "path MTU")}
+    control, port = findings[f"{node.hostname} control port"], findings[f"{node.hostname} peer port udp"]
+    assert "tcp 9551: no answer" in control["found"] and "TCP 9551" in control["remedy"]
+    assert "udp 9552: no answer" in port["found"] and "UDP 9552" in port["remedy"]
+    with rules(node, "tcp dport 9552 reject with tcp reset;"):
+        code, findings = check(cluster.daemons[2])
+    assert (code, list(bad(findings))) == (1, [f"{node.hostname} peer port tcp"])
+    assert "nobody listens" in findings[f"{node.hostname} peer port tcp"]["found"]
+    assert check(cluster.daemons[2])[0] == 0
+
+
+def test_a_black_hole_is_told_from_a_smaller_mtu(cluster: Cluster) -> None:
+    """A switch drops what is too large and tells nobody; a router tells."""
+    node, switch = cluster.swarm.nodes[2], cluster.swarm.lab.switch
+    port = f"p{node.address.rpartition('.')[2]}"
+    switch.ip("link", "set", port, "mtu", "1400")
+    try:
+        code, findings = check(cluster.daemons[0])
+    finally:
+        switch.ip("link", "set", port, "mtu", "1500")
+    what = f"{node.hostname} path MTU"
+    assert code == 1
+    assert {what} <= set(bad(findings)) <= {what, f"{node.hostname} control port"}  # certificates may fill a packet
+    assert "1400 bytes; larger packets vanish" in findings[what]["found"] and "1400" in findings[what]["remedy"]
+    assert check(cluster.daemons[0])[0] == 0
+
+
+def test_a_node_without_an_agent_and_a_command_without_a_daemon(cluster: Cluster, tmp_path: Path) -> None:
+    victim, node = cluster.daemons[2], cluster.swarm.nodes[2]
+    victim.kill()
+    try:
+        code, findings = check(cluster.daemons[1])
+        assert code == 1
+        assert "nobody listens" in findings[f"{node.hostname} control port"]["found"]
+        assert "nobody listens" in findings[f"{node.hostname} peer port tcp"]["found"]
+        assert "nobody listens" in findings[f"{node.hostname} peer port udp"]["found"]
+    finally:
+        victim.start()
+    code, findings = check(cluster.daemons[0], f"--state-dir={tmp_path}")
+    assert (code, list(bad(findings))) == (1, ["nodes"])
+    assert "mesh run" in findings["nodes"]["remedy"]
