@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import IO, Any, ClassVar, Final, Self
 
 OUT: Final = Path(__file__).parent / "out"
 
@@ -85,8 +85,10 @@ def remove_stale() -> None:
 class Lab:
     """Namespaces, backends and the processes started in them. Use as a context manager."""
 
+    suffix: ClassVar[str] = ""  # tells the labs of one process apart
+
     def __init__(self) -> None:
-        self.prefix = f"{PREFIX}{os.getpid()}"
+        self.prefix = f"{PREFIX}{os.getpid()}{self.suffix}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-"))
         self.backends: list[subprocess.Popen[Any]] = []
         self._processes: list[subprocess.Popen[Any]] = []
@@ -176,7 +178,7 @@ class Lab:
             sockets = self.run("node", "ss", "-Hltn")
             return all(re.search(rf":{port}\s", sockets) for port in ports)
 
-        self._wait(process, listening, log)
+        self.wait_until(process, listening, log)
 
     def wait_serving(self, process: subprocess.Popen[Any], target: str, *, log: str = "") -> None:
         """Wait until a connection from the client to `target` is echoed; for what serves without a listener.
@@ -185,9 +187,14 @@ class Lab:
             LabError: the process ended, or START_TIMEOUT passed; the message has the end of its log.
         """
         argv = (str(OUT / "load"), "hold", "--target", target)
-        self._wait(process, lambda: json.loads(self.run("client", *argv, stdin=""))["operations"] == 1, log)
+        self.wait_until(process, lambda: json.loads(self.run("client", *argv, stdin=""))["operations"] == 1, log)
 
-    def _wait(self, process: subprocess.Popen[Any], done: Callable[[], bool], log: str) -> None:
+    def wait_until(self, process: subprocess.Popen[Any], done: Callable[[], bool], log: str) -> None:
+        """Wait until `done`.
+
+        Raises:
+            LabError: the process ended, or START_TIMEOUT passed; the message has the end of its log.
+        """
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:
             if done():
@@ -232,19 +239,30 @@ class Lab:
             self.run("client", "ip", "address", "add", f"{address}/24", "dev", "eth0")
         self.run("client", "ip", "route", "add", "default", "via", NODE)
         self.run("node", "ip", "route", "add", f"{FLOOD_NETWORK}/16", "via", CLIENTS[0])
-        self.run("node", "ip", "link", "add", BRIDGE, "type", "bridge")
-        self.run("node", "ip", "link", "set", BRIDGE, "up")
-        self.run("node", "ip", "address", "add", f"{GATEWAY}/16", "dev", BRIDGE)
+        self.attach_backends("node")
+
+    def attach_backends(self, name: str) -> None:
+        """The bridge with the backends behind it, on a node."""
+        self.run(name, "ip", "link", "add", BRIDGE, "type", "bridge")
+        self.run(name, "ip", "link", "set", BRIDGE, "up")
+        self.run(name, "ip", "address", "add", f"{GATEWAY}/16", "dev", BRIDGE)
         for i, address in enumerate(BACKENDS):
-            self.link(f"backend{i}", "eth0", "node", f"veth{i}")
-            self.run("node", "ip", "link", "set", f"veth{i}", "master", BRIDGE)
+            self.link(f"backend{i}", "eth0", name, f"veth{i}")
+            self.run(name, "ip", "link", "set", f"veth{i}", "master", BRIDGE)
             self.run(f"backend{i}", "ip", "address", "add", f"{address}/16", "dev", "eth0")
             self.run(f"backend{i}", "ip", "route", "add", "default", "via", GATEWAY)
 
     def _start_backends(self) -> None:
         for i in range(len(BACKENDS)):
-            argv = (str(OUT / "backend"), *map(str, PORTS))
-            process = self.start(f"backend{i}", *argv, stdout=subprocess.PIPE)
-            if not process.stdout or not process.stdout.readline().startswith(b"ready"):
-                raise LabError("a backend does not start")
-            self.backends.append(process)
+            self.backends.append(self.start_backend(i))
+
+    def start_backend(self, number: int) -> subprocess.Popen[Any]:
+        """One more process that serves as this backend, beside those that do already.
+
+        Raises:
+            LabError: it does not start.
+        """
+        process = self.start(f"backend{number}", str(OUT / "backend"), *map(str, PORTS), stdout=subprocess.PIPE)
+        if not process.stdout or not process.stdout.readline().startswith(b"ready"):
+            raise LabError("a backend does not start")
+        return process

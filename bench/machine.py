@@ -7,6 +7,7 @@ import contextlib
 import os
 import platform
 import re
+import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,6 @@ def proportional_memory(pids: Iterable[int]) -> int:
     return total
 
 
-def available_memory() -> int:
-    """Bytes of memory that the whole machine could still give."""
-    found = re.search(r"^MemAvailable:\s+(\d+)", (PROC / "meminfo").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
-
-
 @contextlib.contextmanager
 def pinned(pids: Iterable[int], cpu: int) -> Iterator[None]:
     """Keep all threads of some processes on one core for a while; each gets back the cores that it had."""
@@ -125,4 +120,5 @@ def describe() -> dict[str, str | int]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "congestion_control": CONGESTION_CONTROL,
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # descriptors of one process
     }

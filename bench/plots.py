@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from bench import bars
+from bench import bars, two_nodes
 from bench.bars import Raw, Summary
-from bench.peers import SIDES
+from bench.peers import SIDES, Side
 from bench.scenarios import BY_NAME, SCENARIOS
 
 if TYPE_CHECKING:
@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 OURS: Final = {"mesh-kernel": "#0b6fb8", "mesh-proxy": "#e07b00"}
 OTHER: Final = "#b9bec4"
 YARDSTICK: Final = "#5b6168"
-HIDDEN: Final = ("mesh-kernel-1000", "mesh-proxy-1000", "mesh-kernel-fresh", "mesh-proxy-fresh")  # in tables only
+HIDDEN: Final = ("-1000", "-fresh")  # ends of the names of sides that are in tables only
 COLUMNS: Final = 3
+Sides = Sequence[type[Side]]
+Summaries = Mapping[tuple[str, str], Summary]
 
 
 def colour(side: str) -> str:
     """Ours stand out, plain routing is dark, the others are one grey."""
-    return OURS.get(side, YARDSTICK if side == "plain" else OTHER)
+    if side.startswith("plain"):
+        return YARDSTICK
+    return next((shade for ours, shade in OURS.items() if side.startswith(ours)), OTHER)
 
 
-def panel(axes: Axes, summaries: dict[tuple[str, str], Summary], name: str, *, cpu: bool) -> None:
+def panel(axes: Axes, summaries: Summaries, name: str, *, cpu: bool, sides: Sides) -> None:
     """One scenario: the median of each side, or its CPU per operation."""
-    shown = [side for side in SIDES if side.name not in HIDDEN and usable(summaries.get((side.name, name)), cpu=cpu)]
+    known = [side for side in sides if not side.name.endswith(HIDDEN)]
+    shown = [side for side in known if usable(summaries.get((side.name, name)), cpu=cpu)]
     values = [number(summaries[side.name, name], cpu=cpu) for side in shown]
     axes.barh([side.label for side in shown], values, color=[colour(side.name) for side in shown], height=0.72)
     for row, (side, value) in enumerate(zip(shown, values, strict=True)):
@@ -61,7 +66,7 @@ def usable(summary: Summary | None, *, cpu: bool) -> bool:
     return summary is not None and math.isfinite(number(summary, cpu=cpu))
 
 
-def figure(raw: Raw, names: Sequence[str], path: Path, *, cpu: bool = False) -> None:
+def figure(raw: Raw, names: Sequence[str], path: Path, *, cpu: bool = False, sides: Sides = SIDES) -> None:
     """Panels for some scenarios, into one SVG. Equal data gives an equal file."""
     import matplotlib as mpl  # noqa: PLC0415 -- not needed to measure, nor to test
 
@@ -74,7 +79,7 @@ def figure(raw: Raw, names: Sequence[str], path: Path, *, cpu: bool = False) -> 
     summaries = bars.summarise(raw)
     cells: list[Any] = list(grid.flat)
     for axes, name in zip(cells, names, strict=False):
-        panel(axes, summaries, name, cpu=cpu)
+        panel(axes, summaries, name, cpu=cpu, sides=sides)
     for axes in cells[len(names) :]:
         axes.set_visible(False)
     canvas.tight_layout()
@@ -89,4 +94,8 @@ def draw(raw: Raw, directory: Path) -> list[str]:
     names = [scenario.name for scenario in SCENARIOS if scenario.name in measured and not scenario.beside]
     figure(raw, names, directory / "work.svg")
     figure(raw, names, directory / "cpu.svg", cpu=True)
-    return ["work.svg", "cpu.svg"]
+    if not {run["side"] for run in raw["runs"]} & {side.name for side in two_nodes.SIDES}:
+        return ["work.svg", "cpu.svg"]
+    shown = [name for name in two_nodes.SCENARIOS if name in measured]
+    figure(raw, shown, directory / "two-nodes.svg", sides=two_nodes.SIDES)
+    return ["work.svg", "cpu.svg", "two-nodes.svg"]

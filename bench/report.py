@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: RUF001 -- the multiplication sign is meant
-"""RESULTS.md and its plots from raw data. `python -m bench.report [RAW] [--into DIRECTORY]`.
+"""RESULTS.md and its plots from raw data. `python -m bench.report [RAW] [--into DIRECTORY | --publish]`.
 
-Without arguments: the latest run, into bench/out. Every number is a median over rounds, or says what it is.
+Without arguments: the latest run, into bench/out. `--publish`: into the repository, README's figures included.
+Every number is a median over rounds, or says what it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,14 +20,20 @@ from typing import Any, Final
 
 from tabulate import tabulate
 
-from bench import bars, plots
+from bench import bars, plots, readme, two_nodes
 from bench.bars import PERCENTILES, Raw, Summary
 from bench.lab import OUT
-from bench.peers import SIDES
+from bench.memory import HELD
+from bench.peers import SIDES, Side
 from bench.scenarios import BY_NAME, SCENARIOS, STRESS
 
-LABELS = {side.name: side.label for side in SIDES}
-YARDSTICK = "plain"
+EVERYONE: Final = (*SIDES, *two_nodes.SIDES)
+LABELS: Final = {side.name: side.label for side in EVERYONE}
+HERE: Final = Path(__file__).parent
+README: Final = HERE.parent / "README.md"
+BEGIN, END = "<!-- generated:results -->\n", "<!-- /generated -->"
+YARDSTICK: Final = "plain"
+YARDSTICK_TWO: Final = "plain-2"
 METHOD = """\
 Client, node and four backends are network namespaces joined by veth pairs on one machine; every side forwards between
 the same two. Sides and scenarios run in random order, in rounds; the figures are medians over the rounds of one run, in
@@ -37,8 +45,17 @@ repeats all of it.
 
 
 MEMORY = """\
-Memory in MiB: of the side's processes / of the whole machine since it was idle (sockets of all ends included). Start:
-from nothing to the first connection that is served.
+MiB: processes of the side / its eBPF maps, which do not grow with connections / objects of the kernel that came with
+the connections, those of clients and backends included (plain routing has only these). A process may have {files:,}
+descriptors. Clients and backends are therefore several processes; a proxy, which needs two descriptors for each
+connection, is measured with what the limit leaves it. Start: from nothing to the first connection that is served.
+"""
+EFFECTS = """\
+ms from telling the daemon to the beginning of the last new connection that still got the old backend; median / worst.
+"""
+TWO = """\
+The client calls one node, all backends are on another. Ratios to plain routing through both nodes. nft's masquerade and
+the proxies cost the client's address; the others keep it.
 """
 
 
@@ -58,24 +75,25 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str:
     return tabulate(list(rows), headers=list(headers), tablefmt="github", disable_numparse=True)
 
 
-def sides_of(raw: Raw) -> list[str]:
+def sides_of(raw: Raw, sides: Sequence[type[Side]] = SIDES) -> list[str]:
     """The sides that were measured, in the order of bench.peers."""
     measured = {run["side"] for run in raw["runs"]}
-    return [side.name for side in SIDES if side.name in measured]
+    return [side.name for side in sides if side.name in measured]
 
 
 Cell = Callable[[Summary, Summary | None], str]
 
 
-def grid(raw: Raw, scenarios: Sequence[str], cell: Cell) -> str:
-    """A table of sides by scenarios; `cell` gets a summary and the yardstick's."""
+def grid(raw: Raw, scenarios: Sequence[str], cell: Cell, *, two: bool = False) -> str:
+    """A table of sides by scenarios; `cell` gets a summary and the yardstick's. `two`: the sides with two nodes."""
     summaries = bars.summarise(raw)
-    present = [name for name in scenarios if any((side, name) in summaries for side in sides_of(raw))]
+    sides, yardstick = (sides_of(raw, two_nodes.SIDES), YARDSTICK_TWO) if two else (sides_of(raw), YARDSTICK)
+    present = [name for name in scenarios if any((side, name) in summaries for side in sides)]
     rows = []
-    for side in sides_of(raw):
+    for side in sides:
         found = [summaries.get((side, name)) for name in present]
         cells = [
-            cell(summary, summaries.get((YARDSTICK, name))) if summary else ""
+            cell(summary, summaries.get((yardstick, name))) if summary else ""
             for summary, name in zip(found, present, strict=True)
         ]
         if any(cells):
@@ -119,25 +137,61 @@ def stress(raw: Raw) -> str:
     return table(rows, ["share kept of what it does alone", *(BY_NAME[name].title for name in STRESS)])
 
 
+WIDE: Final = ("mesh-kernel", "mesh-proxy", "nft")  # each also beside 999 services of ten backends: NAME-1000
+
+
+def flat(raw: Raw) -> str:
+    """What is left beside 999 other services."""
+    summaries = bars.summarise(raw)
+    names = ("connections", "requests")
+    rows = []
+    for side in WIDE:
+        pairs = [(summaries.get((f"{side}-1000", name)), summaries.get((side, name))) for name in names]
+        if all(wide and alone and alone.median for wide, alone in pairs):
+            rows.append([LABELS[side], *(f"{wide.median / alone.median:.0%}" for wide, alone in pairs)])  # type: ignore[union-attr]
+    return table(rows, ["", *(BY_NAME[name].title for name in names)])
+
+
 def memory(raw: Raw) -> str:
-    """Memory by side and by open connections, MiB: of its processes, and of the machine since it was idle."""
-    levels = sorted({row["level"] for row in raw["memory"]})
+    """Memory by side and by open connections."""
+    levels = sorted({level_of(row) for row in raw["memory"]})
     rows = []
     for side in sides_of(raw):
-        found = {row["level"]: row for row in raw["memory"] if row["side"] == side}
+        found = {level_of(row): row for row in raw["memory"] if row["side"] == side}
         starts = [row["seconds"] for row in raw["starts"] if row["side"] == side]
         start = f"{statistics.median(starts):.2f}" if starts else ""
         if found or starts:
             cells = (memory_cell(found[level]) if level in found else "" for level in levels)
             rows.append([LABELS[side], *cells, start])
-    return table(rows, ["", *(f"MiB, {level:,} connections" for level in levels), "s, start"])
+    return table(rows, ["", *(f"{level:,} connections" for level in levels), "start, s"])
+
+
+def level_of(row: Mapping[str, int]) -> int:
+    """The level of bench.memory that a row stands for: what the limit left of one counts as that one."""
+    return min((level for level in (0, *HELD) if level >= row["level"]), default=row["level"])
 
 
 def memory_cell(row: Mapping[str, int]) -> str:
     """One side at one number of connections."""
-    short = "" if row["open"] == row["level"] else f", only {row['open']:,} were served"
-    machine = f" / {number(row['machine'] / 2**20)}" if row["level"] else ""
-    return f"{number(row['process'] / 2**20)}{machine}{short}"
+    short = "" if row["open"] == level_of(row) else f" ({row['open']:,} open)"
+    return " / ".join(number(row[part] / 2**20) for part in ("process", "maps", "kernel")) + short
+
+
+def effects(raw: Raw) -> str:
+    """How soon a change shows."""
+    changes = {"file": "file and SIGHUP", "drain": "mesh drain"}
+    rows = []
+    for side in dict.fromkeys(row["side"] for row in raw["effects"]):
+        found = {row["change"]: row for row in raw["effects"] if row["side"] == side}
+        rows.append([LABELS[side], *(effect_cell(found[name]) if name in found else "" for name in changes)])
+    return table(rows, ["", *changes.values()])
+
+
+def effect_cell(row: Mapping[str, Any]) -> str:
+    """Median and worst of one kind of change, and connections that failed."""
+    failed = sum(row["errors"].values())
+    errors = f", **{failed:,} errors**" if failed else ""
+    return f"{statistics.median(row['seconds']) * 1e3:.1f} / {max(row['seconds']) * 1e3:.1f}{errors}"
 
 
 def programs(raw: Raw) -> str:
@@ -220,20 +274,50 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
         about(raw),
         METHOD,
     ]
-    parts += [f"![{Path(name).stem}]({name})" for name in pictures]
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures if "two-nodes" not in name]
     parts += ["## The bars", table(bars.rows(raw), ["side", "work", "bar", "measured", ""])]
     parts += ["## Throughput", grid(raw, rates, value_cell)]
     parts += ["## Latency", "µs, p50 / p99 / p99.9.", grid(raw, timed, latency_cell)]
     if any(run["scenario"] in STRESS for run in raw["runs"]):
         parts += ["## Under stress", stress(raw)]
+    if scaled := flat(raw):
+        parts += ["## Flat in scale", "Beside 999 more services of ten backends each, of what it is alone.", scaled]
     parts += ["## CPU", "µs of the whole machine's CPU per operation; per MB in bulk transfers."]
     parts += [grid(raw, [s.name for s in SCENARIOS if not s.beside], cpu_cell)]
+    if sides_of(raw, two_nodes.SIDES):
+        parts += ["## Two nodes", TWO, *(f"![two nodes]({name})" for name in pictures if "two-nodes" in name)]
+        parts += [grid(raw, two_nodes.SCENARIOS, value_cell, two=True)]
+    if raw["effects"]:
+        parts += ["## From a change to its effect", EFFECTS, effects(raw)]
     if raw["memory"] or raw["starts"]:
-        parts += ["## Memory and start", MEMORY]
-        parts += [memory(raw)]
+        parts += ["## Memory and start", MEMORY.format(files=raw["machine"].get("files", 0)), memory(raw)]
     parts += functions(raw)
     parts += ["± is half the distance between the best and the worst round. * other load disturbed some of the rounds."]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def write(raw: Raw, directory: Path) -> Path:
+    """RESULTS.md and its plots into a directory; the path of the former."""
+    pictures = plots.draw(raw, directory / "plots")
+    path = directory / "RESULTS.md"
+    path.write_text(markdown(raw, [f"plots/{name}" for name in pictures]))
+    return path
+
+
+def pictures_of(text: str) -> list[str]:
+    """The pictures that a report shows."""
+    return re.findall(r"^!\[[^]]*\]\(([^)]+)\)$", text, re.MULTILINE)
+
+
+def publish(raw: Raw) -> None:
+    """Make a run the one that is shown: bench/results.json, bench/RESULTS.md, its plots, and README's figures."""
+    (HERE / "results.json").write_text(json.dumps(raw, separators=(",", ":")) + "\n")
+    write(raw, HERE)
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{README} has no {BEGIN.strip()}")
+    README.write_text(before + begin + readme.block(raw) + end + after)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -241,14 +325,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__)
     parser.add_argument("raw", nargs="?", type=Path, default=OUT / "latest.json")
     parser.add_argument("--into", type=Path, default=OUT, help="where RESULTS.md and plots/ go")
+    parser.add_argument("--publish", action="store_true", help="into bench/, with the raw data, and into README.md")
     options = parser.parse_args(argv)
     if not options.raw.exists():
         print(f"bench.report: {options.raw}: not there (run `make bench` first)", file=sys.stderr)
         return 1
     raw = json.loads(options.raw.read_text())
-    pictures = plots.draw(raw, options.into / "plots")
-    (options.into / "RESULTS.md").write_text(markdown(raw, [f"plots/{name}" for name in pictures]))
-    print(options.into / "RESULTS.md")
+    if options.publish:
+        publish(raw)
+    else:
+        print(write(raw, options.into))
     return 0
 
 

@@ -12,19 +12,18 @@ import contextlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from bench import bars, functions, machine, report
-from bench.lab import CLIENTS, ECHO_PORT, FLOOD_NETWORK, OUT, Lab, LabError
+from bench import bars, effect, functions, machine, memory, report, two_nodes
+from bench.lab import CLIENTS, FLOOD_NETWORK, OUT, Lab, LabError
 from bench.peers import SIDES, Side
 from bench.scenarios import SCENARIOS, Scenario
 
@@ -34,7 +33,8 @@ REPEATS: Final = 3  # attempts at a measurement that is disturbed
 OVERHEAD: Final = 0.2  # seconds around a measurement
 START: Final = 1.0  # seconds to start and stop a side
 FUNCTIONS: Final = (150.0, 8.0)  # seconds for what is no traffic: all, quick
-HELD: Final = (10_000, 100_000)  # open connections at which memory is read
+MEMORY: Final = {True: 8.0, False: 30.0}  # seconds to hold connections: a side with sockets, one without
+EFFECTS: Final = 30.0  # seconds
 FLOOD_RATE: Final = 20_000  # SYNs a second
 CHANGE_INTERVAL: Final = 0.3  # seconds; the static provider looks at its file four times a second
 LOAD_GRACE: Final = 15.0  # seconds that the load generator may take beyond its time
@@ -52,8 +52,16 @@ class Settings:
     connections: int  # instead of the scenarios' own; 0: those
     quick: bool
     functions: bool  # also what is no traffic
+    memory: bool  # also memory, without connections and with many
+    effects: bool  # also how soon a change shows
     sides: list[type[Side]] = field(default_factory=list)
     scenarios: list[Scenario] = field(default_factory=list)
+    far: list[type[Side]] = field(default_factory=list)  # those with two nodes
+
+    def of_two_nodes(self, budget: float) -> Settings:
+        """What is measured with two nodes, in so many seconds."""
+        scenarios = [scenario for scenario in self.scenarios if scenario.name in two_nodes.SCENARIOS]
+        return replace(self, budget=budget, memory=False, sides=self.far, scenarios=scenarios, far=[])
 
 
 def seconds(settings: Settings, scenario: Scenario) -> float:
@@ -66,17 +74,19 @@ def work(settings: Settings, side: type[Side], number: int) -> list[Scenario]:
     return [scenario for scenario in settings.scenarios if side.does(scenario) and not (number and scenario.duration)]
 
 
-def planned(settings: Settings, sides: Sequence[type[Side]]) -> float:
-    """Seconds that a run takes in which nothing is repeated. What the budget has beyond that is for repeating."""
+def traffic(settings: Settings, sides: Sequence[type[Side]]) -> float:
+    """Seconds that the sides take if nothing is repeated."""
     rounds = [(side, number) for side in sides for number in range(settings.rounds)]
     total = sum(START + sum(seconds(settings, each) for each in work(settings, *one)) for one in rounds)
-    return total + (FUNCTIONS[settings.quick] if settings.functions else 0)
+    held = [MEMORY[side.sockets] for side in sides if settings.memory and not side.only]
+    return total + sum(held)
 
 
-def held_levels(files: int) -> list[int]:
-    """Numbers of open connections for the memory figures: HELD, or what a limit of `files` descriptors leaves."""
-    possible = (files - 2048) // 2  # a proxy needs two for each
-    return sorted({min(level, possible) for level in HELD if min(level, possible) > 0})
+def planned(settings: Settings, sides: Sequence[type[Side]]) -> float:
+    """Seconds that a run takes in which nothing is repeated. What the budget has beyond that is for repeating."""
+    far = settings.of_two_nodes(0)
+    rest = (FUNCTIONS[settings.quick] if settings.functions else 0) + (EFFECTS if settings.effects else 0)
+    return traffic(settings, sides) + traffic(far, [side for side in far.sides if not side.missing()]) + rest
 
 
 def _keep_changing(side: Side, ended: threading.Event, happened: dict[str, int]) -> None:
@@ -88,12 +98,13 @@ def _keep_changing(side: Side, ended: threading.Event, happened: dict[str, int])
 class Run:
     """One run: the lab, the raw data, the clock."""
 
-    def __init__(self, lab: Lab, settings: Settings) -> None:
+    def __init__(self, lab: Lab, settings: Settings, data: dict[str, Any] | None = None) -> None:
+        """`data`: of a run that this one is a part of."""
         self.lab = lab
         self.settings = settings
         self.began = time.monotonic()
         self.spare = 0.0  # seconds left for repeating in this round
-        self.data: dict[str, Any] = {
+        self.data: dict[str, Any] = data or {
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine.describe(),
             "settings": {"rounds": settings.rounds, "duration": settings.duration, "warmup": settings.warmup},
@@ -105,6 +116,7 @@ class Run:
             "guest": [],
             "memory": [],
             "starts": [],
+            "effects": [],
         }
 
     def functions(self) -> None:
@@ -116,6 +128,15 @@ class Run:
             except LabError as error:
                 self.data["missing"][name] = str(error)
                 print(f"  failed: {error}", flush=True)
+
+    def effects(self) -> None:
+        """How soon a change shows."""
+        print("effects...", flush=True)
+        try:
+            self.data["effects"] = effect.measure(self.lab)
+        except LabError as error:
+            self.data["missing"]["effects"] = str(error)
+            print(f"  failed: {error}", flush=True)
 
     @property
     def elapsed(self) -> float:
@@ -132,7 +153,7 @@ class Run:
             else:
                 self.data["versions"][side.name] = side.version()
                 sides.append(side)
-        spare = self.settings.budget - planned(self.settings, sides)
+        spare = self.settings.budget - traffic(self.settings, sides)
         total = self.settings.rounds * len(sides)
         done, began = 0, time.monotonic()
         for number in range(self.settings.rounds):
@@ -154,14 +175,13 @@ class Run:
             start = {"side": side.name, "round": number, "seconds": round(time.monotonic() - began, 3)}
             self.data["starts"].append(start)
             side.settle()
-            free = machine.available_memory()
-            if not number:
-                self._remember(side, 0, 0, free, {})
+            if not number and self.settings.memory:
+                self.data["memory"].append(memory.row(side, self._pids(side, with_backends=False)))
             chosen = work(self.settings, kind, number)
             for scenario in random.sample(chosen, len(chosen)):
                 self._measure(side, scenario, number)
-            if not (number or kind.only or self.settings.quick):
-                self._hold(side)  # last: some sides do not survive it
+            if not (number or kind.only) and self.settings.memory:  # last: some sides do not survive it
+                self.data["memory"] += memory.measure(self.lab, side, self._pids(side, with_backends=False))
         except LabError as error:
             self.data["missing"][kind.name] = str(error)
             print(f"  failed: {error}", flush=True)
@@ -250,51 +270,38 @@ class Run:
         roots = side.processes + (self.lab.backends if with_backends else [])
         return {pid for process in roots for pid in machine.family(process.pid, everyone)}
 
-    def _hold(self, side: Side) -> None:
-        """Memory of the side's processes and of the machine with connections open."""
-        free = machine.available_memory()
-        for level in held_levels(resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
-            argv = (str(OUT / "load"), "hold", "--connections", str(level), *self._ends(side, ECHO_PORT))
-            load = self.lab.start("client", *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert load.stdout and load.stdin
-            held = json.loads(load.stdout.readline())
-            self._remember(side, level, held["operations"], free, held["errors"])
-            load.stdin.close()
-            load.wait(LOAD_GRACE)
-            self.lab.stop(load)
-
-    def _remember(self, side: Side, level: int, opened: int, free: int, errors: dict[str, int]) -> None:
-        own = machine.proportional_memory(self._pids(side, with_backends=False))
-        used = free - machine.available_memory()
-        row = {"side": side.name, "level": level, "open": opened, "process": own, "machine": used, "errors": errors}
-        self.data["memory"].append(row)
-
 
 def parse(argv: list[str]) -> Settings:
     """Command line to settings."""
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few minutes: shorter, fewer scenarios")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--duration", type=float, help="seconds per measurement (2; quick: 0.5)")
+    parser.add_argument("--duration", type=float, help="seconds per measurement (1.2; quick: 0.5)")
     parser.add_argument("--budget", type=float, help="seconds, repeating included (1140; quick: 230)")
-    parser.add_argument("--side", action="append", choices=[s.name for s in SIDES], help="only this one; repeatable")
+    names = [s.name for s in (*SIDES, *two_nodes.SIDES)]
+    parser.add_argument("--side", action="append", choices=names, help="only this one; repeatable")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="only this one")
     parser.add_argument("--foreign-limit", type=float, default=FOREIGN_LIMIT, help="share of CPU used by others")
     parser.add_argument("--connections", type=int, default=0, help="instead of the scenarios' own number")
     options = parser.parse_args(argv)
     wanted = options.scenario or [s.name for s in SCENARIOS if s.quick or not options.quick]
-    sides = options.side or [s.name for s in SIDES if s.quick or not options.quick]
+    everyone = (*SIDES, *two_nodes.SIDES)
+    sides = options.side or [s.name for s in everyone if s.quick or not options.quick]
+    whole = not options.side and not options.scenario
     return Settings(
         rounds=options.rounds,
-        duration=options.duration or (0.5 if options.quick else 2.0),
+        duration=options.duration or (0.5 if options.quick else 1.2),
         warmup=0.2 if options.quick else 0.3,
         budget=options.budget or (230.0 if options.quick else 1140.0),
         foreign_limit=options.foreign_limit,
         connections=options.connections,
         quick=options.quick,
-        functions=not options.side and not options.scenario,
+        functions=whole,
+        memory=not options.quick and not options.scenario,
+        effects=whole and not options.quick,
         sides=[s for s in SIDES if s.name in sides],
         scenarios=[s for s in SCENARIOS if s.name in wanted],
+        far=[s for s in two_nodes.SIDES if s.name in sides],
     )
 
 
@@ -305,12 +312,20 @@ def main(argv: list[str]) -> int:
         return 1
     settings = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    far, whole = settings.of_two_nodes(0), settings.budget
+    reserved = traffic(far, [side for side in far.sides if not side.missing()])
     with Lab() as lab:
         run = Run(lab, settings)
         try:
             if settings.functions:
                 run.functions()
+            if settings.effects:
+                run.effects()
+            settings.budget -= run.elapsed + reserved
             run.run()
+            if far.sides:
+                with two_nodes.TwoNodeLab() as lab_of_two:
+                    Run(lab_of_two, settings.of_two_nodes(max(reserved, whole - run.elapsed)), run.data).run()
         finally:
             run.data["seconds"] = round(run.elapsed)
             write(run.data)

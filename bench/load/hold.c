@@ -11,7 +11,7 @@
 
 #define AT_ONCE    256
 #define PATIENCE   (5 * SECOND)  /* for one answer */
-#define TIME_LIMIT (20 * SECOND) /* for all of them */
+#define TIME_LIMIT (40 * SECOND) /* for all of them */
 
 /* Wait for one socket, at most PATIENCE and not beyond `deadline`. */
 static bool await(int fd, short events, uint64_t deadline)

@@ -7,7 +7,7 @@ from bench.peers.docker_proxy import DockerProxy
 from bench.peers.envoy import Envoy
 from bench.peers.haproxy import HAProxy
 from bench.peers.mesh import MeshKernel, MeshKernelFresh, MeshKernelWide, MeshProxy, MeshProxyFresh, MeshProxyWide
-from bench.peers.nft import Nft
+from bench.peers.nft import Nft, NftWide
 from bench.peers.nginx import Nginx
 from bench.peers.plain import Plain
 from bench.peers.uvloop_proxy import UvloopProxy
@@ -27,6 +27,7 @@ SIDES: tuple[type[Side], ...] = (
     MeshProxyFresh,
     MeshKernelWide,
     MeshProxyWide,
+    NftWide,
 )
 
 __all__ = ["SIDES", "Side"]

@@ -14,6 +14,7 @@ from bench.lab import BACKENDS, ECHO_PORT, GATEWAY, NODE, SINK_PORT, SOURCE_PORT
 from bench.scenarios import Scenario
 
 HERE = Path(__file__).parent
+BASICS = ("connections", "requests", "pingpong", "down1", "up8", "datagrams")  # for sides of lesser interest
 CORES = 2  # of workers, threads or processes for those that have to be told; the lab's machine has as many
 
 
@@ -25,6 +26,7 @@ class Side:
     udp: ClassVar[bool] = True
     quick: ClassVar[bool] = True  # also in bench-quick
     changeable: ClassVar[bool] = False  # whether `change` works while it runs
+    sockets: ClassVar[bool] = True  # whether it has sockets of its own for what it forwards
     only: ClassVar[tuple[str, ...]] = ()  # the scenarios it is for; empty: all
 
     def __init__(self, lab: Lab) -> None:

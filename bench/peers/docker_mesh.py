@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from bench.lab import BACKENDS, BRIDGE, GATEWAY
-from bench.peers.base import Side, first_line
+from bench.peers.base import BASICS, Side, first_line
 
 SANDBOX, OVERLAY = "sandbox", "overlay"
 SANDBOX_ADDRESS = "172.30.0.2"  # on docker_gwbridge
@@ -22,6 +22,8 @@ MARK = "256"
 class DockerMesh(Side):
     name = "docker-mesh"
     label = "Docker's own mesh (IPVS)"
+    only = BASICS
+    sockets = False
 
     @classmethod
     def missing(cls) -> str:

@@ -5,7 +5,7 @@ nothing, so all work goes to the first."""
 import shutil
 
 from bench.lab import BACKENDS, ECHO_PORT, NODE, PORTS
-from bench.peers.base import Side, first_line
+from bench.peers.base import BASICS, Side, first_line
 
 
 def binary() -> str:
@@ -15,6 +15,7 @@ def binary() -> str:
 class DockerProxy(Side):
     name = "docker-proxy"
     label = "docker-proxy"
+    only = BASICS
 
     @classmethod
     def missing(cls) -> str:

