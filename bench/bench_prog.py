@@ -32,7 +32,12 @@ CLIENTS: Final = int(IPv4Address("10.0.0.0"))
 MANY: Final = 65536
 HOT_REPEAT: Final = 20_000
 SAMPLES: Final = 15
-ROOM: Final = 1 << 19  # entries of the flow tables, as by default
+SIZES: Final = {  # of the flow tables, as by default
+    "mesh_replies": 524288,
+    "mesh_flows": 262144,
+    "mesh_openings": 65536,
+    "mesh_starts": 65536,
+}
 SLOTS: Final = 16381
 SYN, ACK = 0x02, 0x10
 
@@ -58,7 +63,7 @@ def frame(source: int, sport: int, destination: int, dport: int, flags: int) -> 
 
 def first_client(port: int, generation: int = 0) -> int:
     """Where the addresses of a port's clients begin: no two ports share any, since they share a task."""
-    return CLIENTS + (PORTS.index(port) * (SAMPLES + 1) + generation) * MANY
+    return CLIENTS + (PORTS.index(port) * (SAMPLES + 2) + generation) * MANY
 
 
 def inbound(port: int, flags: int, flows: int, generation: int = 0) -> list[bytes]:
@@ -78,8 +83,8 @@ def outbound(flows: int) -> list[bytes]:
 class Bench:
     """The programs with a data plane of one backend, and the harness."""
 
-    def __init__(self, room: int = ROOM) -> None:
-        self.plane = Plane(entries=room)
+    def __init__(self) -> None:
+        self.plane = Plane(sizes=SIZES)
         self.plane.local(NODE)
         self.plane.backend(2, TASK, TASK_PORT)
         self.plane.backend(3, "172.18.0.4", TASK_PORT)
@@ -161,9 +166,8 @@ def measure() -> list[Cost]:
         costs += steady(bench, "mesh_task", outbound(MANY), "reply")
         costs.append(starting(bench, STABLE_PORT, "new flow, stateless slot", 8192))
         costs.append(starting(bench, CHANGING_PORT, "new flow, slot in transition", 8192))
-        full = Bench(room=MANY)
-        full.once("mesh_ingress", inbound(STABLE_PORT, SYN, MANY))
-        costs.append(starting(full, STABLE_PORT, "new flow, table of starts full (flood)", 8192))
+        bench.once("mesh_ingress", inbound(STABLE_PORT, SYN, MANY, SAMPLES + 1))
+        costs.append(starting(bench, STABLE_PORT, "new flow, table of starts full (flood)", 8192))
     finally:
         os.sched_setaffinity(0, cores)
     return costs

@@ -54,6 +54,9 @@ class Config:
     no_backend: str = _key(
         "refuse", "kernel engine: a frontend without a backend; pass: to the kernel", choices=("refuse", "pass")
     )
+    error_rate: int = _key(
+        1000, "kernel engine: ICMP errors that each CPU sends in a second at most; 0: any number", most=65535
+    )
     bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins, mounted there if there is none")
     cgroup: str = _key("", "kernel engine: root of cgroup2, for local processes; empty: where it is mounted")
     flow_cache: int = _key(262144, "kernel engine: flows remembered while slots are in transition", most=1 << 24)

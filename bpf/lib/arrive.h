@@ -173,12 +173,14 @@ static __noinline int is_again(struct packet *p)
 static __noinline int refuse_back(struct __sk_buff *skb, struct packet *p, struct tunnel_to *from, int refusal)
 {
 	__u32 name = (__u32)(-2 - refusal);
+	int failed;
 
-	count_verdict(name);
 	if (name == MESH_VERDICT_TUNNEL_UNKNOWN && (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) &&
 	    !is_again(p))
-		return TC_ACT_SHOT;
-	if (answer_client(skb, p, answer_to(name)))
+		return verdict(name, TC_ACT_SHOT);
+	failed = answer_client(skb, p, answer_to(name));
+	count_verdict(failed > 0 ? MESH_VERDICT_LIMITED : name);
+	if (failed)
 		return TC_ACT_SHOT;
 	__builtin_memset(&from->id, 0, sizeof(from->id));
 	from->id.flags = MESH_TUNNEL_REPLY;

@@ -210,6 +210,15 @@ struct {
 	__type(value, struct mesh_flow);
 } mesh_scratch SEC(".maps");
 
+/* Until when the ICMP errors that a CPU has sent use up its share, in nanoseconds of CLOCK_MONOTONIC (programs write):
+ * see may_send_error. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} mesh_errors SEC(".maps");
+
 /* What holds for the whole node (mmap, agent writes). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -8,10 +8,12 @@
 #define MESH_REFUSE_H
 
 #include "rewrite.h"
+#include "select.h"
 
-#define V4_HEADER ((__u32)sizeof(struct iphdr))
-#define V6_HEADER ((__u32)sizeof(struct ipv6hdr))
-#define HOPS      64u
+#define V4_HEADER   ((__u32)sizeof(struct iphdr))
+#define V6_HEADER   ((__u32)sizeof(struct ipv6hdr))
+#define ERROR_BURST 50u
+#define HOPS        64u
 
 /* Whether the checksum at `offset` is left to offload: then a change of covered bytes does not touch it. */
 INLINE int is_partial(struct __sk_buff *skb, __u32 offset, __sum16 *check)
@@ -205,13 +207,36 @@ INLINE int send_error_v6(struct __sk_buff *skb, const struct packet *p, int what
 			  big || expired ? 0 : 4, big ? p->mtu : 0);
 }
 
-/* Turn the packet into an answer to its sender. Not 0: it is spoilt, drop it. */
+/* As the kernel does (icmp_msgs_per_sec, icmp_msgs_burst), but per CPU and without a lock: each error uses up its part
+ * of a second, and no more than ERROR_BURST such parts are taken in advance. */
+INLINE int may_send_error(void)
+{
+	__u64 now, part, *until;
+	struct mesh_config *node = config();
+	__u32 zero = 0;
+
+	until = bpf_map_lookup_elem(&mesh_errors, &zero);
+	if (!until || !node || !node->error_rate)
+		return 1;
+	now = bpf_ktime_get_ns();
+	part = 1000000000u / node->error_rate;
+	if (*until < now)
+		*until = now;
+	if (*until - now > (ERROR_BURST - 1) * part)
+		return 0;
+	*until += part;
+	return 1;
+}
+
+/* Turn the packet into an answer to its sender. Not 0: drop it, it is spoilt; or (1) errors are limited. */
 RARE int answer_client(struct __sk_buff *skb, struct packet *p, int what)
 {
 	if (!p || !may_answer(p))
 		return -1;
 	if (what == ANSWER_RESET && p->flow.protocol == IPPROTO_TCP)
 		return send_reset(skb, p);
+	if (!may_send_error())
+		return 1;
 	return p->version == 4 ? send_error_v4(skb, p, what) : send_error_v6(skb, p, what);
 }
 

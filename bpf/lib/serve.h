@@ -34,8 +34,11 @@ INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 INLINE int refuse(struct __sk_buff *skb, struct packet *p, int refusal)
 {
 	__u32 name = (__u32)(-2 - refusal);
+	int failed = answer_client(skb, p, answer_to(name));
 
-	if (answer_client(skb, p, answer_to(name)))
+	if (failed > 0)
+		return verdict(MESH_VERDICT_LIMITED, TC_ACT_SHOT);
+	if (failed)
 		return verdict(name == MESH_VERDICT_REFUSED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
 	count_verdict(name);
 	return (int)bpf_redirect(skb->ifindex, 0);
@@ -97,6 +100,14 @@ INLINE int forward_away(struct __sk_buff *skb, struct packet *p, const struct ch
 	return leave_for(skb, c->owner, c->frontend, (__u32)c->wide);
 }
 
+/* A packet whose owner is at an address of this node. */
+INLINE int pass_own(const struct packet *p, const struct choice *c)
+{
+	if (c->note || c->noted)
+		note_choice(&p->flow, c);
+	return verdict(MESH_VERDICT_OWN, TC_ACT_UNSPEC);
+}
+
 /* A packet whose owner is a task. */
 INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, int from_task)
 {
@@ -107,6 +118,8 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 		return forward_away(skb, p, c, from_task);
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
+	if (unlikely(!c->backend->ifindex) && c->backend->bridge == MESH_LOOPBACK)
+		return pass_own(p, c);
 	if (unlikely(p->ttl <= 1))
 		return REFUSAL(MESH_VERDICT_EXPIRED);
 	flags = task_tuple(&to, p, c->backend, from_task);

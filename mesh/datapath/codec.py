@@ -26,7 +26,7 @@ FLOW: Final = struct.Struct("=16s16sHHB3x")
 NOTE: Final = struct.Struct("=IIII")
 REPLY: Final = struct.Struct("=16s16sHHIIIII")
 COUNTS: Final = struct.Struct("=6Q")
-CONFIG: Final = struct.Struct("=Q16s16s8x")
+CONFIG: Final = struct.Struct("=Q16s16s6xH")
 ADDRESS_SIZE: Final = 16
 
 
@@ -59,6 +59,8 @@ BACKEND_FREE: Final = 0
 BACKEND_ACTIVE: Final = 1
 BACKEND_DRAINING: Final = 2
 BACKEND_STATE_OFFSET: Final = 16  # of the word with port, protocol and state
+
+LOOPBACK: Final = 1  # as `bridge` of a backend: its address is the node's own
 
 ACL_ALLOW: Final = 1
 ACL_DENY: Final = 2
@@ -228,10 +230,10 @@ def pack_note(note: Note) -> bytes:
     return NOTE.pack(note.owner, note.epoch, note.stamp, note.frontend)
 
 
-def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address) -> bytes:
-    return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6))
+def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address, error_rate: int) -> bytes:
+    return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6), error_rate)
 
 
-def unpack_config(data: bytes) -> tuple[int, Address, Address]:
-    cookie, hairpin, hairpin6 = CONFIG.unpack(data)
-    return cookie, unpack_address(hairpin), unpack_address(hairpin6)
+def unpack_config(data: bytes) -> tuple[int, Address, Address, int]:
+    cookie, hairpin, hairpin6, error_rate = CONFIG.unpack(data)
+    return cookie, unpack_address(hairpin), unpack_address(hairpin6), error_rate

@@ -107,7 +107,7 @@ class KernelDatapath:
         self._finder = Places(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")
         self._xdp = kernel_xdp.XdpStage(self._programs.get(kernel_xdp.PROGRAM), directory / "links")
-        self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6)
+        self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6, self._config.error_rate)
         names = self._names.read()
         self._applied = kernel_adopt.adopted(self._maps, names)
         self._tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
@@ -173,7 +173,7 @@ class KernelDatapath:
             state=codec.BACKEND_ACTIVE if entry.target.weight else codec.BACKEND_DRAINING,
             epoch=0,
             ifindex=place.veth,
-            bridge=place.via,
+            bridge=codec.LOOPBACK if place.own else place.via,
             mac=place.mac,
         )
 
@@ -290,12 +290,7 @@ class KernelDatapath:
         found = [*self._problems, *self._beside.problems()]
         for entry in list(self._applied.backends.values()):
             place = self._places.get(entry.id)
-            if place is not None and place.own:
-                found.append(
-                    f"backend {entry.key.backend}: {entry.target.address} is an address of this node itself, which the "
-                    "kernel engine does not serve (run with engine = proxy)"
-                )
-            elif place is not None and not place.via:
+            if place is not None and not place.via:
                 found.append(f"backend {entry.key.backend}: no route to {entry.target.address} (is its network up?)")
         return found
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine beside the kernel engine: it serves clients of the IP version that a task does not speak.
+"""The proxy engine beside the kernel engine: it serves clients of the IP version that a task does not speak, and
+backends at addresses of this node itself.
 
-The programs leave such flows to the kernel (verdict FAMILY), which hands them to sockets on this node's own addresses
-of that version. Tables are the same, so the proxy sends a flow to the task that the programs would have chosen.
+The programs leave such flows to the kernel (verdicts FAMILY and OWN), which hands them to sockets on this node's own
+addresses. Tables are the same, so the proxy sends a flow to the backend that the programs have chosen.
 
 It also keeps the peer port, at which nodes with the proxy engine hand over flows for the tasks of this one.
 """
@@ -30,13 +31,16 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
 
     Loopback addresses are left out: the socket hooks connect local processes whatever the version.
     """
+    own = frozenset(addresses)
     usable = sorted(
-        (a for a in addresses if not (a.is_link_local or a.is_multicast or a.is_unspecified or a.is_loopback)),
+        (a for a in own if not (a.is_link_local or a.is_multicast or a.is_unspecified or a.is_loopback)),
         key=lambda a: (a.version, a),
     )
     found: dict[Frontend, FrontendEntry] = {}
     for frontend, entry in applied.frontends.items():
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
+        if any(target.address in own or target.address.is_loopback for target in entry.state.targets):
+            versions = {4, 6}
         chosen = usable if frontend.address == ANY_ADDRESS else [frontend.address]
         for address in chosen:
             if address.version in versions:
@@ -97,7 +101,8 @@ class Beside:
             self._problem = ""
         except (DatapathError, ImportError, OSError) as error:
             self._problem = (
-                f"clients of the other IP version than their tasks', or of other nodes, are not served: {error}"
+                f"clients of the other IP version than their tasks', of backends at this node's own addresses, or of "
+                f"other nodes are not served: {error}"
             )
 
     def _carry_out(

@@ -167,9 +167,9 @@ class KernelMaps:
 
     # ---- the node ----
 
-    def configure(self, netns_cookie: int, hairpin: Address, hairpin6: Address) -> None:
+    def configure(self, netns_cookie: int, hairpin: Address, hairpin6: Address, error_rate: int) -> None:
         """Write what holds for the whole node."""
-        self._config.write(0, codec.pack_config(netns_cookie, hairpin, hairpin6))
+        self._config.write(0, codec.pack_config(netns_cookie, hairpin, hairpin6, error_rate))
 
     def set_addresses(self, addresses: Iterable[Address]) -> None:
         """Make these, and no others, the node's own."""

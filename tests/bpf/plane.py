@@ -7,7 +7,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -89,7 +89,9 @@ def u32(value: int) -> bytes:
 class Plane:
     """One node's data plane. Ids are given by the caller; tables are lists of (current, previous)."""
 
-    def __init__(self, objects: Sequence[str] = ("ingress", "task"), *, entries: int = 4096) -> None:
+    def __init__(
+        self, objects: Sequence[str] = ("ingress", "task"), *, entries: int = 4096, sizes: Mapping[str, int] = {}
+    ) -> None:
         self.programs: dict[str, _bpf.Program] = {}
         self.maps: dict[str, _bpf.Map] = {}
         self.recent: list[_bpf.Mapping] = []  # each object has its own
@@ -99,8 +101,8 @@ class Plane:
             for shared in own & set(SHARED):
                 if shared in self.maps:
                     item.reuse(shared, self.maps[shared])
-                elif shared in LARGE:
-                    item.resize(shared, entries)
+                elif shared in sizes or shared in LARGE:
+                    item.resize(shared, sizes.get(shared, entries))
             item.load()
             for array_of_programs in own & {"mesh_programs", "mesh_departures"}:  # emptied once nobody holds them
                 self.maps[array_of_programs] = item.map(array_of_programs)
@@ -142,9 +144,9 @@ class Plane:
         self.free = 0
         self.configure()
 
-    def configure(self, cookie: int = 0, *, settings: int = 0) -> None:
+    def configure(self, cookie: int = 0, *, settings: int = 0, error_rate: int = 0) -> None:
         value = struct.pack("=Q16s16sI", cookie, packed(HAIRPIN), packed(HAIRPIN6), settings)
-        self.maps["mesh_config"].update(u32(0), value + struct.pack("!H2x", TUNNEL_PORT))
+        self.maps["mesh_config"].update(u32(0), value + struct.pack("!H", TUNNEL_PORT) + struct.pack("=H", error_rate))
 
     def tunnel(self, number: int, node: str, own: str, *, mtu: int = 1500, ifindex: int = 1) -> None:
         """Another node, and this one's address by which it is known there."""

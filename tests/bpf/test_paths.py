@@ -93,6 +93,23 @@ def test_a_containers_other_traffic_is_untouched(plane: Plane) -> None:
     assert plane.verdicts() == {}
 
 
+# Backends of this node
+
+
+def test_backends_at_own_addresses_are_left_to_the_kernel(plane: Plane) -> None:
+    """In transition too, where their flows are noted like others."""
+    plane.backend(9, NODE4, 8080, ifindex=0, bridge=1)
+    plane.frontend(9, 90, [(9, 9)])
+    plane.frontend(10, 91, [(9, 2)])
+    passed(plane, bytes(segment(CLIENT4, 40000, NODE4, 90)))
+    passed(plane, bytes(segment(CLIENT4, 40000, NODE4, 91)))
+    passed(plane, bytes(segment(CLIENT4, 40000, NODE4, 91, "A")))
+    passed(plane, bytes(segment(OTHER4, 40000, NODE4, 90)), "mesh_task")
+    assert plane.verdicts() == {"OWN": 4}
+    assert plane.run("mesh_ingress", bytes(segment(CLIENT4, 40001, NODE4, 91, "A"))).retval == REDIRECT
+    assert plane.verdicts() == {"OWN": 4, "KEPT": 1}
+
+
 # Fragments
 
 

@@ -117,3 +117,18 @@ def test_reply_at_its_last_hop_is_dropped(plane: Plane) -> None:
     plane.run("mesh_ingress", bytes(segment(CLIENT4, 40000, NODE4, 81)))
     assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "SA", ttl=1))).retval == SHOT
     assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "SA", ttl=2))).retval == REDIRECT
+
+
+def test_errors_are_limited_and_resets_are_not(plane: Plane) -> None:
+    """As the kernel's own: a burst of 50, then so many a second; here one, on each CPU."""
+    plane.configure(error_rate=1)
+    question, call = bytes(datagram(CLIENT4, 40000, NODE4, 53)), bytes(segment(CLIENT4, 40000, NODE4, 80))
+    for _ in range(1000):
+        plane.run("mesh_ingress", question)
+    counted = plane.verdicts()
+    assert counted["REFUSED"] >= 50
+    assert counted["LIMITED"] == 1000 - counted["REFUSED"] > 0
+    for _ in range(100):
+        assert plane.run("mesh_ingress", call).retval == REDIRECT
+    expired = plane.run("mesh_ingress", bytes(segment(CLIENT4, 40000, NODE4, 81, ttl=1)))
+    assert (expired.retval, plane.verdicts()["LIMITED"] > counted["LIMITED"]) == (SHOT, True)

@@ -112,9 +112,9 @@ def test_notes(note: codec.Note) -> None:
 @given(st.integers(0, 2**64 - 1), st.ip_addresses(v=4))
 def test_config(cookie: int, hairpin: ipaddress.IPv4Address) -> None:
     other = ipaddress.ip_address("100::8")
-    data = codec.pack_config(cookie, hairpin, other)
+    data = codec.pack_config(cookie, hairpin, other, 1000)
     assert len(data) == 48
-    assert codec.unpack_config(data) == (cookie, hairpin, other)
+    assert codec.unpack_config(data) == (cookie, hairpin, other, 1000)
 
 
 def test_port_index() -> None:

@@ -192,6 +192,8 @@ def test_the_proxy_beside_serves_the_other_version() -> None:
     assert served(four, address="192.0.2.9") == set()
     assert served(four, address="2001:db8::9") == {"2001:db8::9"}
     assert served() == set()
+    for own in ("192.0.2.1", "127.0.0.1"):  # a backend of this node itself: whatever version the client speaks
+        assert served(Target("c", ipaddress.ip_address(own), 80, 1)) == {"192.0.2.1", "2001:db8::1"}
 
 
 def test_instances_differ_by_state_directory(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ struct mesh_frontend_key {
 };
 _Static_assert(sizeof(struct mesh_frontend_key) == 24, "mesh_frontend_key is 24 bytes");
 
+#define MESH_LOOPBACK 1u /* index of the loopback interface, in every network namespace */
+
 /* mesh_backend.state */
 #define MESH_BACKEND_FREE     0u /* gone: its flows go to the slot's current owner */
 #define MESH_BACKEND_ACTIVE   1u
@@ -124,7 +126,8 @@ struct mesh_backend {
 	__u8 state;
 	__u32 epoch;
 	__u32 ifindex; /* host side of its veth; 0: unknown, deliver through `bridge` */
-	__u32 bridge;  /* interface by which this node reaches the address (docker_gwbridge) */
+	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: it is the node's own
+			*/
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
 	__u8 version;  /* on another node: the IP version that it serves, 4 or 6; else 0 */
 	__u8 pad;
@@ -200,7 +203,7 @@ struct mesh_config {
 	struct mesh_addr hairpin6;
 	__u32 settings;     /* MESH_SETTING_* */
 	__be16 tunnel_port; /* of all nodes; the same one has MESH_PORT_TUNNEL in mesh_ports */
-	__u16 pad;
+	__u16 error_rate;   /* ICMP errors that a CPU sends in a second at most; 0: any number */
 };
 _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
 
@@ -264,6 +267,8 @@ _Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 	X(EXPIRED, "dropped: TTL or hop limit used up; time exceeded sent to the client")                              \
 	X(TOO_BIG,                                                                                                     \
 	  "reply larger than the interface takes: passed for the kernel to tell the task, dropped without DF")         \
+	X(LIMITED, "dropped: as many ICMP errors as are allowed were sent lately, so that the sender is told nothing") \
+	X(OWN, "passed: the chosen backend is at an address of this node; the proxy beside serves it")                 \
 	X(TUNNEL_OUT, "sent through the tunnel to the node of its task")                                               \
 	X(TUNNEL_IN, "came through the tunnel, sent to a task of this node")                                           \
 	X(TUNNEL_ANSWER, "reply of a task, sent through the tunnel to the node that the client called")                \
