@@ -168,6 +168,8 @@ INLINE int rewrite_transport(struct __sk_buff *skb, const struct packet *p, cons
 	if (!ports)
 		return -1;
 	check = udp ? ports + UDP_CHECK / 2 : ports + TCP_CHECK / 2;
+	if ((void *)(check + 1) > (void *)(long)skb->data_end) /* for the verifiers of kernels before 6.4 */
+		return -1;
 	if (udp && !*check) {
 		ports[0] = to->source_port;
 		ports[1] = to->destination_port;
