@@ -38,11 +38,14 @@ def panel(axes: Axes, summaries: Summaries, name: str, *, cpu: bool, sides: Side
     shown = [side for side in known if usable(summaries.get((side.name, name)), cpu=cpu)]
     values = [number(summaries[side.name, name], cpu=cpu) for side in shown]
     axes.barh([side.label for side in shown], values, color=[colour(side.name) for side in shown], height=0.72)
+    if yardstick := [value for side, value in zip(shown, values, strict=True) if side.name.startswith("plain")]:
+        axes.axvline(yardstick[0], color=YARDSTICK, linewidth=0.8, linestyle=":")
     for row, (side, value) in enumerate(zip(shown, values, strict=True)):
         summary = summaries[side.name, name]
         if not cpu and math.isfinite(summary.high):
             axes.plot([summary.low, summary.high], [row, row], color="#222222", linewidth=1)
         text = f" {value:,.3g}" if value < 1000 else f" {value:,.0f}"
+        text += f" ({value / yardstick[0]:.2f})" if yardstick and yardstick[0] else ""
         end = value if cpu or not math.isfinite(summary.high) else summary.high
         axes.annotate(text + (" errors" if summary.errors else ""), (end, row), va="center", size=7)
     scenario = BY_NAME[name]
@@ -50,7 +53,7 @@ def panel(axes: Axes, summaries: Summaries, name: str, *, cpu: bool, sides: Side
     unit = ("CPU µs per MB" if scenario.metric == "gbit" else "CPU µs per operation") if cpu else scenario.unit
     axes.set_title(f"{scenario.title}\n{unit}, {better}", fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.18)
+    axes.margins(x=0.3)
     axes.locator_params(axis="x", nbins=5)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
@@ -94,8 +97,10 @@ def draw(raw: Raw, directory: Path) -> list[str]:
     names = [scenario.name for scenario in SCENARIOS if scenario.name in measured and not scenario.beside]
     figure(raw, names, directory / "work.svg")
     figure(raw, names, directory / "cpu.svg", cpu=True)
-    if not {run["side"] for run in raw["runs"]} & {side.name for side in two_nodes.SIDES}:
-        return ["work.svg", "cpu.svg"]
+    ends = {side.name for side in two_nodes.SIDES}
+    measured = {run["scenario"] for run in raw["runs"] if run["side"] in ends}
     shown = [name for name in two_nodes.SCENARIOS if name in measured]
+    if not shown:
+        return ["work.svg", "cpu.svg"]
     figure(raw, shown, directory / "two-nodes.svg", sides=two_nodes.SIDES)
     return ["work.svg", "cpu.svg", "two-nodes.svg"]

@@ -54,8 +54,8 @@ EFFECTS = """\
 ms from telling the daemon to the beginning of the last new connection that still got the old backend; median / worst.
 """
 TWO = """\
-The client calls one node, all backends are on another. Ratios to plain routing through both nodes. nft's masquerade and
-the proxies cost the client's address; the others keep it.
+The client calls one node, all backends are on another. Ratios to plain routing through both nodes. The masquerade costs
+the client's address; proxies tell it by the PROXY protocol where a service asks for it; the tunnel keeps it.
 """
 
 
