@@ -126,9 +126,9 @@ class Agent:
 
     async def _start(self, chosen: Engine, successor: Successor | None) -> None:
         inherited = successor.listeners if successor else None
-        if successor and inherited and (chosen.name != "proxy" or successor.engine != "proxy"):
-            close_all([descriptor for descriptors in inherited.values() for descriptor in descriptors])
-            inherited = None
+        if successor and inherited and chosen.name != successor.engine:  # both have the peer port, and no other
+            close_all([each for f, them in inherited.items() if f.port != self._config.peer_port for each in them])
+            inherited = {f: them for f, them in inherited.items() if f.port == self._config.peer_port}
         chosen, applied = await self._open(chosen, inherited)
         self._monitor = Monitor(self._on_health)
         if isinstance(self._provider, ClusterProvider):
@@ -175,7 +175,7 @@ class Agent:
                 raise
             await self._reconciler.close(release=False)
             self.engine = "proxy"
-            return await self._open(Engine("proxy", f"the kernel engine cannot run here: {error}"), inherited)
+            return await self._open(Engine("proxy", f"the kernel engine cannot run here: {error}"), None)
 
     async def _replace(self, successor: Successor) -> None:
         """Serve beside the old process, then tell it to go."""

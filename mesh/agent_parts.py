@@ -76,12 +76,12 @@ def make_engine(engine: Engine, config: Config, inherited: Mapping[Frontend, Seq
     """The engine itself, not yet open.
 
     Args:
-        inherited: listening sockets of a process that is taken over from; the proxy engine uses them.
+        inherited: listening sockets of a process that is taken over from, as far as this engine has a use for them.
     """
     make: Callable[..., Datapath]
     if engine.name == "kernel":
         make = importlib.import_module("mesh.datapath.kernel").KernelDatapath
-        return make(config, docker_host=is_docker_host(config))
+        return make(config, inherited=inherited, docker_host=is_docker_host(config))
     make = importlib.import_module("mesh.datapath.proxy").ProxyDatapath
     return make(config, inherited=inherited, docker_host=is_docker_host(config))
 

@@ -64,9 +64,15 @@ class KernelDatapath:
     name = "kernel"
     spans = False  # backends of other nodes are left out
 
-    def __init__(self, config: Config, *, docker_host: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        inherited: Mapping[Frontend, Sequence[int]] | None = None,
+        docker_host: bool = False,
+    ) -> None:
         self._config = config
-        self._beside = Beside(config, docker_host=docker_host)
+        self._beside = Beside(config, inherited or {}, docker_host=docker_host)
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._home = Path(config.bpf_fs) / "mesh"
         self._lock = threading.RLock()
@@ -161,6 +167,7 @@ class KernelDatapath:
             self._placed = dict(self._places)
             self._switch()
             self._beside.apply(self._applied, self._finder.topology.addresses)
+            self._beside.drop_inherited()
             self._monitor.wake()
             return self._applied
 
@@ -321,6 +328,14 @@ class KernelDatapath:
         return kernel_stats.live_slots(self._maps, self._applied, seconds)
 
     # ---- stop ----
+
+    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+        """Listening sockets of the proxy beside, as ProxyDatapath.listeners."""
+        return self._beside.listeners()
+
+    def stop_accepting(self) -> None:
+        """As ProxyDatapath.stop_accepting, for the proxy beside."""
+        self._beside.stop_accepting()
 
     def drain(self, seconds: float) -> int:
         """Flows in the kernel go on without this process; those of the proxy beside are waited for."""

@@ -11,6 +11,7 @@ It also keeps the peer port, at which nodes with the proxy engine hand over flow
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -78,9 +79,10 @@ def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | N
 class Beside:
     """A ProxyDatapath that is started when the first frontend needs it, or the second node is known."""
 
-    def __init__(self, config: Config, *, docker_host: bool) -> None:
+    def __init__(self, config: Config, inherited: Mapping[Frontend, Sequence[int]], *, docker_host: bool) -> None:
         self._config = dataclasses.replace(config, threads=config.threads or 1)
         self._docker_host = docker_host
+        self._inherited = inherited  # listening sockets of the proxy beside an earlier process
         self._proxy: ProxyDatapath | None = None
         self._applied = Applied()
         self._sources: dict[Frontend, FrontendEntry] = {}
@@ -111,7 +113,8 @@ class Beside:
         if self._proxy is None:
             from mesh.datapath.proxy import ProxyDatapath  # noqa: PLC0415 -- only where it is needed
 
-            self._proxy = ProxyDatapath(self._config, docker_host=self._docker_host)
+            self._proxy = ProxyDatapath(self._config, inherited=self._inherited, docker_host=self._docker_host)
+            self._inherited = {}
             self._proxy.open()
         entries = {
             frontend: self._applied.frontends[frontend]
@@ -170,10 +173,26 @@ class Beside:
     def _known(frontend: Frontend, applied: Applied) -> Frontend:
         return frontend if frontend in applied.frontends else dataclasses.replace(frontend, address=ANY_ADDRESS)
 
+    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+        """See ProxyDatapath.listeners."""
+        return self._proxy.listeners() if self._proxy else {}
+
+    def stop_accepting(self) -> None:
+        """See ProxyDatapath.stop_accepting."""
+        if self._proxy is not None:
+            self._proxy.stop_accepting()
+
+    def drop_inherited(self) -> None:
+        """Close inherited sockets, if nothing has needed the proxy."""
+        for fd in (fd for fds in self._inherited.values() for fd in fds):
+            os.close(fd)
+        self._inherited = {}
+
     def drain(self, seconds: float) -> int:
         return self._proxy.drain(seconds) if self._proxy else 0
 
     def close(self) -> None:
+        self.drop_inherited()
         if self._proxy is not None:
             self._proxy.close(release=True)
             self._proxy = None

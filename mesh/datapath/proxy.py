@@ -26,7 +26,7 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.intercept import Interceptor, table_name
 from mesh.datapath.proxy_books import Books, FrontRecord, sixteen
-from mesh.datapath.proxy_peers import Peers, all_backends, tag_of
+from mesh.datapath.proxy_peers import Peers, all_backends, is_peers, tag_of
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
@@ -57,7 +57,8 @@ class ProxyDatapath:
     Args:
         config: threads, intercept, connect_timeout, retries, idle_timeout, udp_idle_timeout, udp_max_sessions,
             max_connections and state_dir are used.
-        inherited: listening sockets of an earlier process by frontend, TCP and UDP; they become this engine's.
+        inherited: listening sockets of an earlier process by frontend, TCP and UDP, those of the peer port among
+            them; they become this engine's.
         docker_host: dockerd runs on this host (matters for `intercept = "auto"`).
     """
 
@@ -71,11 +72,11 @@ class ProxyDatapath:
         docker_host: bool = False,
     ) -> None:
         self._config = config
-        self._inherited = inherited
+        self._inherited = {f: fds for f, fds in (inherited or {}).items() if not is_peers(f, config)}
         self._docker_host = docker_host
         self._threads = config.threads or len(os.sched_getaffinity(0))
         self._books = Books()
-        self._peers = Peers(config, self._threads)
+        self._peers = Peers(config, self._threads, inherited)
         self._backends: dict[int, BackendEntry] = {}
         self._applied = Applied()
         self._problems: dict[Frontend, str] = {}
@@ -318,13 +319,15 @@ class ProxyDatapath:
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's."""
         with self._books.lock:
-            return {f: r.descriptors for f, r in self._books.records.items() if r.descriptors}
+            own = {f: r.descriptors for f, r in self._books.records.items() if r.descriptors}
+        return {**own, **self._peers.listeners()}
 
     def stop_accepting(self) -> None:
         """Another process has the sockets of `listeners()` now: close ours without touching what waits in them."""
         engine, intercept = self._opened()
         intercept.yield_table()
         engine.yield_sockets()
+        self._peers.yielded()
         with self._books.lock:
             for record in self._books.records.values():
                 record.descriptors = ()
@@ -345,6 +348,7 @@ class ProxyDatapath:
 
     def close(self, *, release: bool) -> None:
         """Reset what is still open and stop. A process that took over keeps the ports; otherwise they are free."""
+        self._peers.close()
         if self._intercept is not None:
             self._intercept.close()
         if self._engine is not None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from mesh._fastpath import Engine, Front
@@ -28,6 +30,11 @@ def places_of(backends: Iterable[BackendEntry]) -> list[tuple[bytes, int, int]]:
     return sorted((tag_of(b.key), b.key.protocol, b.id) for b in backends if b.target.via is None)
 
 
+def is_peers(frontend: Frontend, config: Config) -> bool:
+    """Whether a frontend stands for the peer port among the sockets that a process hands to the next."""
+    return frontend.port == config.peer_port and frontend.address == ANY_ADDRESS
+
+
 class Peers:
     """The port at which other nodes hand flows over. It opens when a second node is known, and stays open.
 
@@ -35,10 +42,16 @@ class Peers:
     trusted not to carry forged sources, as Swarm's own overlay data path trusts it.
     """
 
-    def __init__(self, config: Config, threads: int) -> None:
+    def __init__(self, config: Config, threads: int, inherited: Mapping[Frontend, Sequence[int]] | None = None) -> None:
         self._port = config.peer_port
         self._threads = threads
+        self._inherited = {
+            frontend: [socket.socket(fileno=fd) for fd in fds]
+            for frontend, fds in (inherited or {}).items()
+            if is_peers(frontend, config)
+        }
         self._fronts: dict[Protocol, Front] = {}
+        self._descriptors: dict[Frontend, tuple[int, ...]] = {}  # listening sockets
         self._held: tuple[object, object] | None = None
         self.problem = ""
 
@@ -56,25 +69,46 @@ class Peers:
             except DatapathError as error:
                 self._held = None  # the next plan tries again
                 self.problem = f"tasks of this node are not reachable through other nodes: {error}"
+        elif nodes:
+            self.close()
 
     def _listen(self, engine: Engine) -> None:
         for protocol in Protocol:
             if protocol in self._fronts:
                 continue
             frontend = Frontend(ANY_ADDRESS, self._port, protocol)
+            sockets = self._inherited.pop(frontend, [])
             try:
-                sockets = listening_sockets(frontend, self._port, self._threads)
+                sockets += listening_sockets(frontend, self._port, max(self._threads - len(sockets), 0))
             except OSError as error:
-                raise why(frontend, error) from None
+                if not sockets:  # else fewer threads take connections
+                    raise why(frontend, error) from None
             front = self._fronts[protocol] = engine.peers()
-            for thread, sock in enumerate(sockets):
-                six = sock.family.name == "AF_INET6"
-                engine.listen(front, sock.detach(), stream=protocol is Protocol.TCP, six=six, thread=thread)
+            six = sockets[0].family == socket.AF_INET6
+            self._descriptors[frontend] = tuple(sock.detach() for sock in sockets)
+            for thread, fd in enumerate(self._descriptors[frontend]):
+                engine.listen(front, fd, stream=protocol is Protocol.TCP, six=six, thread=thread)
+
+    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+        """Descriptors of the listening sockets, by frontends that stand for the peer port."""
+        return dict(self._descriptors)
+
+    def yielded(self) -> None:
+        """The engine has let go of all sockets."""
+        self._descriptors.clear()
+
+    def close(self) -> None:
+        """Close inherited sockets that were not needed."""
+        for sock in (sock for sockets in self._inherited.values() for sock in sockets):
+            with contextlib.suppress(OSError):
+                sock.close()
+        self._inherited.clear()
 
     def stop(self, engine: Engine) -> None:
         """Take no connection over any more. Datagrams are, until the end: they have none."""
         if Protocol.TCP in self._fronts:
             engine.unlisten(self._fronts[Protocol.TCP])
+            self._descriptors.pop(Frontend(ANY_ADDRESS, self._port, Protocol.TCP), None)
 
     def totals(self) -> dict[str, int]:
         """Counters of what was handed over, by metric name without prefix and suffix."""

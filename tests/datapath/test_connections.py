@@ -165,3 +165,16 @@ def test_the_books_balance(topology: Topology) -> None:
 def held(topology: Topology) -> int:
     """Descriptors of the daemon without the pipes that the proxy engine keeps for use again."""
     return int(topology.daemon.descriptors() - 2 * topology.daemon.total("mesh_pipes"))
+
+
+def test_a_take_over_refuses_no_client_of_the_other_version(topology: Topology) -> None:
+    """Clients by IPv6 of tasks that speak IPv4: with the kernel engine the proxy beside it serves them."""
+    old, address = topology.daemon.process, topology.node.address6
+    with peers.Load(topology.client, address, WEB, "-n", "0", "-c", "16", "-r", "500") as fresh:
+        for _ in range(2):
+            topology.daemon.start("--take-over")
+            assert old.wait(60) == 0
+            old = topology.daemon.process
+        new = fresh.stop()
+    assert (new.failed, new.failures) == (0, ())
+    assert new.ok > 500

@@ -10,15 +10,20 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from mesh.config import Config
 from mesh.datapath.base import BackendKey
 from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
+from mesh.datapath.proxy import ProxyDatapath
 from mesh.datapath.proxy_peers import tag_of
-from mesh.model import Frontend, ProxyProtocol, ServiceOptions
+from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
 from tests.unit.fastpath_bench import (
     Served,
     TcpServer,
@@ -307,3 +312,77 @@ def test_who_only_asks_whether_somebody_is_there_is_answered(datagrams: Pair) ->
     datagrams.owner.serve({udp(): {}}, nodes=(THERE, "127.0.0.3"))
     assert asyncio.run(ask_stream(here, datagrams.port)) == "cut off"
     assert path_mtu(here, datagrams.port, 9000).mtu == 0
+
+
+@pytest.mark.parametrize("threads_after", [1, 3])
+def test_a_take_over_refuses_no_other_node(threads_after: int) -> None:
+    """The node of the backends changes its process while another node hands connections over to it."""
+    server, stop = TcpServer(), threading.Event()
+    results: list[bytes] = []
+
+    def client() -> None:
+        while not stop.is_set():
+            try:
+                with call(nodes.front) as sock:
+                    sock.sendall(b"x")
+                    results.append(sock.recv(1))
+            except OSError as error:
+                results.append(repr(error).encode())
+
+    with pair(retries=0) as nodes:
+        nodes.serve({"a": server.where})
+        clients = [threading.Thread(target=client) for _ in range(8)]
+        for thread in clients:
+            thread.start()
+        try:
+            for _ in range(5):
+                old, count = nodes.owner.datapath, len(results)
+                # In life the descriptors cross a Unix socket; dup() has the same effect.
+                passed = {f: [os.dup(fd) for fd in fds] for f, fds in old.listeners().items()}
+                config = Config(threads=threads_after, intercept="bind", peer_port=nodes.port)
+                nodes.owner = Served(ProxyDatapath(config, inherited=passed))
+                nodes.owner.datapath.open()
+                nodes.owner.serve({tcp(): {"a": server.where}}, nodes=(HERE, THERE))
+                queues = open_sockets(old.listeners(), nodes.port)
+                assert queues
+                assert queues <= open_sockets(nodes.owner.datapath.listeners(), nodes.port)
+                old.stop_accepting()
+                assert old.drain(10) == 0
+                old.close(release=False)
+                eventually(lambda count=count: len(results) > count + 200)  # type: ignore[misc]
+        finally:
+            stop.set()
+            for thread in clients:
+                thread.join()
+            nodes.owner.datapath.close(release=True)
+        assert set(results) == {b"x"}
+
+
+def open_sockets(descriptors: Mapping[Frontend, Sequence[int]], port: int) -> Counter[str]:
+    """How often this process has each of the sockets of a port open."""
+    links = {
+        str(Path(f"/proc/self/fd/{fd}").readlink()) for f, fds in descriptors.items() for fd in fds if f.port == port
+    }
+    every: Counter[str] = Counter()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            every[str(entry.readlink())] += 1
+    return Counter({link: every[link] for link in links})
+
+
+def test_sockets_of_the_peer_port_that_nobody_needs_are_closed() -> None:
+    with pair() as nodes:
+        nodes.serve({"a": TcpServer().where})
+        held = nodes.owner.datapath.listeners()
+        assert {f.protocol for f in held if f.port == nodes.port} == set(Protocol)
+        before = open_sockets(held, nodes.port)
+        passed = {f: [os.dup(fd) for fd in fds] for f, fds in held.items() if f.port == nodes.port}
+        assert open_sockets(held, nodes.port) == before + before
+        fresh = ProxyDatapath(Config(threads=1, intercept="bind", peer_port=nodes.port), inherited=passed)
+        fresh.open()
+        try:
+            Served(fresh).serve({tcp(): {}}, nodes=(HERE,))
+            assert all(f.port != nodes.port for f in fresh.listeners())
+            assert open_sockets(held, nodes.port) == before
+        finally:
+            fresh.close(release=True)
