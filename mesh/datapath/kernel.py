@@ -36,7 +36,7 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.codec import BackendSlot
 from mesh.datapath.kernel_attach import Attachments, cgroup_root
-from mesh.datapath.kernel_beside import Beside
+from mesh.datapath.kernel_beside import Beside, Listeners
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_places import Place, Places, is_held, wanted
@@ -64,15 +64,10 @@ class KernelDatapath:
     name = "kernel"
     spans = False  # backends of other nodes are left out
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        inherited: Mapping[Frontend, Sequence[int]] | None = None,
-        docker_host: bool = False,
-    ) -> None:
+    def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
         self._config = config
         self._beside = Beside(config, inherited or {}, docker_host=docker_host)
+        self.listeners, self.stop_accepting = self._beside.listeners, self._beside.stop_accepting
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._home = Path(config.bpf_fs) / "mesh"
         self._lock = threading.RLock()
@@ -328,14 +323,6 @@ class KernelDatapath:
         return kernel_stats.live_slots(self._maps, self._applied, seconds)
 
     # ---- stop ----
-
-    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
-        """Listening sockets of the proxy beside, as ProxyDatapath.listeners."""
-        return self._beside.listeners()
-
-    def stop_accepting(self) -> None:
-        """As ProxyDatapath.stop_accepting, for the proxy beside."""
-        self._beside.stop_accepting()
 
     def drain(self, seconds: float) -> int:
         """Flows in the kernel go on without this process; those of the proxy beside are waited for."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mesh.datapath.proxy import ProxyDatapath
 
 
+Listeners = Mapping[Frontend, Sequence[int]]  # descriptors by frontend
 _Key = TypeVar("_Key")
 
 
@@ -79,7 +80,7 @@ def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | N
 class Beside:
     """A ProxyDatapath that is started when the first frontend needs it, or the second node is known."""
 
-    def __init__(self, config: Config, inherited: Mapping[Frontend, Sequence[int]], *, docker_host: bool) -> None:
+    def __init__(self, config: Config, inherited: Listeners, *, docker_host: bool) -> None:
         self._config = dataclasses.replace(config, threads=config.threads or 1)
         self._docker_host = docker_host
         self._inherited = inherited  # listening sockets of the proxy beside an earlier process
@@ -173,7 +174,7 @@ class Beside:
     def _known(frontend: Frontend, applied: Applied) -> Frontend:
         return frontend if frontend in applied.frontends else dataclasses.replace(frontend, address=ANY_ADDRESS)
 
-    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+    def listeners(self) -> Listeners:
         """See ProxyDatapath.listeners."""
         return self._proxy.listeners() if self._proxy else {}
 
