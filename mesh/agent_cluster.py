@@ -256,6 +256,7 @@ class ClusterProvider:
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
+        self._changed.set()
         self._pass_on()
 
     def _pass_on(self) -> None:
@@ -349,7 +350,9 @@ class ClusterProvider:
             for key, health in self._own.verdicts.items()
             if health is not Health.UNKNOWN
         }
-        if self._inventory is None or self._server is not None:
+        if self._server is not None:
+            return found | {t: wire.Verdict(Health.DOWN.value, why) for t, why in self._swarm.unseen.items()}
+        if self._inventory is None:
             return found
         node = self._here.look.node
         mine = {b.id: b for b in self._here.local_inventory(self._inventory).backends if b.node == node}

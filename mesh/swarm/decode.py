@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import msgspec
@@ -19,6 +19,8 @@ from mesh.swarm import schema
 T = TypeVar("T")
 
 TASK_LABEL: Final = "com.docker.swarm.task.id"
+GONE: Final = "no container runs"
+UNREADY: Final = "not ready"
 NO_GATEWAY: Final = b'{"Name": "", "Containers": {}}'
 _PROTOCOLS: Final = {"tcp": Transport.TCP, "udp": Transport.UDP}
 _STARTING: Final = frozenset({"starting"})  # the container exists; its HEALTHCHECK has not passed yet
@@ -50,10 +52,11 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A decoded read."""
+    """A decoded read. `unseen`: why this node's tasks do not serve that other nodes take for ready, by task."""
 
     inventory: Inventory
     local: Local
+    unseen: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse(body: bytes, kind: type[T], source: str) -> T:
@@ -95,7 +98,7 @@ def decode(answers: Answers) -> Read:
         problems=tuple(problems),
         source="swarm",
     )
-    return Read(inventory, local)
+    return Read(inventory, local, _unseen(tasks, local))
 
 
 def not_a_manager(state: str) -> ProviderError:
@@ -175,6 +178,18 @@ def _services(services: Iterable[schema.Service], problems: list[Problem]) -> tu
             problems += wrong
             found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options))
     return tuple(found)
+
+
+def _unseen(tasks: Iterable[schema.Task], local: Local) -> dict[str, str]:
+    found = {}
+    for task in tasks:
+        status = task.status.container_status
+        if task.node_id == local.node and task.status.state in _RUNNING and status:
+            if status.container_id not in local.running:
+                found[task.id] = GONE
+            elif status.container_id in local.unready:
+                found[task.id] = UNREADY
+    return found
 
 
 def _backend(task: schema.Task, service_name: str, local: Local) -> Backend | None:

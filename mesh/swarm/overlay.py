@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mesh.model import Inventory
 from mesh.swarm import schema
-from mesh.swarm.decode import TASK_LABEL, Read
+from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Read
 
 _HEALTH: Final = {"health_status: healthy": True, "health_status: unhealthy": False}
 _SURE_DEATH: Final = ("9", "SIGKILL", "KILL")
@@ -53,6 +53,16 @@ class Overlay:
         """
         self.dead = {c: at for c, at in self.dead.items() if c in running or at >= begun}
         self.ready = {c: (ok, at) for c, (ok, at) in self.ready.items() if at >= begun}
+
+    def unseen(self, read: Read) -> Mapping[str, str]:
+        """Read.unseen as of now."""
+        found = dict(read.unseen)
+        for backend in read.inventory.backends:
+            if backend.container in self.dead:
+                found[backend.id] = GONE
+            elif backend.ready and not self.ready.get(backend.container, (True, 0))[0]:
+                found[backend.id] = UNREADY
+        return found
 
     def apply(self, read: Read) -> Inventory:
         """The inventory as of now."""

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -81,6 +81,11 @@ class SwarmProvider:
             doorbell="watch" if self._watching else "events" if self._hearing else "poll",
             node_id=self._read.local.node if self._read else "",
         )
+
+    @property
+    def unseen(self) -> Mapping[str, str]:
+        """Why tasks of this node do not serve that other nodes take for ready, by task."""
+        return self._overlay.unseen(self._read) if self._read else {}
 
     @property
     def reads(self) -> int:

@@ -16,7 +16,7 @@ from mesh.errors import ProviderError
 from mesh.model import Intent, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.swarm import schema
-from mesh.swarm.decode import TASK_LABEL, Answers, decode
+from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Answers, decode
 from mesh.swarm.overlay import Overlay
 
 INFO = {"Name": "n1", "Swarm": {"NodeID": "node1", "LocalNodeState": "active", "ControlAvailable": True}}
@@ -214,6 +214,19 @@ def test_a_death_counts_at_once_and_until_the_list_shows_it() -> None:
     later = decode(answers(tasks=[task("t1"), task("t2")], running=["c-t2"]))
     overlay.settle(3, later.local.running)
     assert not overlay.dead
+
+
+def test_what_only_this_node_knows_of_its_tasks() -> None:
+    """Swarm calls all of them running: those that its own Engine says have ended or are not ready, by read or event."""
+    names = ["ended", "ill", "dies", "sickens", "well"]
+    tasks = [*(task(name) for name in names), task("away", node="node2"), task("begins", "starting")]
+    running = [f"c-{name}" for name in [*names[1:], "begins"]]
+    read = decode(answers(tasks=tasks, running=running, unready=["c-ill", "c-begins"]))
+    overlay = Overlay()
+    assert overlay.unseen(read) == {"ended": GONE, "ill": UNREADY}
+    overlay.hear(event("die", "c-dies"), 1)
+    overlay.hear(event("health_status: unhealthy", "c-sickens"), 1)
+    assert overlay.unseen(read) == {"ended": GONE, "ill": UNREADY, "dies": GONE, "sickens": UNREADY}
 
 
 def test_a_started_container_lives_again() -> None:
