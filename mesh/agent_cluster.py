@@ -376,9 +376,13 @@ class ClusterProvider:
             self._pass_on()
 
     async def _report_forever(self, relay: RelayProvider) -> None:
+        asked = -REPORT_EVERY
+        generation, digests = 0, dict[str, str]()
         while True:
             self._changed.clear()
-            generation, digests = await self.tables()
+            if time.monotonic() - asked >= REPORT_EVERY:  # others wait for verdicts, nobody for digests
+                generation, digests = await self.tables()
+                asked = time.monotonic()
             self._report = wire.Report(self._own_verdicts(), digests, generation, self.engine)
             await relay.report(self._report)
             with contextlib.suppress(TimeoutError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator
 from typing import Final
 from urllib.parse import quote, urlsplit
@@ -21,6 +22,7 @@ API_NEWEST: Final = (1, 51)
 BODY_LIMIT: Final = 256 * 1024 * 1024
 _REQUEST_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 3.0
+_INFO_SECONDS: Final = 1.5  # how old /info may be: it takes the Engine several times as long as all the rest
 _FAILURES: Final = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
 _AWAY: Final = "is dockerd running, and may this user read the socket?"
 
@@ -72,6 +74,8 @@ class Engine:
         self._base, path = engine_url(host)
         connector = aiohttp.UnixConnector(path=path, limit=0) if path else aiohttp.TCPConnector(limit=0)
         self._prefix = ""
+        self._info = b""
+        self._info_read = 0.0  # when, monotonic
         timeout = aiohttp.ClientTimeout(total=request_seconds, sock_connect=_CONNECT_SECONDS)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20)
 
@@ -92,12 +96,12 @@ class Engine:
         return chosen
 
     async def read(self) -> Answers:
-        """All that makes an inventory, whole or not at all.
+        """All that makes an inventory, whole or not at all. What the node is may be known from a moment before.
 
         Raises:
             ProviderError: the Engine is away, too slow, no manager, or answers half.
         """
-        return Answers(*await self._read("/info", "/services", "/tasks", "/nodes", *_HERE))
+        return Answers(*await self._read("/services", "/tasks", "/nodes", *_HERE))
 
     async def read_here(self) -> Answers:
         """What every node knows of itself; services, tasks and nodes are empty.
@@ -105,19 +109,26 @@ class Engine:
         Raises:
             ProviderError: the Engine is away, too slow, or answers half.
         """
-        info, *here = await self._read("/info", *_HERE)
+        info, *here = await self._read(*_HERE)
         return Answers(info, b"[]", b"[]", b"[]", *here)
 
     async def _read(self, *paths: str) -> list[bytes]:
+        """/info and these."""
+        now = time.monotonic()
         if not self._prefix:
             await self.negotiate()
+        known = bool(self._info) and now - self._info_read < _INFO_SECONDS
         try:
             async with asyncio.TaskGroup() as group:
-                reads = [group.create_task(self._get(path)) for path in paths]
+                reads = [group.create_task(self._get(path)) for path in (*(() if known else ("/info",)), *paths)]
         except BaseExceptionGroup as failed:
-            self._prefix = ""  # another Engine may be there next time
+            self._prefix, self._info = "", b""  # another Engine may be there next time
             raise _first(failed) from None
-        return [r.result() for r in reads]
+        answers = [r.result() for r in reads]
+        if known:
+            return [self._info, *answers]
+        self._info, self._info_read = answers[0], now
+        return answers
 
     async def info(self) -> schema.Info:
         """GET /info.

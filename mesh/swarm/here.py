@@ -151,7 +151,7 @@ class Here:
                         changed, ring = (False, True) if event is None else self._overlay.hear(event, self._begun)
                         if changed:
                             self._on_change()
-                        if ring:
+                        if ring and (self.look.worker or event is None):  # a manager reads more than this itself
                             self._ring.set()
             if time.monotonic() - started < _RETRY:
                 await asyncio.sleep(_RETRY * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter

@@ -22,8 +22,8 @@ from mesh.swarm.engine import Engine, engine_url
 from mesh.swarm.overlay import Overlay
 from mesh.swarm.watch import watch
 
-_QUIET_SECONDS: Final = 0.1  # at least so long between the end of a read and the next
-_QUIET_SHARE: Final = 2.0  # and so many times as long as the read took, so that a slow Engine is not swamped
+_QUIET_SECONDS: Final = 0.02  # at least so long between the end of a read and the next
+_QUIET_SHARE: Final = 1.0  # and so many times as long as the read took, so that a slow Engine is not swamped
 _QUIET_MOST: Final = 2.0
 _RETRY_FIRST: Final = 0.2
 _RETRY_MOST: Final = 3.0
