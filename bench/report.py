@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from bench import bars, plots, readme, two_nodes
 from bench.bars import PERCENTILES, Raw, Summary
+from bench.cluster import KINDS
 from bench.lab import OUT
 from bench.memory import HELD
 from bench.peers import SIDES, Side
@@ -252,6 +253,21 @@ def guest(raw: Raw) -> str:
     return table(rows, ["", *(BY_NAME[name].title for name in names)])
 
 
+CLUSTER = """\
+A swarm of five nodes on this machine, one change after another: ms from Docker's announcement, as a watcher beside the
+agents hears it, until the last of the five tables has the change. At most 100 at the 99th percentile is asked for.
+"""
+
+
+def cluster(raw: Raw) -> str:
+    """How long changes take to the last node's table."""
+    rows = []
+    for row in raw["cluster"]:
+        what = KINDS.get(row["kind"], "all")
+        rows.append([row["engine"], what, str(row["changes"]), *(number(row[key]) for key in ("p50", "p99", "max"))])
+    return table(rows, ["engine", "change", "changes", "ms, p50", "p99", "most"])
+
+
 def functions(raw: Raw) -> list[str]:
     """The parts about what is no traffic."""
     parts = []
@@ -261,6 +277,8 @@ def functions(raw: Raw) -> list[str]:
         parts += ["## Docker's own mesh", GUEST, guest(raw)]
     if raw["control"]:
         parts += ["## Control plane", control(raw)]
+    if raw.get("cluster"):
+        parts += ["## Changes across a swarm", CLUSTER, cluster(raw)]
     return parts
 
 

@@ -108,24 +108,24 @@ class _Call:
             self._writer.write(data)
             await self._writer.drain()
 
-    async def rings(self) -> AsyncGenerator[None, None]:
-        """Once when the server accepts the call, then whenever data arrives."""
+    async def data(self) -> AsyncGenerator[bytes, None]:
+        """Empty when the server accepts the call, then gRPC frames as they arrive, in pieces of any size."""
         while data := await self._reader.read(65536):
-            ring = False
+            ring, body = False, b""
             for event in self._http.receive_data(data):
                 if isinstance(event, h2.events.ResponseReceived):
                     _check_status({str(k): str(v) for k, v in event.headers})
                     ring = True
                 elif isinstance(event, h2.events.DataReceived):
                     self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                    ring = True
+                    ring, body = True, body + bytes(event.data)
                 elif isinstance(event, h2.events.TrailersReceived):
                     _check_status({str(k): str(v) for k, v in event.headers})
                 elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset | h2.events.ConnectionTerminated):
                     raise ProviderError("the manager has ended the stream")
             await self._flush()
             if ring:
-                yield None
+                yield body
         raise ProviderError("the manager has closed the connection")
 
 
@@ -142,6 +142,15 @@ async def watch(control_socket: Path, certificates: Path) -> AsyncGenerator[None
     Raises:
         ProviderError: no connection, or it has ended. Connect again; changes may have been missed meanwhile.
     """
+    async with contextlib.aclosing(frames(control_socket, certificates)) as pieces:
+        async for _ in pieces:
+            yield None
+
+
+async def frames(control_socket: Path, certificates: Path) -> AsyncGenerator[bytes, None]:
+    """What `watch` rings for: nothing once connected, then gRPC frames (a flag, 4 bytes of length, a WatchMessage), in
+    pieces of any size. See `watch` for errors.
+    """
     where = str(control_socket)
     context = await asyncio.to_thread(tls_context, certificates)
     try:
@@ -155,8 +164,8 @@ async def watch(control_socket: Path, certificates: Path) -> AsyncGenerator[None
         call = _Call(reader, writer)
         async with asyncio.timeout(_RENEW_SECONDS):
             await call.start()
-            async for ring in call.rings():
-                yield ring
+            async for piece in call.data():
+                yield piece
     except TimeoutError:
         raise ProviderError("connecting again with the current certificate", where=where) from None
     except (h2.exceptions.ProtocolError, ValueError) as error:

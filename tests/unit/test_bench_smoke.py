@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import bars, machine, readme, report, two_nodes
+from bench import announce, bars, cluster, machine, readme, report, two_nodes
 from bench.effect import PAUSE, delays, failures
 from bench.memory import held_levels
 from bench.peers import SIDES
@@ -53,6 +53,7 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
         ],
         "guest": [{"side": "mesh-kernel", "scenario": "requests", "ratio": 1.5, "errors": 0}],
         "control": [{"name": "test_table_build", "stats": {"median": 0.0015}}],
+        "cluster": [{"engine": "proxy", "kind": "die", "changes": 7, "p50": 41.5, "p99": 59.0, "max": 59.0}],
         "starts": [{"side": "plain", "round": 0, "seconds": 0.25}],
         "memory": [
             {
@@ -230,3 +231,21 @@ def test_readme_has_ratios_and_the_yardstick_itself():
     assert re.search(r"\*\*mesh, kernel engine\*\* +\| 1\.10 ", text)
     assert re.search(r"nginx stream +\| 0\.50 ", text)
     assert "requests on kept connections 1.5" in text
+
+
+def test_percentiles_of_changes_are_changes():
+    found = [{"kind": "up" if n % 2 else "stop", "ms": float(n), "nodes": []} for n in range(1, 201)]
+    up, stop, whole = cluster.summary(found)
+    assert (up["kind"], up["changes"], up["max"]) == ("up", 100, 199.0)
+    assert (stop["p99"], whole["changes"], whole["p50"], whole["p99"]) == (198.0, 200, 100.5, 198.0)
+
+
+def test_announced_tasks_are_read_from_swarms_messages():
+    """WatchMessage{events: [{action, object: {task: {id, status: {state}, desired_state}}}, {object: {node: {}}}]}"""
+
+    def part(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    task = part(1, b"t1") + part(9, part(1, b"") + b"\x10\x80\x04") + b"\x50\x80\x05"
+    events = part(1, b"\x08\x02" + part(2, part(4, task))) + part(1, part(2, part(1, b"")))
+    assert list(announce.tasks(events + part(2, b"\x08\x01"))) == [("t1", announce.RUNNING, 640)]
