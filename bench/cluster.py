@@ -25,8 +25,8 @@ from typing import Any, Final
 from bench.announce import Announcements
 from bench.lab import OUT, LabError
 from tests.daemon import Daemon
-from tests.lab.dockerd import Node, Swarm, unavailable
-from tests.lab.netns import Lab, run, wait_for
+from tests.lab.dockerd import Node, Swarm, bpf_fs, unavailable
+from tests.lab.netns import Lab, wait_for
 
 MANAGERS, WORKERS = 3, 2
 REPLICAS: Final = 10
@@ -72,15 +72,13 @@ class Cluster:
 
     def __init__(self, lab: Lab, engine: str) -> None:
         self.swarm = Swarm(lab, MANAGERS, WORKERS)
-        more: dict[str, object] = {}
-        if engine == "kernel":
-            more["bpf_fs"] = bpf_fs(lab)
-        self.daemons = [self._daemon(node, engine, more) for node in self.swarm.nodes]
+        self.daemons = [self._daemon(node, engine) for node in self.swarm.nodes]
         self.journals = [Journal(daemon) for daemon in self.daemons]
         self.announcements = Announcements(self.swarm.nodes)
         self.changes: list[dict[str, Any]] = []
 
-    def _daemon(self, node: Node, engine: str, more: dict[str, object]) -> Daemon:
+    def _daemon(self, node: Node, engine: str) -> Daemon:
+        more = {"bpf_fs": bpf_fs(self.swarm.lab, node.hostname)} if engine == "kernel" else {}
         return Daemon(
             node.namespace,
             self.swarm.lab.directory / f"mesh-{node.hostname}",
@@ -148,15 +146,6 @@ class Cluster:
         harm(self.node_of(found), found["Status"]["ContainerStatus"]["ContainerID"])
         self.measure(task, kind)
         return tasks - {task} | self.follow("up", before)
-
-
-def bpf_fs(lab: Lab) -> Path:
-    """A bpf file system of this lab."""
-    path = lab.directory / "bpf"
-    path.mkdir()
-    run("mount", "-t", "bpf", "bpf", str(path))
-    lab.on_close(lambda: run("umount", "-l", str(path)))
-    return path
 
 
 def crash(node: Node, container: str) -> None:

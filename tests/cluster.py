@@ -18,10 +18,10 @@ ENGINES = ["proxy"]  # that carry connections to other nodes
 
 
 class Cluster:
-    """A swarm with a daemon on each node, and a client beside it."""
+    """A swarm with a daemon on each node, and a client beside it. Further arguments are configuration keys."""
 
-    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy") -> None:
-        self.swarm, self.client, self.engine = swarm, client, engine
+    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy", **config: object) -> None:
+        self.swarm, self.client, self.engine, self._config = swarm, client, engine, config
         self.daemons = [self.daemon(node, engine) for node in swarm.nodes]
 
     def daemon(self, node: Node, engine: str, **more: object) -> Daemon:
@@ -30,6 +30,7 @@ class Cluster:
         return Daemon(
             node.namespace,
             Path(self.swarm.lab.directory) / f"mesh-{engine}-{node.hostname}",
+            **self._config,
             **more,
             wait=False,
             provider="swarm",

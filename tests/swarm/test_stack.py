@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import peers
-from tests.cluster import Cluster
+from tests.cluster import ENGINES, Cluster
 from tests.lab import images
 from tests.lab.dockerd import Swarm
 from tests.lab.netns import wait_for
@@ -23,7 +23,6 @@ pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
 COMPOSE = Path(__file__).parents[2] / "deploy" / "voting-app.yml"
 SERVICES = {"vote": 3, "redis": 1, "worker": 1, "db": 1, "result": 1}
 VOTE, RESULT = 80, 5001
-ENGINES = ["proxy"]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
