@@ -39,10 +39,10 @@ INLINE struct mesh_backend *find_id(struct mesh_id *id, __u32 *owner)
 /* Have the flow's next packet looked at, whichever way it comes: replies take that way back. */
 INLINE void forget_recent(const struct choice *c)
 {
-	__u64 *recent = recent_word(c);
+	struct recent *recent = recent_of(c);
 
 	if (recent)
-		*recent = 0;
+		recent->words[0] = recent->words[1] = 0;
 }
 
 /* A client's packet that another node has given to a backend of this one. Returns an action or a REFUSAL. */

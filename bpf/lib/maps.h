@@ -25,7 +25,7 @@
 
 #include "bpf.h"
 
-#define MESH_RECENT_BITS 18
+#define MESH_RECENT_BITS 17
 
 /* Ports (mmap, agent writes): [protocol and port] -> frontend id and MESH_PORT_EXACT. What is not ours ends here. */
 struct {
@@ -157,15 +157,19 @@ struct {
 	__type(value, struct mesh_reply);
 } mesh_openings SEC(".maps");
 
-/* Flows whose entry in mesh_replies was confirmed within the current stamp (programs write; a direct-mapped cache of
- * this object alone): their packets need no look at it, nor at mesh_addresses. Value: bits of the flow's hash and
- * owner, and of the stamp. */
+/* Flows whose entry in mesh_replies was confirmed within the current stamp (programs write; a cache of this object
+ * alone, two flows to a place): their packets need no look at it, nor at mesh_addresses. Value: bits of the flow's hash
+ * and owner, and of the stamp. */
+struct recent {
+	__u64 words[2];
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE); /* tests empty it */
 	__uint(max_entries, 1 << MESH_RECENT_BITS);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct recent);
 } mesh_recent SEC(".maps");
 
 /* The current stamp, as of the last packet of this object that had to look at the time: a look costs as much as a

@@ -72,7 +72,7 @@ INLINE __u32 tick(void)
 	return now;
 }
 
-INLINE __u64 *recent_word(const struct choice *c)
+INLINE struct recent *recent_of(const struct choice *c)
 {
 	__u32 index = (__u32)(c->wide >> (64 - MESH_RECENT_BITS));
 
@@ -90,19 +90,36 @@ INLINE __u64 recent_value(const struct choice *c, __u32 now)
  * are. One packet in 256, by its IPv4 header's checksum, sees that the clock goes on where no flow starts. */
 INLINE int is_recent(const struct packet *p, const struct choice *c)
 {
-	__u64 *word = recent_word(c);
+	struct recent *recent = recent_of(c);
+	__u64 value;
 
-	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) || !word)
+	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) || !recent)
 		return 0;
-	return *word == recent_value(c, unlikely(!(p->check & 0xff)) ? tick() : mesh_now);
+	value = recent_value(c, unlikely(!(p->check & 0xff)) ? tick() : mesh_now);
+	return recent->words[0] == value || recent->words[1] == value;
 }
 
+/* Two flows share a place: the one that was confirmed last comes first. A flow that starts only leaves its own. */
 INLINE void set_recent(const struct choice *c, __u32 now)
 {
-	__u64 *word = recent_word(c);
+	struct recent *recent = recent_of(c);
+	__u64 value = recent_value(c, now);
+	int first, second;
 
-	if (word)
-		*word = c->start ? 0 : recent_value(c, now);
+	if (!recent)
+		return;
+	first = (recent->words[0] ^ value) <= 0xffff;
+	second = (recent->words[1] ^ value) <= 0xffff;
+	if (c->start) {
+		if (first)
+			recent->words[0] = 0;
+		if (second)
+			recent->words[1] = 0;
+		return;
+	}
+	if (!first)
+		recent->words[1] = recent->words[0];
+	recent->words[0] = value;
 }
 
 /* First sight of a flow, or the first since its entry was lost: make one. Returns -1 on collision. */

@@ -31,7 +31,6 @@ from tests.bpf.frames import (
     segment,
 )
 from tests.bpf.plane import OK, REDIRECT, Plane
-from tests.bpf.plane import UDP as PROTO_UDP
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -44,21 +43,6 @@ CASES = [
     pytest.param(CLIENT6, NODE6, TASK6, ROUTER6, segment, 86, 8080, ERRORS6, id="tcp6"),
     pytest.param(CLIENT6, NODE6, TASK6, ROUTER6, datagram, 56, 5353, ERRORS6, id="udp6"),
 ]
-
-
-@pytest.fixture
-def plane() -> Plane:
-    p = Plane.fresh()
-    p.local(NODE4, NODE6)
-    p.backend(2, TASK4, 8080)
-    p.backend(3, TASK6, 8080)
-    p.backend(4, TASK4, 5353, protocol=PROTO_UDP)
-    p.backend(5, TASK6, 5353, protocol=PROTO_UDP)
-    p.frontend(1, 80, [(2, 2)])
-    p.frontend(2, 86, [(3, 3)])
-    p.frontend(3, 53, [(4, 4)], protocol=PROTO_UDP)
-    p.frontend(4, 56, [(5, 5)], protocol=PROTO_UDP)
-    return p
 
 
 def l3(frame: Any) -> Any:

@@ -30,26 +30,12 @@ from tests.bpf.frames import (
     segment,
 )
 from tests.bpf.plane import HAIRPIN, HAIRPIN6, OK, REDIRECT, SHOT, Plane
-from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.test_binding import inside
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 
 MAC = "02:00:00:00:00:33"
-
-
-@pytest.fixture
-def plane() -> Plane:
-    p = Plane.fresh()
-    p.local(NODE4, NODE6)
-    p.backend(2, TASK4, 8080)
-    p.backend(3, TASK6, 8080)
-    p.backend(4, TASK4, 5353, protocol=PROTO_UDP)
-    p.frontend(1, 80, [(2, 2)])
-    p.frontend(2, 86, [(3, 3)])
-    p.frontend(3, 53, [(4, 4)], protocol=PROTO_UDP)
-    return p
 
 
 def passed(plane: Plane, frame: bytes, program: str = "mesh_ingress") -> None:

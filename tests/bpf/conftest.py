@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data plane that most packet tables meet."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bpf.frames import NODE4, NODE6, TASK4, TASK6
+from tests.bpf.plane import UDP, Plane
+
+
+@pytest.fixture
+def plane() -> Plane:
+    """Ports 80/tcp and 53/udp -> 8080 and 5353 of one task, over IPv4 (2, 4) or IPv6 (port 86, 56; owners 3, 5)."""
+    p = Plane.fresh()
+    p.local(NODE4, NODE6)
+    p.backend(2, TASK4, 8080)
+    p.backend(3, TASK6, 8080)
+    p.backend(4, TASK4, 5353, protocol=UDP)
+    p.backend(5, TASK6, 5353, protocol=UDP)
+    p.frontend(1, 80, [(2, 2)])
+    p.frontend(2, 86, [(3, 3)])
+    p.frontend(3, 53, [(4, 4)], protocol=UDP)
+    p.frontend(4, 56, [(5, 5)], protocol=UDP)
+    p.frontend(5, 8080, [(2, 2)])
+    return p
