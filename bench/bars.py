@@ -131,6 +131,7 @@ BARS: Final = (
     Bar("mesh-kernel-1000", "connections", (KERNEL,), 0.95),
     Bar("mesh-kernel-1000", "requests", (KERNEL,), 0.95),
     Bar(KERNEL, "flood", (KERNEL,), 0.90, over="requests"),
+    Bar("mesh-kernel-fresh", "flood", ("mesh-kernel-fresh",), 0.90, over="requests"),
     Bar(PROXY, "connections", ("haproxy",), 1.0),
     Bar(PROXY, "connections", OTHERS, 1.0, strict=True),
     Bar(PROXY, "requests", ("haproxy",), 1.1),

@@ -178,7 +178,7 @@ class MeshKernelFresh(MeshKernel):
 
     name = "mesh-kernel-fresh"
     label = "mesh, kernel engine, slots in transition"
-    only = ("connections", "requests", "changes", "changes-new")
+    only = ("connections", "requests", "flood", "changes", "changes-new")
     quick = False
     changeable = True
     calm = LONG_CALM
@@ -192,7 +192,7 @@ class MeshProxyFresh(MeshProxy):
 
     name = "mesh-proxy-fresh"
     label = "mesh, proxy engine, slots in transition"
-    only = MeshKernelFresh.only
+    only = ("connections", "requests", "changes", "changes-new")
     quick = False
     changeable = True
     calm = LONG_CALM
