@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.datapath.kernel_driver import Driver
+from tests.datapath.kernel_plane import Plane
 from tests.datapath.topology import Topology, logs
 from tests.lab.netns import Lab
 
@@ -50,3 +52,23 @@ def make_topology(engine: str, request: pytest.FixtureRequest) -> Iterator[Calla
     with Lab() as lab:
         yield lambda **options: Topology(lab, engine, **options)
         request.node.add_report_section("teardown", "daemon", logs(lab.directory))
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    """A node whose kernel engine the test drives itself."""
+    with Lab() as lab:
+        yield Plane(lab)
+
+
+@pytest.fixture
+def serving(plane: Plane) -> Iterator[Driver]:
+    """An engine on it that serves three backends."""
+    driver = plane.driver()
+    assert driver.preflight() is None
+    assert driver.open()["frontends"] == {}
+    driver.serve(services=[plane.web("b1", "b2", "b3")])
+    yield driver
+    if driver.process.poll() is None:
+        driver.close(release=True)
+        driver.end()

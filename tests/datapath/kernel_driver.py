@@ -115,7 +115,7 @@ class Served:
     def entries(self) -> dict[str, int]:
         return {name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "starts", "replies", "openings")}
 
-    def forget(self, *names: str) -> None:
+    def forget(self, names: list[str]) -> None:
         """Empty tables of the programs."""
         for name in names:
             held = self.engine._maps._maps[f"mesh_{name}"]

@@ -6,14 +6,12 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.datapath.test_kernel_engine import PORT, Connection, Plane
-from tests.lab.netns import Lab
+from tests.datapath.kernel_plane import PORT, Connection, Plane
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -21,12 +19,6 @@ FLOOD = Path(__file__).parents[2] / "bench" / "load" / "flood.c"
 CHUNK, CHUNKS = 1 << 16, 300
 RATE, SECONDS = 15_000, 3
 CACHE = 1024
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with Lab() as lab:
-        yield Plane(lab)
 
 
 def transfer(connection: Connection) -> float:

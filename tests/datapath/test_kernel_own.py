@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.datapath.test_kernel_engine import PORT, Connection, Plane, datagram, serve
+from tests.datapath.kernel_plane import PORT, Connection, Plane, datagram, serve
 from tests.lab.netns import Lab
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
