@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from tests.datapath.kernel_driver import Driver
-from tests.datapath.kernel_plane import PORT, Connection, Plane, datagram, refused
+from tests.datapath.kernel_plane import PORT, TARGET, Connection, Plane, datagram, refused
 from tests.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -62,6 +62,17 @@ def test_processes_of_the_node_are_connected_straight(plane: Plane, engine: Driv
         connection.echo()
         connection.close()
     assert engine.stats()["verdicts"]["socket"] == before + 2
+
+
+def test_netfilter_does_not_see_this_traffic(plane: Plane, engine: Driver) -> None:
+    """What `mesh check` says of DOCKER-USER: rules on forwarded packets hold for other traffic, and not for this."""
+    rules = "add table inet t; add chain inet t f { type filter hook forward priority -1; policy drop; }"
+    plane.node.run("nft", rules)
+    assert sum(plane.calls(20).values()) == 20
+    assert sum(plane.calls(20, plane.namespaces["b1"]).values()) == 20
+    plane.client.run("ip", "route", "add", "172.31.0.0/24", "via", plane.node.address)
+    with pytest.raises(TimeoutError):
+        Connection(plane.client, plane.namespaces["b1"].address, TARGET, timeout=1)
 
 
 def test_sockets_of_containers_are_not_hooked(plane: Plane, engine: Driver) -> None:
