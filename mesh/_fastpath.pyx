@@ -8,90 +8,19 @@ thread at a time, but for `Pair.read`, `Front.read` and `Engine.totals`, which a
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 
-from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable, mesh_addr
-from mesh.fastpath.select cimport is_v4
-from mesh.fastpath.sys cimport (
-    AF_INET, AF_INET6, close, fp_load, fp_peek, fp_store, pthread_join, sockaddr_in, sockaddr_in6)
+from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable
+from mesh.fastpath.counts cimport WIDTH, counters_new, counters_sum, gather
+from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
+from mesh.fastpath.tables cimport (
+    backend_new, doors_free, doors_new, is_same_place, prefixes_new, route_free, route_index)
 from mesh.fastpath.types cimport (
-    BACKENDS, BUCKETS, CAUSES, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC,
-    OP_UNLISTEN, OP_YIELD, TAG, TRIES_MOST, backend, counters, doors, engine, frontend, listener, pair, place, prefix,
-    route, target, totals, worker)
+    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN, OP_YIELD,
+    TAG, TRIES_MOST, backend, counters, doors, engine, frontend, listener, pair, route, target, totals, worker)
 from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
 
 RETRIES_MOST = TRIES_MOST - 1
-
-cdef extern from "<stdlib.h>" nogil:
-    int posix_memalign(void **out, size_t alignment, size_t size)
-
-
-cdef counters *counters_new(uint32_t threads) except NULL:
-    cdef void *memory = NULL
-    if posix_memalign(&memory, 64, threads * sizeof(counters)) != 0:
-        raise MemoryError
-    memset(memory, 0, threads * sizeof(counters))
-    return <counters *>memory
-
-
-cdef tuple counters_sum(const counters *of, uint32_t threads):
-    """Sum over the threads; ends before beginnings, so that what is open is never negative."""
-    cdef uint64_t ended = 0, closed = 0, begun = 0, opened = 0, retried = 0
-    cdef uint64_t into = 0, out = 0, packets_in = 0, packets_out = 0, spent = 0
-    cdef uint64_t[CAUSES] failed
-    cdef uint64_t[BUCKETS] connect
-    cdef uint32_t i
-    cdef int k
-    cdef counters *c
-    memset(failed, 0, sizeof(failed))
-    memset(connect, 0, sizeof(connect))
-    for i in range(threads):
-        c = <counters *>&of[i]
-        ended += fp_peek(&c.ended)
-        closed += fp_peek(&c.closed)
-    for i in range(threads):
-        c = <counters *>&of[i]
-        opened += fp_peek(&c.opened)
-        begun += fp_peek(&c.begun)
-        retried += fp_peek(&c.retried)
-        into += fp_peek(&c.bytes_in)
-        out += fp_peek(&c.bytes_out)
-        packets_in += fp_peek(&c.packets_in)
-        packets_out += fp_peek(&c.packets_out)
-        spent += fp_peek(&c.connect_ns)
-        for k in range(CAUSES):
-            failed[k] += fp_peek(&c.failed[k])
-        for k in range(BUCKETS):
-            connect[k] += fp_peek(&c.connect[k])
-    return (begun, ended, opened, closed, retried, tuple([failed[k] for k in range(CAUSES)]), into, out, packets_in,
-            packets_out, tuple([connect[k] for k in range(BUCKETS)]), spent)
-
-
-cdef enum:
-    PLAIN = 8
-    WIDTH = PLAIN + CAUSES + BUCKETS  # columns of mesh.datapath.base.Table
-
-
-cdef void gather(const counters *of, uint32_t threads, uint64_t *out, size_t step) noexcept nogil:
-    """Add one thing's counters to its row, a column every `step`; ends before beginnings, as in counters_sum."""
-    cdef uint32_t i
-    cdef int k
-    cdef counters *c
-    for i in range(threads):
-        out[step] += fp_peek(&(<counters *>&of[i]).closed)
-    for i in range(threads):
-        c = <counters *>&of[i]
-        out[0] += fp_peek(&c.opened)
-        out[2 * step] += fp_peek(&c.retried)
-        out[3 * step] += fp_peek(&c.bytes_in)
-        out[4 * step] += fp_peek(&c.bytes_out)
-        out[5 * step] += fp_peek(&c.packets_in)
-        out[6 * step] += fp_peek(&c.packets_out)
-        out[7 * step] += fp_peek(&c.connect_ns)
-        for k in range(CAUSES):
-            out[(PLAIN + k) * step] += fp_peek(&c.failed[k])
-        for k in range(BUCKETS):
-            out[(PLAIN + CAUSES + k) * step] += fp_peek(&c.connect[k])
 
 
 def read_columns(tuple things not None, tuple rows=None):
@@ -189,79 +118,6 @@ cdef class Front:
 
     def handed(self):
         return self.peers.read()  # what other nodes have handed over here
-
-
-cdef void route_free(route *way) noexcept nogil:
-    if way is NULL:
-        return
-    free(way.slots)
-    free(way.targets)
-    free(way.allow)
-    free(way.deny)
-    free(way)
-
-
-cdef void doors_free(doors *d) noexcept nogil:
-    if d is NULL:
-        return
-    free(d.nodes)
-    free(d.places)
-    free(d)
-
-
-cdef doors *doors_new(list nodes, list places) except NULL:
-    """Nodes as 16 bytes; places as (tag, protocol, owner), sorted."""
-    cdef doors *d = <doors *>calloc(1, sizeof(doors))
-    cdef bytes given
-    cdef uint32_t i
-    if d is NULL:
-        raise MemoryError
-    d.nodes = <mesh_addr *>calloc(len(nodes) + 1, sizeof(mesh_addr))
-    d.places = <place *>calloc(len(places) + 1, sizeof(place))
-    if d.nodes is NULL or d.places is NULL:
-        doors_free(d)
-        raise MemoryError
-    d.node_count = len(nodes)
-    d.count = len(places)
-    for i in range(d.node_count):
-        given = nodes[i]
-        memcpy(d.nodes[i].bytes, <const uint8_t *>given, 16)
-    for i in range(d.count):
-        given, d.places[i].protocol, d.places[i].backend = places[i]
-        memcpy(d.places[i].tag, <const uint8_t *>given, TAG)
-    return d
-
-
-cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
-    """Networks as (16 bytes, prefix length of 128)."""
-    cdef prefix *out
-    cdef bytes address
-    cdef uint32_t i
-    count[0] = len(nets)
-    if not nets:
-        return NULL
-    out = <prefix *>calloc(len(nets), sizeof(prefix))
-    if out is NULL:
-        raise MemoryError
-    for i in range(count[0]):
-        address, bits = nets[i]
-        memcpy(out[i].address.bytes, <const uint8_t *>address, 16)
-        out[i].bits = bits
-    return out
-
-
-cdef int route_index(route *way, SlotTable table, uint32_t *index) except -1:
-    """Slots as indices into the targets, so that a look-up touches four bytes a slot and owners may be renumbered."""
-    cdef uint32_t i, owner
-    way.size = table.size
-    way.slots = <uint32_t *>malloc(table.size * sizeof(uint32_t))
-    if way.slots is NULL:
-        raise MemoryError
-    with nogil:
-        for i in range(table.size):
-            owner = table.slots[i].current
-            way.slots[i] = index[owner] if owner < BACKENDS else 0
-    return 0
 
 
 cdef class Engine:
@@ -373,39 +229,13 @@ cdef class Engine:
         """
         cdef backend *b
         cdef backend *old
-        cdef sockaddr_in four
-        cdef mesh_addr mapped
-        cdef uint8_t wire[2]
         if not MESH_OWNER_FIRST <= owner < BACKENDS or len(address) != 16:
             raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}, or its address not 16 bytes")
         if tag is not None and len(tag) != TAG:
             raise ValueError(f"a tag is {TAG} bytes")
-        b = <backend *>calloc(1, sizeof(backend))
-        if b is NULL:
-            raise MemoryError
-        wire[0] = port >> 8
-        wire[1] = port & 0xff
-        memcpy(mapped.bytes, <const uint8_t *>address, 16)
-        b.id = owner
-        b.near = 1
-        if tag is not None:
-            b.away = 1
-            memcpy(b.tag, <const uint8_t *>tag, TAG)
-        if is_v4(&mapped):
-            memset(&four, 0, sizeof(four))
-            four.sin_family = AF_INET
-            memcpy(&four.sin_port, wire, 2)
-            memcpy(&four.sin_addr, &mapped.bytes[12], 4)
-            memcpy(&b.address, &four, sizeof(four))
-            b.length = sizeof(four)
-        else:
-            b.address.sin6_family = AF_INET6
-            memcpy(&b.address.sin6_port, wire, 2)
-            memcpy(&b.address.sin6_addr, mapped.bytes, 16)
-            b.length = sizeof(sockaddr_in6)
+        b = backend_new(owner, address, port, tag)
         old = <backend *>fp_load(&self.e.backends[owner])
-        if (old is not NULL and old.length == b.length and memcmp(&old.address, &b.address, sizeof(b.address)) == 0
-                and old.away == b.away and memcmp(old.tag, b.tag, TAG) == 0):
+        if old is not NULL and is_same_place(old, b):
             free(b)  # only its weight or the like has changed: its sessions stay
             return
         fp_store(&self.e.backends[owner], b)

@@ -12,34 +12,40 @@ from mesh.fastpath.sys cimport (
     EAGAIN, ECONNABORTED, EINTR, EMFILE, MSG_PEEK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, close, errno, fp_add,
     fp_count, fp_likely, fp_load, fp_now, fp_unlikely, getsockname, recv, sockaddr, sockaddr_in6, socklen_t)
 from mesh.fastpath.tcp cimport (
-    answer, attempt, attempt_failed, dial, fail, finish, note, opened, pause, service, watch)
+    answer, attempt, attempt_failed, dial, fail, finish, note, opened, pause, service)
 from mesh.fastpath.types cimport (
     ACCEPT_CALM, ACCEPT_MOST, BROKEN, BULK, DEAD, ENDED, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_OTHER, LIST_CONNECTING,
     OPEN, READABLE, SCRATCH, SPOKEN, STAGE_HEADER, STAGE_NONE, TRIES_MOST, WRITABLE, backend, conn, engine, frontend,
     listener, route, worker)
+from mesh.fastpath.watch cimport watch
 
 
-cdef inline int speak_early(worker *w, conn *c, backend *b) noexcept nogil:
-    """Read what the client has sent already. Where the handshake with the backend is over by then (on one host it
-    is), pass it on at once. Returns 0, the errno of the backend's socket, or -1: the client is gone."""
+cdef inline ssize_t hear(worker *w, conn *c) noexcept nogil:
+    """Read what the client has sent already into the scratch buffer. Returns its length, or -1: the client is gone."""
     cdef ssize_t n = recv(c.client.fd, w.scratch, SCRATCH, 0)
-    cdef ssize_t sent = 0
-    cdef int error = 0
     if n < 0:
         return 0 if errno == EAGAIN or errno == EINTR else -1
     if n == 0:
         c.client.flags |= ENDED
-        return 0
-    if n == SCRATCH:
+    elif n == SCRATCH:
         c.client.flags |= READABLE | BULK
+    c.eager = n > 0
+    return n
+
+
+cdef inline int speak_early(worker *w, conn *c, backend *b, uint32_t n) noexcept nogil:
+    """The client has said `n` bytes already. Where the handshake with the backend is over by now (on one host it is),
+    pass them on at once. Returns 0, the errno of the backend's socket, or -1: no memory."""
+    cdef ssize_t sent = 0
+    cdef int error = 0
     if not c.announce and not c.away and (b.near or c.hash & 63 == 0):
-        sent = say(&c.backend, w.scratch, <uint32_t>n)
+        sent = say(&c.backend, w.scratch, n)
         if sent < 0:
             error = 0 if errno == EAGAIN else errno
             c.backend.flags &= ~SPOKEN
             sent = 0
         b.near = sent != 0
-    if sent != n and not store(w, &c.client, w.scratch + sent, <uint32_t>(n - sent)):
+    if sent != n and not store(w, &c.client, w.scratch + sent, n - <uint32_t>sent):
         return -1
     if sent:
         opened(w, c)
@@ -52,14 +58,17 @@ cdef inline int speak_early(worker *w, conn *c, backend *b) noexcept nogil:
 cdef inline void start(worker *w, conn *c, route *way) noexcept nogil:
     """A connection was accepted: find its backend and begin."""
     cdef backend *b
-    cdef int error
+    cdef ssize_t n = hear(w, c)
+    cdef int error = 0
     c.announce = way.announce
     c.hash = hash_of(way, &c.flow)
-    b = attempt(w, c, FAIL_NO_BACKEND)
-    if b is NULL:
-        return
-    error = speak_early(w, c, b)
-    if error < 0:
+    if n >= 0:
+        b = attempt(w, c, FAIL_NO_BACKEND)
+        if b is NULL:
+            return
+        if n > 0:
+            error = speak_early(w, c, b, <uint32_t>n)
+    if n < 0 or error < 0:
         fail(w, c, FAIL_OTHER)
         finish(w, c, True)
         return

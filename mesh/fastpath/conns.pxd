@@ -1,51 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Where connections are kept: chunks, the free list, the timer lists (each in order of time), the ready list."""
+"""Where connections are kept: the list of all, the timer lists (each in order of time), the ready list."""
 
 from libc.stdint cimport uint8_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 
+from mesh.fastpath.pool cimport pool_give, pool_take
 from mesh.fastpath.sys cimport SOL_SOCKET, SO_LINGER, linger, setsockopt
 from mesh.fastpath.types cimport (
-    CHUNK, CONNECTING, KIND_BACKEND, KIND_CLIENT, LIST_CONNECTING, LIST_IDLE, LIST_NONE, LIST_YOUNG, NODELAY, WRITABLE,
+    CONNECTING, KIND_BACKEND, KIND_CLIENT, LIST_CONNECTING, LIST_IDLE, LIST_NONE, LIST_YOUNG, NODELAY, WRITABLE,
     conn, conn_list, frontend, worker)
-
-cdef struct chunk:
-    void *next
-    conn members[CHUNK]
-
-
-cdef inline bint grow(worker *w) noexcept nogil:
-    cdef chunk *block = <chunk *>calloc(1, sizeof(chunk))
-    cdef int i
-    if block is NULL:
-        return False
-    block.next = w.chunks
-    w.chunks = block
-    for i in range(CHUNK):
-        block.members[i].next = w.free
-        w.free = &block.members[i]
-    return True
-
-
-cdef inline void chunks_free(worker *w) noexcept nogil:
-    cdef chunk *block
-    while w.chunks is not NULL:
-        block = <chunk *>w.chunks
-        w.chunks = block.next
-        free(block)
-    w.free = NULL
 
 
 cdef inline conn *conn_new(worker *w, frontend *f, int fd) noexcept nogil:
     """A connection of an accepted client, or NULL: no memory."""
-    cdef conn *c
-    if w.free is NULL and not grow(w):
+    cdef conn *c = <conn *>pool_take(&w.conns)
+    if c is NULL:
         return NULL
-    c = w.free
-    w.free = c.next
-    memset(c, 0, sizeof(conn))
     c.client.kind = KIND_CLIENT
     c.client.flags = WRITABLE | NODELAY  # the listener's options are inherited
     c.client.fd = fd
@@ -86,8 +56,7 @@ cdef inline void conns_reap(worker *w) noexcept nogil:
             c.next = kept
             kept = c
         else:
-            c.next = w.free
-            w.free = c
+            pool_give(&w.conns, c)
         c = next
     w.dead = kept
 

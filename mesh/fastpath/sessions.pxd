@@ -3,11 +3,11 @@
 """The table of UDP sessions of one thread: by flow (chained hash table) and by time of the last datagram."""
 
 from libc.stdint cimport uint32_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
 from mesh._maglev cimport mesh_flow
-from mesh.fastpath.types cimport listener, session, worker
+from mesh.fastpath.pool cimport pool_give, pool_take
+from mesh.fastpath.types cimport KIND_SESSION, listener, session, worker
 
 
 cdef inline session *session_find(worker *w, const mesh_flow *flow, uint32_t key, const listener *l) noexcept nogil:
@@ -20,9 +20,9 @@ cdef inline session *session_find(worker *w, const mesh_flow *flow, uint32_t key
 
 
 cdef inline session *session_new(worker *w) noexcept nogil:
-    cdef session *s = <session *>calloc(1, sizeof(session))
+    cdef session *s = <session *>pool_take(&w.sessions)
     if s is not NULL:
-        s.kind = 6
+        s.kind = KIND_SESSION
         s.fd = -1
     return s
 
@@ -86,4 +86,4 @@ cdef inline void sessions_reap(worker *w) noexcept nogil:
     while w.dead_sessions is not NULL:
         s = w.dead_sessions
         w.dead_sessions = s.chain
-        free(s)
+        pool_give(&w.sessions, s)

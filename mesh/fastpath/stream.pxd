@@ -16,8 +16,10 @@ from mesh.fastpath.sys cimport (
     SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, fp_add, fp_count, fp_likely, fp_unlikely, pipe2, recv, send,
     setsockopt, splice)
 from mesh.fastpath.types cimport (
-    BUDGET, BULK, BULK_LEAST, ENDED, HANGUP, KIND_BACKEND, KIND_CLIENT, NODELAY, PIPE_LEAST, PIPE_WANTED, PUMP_BROKEN,
-    PUMP_IDLE, PUMP_MORE, READABLE, SCRATCH, SPOKEN, URGENT, WRITABLE, conn, counters, engine, pipe, side, worker)
+    BUDGET, BULK, BULK_LEAST, ENDED, HANGUP, KIND_BACKEND, KIND_CLIENT, MUTED, NODELAY, PIPE_LEAST, PIPE_WANTED,
+    PUMP_BROKEN, PUMP_IDLE, PUMP_MORE, READABLE, SCRATCH, SPOKEN, URGENT, WRITABLE, conn, counters, engine, pipe, side,
+    worker)
+from mesh.fastpath.watch cimport unmute
 
 cdef enum:
     FIRST_SMALL = 512  # a first message up to this size leaves at once without TCP_NODELAY: nothing is in flight
@@ -163,6 +165,17 @@ cdef inline int flush(worker *w, side *source, side *to) noexcept nogil:
     return PUMP_MORE
 
 
+cdef inline int nothing(side *source, ssize_t n) noexcept nogil:
+    """A read gave no bytes: the end, nothing yet, or an error."""
+    if n == 0:
+        source.flags = (source.flags | ENDED) & ~READABLE
+    elif errno == EAGAIN:
+        source.flags &= ~READABLE
+    elif errno != EINTR:
+        return PUMP_BROKEN
+    return PUMP_IDLE
+
+
 cdef inline int take_bulk(worker *w, conn *c, side *source) noexcept nogil:
     """Fill the side's pipe. PUMP_IDLE: nothing came, PUMP_MORE: look again (bytes, or no pipe to be had)."""
     cdef ssize_t n
@@ -178,13 +191,10 @@ cdef inline int take_bulk(worker *w, conn *c, side *source) noexcept nogil:
         if n < BULK_LEAST:
             source.flags &= ~BULK
         return PUMP_MORE
-    if n == 0:
-        source.flags = (source.flags | ENDED) & ~READABLE
-    elif errno == EAGAIN:
-        source.flags &= ~READABLE
-    elif errno != EINTR:
-        return PUMP_BROKEN
-    return PUMP_IDLE
+    if n == 0 or source.flags & URGENT:
+        source.flags &= ~BULK  # an urgent mark stops splice() as if it were the end: recv() knows
+        return PUMP_MORE
+    return nothing(source, n)
 
 
 cdef inline int take(worker *w, conn *c, side *source, side *to) noexcept nogil:
@@ -195,7 +205,7 @@ cdef inline int take(worker *w, conn *c, side *source, side *to) noexcept nogil:
         count_bytes(w, c, source, <uint32_t>n)
         if n == SCRATCH:
             source.flags |= BULK
-        elif not source.flags & URGENT:
+        elif not source.flags & (URGENT | MUTED):
             # Edge-triggered: a short read has emptied the queue, and after a hang-up nothing follows.
             source.flags &= ~READABLE
             if source.flags & HANGUP:
@@ -209,13 +219,7 @@ cdef inline int take(worker *w, conn *c, side *source, side *to) noexcept nogil:
                     return PUMP_BROKEN
                 sent = 0
         return PUMP_IDLE if store(w, source, w.scratch + sent, <uint32_t>(n - sent)) else PUMP_BROKEN
-    if n == 0:
-        source.flags = (source.flags | ENDED) & ~READABLE
-    elif errno == EAGAIN:
-        source.flags &= ~READABLE
-    elif errno != EINTR:
-        return PUMP_BROKEN
-    return PUMP_IDLE
+    return nothing(source, n)
 
 
 cdef inline int pump(worker *w, conn *c, side *source, side *to) noexcept nogil:
@@ -239,4 +243,6 @@ cdef inline int pump(worker *w, conn *c, side *source, side *to) noexcept nogil:
             return PUMP_BROKEN
     if source.pipe is not NULL and source.pipe.held == 0:
         pipe_put(w, source)
+    if fp_unlikely(source.flags & (MUTED | READABLE) == MUTED):
+        unmute(w, source)
     return PUMP_MORE if spent >= BUDGET and (source.flags & READABLE or pending(source)) else PUMP_IDLE

@@ -12,14 +12,15 @@ from mesh.fastpath.proxyproto cimport HEADER_MOST, announce
 from mesh.fastpath.select cimport cause_of, choose, is_scarce
 from mesh.fastpath.stream cimport buffer_put, pending, pipe_put, pump, store
 from mesh.fastpath.sys cimport (
-    EADDRNOTAVAIL, EAGAIN, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI,
-    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET,
-    SO_ERROR, SO_OOBINLINE, close, connect, epoll_ctl, epoll_event, errno, fp_add, fp_count, fp_likely, fp_load, fp_now, fp_unlikely,
+    EADDRNOTAVAIL, EAGAIN, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
+    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR,
+    TCP_QUICKACK, close, connect, epoll_ctl, epoll_event, errno, fp_add, fp_count, fp_load, fp_now, fp_unlikely,
     getsockopt, recv, send, setsockopt, shutdown, sockaddr, socket, socklen_t)
 from mesh.fastpath.types cimport (
-    BROKEN, BUCKETS, CONNECTING, DEAD, ENDED, FAIL_LIMIT, FAIL_OTHER, FAIL_RESET, FAIL_TIMEOUT, HANGUP,
-    LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, OPEN, PUMP_BROKEN, PUMP_MORE, READABLE, SHUT, STAGE_ANSWER, STAGE_HEADER,
-    STAGE_NONE, TAG, URGENT, WRITABLE, backend, conn, counters, engine, listener, pair, route, side, target, worker)
+    BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_LIMIT, FAIL_OTHER, FAIL_RESET, FAIL_TIMEOUT, HANGUP,
+    LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, MUTED, OPEN, PUMP_BROKEN, PUMP_MORE, READABLE, SHUT, STAGE_ANSWER,
+    STAGE_HEADER, STAGE_NONE, TAG, WRITABLE, backend, conn, counters, engine, listener, pair, route, side, target, worker)
+from mesh.fastpath.watch cimport mute, urgent, watch
 
 cdef enum:
     PAUSE_NS = 50000000
@@ -36,14 +37,6 @@ cdef inline int bucket_of(uint64_t ns) noexcept nogil:
         if ns <= bounds[i]:
             return i
     return BUCKETS - 1
-
-
-cdef inline bint watch(worker *w, side *s) noexcept nogil:
-    """One registration for the life of the socket: every edge of every direction."""
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
-    event.data.ptr = s
-    return epoll_ctl(w.epoll, EPOLL_CTL_ADD, s.fd, &event) == 0
 
 
 cdef inline void pause(worker *w) noexcept nogil:
@@ -157,6 +150,12 @@ cdef inline void answer(conn *c, uint8_t what) noexcept nogil:
     send(c.client.fd, &what, 1, MSG_NOSIGNAL)
 
 
+cdef inline void first_with_data(int fd) noexcept nogil:
+    """Let the handshake's last acknowledgement go with the bytes that are about to follow: one packet less."""
+    cdef int off = 0
+    setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof(off))
+
+
 cdef inline int dial(worker *w, conn *c, backend *b) noexcept nogil:
     """Start to connect. Returns 0, or the errno."""
     cdef int fd, error, turn
@@ -166,6 +165,8 @@ cdef inline int dial(worker *w, conn *c, backend *b) noexcept nogil:
         fd = socket(b.address.sin6_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if fd < 0:
             return errno
+        if c.eager or c.announce or b.away:
+            first_with_data(fd)
         if not fresh:
             error = connect_reusing(w.engine, fd, b)
         elif connect(fd, <const sockaddr *>&b.address, b.length) == 0:
@@ -297,19 +298,14 @@ cdef inline void service(worker *w, conn *c) noexcept nogil:
         ready_append(w, c)
 
 
-cdef inline void urgent(side *s) noexcept nogil:
-    """Urgent data (RFC 6093: obsolete) goes on in line, in its place."""
-    cdef int on = 1
-    setsockopt(s.fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
-    s.flags |= URGENT
-
-
 cdef inline void note(worker *w, conn *c, side *s, uint32_t events) noexcept nogil:
     if fp_unlikely(w.engine.idle_ns != 0) and c.state == OPEN:
         list_remove(w, c)
         c.started = w.now
         list_append(w, c, LIST_IDLE)
     if events & (EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        if fp_unlikely(s.flags & (READABLE | BULK | MUTED | HANGUP) == READABLE | BULK) and pending(s):
+            mute(w, s)
         s.flags |= READABLE
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             s.flags |= HANGUP

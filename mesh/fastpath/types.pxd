@@ -30,7 +30,7 @@ cdef enum:
     CAUSES = 8  # as mesh.datapath.base.Failure, in its order
     BUCKETS = 15
     BACKENDS = 65538
-    CHUNK = 64  # connections allocated at once
+    CHUNK = 64  # connections or sessions allocated at once
     PEER_UDP = 52  # bytes ahead of a datagram that another node hands over
     TAG = 10  # what names a backend to its own node: 8 bytes of its seed, its port in network order
 
@@ -68,6 +68,8 @@ cdef enum:  # side.flags
     BROKEN = 128  # this side was reset, or its peer vanished
     SPOKEN = 256  # a first message went to this side
     URGENT = 512  # reads may end early at an urgent mark: a short one proves nothing
+    INLINE = 1024  # urgent data is read in its place
+    MUTED = 2048  # epoll does not tell of bytes from this side: it is being read without that
 
 cdef enum:  # conn.state
     CONNECTING = 1
@@ -193,6 +195,7 @@ cdef struct conn:
     uint8_t announce  # the backend is told who calls
     uint8_t stage
     uint8_t away  # towards another node's agent
+    uint8_t eager  # something is to be sent as soon as the backend has answered
     uint8_t tag[TAG]
     uint32_t again  # next n of mesh_hash_again
     uint32_t hash
@@ -258,6 +261,11 @@ cdef struct command:
     int op
     void *argument
 
+cdef struct pool:
+    size_t size  # of one thing, bytes; a multiple of a pointer's
+    void *free  # first word of each: the next
+    void *chunks  # likewise
+
 cdef struct worker:
     uint32_t index
     int epoll
@@ -271,11 +279,11 @@ cdef struct worker:
     uint64_t pipes_at  # when to ask for pipes again after a failure
     char *scratch
     conn *all
-    conn *free
     conn *ready_head
     conn *ready_tail
     conn *dead
-    void *chunks  # first word of each: the next
+    pool conns
+    pool sessions
     conn_list connecting
     conn_list young
     conn_list idle

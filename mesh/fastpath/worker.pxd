@@ -2,11 +2,12 @@
 # cython: language_level=3, cdivision=True
 """The loop of one thread, and the commands that other threads give it (each waits until it is done)."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from mesh.fastpath.accept cimport accept_one, on_client, on_listener
-from mesh.fastpath.conns cimport chunks_free, conns_reap, ready_take
+from mesh.fastpath.conns cimport conns_reap, ready_take
+from mesh.fastpath.pool cimport pool_free
 from mesh.fastpath.sessions cimport sessions_reap
 from mesh.fastpath.stream cimport pipe_destroy
 from mesh.fastpath.sys cimport (
@@ -23,6 +24,7 @@ from mesh.fastpath.udp cimport on_datagrams, on_session, sessions_expire, sessio
 
 cdef enum:
     QUEUE_MOST = 65536  # connections taken from the queue of a listener that goes
+    SLEEP_MOST = 60000  # ms
 
 
 cdef inline void listener_free(worker *w, listener *l) noexcept nogil:
@@ -159,8 +161,8 @@ cdef inline int64_t left(uint64_t started, uint64_t span, uint64_t now) noexcept
 
 
 cdef inline int wait_ms(worker *w) noexcept nogil:
-    """How long to sleep at most: until the first deadline, a minute where there is none."""
-    cdef int64_t nearest = 60000 * <int64_t>1000000
+    """How long to sleep at most: until the first deadline; -1, which spares the kernel a timer, where there is none."""
+    cdef int64_t nearest = INT64_MAX
     cdef engine *e = w.engine
     if w.ready_head is not NULL:
         return 0
@@ -174,7 +176,10 @@ cdef inline int wait_ms(worker *w) noexcept nogil:
         nearest = min(nearest, left(w.oldest.seen, e.udp_idle_ns, w.now))
     if w.paused:
         nearest = min(nearest, left(w.resume_at, 0, w.now))
-    return <int>(nearest // 1000000) + 1 if nearest > 0 else 0
+    if nearest == INT64_MAX:
+        return -1
+    nearest = nearest // 1000000 + 1 if nearest > 0 else 0
+    return <int>min(nearest, SLEEP_MOST)
 
 
 cdef inline void dispatch(worker *w, epoll_event *event) noexcept nogil:
@@ -252,6 +257,8 @@ cdef inline worker *worker_new(engine *e, uint32_t index) noexcept nogil:
     w.engine = e
     w.index = index
     w.wake_kind = KIND_WAKE
+    w.conns.size = sizeof(conn)
+    w.sessions.size = sizeof(session)
     w.buckets = 1024
     while w.buckets < e.udp_most and w.buckets < 65536:
         w.buckets *= 2
@@ -279,7 +286,8 @@ cdef inline void worker_free(worker *w) noexcept nogil:
         w.pipes = p.next
         pipe_destroy(w, p)
     sessions_reap(w)
-    chunks_free(w)
+    pool_free(&w.conns)
+    pool_free(&w.sessions)
     if w.epoll >= 0:
         close(w.epoll)
     if w.wake >= 0:

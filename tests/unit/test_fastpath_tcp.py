@@ -362,3 +362,71 @@ def test_urgent_data_stays_in_its_place() -> None:
         eventually(lambda: got)
         assert got[0].replace(b"!", b"") == b"".join(b"plain%02d" % i for i in range(50)) + b"end"
         mesh.quiet(front)
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_what_follows_bulk_behind_a_slow_reader(how: str) -> None:
+    """News of bytes is unwanted while the reader stalls; what is small, and the end, still come through afterwards."""
+    data = os.urandom(24 * MEGABYTE)
+    go = threading.Event()
+    got: list[bytes] = []
+
+    def backend(sock: socket.socket) -> None:
+        go.wait(20)
+        got.append(sock.recv(len(data), socket.MSG_WAITALL))
+        sock.sendall(b"all")
+        got.append(sock.recv(5, socket.MSG_WAITALL))
+        sock.sendall(b"small")
+        try:
+            got.append(sock.recv(1))
+        except ConnectionResetError:
+            got.append(b"reset")
+
+    server, front = TcpServer(backend), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where}})
+        with call(front, timeout=30) as sock:
+            sender = threading.Thread(target=sock.sendall, args=(data,))
+            sender.start()
+            eventually(lambda: stalled(mesh, front))
+            go.set()
+            sender.join()
+            assert sock.recv(3, socket.MSG_WAITALL) == b"all"
+            for piece in (b"a", b"bc", b"de"):
+                sock.sendall(piece)
+            assert sock.recv(5, socket.MSG_WAITALL) == b"small"
+            if how == "reset":
+                reset(sock)
+        eventually(lambda: len(got) == 3)
+        assert got == [data, b"abcde", b"reset" if how == "reset" else b""]
+
+
+def test_urgent_data_behind_a_slow_reader() -> None:
+    """An urgent mark in spliced data is not taken for the end."""
+    data = os.urandom(24 * MEGABYTE)
+    go = threading.Event()
+    got: list[bytes] = []
+
+    def backend(sock: socket.socket) -> None:
+        go.wait(20)
+        got.append(read_all(sock))
+
+    server, front = TcpServer(backend), tcp()
+    with engine() as mesh:
+        mesh.serve({front: {"a": server.where}})
+        with call(front, timeout=30) as sock:
+
+            def send() -> None:
+                sock.sendall(data)
+                sock.send(b"!", socket.MSG_OOB)
+                sock.sendall(b"end")
+                sock.shutdown(socket.SHUT_WR)
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            eventually(lambda: stalled(mesh, front))
+            go.set()
+            sender.join()
+            assert read_all(sock) == b""
+        assert got[0] in (data + b"!end", data + b"end")
+        mesh.quiet(front)

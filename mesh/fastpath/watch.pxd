@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, cdivision=True
+"""What epoll tells about a socket: every edge of every direction, from one registration for its whole life.
+
+A source that delivers faster than the other side takes would wake the thread with every segment, in vain: it is muted
+until it was read empty.
+"""
+
+from mesh.fastpath.sys cimport (
+    EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, SOL_SOCKET, SO_OOBINLINE, epoll_ctl,
+    epoll_event, setsockopt)
+from mesh.fastpath.types cimport INLINE, MUTED, URGENT, side, worker
+
+
+cdef inline bint watch(worker *w, side *s) noexcept nogil:
+    """Register a socket. False: no memory, or the user's bound of watched descriptors."""
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
+    event.data.ptr = s
+    return epoll_ctl(w.epoll, EPOLL_CTL_ADD, s.fd, &event) == 0
+
+
+cdef inline void in_line(side *s) noexcept nogil:
+    """Let urgent data (RFC 6093: obsolete) be read in its place."""
+    cdef int on = 1
+    if s.flags & INLINE:
+        return
+    setsockopt(s.fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+    s.flags |= INLINE
+
+
+cdef inline void urgent(side *s) noexcept nogil:
+    in_line(s)
+    s.flags |= URGENT
+
+
+cdef inline void mute(worker *w, side *s) noexcept nogil:
+    """No news of bytes (a wake-up for urgent ones is one for all, so not of them either), but still of ends."""
+    cdef epoll_event event
+    in_line(s)
+    event.events = EPOLLOUT | EPOLLRDHUP | EPOLLET
+    event.data.ptr = s
+    if epoll_ctl(w.epoll, EPOLL_CTL_MOD, s.fd, &event) == 0:
+        s.flags |= MUTED
+
+
+cdef inline void unmute(worker *w, side *s) noexcept nogil:
+    """Once it was read empty. What came since then is told at once."""
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
+    event.data.ptr = s
+    if epoll_ctl(w.epoll, EPOLL_CTL_MOD, s.fd, &event) == 0:
+        s.flags &= ~MUTED
