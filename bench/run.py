@@ -31,7 +31,6 @@ FOREIGN_LIMIT: Final = 0.02  # of the machine's CPU time, used by others
 STOLEN_LIMIT: Final = 0.01  # of the machine's CPU time, not given by the hypervisor
 REPEATS: Final = 3  # attempts at a measurement that is disturbed
 OVERHEAD: Final = 0.2  # seconds around a measurement
-START: Final = 1.0  # seconds to start and stop a side
 FUNCTIONS: Final = (150.0, 8.0)  # seconds for what is no traffic: all, quick
 MEMORY: Final = {True: 8.0, False: 30.0}  # seconds to hold connections: a side with sockets, one without
 EFFECTS: Final = 30.0  # seconds
@@ -74,12 +73,16 @@ def work(settings: Settings, side: type[Side], number: int) -> list[Scenario]:
     return [scenario for scenario in settings.scenarios if side.does(scenario) and not (number and scenario.duration)]
 
 
+def round_time(settings: Settings, sides: Sequence[type[Side]], number: int) -> float:
+    """Seconds that a round takes if nothing is repeated; the first is 0."""
+    worked = sum(side.overhead + sum(seconds(settings, one) for one in work(settings, side, number)) for side in sides)
+    held = [MEMORY[side.sockets] for side in sides if settings.memory and not (side.only or number)]
+    return worked + sum(held)
+
+
 def traffic(settings: Settings, sides: Sequence[type[Side]]) -> float:
-    """Seconds that the sides take if nothing is repeated."""
-    rounds = [(side, number) for side in sides for number in range(settings.rounds)]
-    total = sum(START + sum(seconds(settings, each) for each in work(settings, *one)) for one in rounds)
-    held = [MEMORY[side.sockets] for side in sides if settings.memory and not side.only]
-    return total + sum(held)
+    """Seconds that all rounds take if nothing is repeated."""
+    return sum(round_time(settings, sides, number) for number in range(settings.rounds))
 
 
 def planned(settings: Settings, sides: Sequence[type[Side]]) -> float:
@@ -153,11 +156,12 @@ class Run:
             else:
                 self.data["versions"][side.name] = side.version()
                 sides.append(side)
-        spare = self.settings.budget - traffic(self.settings, sides)
         total = self.settings.rounds * len(sides)
         done, began = 0, time.monotonic()
         for number in range(self.settings.rounds):
-            self.spare = spare / self.settings.rounds
+            left = self.settings.budget - (time.monotonic() - began)
+            needed = [round_time(self.settings, sides, n) for n in range(number, self.settings.rounds)]
+            self.spare = (left - sum(needed)) / len(needed)
             for side in random.sample(sides, len(sides)):
                 done += 1
                 if side.name in self.data["missing"]:
@@ -276,7 +280,7 @@ def parse(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few minutes: shorter, fewer scenarios")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--duration", type=float, help="seconds per measurement (1.2; quick: 0.5)")
+    parser.add_argument("--duration", type=float, help="seconds per measurement (1; quick: 0.4)")
     parser.add_argument("--budget", type=float, help="seconds, repeating included (1140; quick: 230)")
     names = [s.name for s in (*SIDES, *two_nodes.SIDES)]
     parser.add_argument("--side", action="append", choices=names, help="only this one; repeatable")
@@ -290,7 +294,7 @@ def parse(argv: list[str]) -> Settings:
     whole = not options.side and not options.scenario
     return Settings(
         rounds=options.rounds,
-        duration=options.duration or (0.5 if options.quick else 1.2),
+        duration=options.duration or (0.4 if options.quick else 1.0),
         warmup=0.2 if options.quick else 0.3,
         budget=options.budget or (230.0 if options.quick else 1140.0),
         foreign_limit=options.foreign_limit,

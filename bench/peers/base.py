@@ -27,6 +27,7 @@ class Side:
     quick: ClassVar[bool] = True  # also in bench-quick
     changeable: ClassVar[bool] = False  # whether `change` works while it runs
     sockets: ClassVar[bool] = True  # whether it has sockets of its own for what it forwards
+    overhead: ClassVar[float] = 1.0  # seconds to start, settle and stop
     only: ClassVar[tuple[str, ...]] = ()  # the scenarios it is for; empty: all
 
     def __init__(self, lab: Lab) -> None:

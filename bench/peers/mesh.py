@@ -50,6 +50,7 @@ ISOLATE = ("unshare", "--mount", "sh", "-c", 'mount -t bpf bpf "$0" && exec "$@"
 class Mesh(Side):
     """The daemon with one engine."""
 
+    overhead = 4.0
     engine: ClassVar[str]
     calm: ClassVar[float] = CALM  # seconds
     idle_services: ClassVar[int] = 0
