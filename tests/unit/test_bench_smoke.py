@@ -185,8 +185,9 @@ def test_quick_is_a_part_of_all():
     assert set(quick.scenarios) < set(whole.scenarios) == set(SCENARIOS)
     assert set(quick.sides) < set(whole.sides) == set(SIDES)
     assert (quick.far, whole.far) == ([], list(two_nodes.SIDES))
-    assert {bar.side for bar in bars.BARS} <= {side.name for side in quick.sides}
-    needed = {bar.scenario for bar in bars.BARS} - {"flood"}
+    judged = [bar for bar in bars.BARS if not bar.over]
+    assert {bar.side for bar in judged} <= {side.name for side in quick.sides}
+    needed = {bar.scenario for bar in judged}
     assert needed <= {scenario.name for scenario in quick.scenarios}
 
 
@@ -198,7 +199,7 @@ def test_a_run_fits_its_time_with_room_to_repeat():
 
 
 def test_a_bar_may_be_over_another_scenario():
-    (bar,) = (bar for bar in bars.BARS if bar.over)
+    bar = next(bar for bar in bars.BARS if bar.over)
     summaries = bars.summarise(
         raw(run("mesh-kernel", 1000, scenario="requests"), run("mesh-kernel", 901, scenario="flood"))
     )
