@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import reference_packets as model
+from tests import reference_state as model
 from tests.bpf.plane import (
     ACTIVE,
     ALLOW_RULE,
@@ -32,7 +32,8 @@ from tests.bpf.plane import (
     packed,
 )
 from tests.reference_frames import ICMP, ICMP6, MAPPED, TCP, UDP, parse, total
-from tests.reference_packets import Model, Outcome
+from tests.reference_packets import Model
+from tests.reference_state import Outcome, same
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.timeout(1800)]
 
@@ -119,7 +120,7 @@ class Twin:
         expected = self.model.ingress(frame) if program == "mesh_ingress" else self.model.task(frame)
         out = self.plane.run(program, frame)
         self.seen[expected.verdict] += 1
-        assert model.same(expected, out.retval, out.data), (
+        assert same(expected, out.retval, out.data), (
             f"{program} {frame.hex()}\nexpected {expected.action} {expected.verdict} "
             f"{(expected.frame or b'').hex()}\ngot {out.retval} {out.data.hex()}"
         )
