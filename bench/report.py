@@ -329,6 +329,7 @@ def pictures_of(text: str) -> list[str]:
 
 def publish(raw: Raw) -> None:
     """Make a run the one that is shown: bench/results.json, bench/RESULTS.md, its plots, and README's figures."""
+    raw = {**raw, "missing": {name: why.partition("\n")[0] for name, why in raw["missing"].items()}}
     (HERE / "results.json").write_text(json.dumps(raw, separators=(",", ":")) + "\n")
     write(raw, HERE)
     before, begin, rest = README.read_text().partition(BEGIN)
