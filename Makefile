@@ -7,7 +7,8 @@
 #   make lint         ruff, mypy --strict, clang-format
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
-#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 3
+#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 3;
+#                     bench-scale: a large swarm on paper, 2
 #   make clean        remove everything that was built
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 
 SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test fuzz unit lint sanitize bench bench-quick bench-cluster bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test fuzz unit lint sanitize bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -78,6 +79,11 @@ bench: bench-deps
 # A swarm of five nodes: how long a change takes to the last node's table (3 minutes). After `make bench`, whose report gets it.
 bench-cluster: bench-deps
 	$(BIN)/python -m bench.cluster $(ARGS)
+	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report
+
+# Two agents in a simulated swarm of 1,000 nodes (2 minutes). After `make bench`, whose report gets it.
+bench-scale: bench-deps
+	$(BIN)/python -m bench.scale $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report
 
 bench-quick: bench-deps

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from tabulate import tabulate
 
-from bench import bars, plots, readme, two_nodes
+from bench import bars, plots, readme, scale_report, two_nodes
 from bench.bars import PERCENTILES, Raw, Summary
 from bench.cluster import KINDS
 from bench.lab import OUT
@@ -279,6 +279,13 @@ def functions(raw: Raw) -> list[str]:
         parts += ["## Control plane", control(raw)]
     if raw.get("cluster"):
         parts += ["## Changes across a swarm", CLUSTER, cluster(raw)]
+    if raw.get("scale"):
+        parts += [
+            "## A large swarm",
+            scale_report.TEXT,
+            table(scale_report.rows(raw["scale"]), scale_report.HEADERS),
+            scale_report.TENFOLD,
+        ]
     return parts
 
 

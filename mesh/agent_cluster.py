@@ -17,6 +17,7 @@ import structlog
 
 from mesh import __version__
 from mesh.agent_compare import Row, differences
+from mesh.agent_reports import Reports
 from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
@@ -110,15 +111,15 @@ class ClusterProvider:
         self._source: Provider = self._swarm
         self._inventory: Inventory | None = None  # as it was told
         self._published: Inventory | None = None
-        self._reports: dict[str, wire.Report] = {}
+        self._reports = Reports(self._merge_health)
         self._told = HealthView()  # by managers, to a worker
         self._own = HealthView()
         self._health = HealthView()
+        self._shown: dict[str, tuple[Node, Node]] = {}  # a node as it was told, and with what agents say
         self._silent: dict[str, asyncio.Task[None]] = {}
         self._lost: set[str] = set()
         self._changed = asyncio.Event()  # something to report
         self._role = asyncio.Event()  # the role has changed
-        self._heard: dict[str, float] = {}  # when, monotonic
         self._report = wire.Report({})  # this node's last
         self.engine = ""
         self.tables: Tables = _no_tables
@@ -157,12 +158,10 @@ class ClusterProvider:
             managers = ", ".join(sorted(self._here.look.managers.values()))
             raise MeshError("only a manager's agent knows all nodes", remedy=f"ask on a manager: {managers or '?'}")
         versions = {**self._server.nodes, self._here.look.node: __version__}
-        now = time.monotonic()
         rows = []
         for node in self._published.nodes:
             own = node.id == self._here.look.node
-            report = self._report if own else self._reports.get(node.id, wire.Report({}))
-            heard = self._heard.get(node.id)
+            report = self._report if own else self._reports.of(node.id)
             rows.append(
                 Row(
                     node.id,
@@ -172,7 +171,7 @@ class ClusterProvider:
                     report.engine or node.engine,
                     versions.get(node.id, ""),
                     report.generation,
-                    0.0 if own else None if heard is None else now - heard,
+                    0.0 if own else self._reports.age(node.id),
                     report.digests,
                 )
             )
@@ -208,7 +207,7 @@ class ClusterProvider:
             self._credentials,
             self._config.cluster_port,
             engine=self.engine,
-            on_report=self._on_report,
+            on_report=self._reports.take,
             on_node=self._on_node,
         )
         self._source = self._swarm
@@ -276,10 +275,15 @@ class ClusterProvider:
     def _nodes(self, inventory: Inventory) -> tuple[Node, ...]:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
         engines = {**(self._server.engines if self._server else {}), self._here.look.node: self.engine}
-        return tuple(
-            replace(node, up=node.up and node.id not in self._lost, engine=engines.get(node.id, node.engine))
-            for node in inventory.nodes
-        )
+        before, self._shown = self._shown, {}
+        for node in inventory.nodes:
+            up, engine = node.up and node.id not in self._lost, engines.get(node.id, node.engine)
+            known = before.get(node.id)
+            if known is None or known[0] is not node or (known[1].up, known[1].engine) != (up, engine):
+                known = node, replace(node, up=up, engine=engine)
+            self._shown[node.id] = known
+        nodes = tuple(shown for _, shown in self._shown.values())
+        return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
     # ---- silent nodes ----
 
@@ -323,22 +327,13 @@ class ClusterProvider:
 
     # ---- health ----
 
-    def _on_report(self, node: str, report: wire.Report) -> None:
-        before = self._reports.get(node)
-        self._reports[node] = report
-        self._heard[node] = time.monotonic()
-        if before is None or before.verdicts != report.verdicts:
-            self._merge_health()
-
     def _on_verdicts(self, view: HealthView) -> None:
         self._told = view
         self._merge_health()
 
     def _verdicts(self) -> dict[str, wire.Verdict]:
         """All that is known of all backends: what each node says of its own."""
-        found: dict[str, wire.Verdict] = {}
-        for report in self._reports.values():
-            found |= report.verdicts
+        found = self._reports.verdicts
         known = {b.id for b in self._inventory.backends} if self._inventory else set()
         return {key: verdict for key, verdict in {**found, **self._own_verdicts()}.items() if key in known}
 

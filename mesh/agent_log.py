@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import structlog
@@ -91,19 +92,35 @@ def _using(state: FrontendState) -> int:
     return sum(target.weight > 0 for target in state.targets)
 
 
-def standings(picture: Picture) -> dict[str, tuple[Backend, str]]:
-    """Each backend with why it gets no new flows; `serving` before the first verdict, `up` after a good one."""
+def standings(picture: Picture, backends: Iterable[Backend] | None = None) -> dict[str, tuple[Backend, str]]:
+    """Each backend, or these, with why it gets no new flows; `serving` before the first verdict, `up` after a good
+    one."""
     nodes = {node.id: node for node in picture.inventory.nodes}
     found = {}
-    for backend in picture.inventory.backends:
+    for backend in picture.inventory.backends if backends is None else backends:
         verdict = picture.health.of(backend.id)
         word = standing(backend, nodes.get(backend.node), verdict, picture.drained)
         found[backend.id] = backend, "up" if word == SERVING and verdict is Health.UP else word
     return found
 
 
+def _touched(before: Picture, after: Picture) -> Iterator[tuple[Backend | None, Backend | None]]:
+    """Backends that may stand otherwise than before: all, but for those of which everything is the same object."""
+    old = {backend.id: backend for backend in before.inventory.backends}
+    same = before.inventory.nodes == after.inventory.nodes and before.drained == after.drained
+    was, now = before.health.verdicts.get, after.health.verdicts.get
+    for backend in after.inventory.backends:
+        known = old.pop(backend.id, None)
+        if not same or known is not backend or was(backend.id) is not now(backend.id):
+            yield known, backend
+    for gone in old.values():
+        yield gone, None
+
+
 def _backends(before: Picture, after: Picture) -> list[_Line]:
-    old, new = standings(before), standings(after)
+    touched = list(_touched(before, after))
+    old = standings(before, (b for b, _ in touched if b is not None))
+    new = standings(after, (b for _, b in touched if b is not None))
     names = {s.id: s.name for picture in (before, after) for s in picture.inventory.services}
     lines: list[_Line] = []
     for key, (backend, word) in new.items():

@@ -16,6 +16,7 @@ import structlog
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
+from mesh.cluster.memo import Incoming
 from mesh.cluster.server import CLOSED, HEARTBEAT
 from mesh.errors import MeshError
 from mesh.model import Health, HealthView
@@ -39,6 +40,8 @@ class _Link:
         self._relay = relay
         self.address = (host, port)
         self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._version = wire.OLDEST  # the manager's
+        self._told: dict[str, str] | None = None  # digests, on this connection
         self.task = asyncio.create_task(self._run(), name=f"relay {host}:{port}")
 
     @property
@@ -52,6 +55,15 @@ class _Link:
                 await self._socket.send_bytes(wire.encode(message))
             except (ConnectionError, aiohttp.ClientError) as error:
                 log.debug("relay send failed", manager=self.address, error=str(error))
+
+    async def report(self, report: wire.Report) -> None:
+        """Send a report; of its digests those that have changed, where the manager understands that."""
+        told, self._told = self._told, report.digests
+        if told is not None and self._version >= wire.CHANGES:
+            changed = {frontend: digest for frontend, digest in report.digests.items() if told.get(frontend) != digest}
+            changed |= dict.fromkeys(told.keys() - report.digests.keys(), "")
+            report = wire.Report(report.verdicts, changed, report.generation, report.engine, changes=True)
+        await self.send(report)
 
     async def _run(self) -> None:
         failures = 0
@@ -90,6 +102,7 @@ class _Link:
             if not isinstance(first, wire.Hello):
                 raise wire.WireError("the first message is not a hello", where=f"{host}:{port}")
             wire.check_version(first)
+            self._version, self._told = first.version, None
             self._socket = socket
             await self._relay.connected(self)
             async for message in socket:
@@ -128,6 +141,7 @@ class RelayProvider:
         self._on_verdicts = on_verdicts
         self._links: dict[tuple[str, int], _Link] = {}
         self._source: _Link | None = None
+        self._incoming = Incoming()
         self._snapshot: wire.Snapshot | None = None
         self._publish: Publish | None = None
         self._published: object = None
@@ -172,11 +186,11 @@ class RelayProvider:
     async def report(self, report: wire.Report) -> None:
         """Send this node's verdicts to every manager, now and whenever a link is made."""
         self._report = report
-        await asyncio.gather(*(link.send(report) for link in self._links.values()))
+        await asyncio.gather(*(link.report(report) for link in self._links.values()))
 
     async def connected(self, link: _Link) -> None:
         self.on_link(link.address[0], True)
-        await link.send(self._report)
+        await link.report(self._report)
         if self._inventory and self._source is None:
             await self._subscribe(self._preferred())
 
@@ -226,7 +240,7 @@ class RelayProvider:
                 await link.send(wire.Subscribe())
 
     def _take(self, snapshot: wire.Snapshot) -> None:
-        inventory = wire.inventory_of(snapshot.content)
+        inventory = self._incoming.inventory(snapshot.content)
         old, self._snapshot = self._snapshot, snapshot
         if self._publish is not None and inventory != self._published:
             self._published = inventory

@@ -16,6 +16,7 @@ from aiohttp import WSMsgType, web
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
+from mesh.cluster.memo import Outgoing
 from mesh.model import Inventory
 
 HEARTBEAT: Final = 1.0  # seconds between pings; a pong is due within half of that
@@ -38,6 +39,7 @@ class _Peer:
     hello: wire.Hello
     queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(QUEUE))
     subscribed: bool = False
+    digests: dict[str, str] = field(default_factory=dict)  # as it last told
 
 
 def _ignore_report(node: str, report: wire.Report) -> None:
@@ -77,6 +79,8 @@ class RelayServer:
         self._on_node = on_node
         self._peers: set[_Peer] = set()
         self._owners: dict[str, str] = {}  # backend -> node
+        self._outgoing = Outgoing()
+        self._published: Inventory | None = None
         self._snapshot = wire.Snapshot(0, wire.Content())
         self._silent: set[str] = set()
         self.engines: dict[str, str] = {}  # by node, of all that ever called
@@ -90,11 +94,13 @@ class RelayServer:
 
     def publish(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> None:
         """Hand a new state to all subscribers: one encoding, however many there are."""
-        content = wire.content_of(inventory, verdicts)
+        content = self._outgoing.content(inventory, verdicts)
         if content == self._snapshot.content:
             return
         old, self._snapshot = self._snapshot, wire.Snapshot(self._snapshot.generation + 1, content)
-        self._owners = {backend.id: backend.node for backend in inventory.backends}
+        if self._published is None or inventory.backends is not self._published.backends:
+            self._owners = {backend.id: backend.node for backend in inventory.backends}
+        self._published = inventory
         frame = wire.encode(wire.diff(old, self._snapshot))
         for peer in self._peers:
             if peer.subscribed:
@@ -236,7 +242,9 @@ class RelayServer:
         if foreign:
             self.refused["foreign_verdict"] += foreign
             log.warning("a node reported backends that are not its own", node=peer.identity.node, count=foreign)
-        self._on_report(peer.identity.node, wire.Report(own, report.digests, report.generation, report.engine))
+        told = {**peer.digests, **report.digests} if report.changes else report.digests
+        peer.digests = {frontend: digest for frontend, digest in told.items() if digest}
+        self._on_report(peer.identity.node, wire.Report(own, peer.digests, report.generation, report.engine))
 
     def _leave(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
         self._peers.discard(peer)

@@ -14,10 +14,11 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, Inventory, Node, PublishedPort, Service, ServiceOptions
+from mesh.model import Backend, Node, PublishedPort, Service, ServiceOptions
 
-VERSION: Final = 1
+VERSION: Final = 2
 OLDEST: Final = 1
+CHANGES: Final = 2  # the version from which a report may tell of digests only what has changed
 SOURCE: Final = "relay"  # of an inventory that was told, not read
 MAX_MESSAGE: Final = 32 << 20  # bytes; a snapshot of 10,000 backends has about 2 MB
 
@@ -117,12 +118,13 @@ class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
 
 
 class Report(msgspec.Struct, tag="report", frozen=True):
-    """A node's verdicts over its own backends, whole."""
+    """A node's verdicts over its own backends, whole, and what it says of its tables."""
 
     verdicts: dict[str, Verdict]
     digests: dict[str, str] = {}  # table digests by frontend, for `mesh status --cluster`
     generation: int = 0
     engine: str = ""
+    changes: bool = False  # `digests` are those that have changed since the last report on this connection; "": gone
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
@@ -167,74 +169,40 @@ def check_version(hello: Hello) -> None:
         )
 
 
-def content_of(inventory: Inventory, verdicts: dict[str, Verdict]) -> Content:
-    """An inventory as it goes over the wire. A backend's address is its node's business and is left out."""
-    return Content(
-        {
-            s.id: WireService(
-                s.id,
-                s.name,
-                tuple(Port(p.published, p.target, int(p.protocol), str(p.address)) for p in s.ports),
-                _options_of(s.options),
-            )
-            for s in inventory.services
-        },
-        {
-            b.id: WireBackend(
-                b.id, b.service, b.node, b.name, b.weight, b.intent is model.Intent.DRAINING, b.ready, b.container
-            )
-            for b in inventory.backends
-        },
-        {n.id: WireNode(n.id, n.name, str(n.address or ""), n.up, n.weight, n.engine) for n in inventory.nodes},
-        verdicts,
+def service_of(service: Service) -> WireService:
+    ports = tuple(Port(p.published, p.target, int(p.protocol), str(p.address)) for p in service.ports)
+    return WireService(service.id, service.name, ports, _options_of(service.options))
+
+
+def backend_of(backend: Backend) -> WireBackend:
+    """A backend's address is its node's business and is left out."""
+    b = backend
+    draining = b.intent is model.Intent.DRAINING
+    return WireBackend(b.id, b.service, b.node, b.name, b.weight, draining, b.ready, b.container)
+
+
+def node_of(node: Node) -> WireNode:
+    return WireNode(node.id, node.name, str(node.address or ""), node.up, node.weight, node.engine)
+
+
+def to_service(wire: WireService) -> Service:
+    """Raises ValueError where something is out of range, as `to_backend` and `to_node` do."""
+    ports = (
+        PublishedPort(p.published, p.target, model.Protocol(p.protocol), ipaddress.ip_address(p.address))
+        for p in wire.ports
     )
+    return Service(wire.id, wire.name, tuple(ports), _options(wire.options))
 
 
-def inventory_of(content: Content) -> Inventory:
-    """The inventory that a content stands for.
+def to_backend(wire: WireBackend) -> Backend:
+    w = wire
+    intent = model.Intent.DRAINING if w.draining else model.Intent.ACTIVE
+    return Backend(w.id, w.service, w.node, None, w.name, w.weight, intent, w.ready, False, w.container)
 
-    Raises:
-        WireError: a value in it is out of range; the message names it.
-    """
-    try:
-        return Inventory(
-            services=tuple(
-                Service(
-                    s.id,
-                    s.name,
-                    tuple(
-                        PublishedPort(
-                            p.published, p.target, model.Protocol(p.protocol), ipaddress.ip_address(p.address)
-                        )
-                        for p in s.ports
-                    ),
-                    _options(s.options),
-                )
-                for s in sorted(content.services.values(), key=lambda s: s.id)
-            ),
-            backends=tuple(
-                Backend(
-                    b.id,
-                    b.service,
-                    b.node,
-                    None,
-                    b.name,
-                    b.weight,
-                    model.Intent.DRAINING if b.draining else model.Intent.ACTIVE,
-                    b.ready,
-                    False,
-                    b.container,
-                )
-                for b in sorted(content.backends.values(), key=lambda b: b.id)
-            ),
-            nodes=tuple(
-                Node(n.id, n.name, ipaddress.ip_address(n.address) if n.address else None, n.up, n.weight, n.engine)
-                for n in sorted(content.nodes.values(), key=lambda n: n.id)
-            ),
-            source=SOURCE,
-        )
-    except ValueError as error:
-        raise WireError(f"an inventory that cannot be used: {error}", where="relay") from error
+
+def to_node(wire: WireNode) -> Node:
+    address = ipaddress.ip_address(wire.address) if wire.address else None
+    return Node(wire.id, wire.name, address, wire.up, wire.weight, wire.engine)
 
 
 def _options_of(options: ServiceOptions) -> WireOptions:
@@ -271,7 +239,9 @@ def diff(old: Snapshot, new: Snapshot) -> Delta:
     before, after = old.content, new.content
 
     def put(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in b.items() if a.get(key) != value}
+        if a is b:
+            return {}
+        return {key: value for key, value in b.items() if (held := a.get(key)) is not value and held != value}
 
     return Delta(
         old.generation,

@@ -159,8 +159,9 @@ class ProxyDatapath:
         intercept.commit()
         for frontend in gone:
             self._drop(frontend)
+        kept = {b.id for b in plan.result.backends.values()} if plan.drop_backends else set()
         for backend in plan.drop_backends:
-            if backend.id not in {b.id for b in plan.result.backends.values()}:
+            if backend.id not in kept:
                 engine.drop_backend(backend.id)
                 with self._books.lock:
                     self._backends.pop(backend.id, None)

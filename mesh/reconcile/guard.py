@@ -73,6 +73,8 @@ def guard(
         now: seconds on any monotonic clock, the same as in `held`.
         config: guard_max_removal, guard_hold.
     """
+    if not held and _nothing_lost(previous, desired):
+        return Guarded(desired)
     old, new = _view(previous), _view(desired)
     services = _missing_services(old, new, held, now, config)
     backends = _missing_backends(old, new, held, health=health, now=now, config=config)
@@ -89,6 +91,20 @@ def guard(
     ]
     messages += [f"no longer holding back {_what(key, names)}" for key in sorted(held) if key not in holding]
     return Guarded(result, holding, tuple(messages))
+
+
+def _nothing_lost(previous: DesiredState, desired: DesiredState) -> bool:
+    """Whether each frontend is there still with all backends that got new flows; most are the very same object."""
+    for frontend, old in previous.frontends.items():
+        new = desired.frontends.get(frontend)
+        if new is old:
+            continue
+        if new is None or new.service != old.service:
+            return False
+        known = {target.backend for target in new.targets}
+        if any(target.weight and target.backend not in known for target in old.targets):
+            return False
+    return True
 
 
 def _what(key: Held, names: Mapping[str, str]) -> str:

@@ -74,31 +74,66 @@ def parse(body: bytes, kind: type[T], source: str) -> T:
 
 
 def decode(answers: Answers) -> Read:
-    """The inventory of one complete read; equal reads give equal inventories.
+    """One read by itself; see Decoder."""
+    return Decoder().decode(answers)
 
-    Raises:
-        ProviderError: a body cannot be used, or the node is no manager.
+
+class Decoder:
+    """Decodes reads, one after the other: what is as it was the last time stays the same object.
+
+    Later steps then see by identity that nearly nothing has changed. Not for two threads at once.
     """
-    info = parse(answers.info, schema.Info, "GET /info")
-    if not info.swarm.control_available:
-        raise not_a_manager(info.swarm.local_node_state)
-    services = parse(answers.services, list[schema.Service], "GET /services")
-    tasks = parse(answers.tasks, list[schema.Task], "GET /tasks")
-    nodes = parse(answers.nodes, list[schema.Node], "GET /nodes")
-    local = local_of(info.swarm.node_id, answers)
-    problems: list[Problem] = []
-    known_nodes = _nodes(nodes, problems)
-    known_services = _services(services, problems)
-    names = {s.id: s.name for s in known_services}
-    backends = (b for t in tasks if t.service_id in names and (b := _backend(t, names[t.service_id], local)))
-    inventory = Inventory(
-        services=known_services,
-        backends=tuple(sorted(backends, key=lambda b: b.id)),
-        nodes=known_nodes,
-        problems=tuple(problems),
-        source="swarm",
-    )
-    return Read(inventory, local, _unseen(tasks, local))
+
+    def __init__(self) -> None:
+        self._services: tuple[bytes | None, tuple[Service, ...], list[Problem]] = (None, (), [])
+        self._nodes: tuple[bytes | None, tuple[Node, ...], list[Problem]] = (None, (), [])
+        self._tasks: dict[str, tuple[schema.Task, str, Backend | None]] = {}  # with the service's name
+        self._backends: tuple[Backend, ...] = ()
+
+    def decode(self, answers: Answers) -> Read:
+        """The inventory of one complete read; equal reads give equal inventories.
+
+        Raises:
+            ProviderError: a body cannot be used, or the node is no manager.
+        """
+        info = parse(answers.info, schema.Info, "GET /info")
+        if not info.swarm.control_available:
+            raise not_a_manager(info.swarm.local_node_state)
+        if self._services[0] != answers.services:
+            found: list[Problem] = []
+            services = parse(answers.services, list[schema.Service], "GET /services")
+            self._services = answers.services, _services(services, found), found
+        tasks = parse(answers.tasks, list[schema.Task], "GET /tasks")
+        if self._nodes[0] != answers.nodes:
+            found = []
+            nodes = parse(answers.nodes, list[schema.Node], "GET /nodes")
+            self._nodes = answers.nodes, _nodes(nodes, found), found
+        local = local_of(info.swarm.node_id, answers)
+        self._take(tasks, local)
+        inventory = Inventory(
+            services=self._services[1],
+            backends=self._backends,
+            nodes=self._nodes[1],
+            problems=(*self._nodes[2], *self._services[2]),
+            source="swarm",
+        )
+        return Read(inventory, local, _unseen(tasks, local))
+
+    def _take(self, tasks: Iterable[schema.Task], local: Local) -> None:
+        names = {service.id: service.name for service in self._services[1]}
+        before, self._tasks = self._tasks, {}
+        for task in tasks:
+            name = names.get(task.service_id)
+            if name is None:
+                continue
+            known = before.get(task.id)
+            if known is None or task.node_id == local.node or known[1] != name or known[0] != task:
+                backend = _backend(task, name, local)
+                known = task, name, known[2] if known is not None and known[2] == backend else backend
+            self._tasks[task.id] = known
+        backends = tuple(sorted((b for _, _, b in self._tasks.values() if b is not None), key=lambda b: b.id))
+        if backends != self._backends:
+            self._backends = backends
 
 
 def not_a_manager(state: str) -> ProviderError:

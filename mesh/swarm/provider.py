@@ -17,7 +17,7 @@ from mesh.config import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Inventory
 from mesh.provider import ProviderStatus, Publish
-from mesh.swarm.decode import Read, decode
+from mesh.swarm.decode import Decoder, Read
 from mesh.swarm.engine import Engine, engine_url
 from mesh.swarm.overlay import Overlay
 from mesh.swarm.watch import watch
@@ -43,6 +43,7 @@ class SwarmProvider:
         self._config = config
         self._watch_socket = Path(config.docker_exec_root) / "swarm" / "control.sock"
         self._certificates = Path(config.docker_data_root) / "swarm" / "certificates"
+        self._decoder = Decoder()
         self._overlay = Overlay()
         self._read: Read | None = None
         self._published: Inventory | None = None
@@ -99,7 +100,7 @@ class SwarmProvider:
             self._begun += 1
             started = time.monotonic()
             try:
-                self._accept(await asyncio.to_thread(decode, await engine.read()), self._begun)
+                self._accept(await asyncio.to_thread(self._decoder.decode, await engine.read()), self._begun)
             except Exception as error:
                 self._failed(error)
                 await self._rest(retry * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter

@@ -112,6 +112,25 @@ async def test_snapshot_deltas_reports_and_failover(swarm3: Swarm) -> None:
             assert provider.status().connected
 
 
+async def test_digests_are_told_by_what_has_changed(swarm3: Swarm) -> None:
+    """The manager has them whole after every report, and after a new connection."""
+    first, worker, _ = swarm3.nodes
+    node = load(files_of(worker)).identity.node
+    steps = ({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}, {"c": "4"}, {"c": "4"})
+    async with contextlib.AsyncExitStack() as stack:
+        made = await stack.enter_async_context(manager(first))
+        async with agent(worker, made) as (provider, _):
+            await until(lambda: bool(made.reports), "the link")
+            for generation, digests in enumerate(steps, 1):
+                await provider.report(wire.Report({}, digests, generation))
+                await until(lambda g=generation: made.reports[node].generation == g, "the report")  # type: ignore[misc]
+                assert made.reports[node].digests == digests
+        async with agent(worker, made) as (provider, _):
+            await provider.report(wire.Report({}, {"d": "5"}, 9))
+            await until(lambda: made.reports[node].generation == 9, "the report after a new connection")
+            assert made.reports[node].digests == {"d": "5"}
+
+
 async def test_a_lost_manager_is_replaced(swarm3: Swarm) -> None:
     first, worker, _ = swarm3.nodes
     async with manager(first) as stays:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mesh import model
 from mesh.cluster import wire
 from mesh.cluster.credentials import strip_headers
+from mesh.cluster.memo import Incoming, Outgoing
 
 names = st.text("abcdef0123456789", min_size=1, max_size=6)
 networks = st.builds(
@@ -69,15 +70,16 @@ def passed(message: wire.Message) -> wire.Message:
 
 @given(inventories())
 def test_inventory_survives_the_wire(inventory: model.Inventory) -> None:
-    snapshot = passed(wire.Snapshot(1, wire.content_of(inventory, {})))
+    snapshot = passed(wire.Snapshot(1, Outgoing().content(inventory, {})))
     assert isinstance(snapshot, wire.Snapshot)
-    assert wire.inventory_of(snapshot.content) == inventory
+    assert Incoming().inventory(snapshot.content) == inventory
 
 
 @given(inventories(), inventories(), st.dictionaries(names, st.sampled_from(["up", "down"])))
 def test_a_delta_leads_from_one_snapshot_to_the_next(a: model.Inventory, b: model.Inventory, v: dict[str, str]) -> None:
-    old = wire.Snapshot(4, wire.content_of(a, {}))
-    new = wire.Snapshot(5, wire.content_of(b, {key: wire.Verdict(value) for key, value in v.items()}))
+    outgoing = Outgoing()
+    old = wire.Snapshot(4, outgoing.content(a, {}))
+    new = wire.Snapshot(5, outgoing.content(b, {key: wire.Verdict(value) for key, value in v.items()}))
     delta = passed(wire.diff(old, new))
     assert isinstance(delta, wire.Delta)
     assert wire.patch(old, delta) == new
@@ -104,7 +106,7 @@ def test_unknown_fields_are_ignored_and_unknown_values_named() -> None:
         wire.check_version(wire.Hello(9, 8, "9"))
     odd = wire.Content(services={"s": wire.WireService("s", "s", (), wire.WireOptions("sticky"))})
     with pytest.raises(wire.WireError, match="sticky"):
-        wire.inventory_of(odd)
+        Incoming().inventory(odd)
 
 
 def test_headers_of_a_swarm_key_are_stripped() -> None:
@@ -112,3 +114,18 @@ def test_headers_of_a_swarm_key_are_stripped() -> None:
     plain = b"-----BEGIN PRIVATE KEY-----\nMC4CAQ\n-----END PRIVATE KEY-----\n"
     assert strip_headers(pem) == plain
     assert strip_headers(plain) == plain
+
+
+@given(inventories(), inventories())
+def test_what_stays_is_the_same_object(a: model.Inventory, b: model.Inventory) -> None:
+    """At both ends, so that the steps behind see by identity that nothing has changed."""
+    outgoing, incoming = Outgoing(), Incoming()
+    both = [outgoing.content(inventory, {}) for inventory in (a, b)]
+    for kind in ("services", "backends", "nodes"):
+        olds, news = (getattr(content, kind) for content in both)
+        given = {thing.id: thing for thing in getattr(a, kind)}
+        for thing in getattr(b, kind):
+            assert (news[thing.id] is olds.get(thing.id)) == (given.get(thing.id) is thing)
+    assert [incoming.inventory(content) for content in both] == [a, b]
+    first = incoming.inventory(both[1])
+    assert all(x is y for x, y in zip(incoming.inventory(both[1]).backends, first.backends, strict=True))

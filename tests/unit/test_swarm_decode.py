@@ -16,7 +16,7 @@ from mesh.errors import ProviderError
 from mesh.model import Intent, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.swarm import schema
-from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Answers, decode
+from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Answers, Decoder, decode
 from mesh.swarm.overlay import Overlay
 
 INFO = {"Name": "n1", "Swarm": {"NodeID": "node1", "LocalNodeState": "active", "ControlAvailable": True}}
@@ -260,3 +260,22 @@ def test_unhealthy_counts_at_once_and_until_a_later_read() -> None:
 )
 def test_what_rings(heard: schema.Event, expected: tuple[bool, bool]) -> None:
     assert Overlay().hear(heard, 1) == expected
+
+
+def test_what_stays_is_the_same_object_from_read_to_read() -> None:
+    """Later steps see by identity that nothing has changed; what has changed is told as a decoder would that is new."""
+    decoder, services = Decoder(), [service()]
+    both = [task("t1", node="node2"), task("t2", node="node2")]
+    first = decoder.decode(answers(services, both))
+    again = decoder.decode(answers(services, both))
+    assert again == first
+    assert again.inventory.backends is first.inventory.backends
+    assert again.inventory.services is first.inventory.services
+    assert again.inventory.nodes is first.inventory.nodes
+    drained = [both[0], task("t2", desired="shutdown", node="node2")]
+    read = decoder.decode(answers(services, drained))
+    assert read == decode(answers(services, drained))
+    assert read.inventory.backends[0] is first.inventory.backends[0]
+    assert decoder.decode(answers(services, drained[1:])) == decode(answers(services, drained[1:]))
+    assert decoder.decode(answers([], drained)) == decode(answers([], drained))
+    assert decoder.decode(answers(services, both)) == first

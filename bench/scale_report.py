@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the report about a large swarm (bench.scale)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+ROLES: Final = ("manager", "worker")
+TEXT: Final = """\
+A manager's agent and a worker's in a simulated swarm: real agents, engines, relay and certificates, each in a network
+namespace; the Engines' answers (of real size), Watch and the other nodes' agents are simulated. A task that is replaced
+makes three changes: it is told to stop, another starts on another node, its container ends. All other nodes' agents
+report to the manager, and every third takes its inventory from it, as with three managers. Staleness: from the change
+in the swarm to the applied table. Times are p50 / p99 / most; CPU is of all threads, 1 is one core.
+"""
+HEADERS: Final = ("", "CPU, cores", "MiB", "kB/s, network", "apply, ms", "staleness, ms", "scrape, ms", "start, s")
+
+
+def milliseconds(values: Mapping[str, float]) -> str:
+    """Three percentiles."""
+    return " / ".join(f"{values[key] * 1e3:,.0f}" for key in ("p50", "p99", "max")) if values.get("p50") else ""
+
+
+def cells(row: Mapping[str, Any], role: str) -> list[str]:
+    """One agent as a row of the report's table."""
+    agent, size = row["agents"][role], row["size"]
+    late = agent["staleness"]
+    untold = f", {late['untold']} of {late['changes']} never" if late["untold"] else ""
+    return [
+        f"{role}, {row['engine']} engine: {size['nodes']:,} nodes, {size['tasks']:,} tasks, {size['rate']:g} changes/s",
+        f"{agent['cpu']:.2f}",
+        f"{agent['memory'] / 2**20:,.0f}",
+        f"{(agent['uplink'] + agent['loopback']) / 1e3:,.0f}",
+        milliseconds(agent["apply"]),
+        milliseconds(late) + untold,
+        milliseconds(agent["scrape"]),
+        f"{agent['start']:.1f}",
+    ]
+
+
+def rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The report's table."""
+    return [cells(row, role) for row in found for role in ROLES]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the other nodes' agents told a manager last, and all their verdicts as one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from mesh.cluster import wire
+
+GATHER: Final = 0.005  # seconds for which verdicts are gathered
+SHARE: Final = 3.0  # and so many times as long as taking them took: at most a quarter of the time goes into that
+
+
+class Reports:
+    """The last report of each node.
+
+    Args:
+        on_verdicts: called on the event loop when verdicts have changed, once for many.
+    """
+
+    def __init__(self, on_verdicts: Callable[[], None]) -> None:
+        self._on_verdicts = on_verdicts
+        self._last: dict[str, wire.Report] = {}
+        self._heard: dict[str, float] = {}  # when, monotonic
+        self._verdicts: dict[str, wire.Verdict] = {}
+        self._pending: asyncio.TimerHandle | None = None
+        self._took = 0.0  # seconds
+
+    @property
+    def verdicts(self) -> Mapping[str, wire.Verdict]:
+        """Of all nodes over their own backends."""
+        return self._verdicts
+
+    def of(self, node: str) -> wire.Report:
+        """A node's last report; an empty one where there was none."""
+        return self._last.get(node, wire.Report({}))
+
+    def age(self, node: str) -> float | None:
+        """Seconds since a node was heard; None: never."""
+        heard = self._heard.get(node)
+        return None if heard is None else time.monotonic() - heard
+
+    def take(self, node: str, report: wire.Report) -> None:
+        """A node's new report."""
+        before = self._last.get(node)
+        self._last[node] = report
+        self._heard[node] = time.monotonic()
+        if before is not None and before.verdicts == report.verdicts:
+            return
+        for key in before.verdicts.keys() - report.verdicts.keys() if before is not None else ():
+            self._verdicts.pop(key, None)
+        self._verdicts |= report.verdicts
+        if self._pending is None:
+            pause = max(GATHER, SHARE * self._took)
+            self._pending = asyncio.get_running_loop().call_later(pause, self._tell)
+
+    def _tell(self) -> None:
+        self._pending = None
+        started = time.monotonic()
+        self._on_verdicts()
+        self._took = time.monotonic() - started
+
+    def clear(self) -> None:
+        """Forget all: this node is told by managers from now on."""
+        self._last.clear()
+        self._verdicts.clear()
