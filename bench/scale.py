@@ -41,6 +41,7 @@ PREFIX: Final = "meshscale"
 ENGINES: Final = ("proxy", "kernel")
 ADDRESSES: Final = dict(zip(ROLES, ("10.92.0.1", "10.92.0.2"), strict=True))
 PORT: Final = 9551
+OTHERS: Final = "10.93.0.0/16"  # addresses of the other nodes
 RATE: Final = 50.0  # changes a second
 WINDOW: Final = 20.0  # seconds that are measured
 WARM: Final = 3.0  # seconds of churn before that
@@ -284,6 +285,8 @@ def places(tasks: int) -> Iterator[dict[str, Place]]:
         for name, place in made.items():
             run("ip", "-n", place.namespace, "address", "add", f"{ADDRESSES[name]}/24", "dev", "up0")
             run("ip", "-n", place.namespace, "link", "set", "up0", "up")
+            # The other nodes' agents are in the manager's namespace: there, their nodes answer.
+            run("ip", "-n", place.namespace, "route", "add", "local", OTHERS, "dev", "lo")
             answering.append(subprocess.Popen(place.enter(place.inside, sys.executable, "-c", TASK)))
         yield made
     finally:

@@ -17,7 +17,7 @@ import structlog
 
 from mesh import __version__
 from mesh.agent_compare import Row, differences
-from mesh.agent_reports import Reports
+from mesh.agent_reports import Reports, Soon
 from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
@@ -112,6 +112,7 @@ class ClusterProvider:
         self._inventory: Inventory | None = None  # as it was told
         self._published: Inventory | None = None
         self._reports = Reports(self._merge_health)
+        self._pass_on_soon = Soon(self._pass_on)
         self._told = HealthView()  # by managers, to a worker
         self._own = HealthView()
         self._health = HealthView()
@@ -317,7 +318,7 @@ class ClusterProvider:
             return
         log.warning("a node does not answer" if lost else "a node answers again", node=node)
         (self._lost.add if lost else self._lost.discard)(node)
-        self._pass_on()
+        self._pass_on_soon.ask()
 
     def _forget_silent(self) -> None:
         for task in self._silent.values():

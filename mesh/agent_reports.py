@@ -10,8 +10,29 @@ from typing import Final
 
 from mesh.cluster import wire
 
-GATHER: Final = 0.005  # seconds for which verdicts are gathered
-SHARE: Final = 3.0  # and so many times as long as taking them took: at most a quarter of the time goes into that
+GATHER: Final = 0.005  # seconds for which changes are gathered
+SHARE: Final = 3.0  # and so many times as long as the work took: at most a quarter of the time goes into it
+
+
+class Soon:
+    """Work that is done once for all who ask for it at about the same time, on the event loop."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._pending: asyncio.TimerHandle | None = None
+        self._took = 0.0  # seconds
+
+    def ask(self) -> None:
+        """Have it done soon."""
+        if self._pending is None:
+            pause = max(GATHER, SHARE * self._took)
+            self._pending = asyncio.get_running_loop().call_later(pause, self._do)
+
+    def _do(self) -> None:
+        self._pending = None
+        started = time.monotonic()
+        self._work()
+        self._took = time.monotonic() - started
 
 
 class Reports:
@@ -22,12 +43,10 @@ class Reports:
     """
 
     def __init__(self, on_verdicts: Callable[[], None]) -> None:
-        self._on_verdicts = on_verdicts
         self._last: dict[str, wire.Report] = {}
         self._heard: dict[str, float] = {}  # when, monotonic
         self._verdicts: dict[str, wire.Verdict] = {}
-        self._pending: asyncio.TimerHandle | None = None
-        self._took = 0.0  # seconds
+        self._soon = Soon(on_verdicts)
 
     @property
     def verdicts(self) -> Mapping[str, wire.Verdict]:
@@ -53,15 +72,7 @@ class Reports:
         for key in before.verdicts.keys() - report.verdicts.keys() if before is not None else ():
             self._verdicts.pop(key, None)
         self._verdicts |= report.verdicts
-        if self._pending is None:
-            pause = max(GATHER, SHARE * self._took)
-            self._pending = asyncio.get_running_loop().call_later(pause, self._tell)
-
-    def _tell(self) -> None:
-        self._pending = None
-        started = time.monotonic()
-        self._on_verdicts()
-        self._took = time.monotonic() - started
+        self._soon.ask()
 
     def clear(self) -> None:
         """Forget all: this node is told by managers from now on."""

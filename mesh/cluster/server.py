@@ -21,6 +21,8 @@ from mesh.model import Inventory
 
 HEARTBEAT: Final = 1.0  # seconds between pings; a pong is due within half of that
 QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a snapshot instead
+LARGE: Final = 1 << 16  # bytes; larger frames go to LARGE_AT_ONCE nodes at a time, so that pings are answered meanwhile
+LARGE_AT_ONCE: Final = 4
 _ROTATION_CHECK: Final = 5.0
 CLOSED: Final = (1000, 1001, 1002)  # the peer, or we, said why (RFC 6455, 7.4.1)
 
@@ -82,6 +84,8 @@ class RelayServer:
         self._outgoing = Outgoing()
         self._published: Inventory | None = None
         self._snapshot = wire.Snapshot(0, wire.Content())
+        self._encoded: tuple[wire.Snapshot, bytes] | None = None
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._silent: set[str] = set()
         self.engines: dict[str, str] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
@@ -113,7 +117,13 @@ class RelayServer:
             self.totals["relay_snapshots_for_slow_nodes"] += 1
             while not peer.queue.empty():
                 peer.queue.get_nowait()
-            peer.queue.put_nowait(wire.encode(self._snapshot))
+            peer.queue.put_nowait(self._whole())
+
+    def _whole(self) -> bytes:
+        """The snapshot's frame: one, however many nodes ask for it at once."""
+        if self._encoded is None or self._encoded[0] is not self._snapshot:
+            self._encoded = self._snapshot, wire.encode(self._snapshot)
+        return self._encoded[1]
 
     async def run(self) -> None:
         """Serve until cancelled. New certificates are taken up without closing what is open."""
@@ -220,7 +230,11 @@ class RelayServer:
         while True:
             frame = await peer.queue.get()
             self.totals["relay_bytes_sent"] += len(frame)
-            await socket.send_bytes(frame)
+            if len(frame) < LARGE:
+                await socket.send_bytes(frame)
+            else:
+                async with self._large:
+                    await socket.send_bytes(frame)
 
     async def _receive(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
         async for message in socket:
@@ -229,7 +243,7 @@ class RelayServer:
             received: Any = wire.decode(message.data)
             if isinstance(received, wire.Subscribe):
                 peer.subscribed = True
-                self._offer(peer, wire.encode(self._snapshot))
+                self._offer(peer, self._whole())
             elif isinstance(received, wire.Report):
                 self._report(peer, received)
             else:
