@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -205,6 +206,8 @@ class Agent:
 
     def _changed(self, before: Picture, after: Picture) -> None:
         agent_log.tell(before, after)
+        if not self._lost and not self._reconciler.held:
+            return
         known = self._lost | {backend.id: backend for backend in before.inventory.backends}
         present = {backend.id for backend in after.inventory.backends}
         lost = {b: known[b] for _, b in self._reconciler.held if b in known and b not in present}
@@ -275,6 +278,7 @@ class Agent:
             async with asyncio.timeout(READY_WITHIN):
                 while not self._reconciler.in_step:  # noqa: ASYNC110 -- any cause, polled for moments
                     await asyncio.sleep(0.02)
+        gc.freeze()  # else every full collection stops the loop to look at all of the inventory again
         self._notifier.ready(self._status())
         ready, reasons = self._view.ready()
         log.info("ready" if ready else "started, but not ready", **({} if ready else {"reasons": list(reasons)}))

@@ -22,6 +22,22 @@ ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((Path(__file__).parent / "bench_result.json").read_text())
 
 
+THREE = {"p50": 0.0411, "p99": 0.0833, "max": 0.1}
+AGENTS = {
+    role: {
+        "cpu": 0.123,
+        "memory": 300 << 20,
+        "uplink": 2e6,
+        "loopback": 1e6,
+        "apply": THREE,
+        "scrape": {},
+        "staleness": {"changes": 500, "untold": 2, **THREE},
+        "start": 4.25,
+    }
+    for role in ("manager", "worker")
+}
+
+
 def result(operations: int = 1000, **changes: Any) -> dict[str, Any]:
     return RECORDED | {"operations": operations, "seconds": 1.0} | changes
 
@@ -54,6 +70,7 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
         "guest": [{"side": "mesh-kernel", "scenario": "requests", "ratio": 1.5, "errors": 0}],
         "control": [{"name": "test_table_build", "stats": {"median": 0.0015}}],
         "cluster": [{"engine": "proxy", "kind": "die", "changes": 7, "p50": 41.5, "p99": 59.0, "max": 59.0}],
+        "scale": [{"engine": "proxy", "size": {"nodes": 1000, "tasks": 10000, "rate": 50.0}, "agents": AGENTS}],
         "starts": [{"side": "plain", "round": 0, "seconds": 0.25}],
         "memory": [
             {
@@ -153,6 +170,11 @@ def test_the_report_holds_every_figure():
     assert re.search(r"not ours +\| 1 +\| 7 +\| 0 +\| ≤ 25: kept", text)
     assert re.search(r"mesh, kernel engine +\| 1\.50 ", text)
     assert re.search(r"table build +\| 1\.5 ", text)
+    large = (
+        r"manager, proxy engine: 1,000 nodes, 10,000 tasks, 50 changes/s +\| 0\.12 +\| 300 +\| 3,000 +\| 41 / 83 / 100 "
+    )
+    assert re.search(large, text)
+    assert "41 / 83 / 100, 2 of 500 never" in text
 
 
 def test_proc_stat_with_a_hostile_name():
