@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -226,7 +227,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
     ordered = sorted(values)
-    return {"p50": statistics.median(ordered), "p99": ordered[int(0.99 * (len(ordered) - 1))], "max": ordered[-1]}
+    return {"p50": statistics.median(ordered), "p99": ordered[math.ceil(0.99 * len(ordered)) - 1], "max": ordered[-1]}
 
 
 def staleness(

@@ -149,6 +149,8 @@ def _frontend(
     backends: dict[BackendKey, BackendEntry],
 ) -> FrontendEntry:
     """The entry for one frontend. Entries of left ports that flows may still name are put into `backends`."""
+    if held is not None and held.state is state and len(held.backends) == len(state.targets):
+        return held  # its ids are those of its targets: keys that are held keep theirs
     ids = {backends[key].id for key in _keys(state)}
     if held is None:
         table = _passing(state.options.table_size).transition(_build(state, backends))
