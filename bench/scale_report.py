@@ -17,8 +17,8 @@ in the swarm to the applied table. Times are p50 / p99 / most; CPU is of all thr
 TENFOLD: Final = """\
 Ten times that (`--factor 10`: 10,000 nodes, 100,000 tasks, 500 changes a second) was not run; by what is measured here,
 this gives way, in this order. The engines: they have room for 65,534 backends (MESH_MAX_BACKENDS); the plan is refused,
-which is told, and the last state serves on. The reading: for every change the manager reads all tasks again, 23.5 MB for
-10,000, so 235 MB for 100,000, which a real Engine would have to write within the 10 s and 256 MiB that a read may take.
+which is told, and the last state serves on. The reading: for every change the manager reads all tasks again, 23.5 MB
+for 10,000, so 235 MB for 100,000, which a real Engine would have to write within the 10 s that a read may take.
 The manager's one event loop: reports, pings and deltas of ten times as many nodes want more than a core, and it holds
 about 1 MB for each connection. What would be changed: ask for the tasks of those services only that Watch's messages
 name (`filters={"service": [...]}`), and for all of them now and then; larger maps, since owners have 31 bits already;
