@@ -154,17 +154,17 @@ static __noinline int arrive_reply(struct __sk_buff *skb, struct packet *p, stru
 	return (int)bpf_redirect_neigh(ifindex, NULL, 0, 0);
 }
 
-/* Whether this packet for an unknown task comes again; if not, it is noted as seen (under the called address, where no
- * flow's entry can be). */
+/* Whether this packet for an unknown task comes again; if not, it is noted as seen, under a key that no entry has. */
 static __noinline int is_again(struct packet *p)
 {
-	struct mesh_reply seen = {.owner = MESH_OWNER_NONE, .stamp = stamp_now()}, *before;
+	struct mesh_reply seen = {.stamp = stamp_now()}, *before;
+	struct mesh_flow key = p->flow;
 
-	before = bpf_map_lookup_elem(&mesh_openings, &p->flow);
-	if (before && before->owner == MESH_OWNER_NONE && seen.stamp - before->stamp < AGAIN)
+	key.pad[0] = 1;
+	before = bpf_map_lookup_elem(&mesh_openings, &key);
+	if (before && seen.stamp - before->stamp < AGAIN)
 		return 1;
-	if (!before || before->owner == MESH_OWNER_NONE)
-		bpf_map_update_elem(&mesh_openings, &p->flow, &seen, BPF_ANY);
+	bpf_map_update_elem(&mesh_openings, &key, &seen, BPF_ANY);
 	return 0;
 }
 
@@ -203,7 +203,7 @@ static __noinline int unwrap(struct __sk_buff *skb, struct packet *p, struct tun
 	result = parse(skb, p);
 	if (skb->gso_size && p->length != skb->len - L3)
 		return PARSE_MALFORMED;
-	if ((result == PARSE_FRAGMENT || p->fragment == 1) && !fragment_ports(p))
+	if ((result == PARSE_FRAGMENT || (result == PARSE_FLOW && p->fragment)) && !fragment_ports(p))
 		result = PARSE_FLOW;
 	from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
 	return result;

@@ -218,7 +218,7 @@ RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
 
 	if (!p || !w || load_quoted(skb, p, w))
 		return TC_ACT_UNSPEC;
-	if (!from_task && is_tunnel(&w->quoted.flow))
+	if (!from_task && skb->pkt_type == PACKET_HOST && is_tunnel(&w->quoted.flow))
 		return GO(GO_ARRIVE);
 	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
 	if (likely(!word) || p->ttl <= 1 || (!from_task && skb->pkt_type != PACKET_HOST))

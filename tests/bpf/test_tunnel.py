@@ -133,17 +133,19 @@ def test_truncated_packets_are_dropped(cut: int) -> None:
     assert plane.verdicts() == {"TUNNEL_BAD": 1}
 
 
-def test_an_unknown_task_drops_starts_and_resets_others() -> None:
+def test_an_unknown_task_drops_starts_once_and_resets_others() -> None:
     plane = owner()
     start = bytes(segment(CLIENT4, 40000, NODE4, 80))
     other = identity(seed=bytes(8)[:-1] + b"\x09")
     assert plane.run("mesh_ingress", wrapped(start, NODE4, PEER4, other)).retval == SHOT
-    later = bytes(segment(CLIENT4, 40000, NODE4, 80, "A"))
-    out = plane.run("mesh_ingress", wrapped(later, NODE4, PEER4, other))
-    assert out.retval == REDIRECT
-    inner = IP(out.data[66:])
-    assert (inner.src, inner.dst, str(inner["TCP"].flags)) == (NODE4, CLIENT4, "R")
-    assert plane.verdicts() == {"TUNNEL_UNKNOWN": 2}
+    later = bytes(segment(CLIENT4, 40001, NODE4, 80, "A"))
+    for frame, flags in ((start, "RA"), (later, "R")):
+        out = plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, other))
+        assert out.retval == REDIRECT
+        inner = IP(out.data[66:])
+        assert (inner.src, inner.dst, str(inner["TCP"].flags)) == (NODE4, CLIENT4, flags)
+        assert out.data[54:66] == identity(0, 0, bytes(8), 1)
+    assert plane.verdicts() == {"TUNNEL_UNKNOWN": 3}
 
 
 def test_udp_port_of_the_tunnel_on_other_addresses_passes() -> None:

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edges of the tunnel between nodes, packet by packet: other IP versions, fragments, ICMP errors, hostile packets."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from scapy.all import ICMP, ICMPv6PacketTooBig, ICMPv6TimeExceeded
+
+from tests.bpf.frames import (
+    CLIENT4,
+    CLIENT6,
+    ETHER,
+    IP,
+    NODE4,
+    NODE6,
+    TASK4,
+    TASK6,
+    TCP,
+    UDP,
+    Ether,
+    IPv6,
+    become,
+    datagram,
+    segment,
+)
+from tests.bpf.plane import OK, REDIRECT, SHOT, Plane, packed, u32
+from tests.bpf.plane import UDP as PROTO_UDP
+from tests.bpf.test_binding import inside
+from tests.bpf.test_icmp import requoted
+from tests.bpf.test_tunnel import PEER4, PORT, SEED, identity
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf]
+
+PEER6 = "2001:db8::2"
+HERE = {4: NODE4, 6: NODE6}
+THERE = {4: PEER4, 6: PEER6}
+CLIENT = {4: CLIENT4, 6: CLIENT6}
+TASK = {4: TASK4, 6: TASK6}
+REPLY = identity(0, 0, bytes(8), 1)
+VERSIONS = pytest.mark.parametrize(("inner", "outer"), [(4, 4), (6, 4), (4, 6), (6, 6)])
+BUILD = pytest.mark.parametrize(("build", "protocol"), [(segment, 6), (datagram, 17)], ids=["tcp", "udp"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def elsewhere() -> Iterator[None]:
+    """A network namespace without routes, so that the way to a client is the interface of the packet."""
+    name = f"meshedge{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        with inside(name):
+            subprocess.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"], check=True)
+            yield
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def wrapped(inner: bytes, source: str, destination: str, ident: bytes, **changes: Any) -> bytes:
+    """An inner frame's IP packet in the tunnel, as it arrives. `changes`: of the Geneve header's fields."""
+    fields = {"words": 4, "flags": 0x40, "type": struct.unpack("!H", inner[12:14])[0], "vni": 0}
+    fields |= {"class": 0xFF6D, "option": 0x81, "length": 3, "sport": 50000, "dport": PORT} | changes
+    geneve = struct.pack("!BBHIHBB", *list(fields.values())[:7]) + ident
+    ip = IPv6(src=source, dst=destination) if ":" in source else IP(src=source, dst=destination, flags="DF")
+    udp = UDP(sport=fields["sport"], dport=fields["dport"], chksum=0)
+    return bytes(ETHER / ip / udp / (geneve + inner[14:]))
+
+
+def unwrapped(frame: bytes, outer: int) -> tuple[bytes, bytes]:
+    """(the option's value, the inner packet) of a frame that left."""
+    parsed = Ether(frame)
+    network = parsed[IP] if outer == 4 else parsed[IPv6]
+    assert parsed.type == (0x0800 if outer == 4 else 0x86DD)
+    at = 14 + (20 if outer == 4 else 40)
+    assert (parsed[UDP].dport, parsed[UDP].chksum, parsed[UDP].len) == (PORT, 0, len(frame) - at)
+    assert (network.ttl if outer == 4 else network.hlim) == 64
+    assert frame[at + 8 : at + 20] == bytes.fromhex("0440") + frame[at + 10 : at + 12] + bytes(4) + b"\xff\x6d\x81\x03"
+    inner = frame[at + 32 :]
+    assert frame[at + 10 : at + 12] == (b"\x08\0" if inner[0] >> 4 == 4 else b"\x86\xdd")
+    return frame[at + 20 : at + 32], inner
+
+
+def near(inner: int = 4, outer: int = 4, protocol: int = 6, *, mtu: int = 1500) -> Plane:
+    """The node that is called; the task is on the other."""
+    plane = Plane.fresh()
+    plane.local(HERE[inner], HERE[outer])
+    plane.tunnel(7, THERE[outer], HERE[outer], mtu=mtu)
+    plane.away(2, THERE[outer], 8080, SEED, protocol=protocol, version=inner)
+    plane.frontend(1, 80, [(2, 2)], protocol=protocol)
+    return plane
+
+
+def far(inner: int = 4, outer: int = 4, protocol: int = 6, *, mtu: int = 1500) -> Plane:
+    """The node where the task is; the other one was called."""
+    plane = Plane.fresh()
+    plane.local(THERE[outer])
+    plane.tunnel(7, HERE[outer], THERE[outer], mtu=mtu)
+    plane.backend(3, TASK[inner], 8080, protocol=protocol)
+    plane.maps["mesh_ids"].update(identity(8080, protocol), u32(3))
+    return plane
+
+
+@VERSIONS
+@BUILD
+def test_every_step_of_a_flow(inner: int, outer: int, build: Any, protocol: int) -> None:
+    ident = identity(8080, protocol)
+    call = build(CLIENT[inner], 40000, HERE[inner], 80, **({"flags": "A"} if protocol == 6 else {}), data=b"question")
+    reply = build(TASK[inner], 8080, CLIENT[inner], 40000, **({"flags": "A"} if protocol == 6 else {}), data=b"answer")
+    plane = near(inner, outer, protocol)
+    out = plane.run("mesh_ingress", bytes(call))
+    assert out.retval == REDIRECT
+    assert unwrapped(out.data, outer) == (ident, become(call)[14:])
+    plane = far(inner, outer, protocol)
+    out = plane.run("mesh_ingress", wrapped(become(call), HERE[outer], THERE[outer], ident))
+    assert (out.retval, out.data[14:]) == (REDIRECT, become(call, dst=TASK[inner], dport=8080, hops=2)[14:])
+    assert out.data[12:14] == bytes(call)[12:14]
+    out = plane.run("mesh_task", bytes(reply))
+    assert out.retval == REDIRECT
+    back = become(reply, src=HERE[inner], sport=80)
+    assert unwrapped(out.data, outer) == (REPLY, back[14:])
+    plane = near(inner, outer, protocol)
+    out = plane.run("mesh_ingress", wrapped(back, THERE[outer], HERE[outer], REPLY))
+    assert (out.retval, out.data[14:]) == (REDIRECT, become(reply, src=HERE[inner], sport=80, hops=2)[14:])
+    assert plane.verdicts() == {"TUNNEL_REPLY": 1}
+
+
+@VERSIONS
+@pytest.mark.parametrize("step", ["leave", "arrive", "depart", "return"])
+def test_segments_are_clamped_to_the_way_wherever_it_is_known(inner: int, outer: int, step: str) -> None:
+    plane = near(inner, outer, mtu=1400) if step in ("leave", "return") else far(inner, outer, mtu=1400)
+    call = segment(CLIENT[inner], 40000, HERE[inner], 80)
+    reply = segment(HERE[inner], 80, CLIENT[inner], 40000, "SA")
+    if step == "leave":
+        packet = unwrapped(plane.run("mesh_ingress", bytes(call)).data, outer)[1]
+    elif step == "return":
+        packet = plane.run("mesh_ingress", wrapped(bytes(reply), THERE[outer], HERE[outer], REPLY)).data[14:]
+    else:
+        packet = plane.run("mesh_ingress", wrapped(bytes(call), HERE[outer], THERE[outer], identity())).data[14:]
+    if step == "depart":
+        answer = segment(TASK[inner], 8080, CLIENT[inner], 40000, "SA")
+        packet = unwrapped(plane.run("mesh_task", bytes(answer)).data, outer)[1]
+    parsed = IP(packet) if inner == 4 else IPv6(packet)
+    room, headers = (52 if outer == 4 else 72), (40 if inner == 4 else 60)
+    assert dict(parsed[TCP].options)["MSS"] == 1400 - room - headers
+    check = parsed[TCP].chksum
+    del parsed[TCP].chksum
+    assert parsed.__class__(bytes(parsed))[TCP].chksum == check
+
+
+@VERSIONS
+def test_what_does_not_fit_is_told_to_either_side(inner: int, outer: int) -> None:
+    room = 52 if outer == 4 else 72
+    call = segment(CLIENT[inner], 40000, HERE[inner], 80, "A", bytes(1400))
+    plane = near(inner, outer, mtu=1400)
+    errors = [Ether(plane.run("mesh_ingress", bytes(call)).data)]
+    plane = far(inner, outer, mtu=1400)
+    plane.run(
+        "mesh_ingress",
+        wrapped(bytes(segment(CLIENT[inner], 40000, HERE[inner], 80, "A")), HERE[outer], THERE[outer], identity()),
+    )
+    answer = segment(TASK[inner], 8080, CLIENT[inner], 40000, "A", bytes(1400))
+    errors.append(Ether(plane.run("mesh_task", bytes(answer)).data))
+    for error, frame in zip(errors, (call, answer), strict=True):
+        sent = frame[IP] if inner == 4 else frame[IPv6]
+        if inner == 4:
+            assert (error[ICMP].type, error[ICMP].code, error[ICMP].nexthopmtu) == (3, 4, 1400 - room)
+            assert (error[IP].src, error[IP].dst) == (sent.dst, sent.src)
+        else:
+            assert error[ICMPv6PacketTooBig].mtu == 1400 - room
+            assert (error[IPv6].src, error[IPv6].dst) == (sent.dst, sent.src)
+
+
+@VERSIONS
+def test_hops_that_are_used_up_are_told_through_the_tunnel(inner: int, outer: int) -> None:
+    plane = far(inner, outer)
+    frame = segment(CLIENT[inner], 40000, HERE[inner], 80, "A", ttl=1)
+    out = plane.run("mesh_ingress", wrapped(bytes(frame), HERE[outer], THERE[outer], identity()))
+    ident, packet = unwrapped(out.data, outer)
+    assert (out.retval, ident, plane.verdicts()) == (REDIRECT, REPLY, {"EXPIRED": 1})
+    if inner == 4:
+        assert IP(packet)[ICMP].type == 11
+    else:
+        assert ICMPv6TimeExceeded in IPv6(packet)
+    plane = near(inner, outer)
+    out = plane.run(
+        "mesh_ingress", wrapped(ETHER.build()[:12] + bytes(frame)[12:14] + packet, THERE[outer], HERE[outer], REPLY)
+    )
+    assert (out.retval, plane.verdicts()) == (REDIRECT, {"TUNNEL_REPLY": 1})
+
+
+def test_fragments_follow_their_first() -> None:
+    plane = near(protocol=PROTO_UDP)
+    call = datagram(CLIENT4, 40000, NODE4, 80, bytes(800), id=77)
+    first = ETHER / IP(src=CLIENT4, dst=NODE4, id=77, flags="MF", proto=17) / bytes(call[UDP])[:408]
+    second = ETHER / IP(src=CLIENT4, dst=NODE4, id=77, frag=51, proto=17) / bytes(call[UDP])[408:]
+    inner = []
+    for fragment in (first, second):
+        out = plane.run("mesh_ingress", bytes(fragment))
+        ident, packet = unwrapped(out.data, 4)
+        assert ident == identity(8080, PROTO_UDP)
+        inner.append(packet)
+    assert plane.verdicts() == {"TUNNEL_OUT": 2}
+    plane = far(protocol=PROTO_UDP)
+    ether = bytes(call)[:14]
+    for packet in inner:
+        out = plane.run("mesh_ingress", wrapped(ether + packet, NODE4, PEER4, identity(8080, PROTO_UDP)))
+        assert (out.retval, IP(out.data[14:]).dst) == (REDIRECT, TASK4)
+    assert plane.verdicts() == {"TUNNEL_IN": 2}
+
+
+def test_errors_about_replies_reach_the_task() -> None:
+    """A router on the clients' side: to the near node, through the tunnel, to the task; each sees its own packet."""
+    plane = near()
+    quoted = segment(NODE4, 80, CLIENT4, 40000, "A", bytes(100))[IP]
+    icmp = ICMP(type=3, code=4, nexthopmtu=1300)
+    frame = ETHER / IP(src="203.0.113.1", dst=NODE4) / icmp / bytes(quoted)[:48]
+    out = plane.run("mesh_ingress", bytes(frame))
+    ident, packet = unwrapped(out.data, 4)
+    assert (ident, plane.verdicts()) == (identity(), {"TUNNEL_OUT": 1})
+    plane = far()
+    call = segment(CLIENT4, 40000, NODE4, 80, "A")
+    plane.run("mesh_ingress", wrapped(bytes(call), NODE4, PEER4, identity()))
+    out = plane.run("mesh_ingress", wrapped(bytes(frame)[:14] + packet, NODE4, PEER4, identity()))
+    expected = IP(src="203.0.113.1", dst=TASK4, ttl=62) / icmp / requoted(quoted, src=TASK4, sport=8080)[:48]
+    got = IP(out.data[14:])
+    assert (out.retval, got.src, got.dst, got.ttl) == (REDIRECT, "203.0.113.1", TASK4, 62)
+    assert bytes(got)[28:48] == requoted(quoted, src=TASK4, sport=8080)[:20]
+    assert bytes(got)[:20] == bytes(expected)[:20]
+    assert plane.verdicts() == {"TUNNEL_IN": 1, "TUNNEL_ICMP": 1}
+
+
+def test_errors_of_the_task_reach_the_client() -> None:
+    plane = far(protocol=PROTO_UDP)
+    call = datagram(CLIENT4, 40000, NODE4, 80)
+    delivered = plane.run("mesh_ingress", wrapped(bytes(call), NODE4, PEER4, identity(8080, PROTO_UDP))).data
+    frame = ETHER / IP(src=TASK4, dst=CLIENT4) / ICMP(type=3, code=3) / delivered[14:42]
+    out = plane.run("mesh_task", bytes(frame))
+    ident, packet = unwrapped(out.data, 4)
+    assert (ident, plane.verdicts()) == (REPLY, {"TUNNEL_IN": 1, "ICMP_OUT": 1})
+    assert (IP(packet).src, IP(packet).dst) == (NODE4, CLIENT4)
+    plane = near(protocol=PROTO_UDP)
+    out = plane.run("mesh_ingress", wrapped(bytes(frame)[:14] + packet, PEER4, NODE4, REPLY))
+    assert (out.retval, plane.verdicts()) == (REDIRECT, {"TUNNEL_REPLY": 1})
+
+
+@pytest.mark.parametrize(
+    ("source", "mtu", "noted"),
+    [(PEER4, 1300, True), (PEER4, 500, False), (PEER4, 1500, False), ("203.0.113.7", 1300, False)],
+)
+def test_the_way_tells_what_it_takes(source: str, mtu: int, noted: bool) -> None:
+    """A router between the nodes, about a packet to `source`. Afterwards the client is told."""
+    plane = near()
+    quoted = IP(src=NODE4, dst=source, flags="DF") / UDP(sport=50000, dport=PORT, chksum=0, len=1400)
+    error = ETHER / IP(src="203.0.113.1", dst=NODE4) / ICMP(type=3, code=4, nexthopmtu=mtu) / quoted
+    assert plane.run("mesh_ingress", bytes(error)).retval == OK  # the kernel may look at it, too
+    assert plane.verdicts() == ({"TUNNEL_PATH": 1} if noted else {})
+    call = bytes(segment(CLIENT4, 40000, NODE4, 80, "A", bytes(1300)))
+    answer = Ether(plane.run("mesh_ingress", call).data)
+    assert (ICMP in answer) == noted
+    if noted:
+        assert answer[ICMP].nexthopmtu == 1300 - 52
+
+
+HOSTILE = [
+    pytest.param({"words": 5}, id="more-options"),
+    pytest.param({"words": 0x44}, id="version"),
+    pytest.param({"flags": 0xC0}, id="control"),
+    pytest.param({"type": 0x6558}, id="ethernet"),
+    pytest.param({"type": 0x86DD}, id="other-inner-version"),
+    pytest.param({"vni": 0x100}, id="network"),
+    pytest.param({"class": 0x0100}, id="class"),
+    pytest.param({"option": 0x01}, id="option"),
+    pytest.param({"length": 2}, id="length"),
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE)
+def test_other_geneve_is_dropped(changes: dict[str, int]) -> None:
+    plane = far()
+    frame = wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity(), **changes)
+    assert plane.run("mesh_ingress", frame).retval == SHOT
+    assert plane.verdicts() == {"TUNNEL_BAD": 1}
+
+
+def test_a_tunnel_in_the_tunnel_is_dropped() -> None:
+    plane = far()
+    once = wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity())
+    for ident in (identity(), identity(8080, PROTO_UDP), REPLY):
+        assert plane.run("mesh_ingress", wrapped(once, NODE4, PEER4, ident)).retval == SHOT
+    assert plane.verdicts() == {"TUNNEL_BAD": 3}
+
+
+def test_unknown_flags_and_another_protocol_are_dropped() -> None:
+    plane = far()
+    frame = bytes(segment(CLIENT4, 40000, NODE4, 80))
+    for ident in (identity(flags=2), identity(flags=3), identity(protocol=PROTO_UDP)):
+        assert plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, ident)).retval == SHOT
+    assert plane.verdicts() == {"TUNNEL_BAD": 3}
+
+
+def test_replies_of_a_node_that_never_got_the_flow_are_dropped() -> None:
+    """Another node of the cluster, a port that nobody serves, a flow of a local task, a reply to this node itself."""
+    third = "192.0.2.3"
+    plane = near()
+    plane.tunnel(8, third, NODE4)
+    plane.backend(4, TASK4, 8080)
+    plane.frontend(2, 81, [(4, 4)])
+    good = bytes(segment(NODE4, 80, CLIENT4, 40000, "A"))
+    for source, frame in (
+        (third, good),
+        (PEER4, bytes(segment(NODE4, 443, CLIENT4, 40000, "A"))),
+        (PEER4, bytes(segment(NODE4, 81, CLIENT4, 40000, "A"))),
+        (PEER4, bytes(segment(NODE4, 80, NODE4, 40000, "A"))),
+    ):
+        assert plane.run("mesh_ingress", wrapped(frame, source, NODE4, REPLY)).retval == SHOT
+    assert plane.verdicts() == {"TUNNEL_BAD": 4}
+    assert plane.run("mesh_ingress", wrapped(good, PEER4, NODE4, REPLY)).retval == REDIRECT
+
+
+def test_replies_from_an_address_that_has_moved_away_go_on() -> None:
+    """A floating address: the node that had it has replies under way, and the client may have nothing to say."""
+    plane = near()
+    plane.maps["mesh_addresses"].update(packed(PEER6), u32(1))
+    moved = bytes(segment("192.0.2.200", 80, CLIENT4, 40000, "A"))
+    assert plane.run("mesh_ingress", wrapped(moved, PEER4, NODE4, REPLY)).retval == REDIRECT
+
+
+def test_fragments_of_the_tunnel_are_no_packets() -> None:
+    plane = far()
+    whole = Ether(wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80, "A", bytes(900))), NODE4, PEER4, identity()))
+    first = ETHER / IP(src=NODE4, dst=PEER4, id=9, flags="MF", proto=17) / bytes(whole[UDP])[:400]
+    assert plane.run("mesh_ingress", bytes(first)).retval == SHOT
+    assert plane.verdicts() == {"TUNNEL_BAD": 1}
+
+
+def test_no_way_is_left_to_the_kernel() -> None:
+    plane = near()
+    plane.maps["mesh_nodes"].delete(packed(PEER4))
+    frame = bytes(segment(CLIENT4, 40000, NODE4, 80))
+    out = plane.run("mesh_ingress", frame)
+    assert (out.retval, out.data) == (OK, frame)
+    assert plane.verdicts() == {"TUNNEL_NONE": 1}
+
+
+def test_calls_of_containers_are_left_to_the_kernel() -> None:
+    plane = near()
+    frame = bytes(segment(TASK4, 40000, NODE4, 80))
+    out = plane.run("mesh_task", frame)
+    assert (out.retval, out.data, plane.verdicts()) == (OK, frame, {"TUNNEL_NONE": 1})
+
+
+def test_a_task_of_the_other_version_is_left_to_the_kernel() -> None:
+    plane = near(4, 4)
+    plane.local(NODE6)
+    frame = bytes(segment(CLIENT6, 40000, NODE6, 80))
+    out = plane.run("mesh_ingress", frame)
+    assert (out.retval, out.data, plane.verdicts()) == (OK, frame, {"FAMILY": 1})
