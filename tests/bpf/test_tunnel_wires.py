@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tunnel over real interfaces: client -- near node -- router -- far node -- task, each a namespace.
+
+The client calls the near node, the task is on the far one. The client has a second wire to the far node, for replies
+that go straight. `between` is the MTU of the router's wire to the far node, which the nodes need not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from mesh import _bpf
+from tests.bpf.plane import DIRECT, TCP, UDP, Plane, packed, u32
+from tests.bpf.test_binding import inside
+from tests.bpf.test_offload import sh
+from tests.bpf.test_tunnel import SEED, identity
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf]
+
+CLIENT: Final = {4: "192.0.2.9", 6: "2001:db8::9"}
+NEAR: Final = {4: "192.0.2.1", 6: "2001:db8::1"}  # what the client calls
+TASK: Final = {4: "172.18.0.3", 6: "fd00:18::3"}
+NODE_A: Final = {4: "10.77.1.1", 6: "fd77:1::1"}  # by which the nodes know each other
+NODE_B: Final = {4: "10.77.2.1", 6: "fd77:2::1"}
+WIRES: Final = (
+    # left end, right end: namespace, device, IPv4, IPv6
+    (("c", "wan", CLIENT[4], CLIENT[6]), ("a", "outer", NEAR[4], NEAR[6])),
+    (("c", "side", "198.51.100.9", "2001:db8:51::9"), ("b", "outer", "198.51.100.1", "2001:db8:51::1")),
+    (("a", "between", NODE_A[4], NODE_A[6]), ("r", "left", "10.77.1.2", "fd77:1::2")),
+    (("r", "right", "10.77.2.2", "fd77:2::2"), ("b", "between", NODE_B[4], NODE_B[6])),
+    (("b", "inner", "172.18.0.1", "fd00:18::1"), ("t", "wan", TASK[4], TASK[6])),
+)
+ROUTES: Final = (
+    ("a", "10.77.2.0/24", "10.77.1.2", "fd77:2::/64", "fd77:1::2"),
+    ("b", "10.77.1.0/24", "10.77.2.2", "fd77:1::/64", "fd77:2::2"),
+    ("b", "192.0.2.0/24", "198.51.100.9", "2001:db8::/64", "2001:db8:51::9"),
+    ("t", "default", "172.18.0.1", "default", "fd00:18::1"),
+)
+
+
+@dataclass
+class Lab:
+    """Namespaces by letter, and the two nodes' data planes."""
+
+    names: dict[str, str]
+    near: Plane
+    far: Plane
+
+    def serve(self, inner: int, outer: int, *, mtu: int = 1500, settings: int = 0, known: bool = True) -> None:
+        """One service on TCP and UDP port 80 of the near node, with its one task on the far node.
+
+        Args:
+            inner: IP version of the client and the task.
+            outer: IP version between the nodes.
+            mtu: of the way, as the nodes know it.
+            known: the far node knows the task.
+        """
+        self.near.empty()
+        self.far.empty()
+        self.near.local(NEAR[inner], NODE_A[outer])
+        self.far.local(NODE_B[outer])
+        self.far.configure(settings=settings)
+        self.near.tunnel(2, NODE_B[outer], NODE_A[outer], mtu=mtu, ifindex=self.index("a", "between"))
+        self.far.tunnel(1, NODE_A[outer], NODE_B[outer], mtu=mtu, ifindex=self.index("b", "between"))
+        for owner, protocol in ((2, TCP), (3, UDP)):
+            self.near.away(owner, NODE_B[outer], 8080, SEED, protocol=protocol, version=inner)
+            self.near.frontend(owner, 80, [(owner, owner)], protocol=protocol)
+            if known:
+                self.far.backend(owner, TASK[inner], 8080, protocol=protocol, ifindex=self.index("b", "inner"))
+                self.far.maps["mesh_ids"].update(identity(8080, protocol), u32(owner))
+
+    def index(self, end: str, device: str) -> int:
+        return int(sh(f"ip -n {self.names[end]} -o link show {device}").split(":")[0])
+
+    def mtu(self, value: int) -> None:
+        """The router's wire to the far node, both ends of it: IPv6 is in order down to 1280."""
+        sh(f"ip -n {self.names['r']} link set right mtu {value}")
+        sh(f"ip -n {self.names['b']} link set between mtu {value}")
+
+    def offload(self, on: bool) -> None:
+        """Whether the nodes' interfaces take checksums and segments as they are; else the kernel makes them."""
+        state = "on" if on else "off"
+        for end, device in (("a", "outer"), ("a", "between"), ("b", "between"), ("b", "inner"), ("b", "outer")):
+            sh(f"ip netns exec {self.names[end]} ethtool -K {device} tx {state} tso {state} gso {state}")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    names = {end: f"meshtun{os.getpid()}{end}" for end in "cabrt"}
+    try:
+        for name in names.values():
+            sh(f"ip netns add {name}")
+            sh(f"ip -n {name} link set lo up")
+            for key in ("ipv4.ip_forward=1", "ipv6.conf.all.forwarding=1", "ipv4.conf.all.rp_filter=0"):
+                sh(f"ip netns exec {name} sysctl -qw net.{key}")
+            sh(f"ip netns exec {name} sysctl -qw net.ipv4.conf.default.rp_filter=0")
+        for left, right in WIRES:
+            sh(f"ip -n {names[left[0]]} link add {left[1]} type veth peer name {right[1]} netns {names[right[0]]}")
+            for end, device, four, six in (left, right):
+                sh(f"ip -n {names[end]} addr add {four}/24 dev {device}")
+                sh(f"ip -n {names[end]} -6 addr add {six}/64 dev {device} nodad")
+                sh(f"ip -n {names[end]} link set {device} up")
+        for end, four, via4, six, via6 in ROUTES:
+            sh(f"ip -n {names[end]} route add {four} via {via4}")
+            sh(f"ip -n {names[end]} -6 route add {six} via {via6}")
+        found = Lab(names, Plane(), Plane())
+        for plane, end, program, device in (
+            (found.near, "a", "mesh_ingress", "outer"),
+            (found.near, "a", "mesh_ingress", "between"),
+            (found.far, "b", "mesh_ingress", "outer"),
+            (found.far, "b", "mesh_ingress", "between"),
+            (found.far, "b", "mesh_task", "inner"),
+        ):
+            with inside(names[end]):
+                assert _bpf.tc_attach(plane.programs[program], found.index(end, device), True, 1, 1) is not None
+        yield found
+    finally:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.fixture(autouse=True)
+def ready(lab: Lab) -> None:
+    lab.mtu(1500)
+    lab.offload(True)
+    for end in ("a", "b", "c", "t"):
+        sh(f"ip -n {lab.names[end]} route flush cache")
+        sh(f"ip -n {lab.names[end]} -6 route flush cache")
+
+
+def family(version: int) -> socket.AddressFamily:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def bulk(lab: Lab, version: int, size: int = 2 << 20) -> None:
+    """Random bytes there and back, and the client's address as the task sees it."""
+    data = os.urandom(size)
+    got: list[tuple[str, str]] = []
+    with inside(lab.names["t"]):
+        server = socket.create_server(("::" if version == 6 else "0.0.0.0", 8080), family=family(version))
+    with inside(lab.names["c"]):
+        client = socket.socket(family(version))
+    with server, client:
+        server.settimeout(20)
+        client.settimeout(20)
+
+        def serve() -> None:
+            connection, address = server.accept()
+            with connection:
+                connection.settimeout(20)
+                received = bytearray()
+                while len(received) < len(data) and (chunk := connection.recv(1 << 20)):
+                    received += chunk
+                got.append((address[0], hashlib.sha256(received).hexdigest()))
+                connection.sendall(received)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client.connect((NEAR[version], 80))
+        client.sendall(data)
+        back = bytearray()
+        while len(back) < len(data) and (chunk := client.recv(1 << 20)):
+            back += chunk
+        thread.join(20)
+    assert got == [(CLIENT[version], hashlib.sha256(data).hexdigest())]
+    assert back == data
+
+
+VERSIONS: Final = pytest.mark.parametrize(("inner", "outer"), [(4, 4), (6, 4), (4, 6), (6, 6)])
+
+
+@VERSIONS
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "software"])
+@pytest.mark.parametrize("settings", [0, DIRECT], ids=["tunnel", "direct"])
+def test_bulk_both_ways(lab: Lab, inner: int, outer: int, offload: bool, settings: int) -> None:
+    lab.offload(offload)
+    lab.serve(inner, outer, settings=settings)
+    bulk(lab, inner)
+    near, far = lab.near.verdicts(), lab.far.verdicts()
+    assert near.keys() == ({"TUNNEL_OUT"} if settings else {"TUNNEL_OUT", "TUNNEL_REPLY"}), near
+    assert far.keys() == {"TUNNEL_IN", "TUNNEL_DIRECT" if settings else "TUNNEL_ANSWER"}, far
+    assert near["TUNNEL_OUT"] <= far["TUNNEL_IN"]  # segments are cut on the way without offload
+
+
+@VERSIONS
+@pytest.mark.parametrize("mtu", [1400, 1280])
+def test_a_small_way_that_is_known(lab: Lab, inner: int, outer: int, mtu: int) -> None:
+    lab.mtu(mtu)
+    lab.serve(inner, outer, mtu=mtu)
+    bulk(lab, inner)
+    assert "TUNNEL_TOO_BIG" not in lab.near.verdicts() | lab.far.verdicts()
+
+
+@VERSIONS
+@pytest.mark.parametrize("settings", [0, DIRECT], ids=["tunnel", "direct"])
+def test_datagrams_both_ways(lab: Lab, inner: int, outer: int, settings: int) -> None:
+    lab.serve(inner, outer, settings=settings)
+    with inside(lab.names["t"]):
+        server = socket.socket(family(inner), socket.SOCK_DGRAM)
+        server.bind((TASK[inner], 8080))
+    with inside(lab.names["c"]):
+        client = socket.socket(family(inner), socket.SOCK_DGRAM)
+    with server, client:
+        server.settimeout(5)
+        client.settimeout(5)
+        for size in (0, 1, 100, 1370):
+            client.sendto(bytes(size), (NEAR[inner], 80))
+            data, peer = server.recvfrom(2000)
+            assert (len(data), peer[0]) == (size, CLIENT[inner])
+            server.sendto(data, peer)
+            answer, source = client.recvfrom(2000)
+            assert (len(answer), source[:2]) == (size, (NEAR[inner], 80))
+
+
+@VERSIONS
+def test_a_datagram_that_is_too_large_is_answered(lab: Lab, inner: int, outer: int) -> None:
+    lab.serve(inner, outer)
+    with inside(lab.names["c"]):
+        client = socket.socket(family(inner), socket.SOCK_DGRAM)
+    with client:
+        client.settimeout(5)
+        client.setsockopt(*((socket.IPPROTO_IP, 10, 2) if inner == 4 else (socket.IPPROTO_IPV6, 23, 2)))  # MTU_DISCOVER
+        client.connect((NEAR[inner], 80))
+        client.send(bytes(1440))
+        for _ in range(50):  # the kernel tells once it has heard
+            try:
+                client.send(bytes(1440))
+            except OSError as error:
+                assert error.errno == 90  # EMSGSIZE
+                break
+        client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # it may have heard twice
+        room = (52 if outer == 4 else 72) + 28 + (20 if inner == 6 else 0)
+        assert client.send(bytes(1500 - room)) == 1500 - room
+    assert lab.near.verdicts()["TUNNEL_TOO_BIG"] >= 1
+
+
+@VERSIONS
+def test_connections_to_an_unknown_task_are_refused(lab: Lab, inner: int, outer: int) -> None:
+    """Not at once: the task's node may only be about to learn of it. When the start comes again."""
+    lab.serve(inner, outer, known=False)
+    with inside(lab.names["c"]):
+        client = socket.socket(family(inner))
+    with client:
+        client.settimeout(10)
+        with pytest.raises(ConnectionRefusedError):
+            client.connect((NEAR[inner], 80))
+    assert lab.far.verdicts() == {"TUNNEL_UNKNOWN": 2}
+    assert lab.near.verdicts() == {"TUNNEL_OUT": 2, "TUNNEL_REPLY": 1}
+
+
+@VERSIONS
+@pytest.mark.parametrize("settings", [0, DIRECT], ids=["tunnel", "direct"])
+def test_a_tasks_refusals_reach_the_client(lab: Lab, inner: int, outer: int, settings: int) -> None:
+    """Nobody listens: the task's own reset and port unreachable."""
+    lab.serve(inner, outer, settings=settings)
+    with inside(lab.names["c"]):
+        stream, datagram = socket.socket(family(inner)), socket.socket(family(inner), socket.SOCK_DGRAM)
+    with stream, datagram:
+        stream.settimeout(5)
+        with pytest.raises(ConnectionRefusedError):
+            stream.connect((NEAR[inner], 80))
+        datagram.settimeout(5)
+        datagram.connect((NEAR[inner], 80))
+        datagram.send(b"question")
+        with pytest.raises(ConnectionRefusedError):
+            datagram.recv(100)
+    assert lab.far.verdicts()["ICMP_OUT"] == 1
+
+
+def test_replies_go_straight_when_the_node_that_was_called_is_gone(lab: Lab) -> None:
+    """A download whose client has nothing to say: the far node must not wait for it to call elsewhere."""
+    lab.serve(4, 4)
+    with inside(lab.names["t"]):
+        server = socket.create_server(("0.0.0.0", 8080))
+    with inside(lab.names["c"]):
+        client = socket.socket()
+    with server, client:
+        server.settimeout(5)
+        client.settimeout(5)
+        client.connect((NEAR[4], 80))
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"before")
+            assert client.recv(100) == b"before"
+            lab.far.maps["mesh_nodes"].delete(packed(NODE_A[4]))
+            connection.sendall(b"after")
+            assert client.recv(100) == b"after"
+    assert lab.far.verdicts()["TUNNEL_DIRECT"] >= 1
