@@ -10,7 +10,7 @@ from mesh.fastpath.types cimport CHUNK, pool
 
 cdef inline bint pool_grow(pool *p) noexcept nogil:
     cdef char *block = <char *>calloc(1, sizeof(void *) + CHUNK * p.size)
-    cdef size_t i
+    cdef int i
     if block is NULL:
         return False
     (<void **>block)[0] = p.chunks
