@@ -18,6 +18,7 @@ import structlog
 from mesh import __version__
 from mesh.agent_compare import Row, differences
 from mesh.agent_reports import Reports, Soon
+from mesh.agent_silence import Silence
 from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
@@ -28,9 +29,8 @@ from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.provider import Provider, ProviderStatus, Publish
 from mesh.swarm import Here, SwarmProvider
 
+BLIND: Final = 3.0  # seconds after which a manager whose Engine does not answer is told by another
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
-CONFIRM: Final = 0.5  # seconds that a silent node has to answer at all
-STALL: Final = 0.2  # seconds over CONFIRM after which it is this process that did not get to run
 
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
 
@@ -56,25 +56,6 @@ def manager_addresses(text: str, port: int) -> list[tuple[str, int]]:
             raise ConfigError(f"{entry!r} is not host or host:port", where="cluster_managers")
         found.append((host.strip("[]"), int(number)))
     return found
-
-
-async def answers(address: Address, port: int) -> bool:
-    """Whether a host is alive: it accepts a connection or refuses it."""
-    while True:
-        begun = time.monotonic()
-        try:
-            async with asyncio.timeout(CONFIRM):
-                _, writer = await asyncio.open_connection(str(address), port)
-        except ConnectionRefusedError:
-            return True
-        except TimeoutError:
-            if time.monotonic() - begun > CONFIRM + STALL:  # the answer may be here already
-                continue
-            return False
-        except OSError:
-            return False
-        writer.close()
-        return True
 
 
 def _steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
@@ -109,6 +90,7 @@ class ClusterProvider:
         self._relay: RelayProvider | None = None
         self._publish: Publish = lambda inventory: None
         self._source: Provider = self._swarm
+        self._since = 0.0  # when the role began, monotonic
         self._inventory: Inventory | None = None  # as it was told
         self._published: Inventory | None = None
         self._reports = Reports(self._merge_health)
@@ -117,8 +99,7 @@ class ClusterProvider:
         self._own = HealthView()
         self._health = HealthView()
         self._shown: dict[str, tuple[Node, Node]] = {}  # a node as it was told, and with what agents say
-        self._silent: dict[str, asyncio.Task[None]] = {}
-        self._lost: set[str] = set()
+        self._silence = Silence(config.cluster_port, self._address_of, self._pass_on_soon.ask)
         self._changed = asyncio.Event()  # something to report
         self._role = asyncio.Event()  # the role has changed
         self._report = wire.Report({})  # this node's last
@@ -181,19 +162,35 @@ class ClusterProvider:
     # ---- roles ----
 
     def _on_look(self) -> None:
-        if self._here.look.worker is not (self._source is self._relay):
-            self._role.set()
+        self._check_role()
         self._changed.set()
         self._pass_on()
+
+    def _check_role(self) -> None:
+        if self._is_told() is not (self._relay is not None):
+            self._role.set()
+
+    def _is_told(self) -> bool:
+        """Whether this node's inventory comes from another: on a worker, and on a manager whose Engine is away while
+        the agents of other managers read theirs."""
+        if self._here.look.worker:
+            return True
+        if self._relay is not None:
+            return bool(self._here.error)
+        status = self._swarm.status()
+        if status.connected or time.monotonic() - self._since < BLIND or (status.age_seconds or BLIND) < BLIND:
+            return False
+        ages = {node: self._reports.age(node) for node in self._here.look.managers if self._reports.of(node).reads}
+        return any(age is not None and age < BLIND for age in ages.values())
 
     async def _play(self) -> None:
         """Be a manager or a worker, until that changes."""
         await self._here.looked.wait()
         while True:
             self._role.clear()
-            worker = self._here.look.worker
-            log.info("this node is a worker" if worker else "this node reads the swarm itself")
-            tasks = self._as_worker() if worker else self._as_manager()
+            told, self._since = self._is_told(), time.monotonic()
+            log.info("this node is told of the swarm by a manager" if told else "this node reads the swarm itself")
+            tasks = self._as_worker() if told else self._as_manager()
             try:
                 await self._role.wait()
             finally:
@@ -201,7 +198,7 @@ class ClusterProvider:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self._server = None
-                self._forget_silent()
+                self._silence.forget()
 
     def _as_manager(self) -> list[asyncio.Task[None]]:
         server = self._server = RelayServer(
@@ -209,7 +206,7 @@ class ClusterProvider:
             self._config.cluster_port,
             engine=self.engine,
             on_report=self._reports.take,
-            on_node=self._on_node,
+            on_node=self._silence.on_node,
         )
         self._source = self._swarm
         relay = RelayProvider(self._credentials, self._others, engine=self.engine, inventory=False)
@@ -246,7 +243,8 @@ class ClusterProvider:
     async def _managers(self) -> Sequence[tuple[str, int]]:
         if self._fixed:
             return self._fixed
-        return sorted((host, self._config.cluster_port) for host in self._here.look.managers.values())
+        others = (host for node, host in self._here.look.managers.items() if node != self._here.look.node)
+        return sorted((host, self._config.cluster_port) for host in others)
 
     async def _others(self) -> Sequence[tuple[str, int]]:
         own = self._here.look.managers.get(self._here.look.node)
@@ -278,7 +276,7 @@ class ClusterProvider:
         engines = {**(self._server.engines if self._server else {}), self._here.look.node: self.engine}
         before, self._shown = self._shown, {}
         for node in inventory.nodes:
-            up, engine = node.up and node.id not in self._lost, engines.get(node.id, node.engine)
+            up, engine = node.up and node.id not in self._silence.lost, engines.get(node.id, node.engine)
             known = before.get(node.id)
             if known is None or known[0] is not node or (known[1].up, known[1].engine) != (up, engine):
                 known = node, replace(node, up=up, engine=engine)
@@ -286,45 +284,14 @@ class ClusterProvider:
         nodes = tuple(shown for _, shown in self._shown.values())
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
-    # ---- silent nodes ----
+    def _address_of(self, node: str) -> Address | None:
+        return next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
 
     def _on_link(self, host: str, here: bool) -> None:
         """To a worker: a manager went silent or is back. The last one's silence is told by nobody else."""
         for node in (self._inventory or Inventory()).nodes:
             if host == str(node.address) or host == self._here.look.managers.get(node.id):
-                self._on_node(node.id, here)
-
-    def _on_node(self, node: str, here: bool) -> None:
-        if here:
-            if task := self._silent.pop(node, None):
-                task.cancel()
-            self._mark(node, lost=False)
-        elif node not in self._silent:
-            self._silent[node] = asyncio.create_task(self._watch_silent(node))
-
-    async def _watch_silent(self, node: str) -> None:
-        """A node's agent is gone without a word: is it the agent or the node?"""
-        while True:
-            address = next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
-            if address is None:  # it has left the swarm
-                self._lost.discard(node)
-                self._silent.pop(node, None)
-                return
-            self._mark(node, lost=not await answers(address, self._config.cluster_port))
-            await asyncio.sleep(1.0)
-
-    def _mark(self, node: str, *, lost: bool) -> None:
-        if lost is (node in self._lost):
-            return
-        log.warning("a node does not answer" if lost else "a node answers again", node=node)
-        (self._lost.add if lost else self._lost.discard)(node)
-        self._pass_on_soon.ask()
-
-    def _forget_silent(self) -> None:
-        for task in self._silent.values():
-            task.cancel()
-        self._silent.clear()
-        self._lost.clear()
+                self._silence.on_node(node.id, here)
 
     # ---- health ----
 
@@ -379,7 +346,9 @@ class ClusterProvider:
             if time.monotonic() - asked >= REPORT_EVERY:  # others wait for verdicts, nobody for digests
                 generation, digests = await self.tables()
                 asked = time.monotonic()
-            self._report = wire.Report(self._own_verdicts(), digests, generation, self.engine)
+            reads = self._server is not None and self._swarm.status().connected
+            self._report = wire.Report(self._own_verdicts(), digests, generation, self.engine, reads=reads)
+            self._check_role()
             await relay.report(self._report)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY):

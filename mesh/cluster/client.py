@@ -39,6 +39,7 @@ class _Link:
     def __init__(self, relay: RelayProvider, host: str, port: int) -> None:
         self._relay = relay
         self.address = (host, port)
+        self.said = ""  # why it failed last
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._version = wire.OLDEST  # the manager's
         self._told: dict[str, str] | None = None  # digests, on this connection
@@ -62,7 +63,7 @@ class _Link:
         if told is not None and self._version >= wire.CHANGES:
             changed = {frontend: digest for frontend, digest in report.digests.items() if told.get(frontend) != digest}
             changed |= dict.fromkeys(told.keys() - report.digests.keys(), "")
-            report = wire.Report(report.verdicts, changed, report.generation, report.engine, changes=True)
+            report = wire.Report(report.verdicts, changed, report.generation, report.engine, True, report.reads)
         await self.send(report)
 
     async def _run(self) -> None:
@@ -189,6 +190,7 @@ class RelayProvider:
         await asyncio.gather(*(link.report(report) for link in self._links.values()))
 
     async def connected(self, link: _Link) -> None:
+        link.said = ""
         self.on_link(link.address[0], True)
         await link.report(self._report)
         if self._inventory and self._source is None:
@@ -219,10 +221,12 @@ class RelayProvider:
                 asyncio.get_running_loop().create_task(self._subscribe(other))
 
     def failed(self, link: _Link, error: Exception) -> None:
+        if isinstance(error, aiohttp.WSServerHandshakeError) and error.status == 404:
+            error = MeshError("it tells nobody now: its own Engine is away, or it is no manager any more")
         text = f"manager {link.address[0]}:{link.address[1]}: {error or type(error).__name__}"
-        if text != self._error:
+        if text != link.said:
             log.warning("relay link failed", error=text)
-        self._error = text
+        self._error = link.said = text
 
     async def received(self, link: _Link, message: wire.Message) -> None:
         if link is not self._source:

@@ -258,7 +258,9 @@ class RelayServer:
             log.warning("a node reported backends that are not its own", node=peer.identity.node, count=foreign)
         told = {**peer.digests, **report.digests} if report.changes else report.digests
         peer.digests = {frontend: digest for frontend, digest in told.items() if digest}
-        self._on_report(peer.identity.node, wire.Report(own, peer.digests, report.generation, report.engine))
+        reads = report.reads and peer.identity.is_manager
+        whole = wire.Report(own, peer.digests, report.generation, report.engine, reads=reads)
+        self._on_report(peer.identity.node, whole)
 
     def _leave(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
         self._peers.discard(peer)

@@ -125,6 +125,7 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     generation: int = 0
     engine: str = ""
     changes: bool = False  # `digests` are those that have changed since the last report on this connection; "": gone
+    reads: bool = False  # the node is a manager and its Engine answers
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):

@@ -11,7 +11,7 @@ from tests.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
 
-LONG = ("-n", "0", "-c", "4", "-r", "1", "-u", "/slow?seconds=4")
+LONG = ("-n", "0", "-c", "4", "-r", "1", "-u", "/slow?seconds=3")
 GRACE = "--stop-grace-period=15s"
 
 
@@ -24,8 +24,8 @@ def on(cluster: Cluster, node: int, service: str = "web") -> set[str]:
 def test_a_rolling_update_loses_nothing(cluster5: Cluster) -> None:
     """New connections and transfers under way when their tasks are told to stop."""
     cluster5.swarm.create(
-        "web", GRACE, "--update-parallelism=3", "--update-order=stop-first", "--update-delay=0s",
-        "--update-monitor=1s", replicas=8, publish=[f"{WEB}:8080"],
+        "web", GRACE, "--update-parallelism=4", "--update-order=stop-first", "--update-delay=0s",
+        "--update-monitor=500ms", replicas=8, publish=[f"{WEB}:8080"],
     )  # fmt: skip
     before = cluster5.agree("web", 8)
     with cluster5.load() as fresh, cluster5.load(*LONG) as long:

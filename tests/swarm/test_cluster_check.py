@@ -88,7 +88,6 @@ def test_what_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> None:
         code, findings = check(cluster.daemons[2])
     assert (code, list(bad(findings))) == (1, [f"{node.hostname} peer port tcp"])
     assert "nobody listens" in findings[f"{node.hostname} peer port tcp"]["found"]
-    assert check(cluster.daemons[2])[0] == 0
 
 
 def test_a_black_hole_is_told_from_a_smaller_mtu(cluster: Cluster) -> None:
@@ -104,7 +103,6 @@ def test_a_black_hole_is_told_from_a_smaller_mtu(cluster: Cluster) -> None:
     assert code == 1
     assert {what} <= set(bad(findings)) <= {what, f"{node.hostname} control port"}  # certificates may fill a packet
     assert "1400 bytes; larger packets vanish" in findings[what]["found"] and "1400" in findings[what]["remedy"]
-    assert check(cluster.daemons[0])[0] == 0
 
 
 def test_a_node_without_an_agent_and_a_command_without_a_daemon(cluster: Cluster, tmp_path: Path) -> None:

@@ -42,13 +42,13 @@ def parted(one: list[Node], other: list[Node]) -> Iterator[None]:
             node.namespace.run("nft", "delete", "table", "inet", "parted")
 
 
-def test_engines_restart_on_each_node(cluster5: Cluster) -> None:
+def test_engines_restart(cluster5: Cluster) -> None:
     """dockerd ends, and its tasks with it; it starts again."""
     swarm = cluster5.swarm
     swarm.create("web", "--stop-grace-period=10s", replicas=10, publish=[f"{WEB}:8080"])
     cluster5.agree("web", 10)
     with cluster5.load() as loads:
-        for number in (4, 0, 1):
+        for number in (4, 0):  # a worker, and the leader
             swarm.asked = 2
             swarm.nodes[number].stop()
             swarm.nodes[number].start()
@@ -68,7 +68,6 @@ def test_agents_restart_on_each_node(cluster5: Cluster) -> None:
             old = daemon.process
             daemon.start("--take-over")
             assert old.wait(60) == 0
-            cluster5.agree("web", 5)
         swarm.docker("service", "scale", "--detach", "web=8")
         cluster5.agree("web", 8)
         reports = loads.stop()
@@ -84,7 +83,7 @@ def test_an_agent_that_dies_takes_only_what_it_carried(cluster5: Cluster) -> Non
     with cluster5.load(nodes=swarm.nodes[:4]) as loads:
         time.sleep(1)
         victim.kill()
-        time.sleep(3)
+        time.sleep(2)
         victim.start()
         cluster5.agree("web", 10)
         reports = loads.stop()
