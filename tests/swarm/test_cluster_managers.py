@@ -24,7 +24,10 @@ def members(swarm: Swarm) -> dict[str, dict[str, Any]]:
 
 def leader(swarm: Swarm) -> str:
     """The hostname of the leader; empty while there is none."""
-    found = [n for n, node in members(swarm).items() if node.get("ManagerStatus", {}).get("Leader")]
+    try:
+        found = [n for n, node in members(swarm).items() if node.get("ManagerStatus", {}).get("Leader")]
+    except (OSError, RuntimeError):  # nobody answers, or says that there is none
+        return ""
     return found[0] if found else ""
 
 
