@@ -7,11 +7,13 @@ that go straight. `between` is the MTU of the router's wire to the far node, whi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -241,6 +243,26 @@ def test_a_datagram_that_is_too_large_is_answered(lab: Lab, inner: int, outer: i
         room = (52 if outer == 4 else 72) + 28 + (20 if inner == 6 else 0)
         assert client.send(bytes(1500 - room)) == 1500 - room
     assert lab.near.verdicts()["TUNNEL_TOO_BIG"] >= 1
+
+
+@VERSIONS
+def test_a_small_way_that_tells(lab: Lab, inner: int, outer: int) -> None:
+    """The router's ICMP errors reach the near node, whose own then reach the client."""
+    lab.mtu(1360)  # what is left for IPv6 is no less than it asks for
+    lab.serve(inner, outer)
+    with inside(lab.names["c"]):
+        client = socket.socket(family(inner), socket.SOCK_DGRAM)
+    with client:
+        client.setsockopt(*((socket.IPPROTO_IP, 10, 2) if inner == 4 else (socket.IPPROTO_IPV6, 23, 2)))  # MTU_DISCOVER
+        client.connect((NEAR[inner], 80))
+        for _ in range(1000):
+            with contextlib.suppress(OSError):
+                client.send(bytes(1370))
+            if "TUNNEL_TOO_BIG" in lab.near.verdicts():
+                break
+            time.sleep(0.01)
+    near = lab.near.verdicts()
+    assert (near["TUNNEL_PATH"], near["TUNNEL_TOO_BIG"]) >= (1, 1)
 
 
 @VERSIONS
