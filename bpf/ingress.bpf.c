@@ -26,14 +26,13 @@ int mesh_error(struct __sk_buff *skb)
 
 	if (parse(skb, &p) != PARSE_ICMP)
 		return TC_ACT_UNSPEC;
-	action = serve_icmp(skb, &p, 0);
+	action = serve_icmp(skb, &p, FROM_CLIENT);
 	if (action <= GO(0))
 		bpf_tail_call(skb, &mesh_programs, GO(0) - action);
 	return action > GO(0) ? action : verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 }
 
-SEC("tc")
-int mesh_ingress(struct __sk_buff *skb)
+INLINE int ingress(struct __sk_buff *skb, int from)
 {
 	int action = GO(GO_ERROR);
 	enum parse_result result;
@@ -43,7 +42,7 @@ int mesh_ingress(struct __sk_buff *skb)
 	if (unlikely(result == PARSE_FRAGMENT) && !fragment_ports(&p))
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
-		action = serve_flow(skb, &p, 0);
+		action = serve_flow(skb, &p, from);
 		if (likely(!IS_REFUSAL(action)))
 			return action;
 		if (action > GO(0))
@@ -55,6 +54,19 @@ int mesh_ingress(struct __sk_buff *skb)
 	}
 	bpf_tail_call(skb, &mesh_programs, GO(0) - action);
 	return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
+}
+
+SEC("tc")
+int mesh_ingress(struct __sk_buff *skb)
+{
+	return ingress(skb, FROM_CLIENT);
+}
+
+/* In place of mesh_ingress on bridges that have nothing but containers of this node. */
+SEC("tc")
+int mesh_bridge(struct __sk_buff *skb)
+{
+	return ingress(skb, FROM_BRIDGE);
 }
 
 /* See MESH_EXPLAIN_VERDICT in abi.h. */

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
+from mesh.agent_services import way_of
 from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Explanation, FrontendEntry
 from mesh.metrics.view import Json
 from mesh.model import Flow, Protocol, ServiceOptions
@@ -88,9 +89,21 @@ class Explainer:
             "name": known.name if known else "",
             "node": entry.target.node,
             "address": str(entry.target.address),
+            "way": way_of(entry.target, self._reconciler.datapath.name),
             "port": entry.target.port,
             "health": health.of(entry.key.backend).value,
         }
+
+    def _sent(self, entry: BackendEntry) -> str:
+        """How a flow gets to another node."""
+        names = {node.id: node.name for node in self._reconciler.picture.inventory.nodes}
+        name = names.get(entry.target.node) or entry.target.node
+        where = f"node {name} ({entry.target.via})"
+        engine = self._reconciler.datapath.name
+        if way_of(entry.target, engine) == "tunnel":
+            return f"goes to {where} through the tunnel"
+        by = " by the proxy engine beside" if engine == "kernel" else ""
+        return f"is handed over to {where} at its peer port{by}"
 
     def _reasons(
         self, flow: Flow, choice: Choice, entry: FrontendEntry | None, *, tracked: bool, denied: bool
@@ -111,6 +124,8 @@ class Explainer:
             and choice.backend.target.address.version != flow.source.version
         ):
             reasons.append("the client's IP version is not the backend's: the proxy engine beside serves it")
+        elif choice.backend and choice.backend.target.via is not None:
+            reasons.append(self._sent(choice.backend))
         if tracked and choice.previous != choice.owner:
             reasons.append("the slot is passing from one owner to another: connections from before stay where they are")
         if entry.state.panic:

@@ -14,7 +14,7 @@ import msgspec
 
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
-from mesh.model import Backend, Frontend, FrontendState, Health, Service, ServiceOptions
+from mesh.model import Backend, Frontend, FrontendState, Health, Service, ServiceOptions, Target
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of
 
@@ -45,10 +45,22 @@ class _Input:
     health: tuple[tuple[Health, str], ...]  # verdict and reason, by target
 
 
-class Services:
-    """Remembers what it made: a scrape costs what has changed since the last one."""
+def way_of(target: Target, engine: str) -> str:
+    """How this node's engine gets to a target: "here", by "tunnel", or handed over at the other node's "peer" port."""
+    if target.via is None:
+        return "here"
+    return "tunnel" if engine == "kernel" and target.engine != "proxy" else "peer"
 
-    def __init__(self) -> None:
+
+class Services:
+    """Remembers what it made: a scrape costs what has changed since the last one.
+
+    Args:
+        engine: how this node forwards.
+    """
+
+    def __init__(self, engine: str = "") -> None:
+        self._engine = engine
         self._lock = threading.Lock()
         self._summaries: dict[Frontend, _Summary] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-tables")
@@ -97,7 +109,7 @@ class Services:
                 made[service] = known
             else:
                 changed = True
-                made[service] = new, _service(service, new, picture, applied)
+                made[service] = new, _service(service, new, picture, applied, self._engine)
         self._made = made
         if changed:
             self._shown = sorted((shown for _, shown in made.values()), key=lambda s: (s["name"], s["id"]))
@@ -134,12 +146,12 @@ def _same(a: _Input, b: _Input) -> bool:
     )
 
 
-def _service(service: str, given: _Input, picture: Picture, applied: Applied) -> Shown:
+def _service(service: str, given: _Input, picture: Picture, applied: Applied, engine: str) -> Shown:
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
     backends = {backend.id: backend for backend in given.backends}
     frontends = [
-        _frontend(state, entry, summary, backends, picture, applied)
+        _frontend(state, entry, summary, backends, picture, applied, engine)
         for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True)
     ]
     return {"id": service, "name": name, "options": _options(known.options), "frontends": frontends}
@@ -152,6 +164,7 @@ def _frontend(
     backends: Mapping[str, Backend],
     picture: Picture,
     applied: Applied,
+    engine: str,
 ) -> Shown:
     summary = summary if entry else None
     shares: Mapping[int, int] = summary.shares if summary else {}
@@ -173,6 +186,8 @@ def _frontend(
                 "health_reason": health.reasons.get(target.backend, ""),
                 "slots": shares.get(held.id, 0) if held else 0,
                 "local": target.local,
+                "via": str(target.via or ""),
+                "way": way_of(target, engine),
             }
         )
     return {

@@ -62,7 +62,7 @@ class View:
         self._provider = provider
         self._monitor = monitor
         self._stop = stop
-        self._services = Services()
+        self._services = Services(facts.engine)
         self._explainer = Explainer(reconciler)
         self.stopping = False
         self.drained = _load_drained(facts.state_dir / DRAINED_FILE)

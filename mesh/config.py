@@ -82,6 +82,15 @@ class Config:
     peer_port: int = _key(
         9552, "proxy engine: other nodes hand over connections and datagrams here; the same on all nodes", most=65535
     )
+    tunnel_port: int = _key(
+        6084, "kernel engine: other nodes' flows come in here (UDP, Geneve); the same on all nodes", most=65535
+    )
+    return_path: str = _key(
+        "tunnel",
+        "kernel engine: how replies of this node's tasks leave when another node was called; direct: straight to the "
+        "client, as from the address that it called",
+        choices=("tunnel", "direct"),
+    )
     vips: str = _key("", "addresses that move between nodes, comma separated: served as soon as they arrive")
     log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = _key(

@@ -210,7 +210,7 @@ INLINE int is_tunnel(const struct mesh_flow *quoted)
 }
 
 /* An error from the client's side about a packet that we sent for a task. Returns an action, or a GO. */
-RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
+RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from)
 {
 	struct icmp_work *w = icmp_work();
 	struct choice c = {};
@@ -218,13 +218,13 @@ RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from_task)
 
 	if (!p || !w || load_quoted(skb, p, w))
 		return TC_ACT_UNSPEC;
-	if (!from_task && skb->pkt_type == PACKET_HOST && is_tunnel(&w->quoted.flow))
+	if (from == FROM_CLIENT && skb->pkt_type == PACKET_HOST && is_tunnel(&w->quoted.flow))
 		return GO(GO_ARRIVE);
 	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
-	if (likely(!word) || p->ttl <= 1 || (!from_task && skb->pkt_type != PACKET_HOST))
+	if (likely(!word) || p->ttl <= 1 || (from != FROM_TASK && skb->pkt_type != PACKET_HOST))
 		return TC_ACT_UNSPEC;
 	if (!find_quoted(w, &c, word))
-		return c.backend && is_away(c.backend) && c.backend->version == p->version && !from_task
+		return c.backend && is_away(c.backend) && c.backend->version == p->version && from == FROM_CLIENT
 			       ? leave_for(skb, c.owner, 0, (__u32)c.wide)
 			       : TC_ACT_UNSPEC;
 	if (!c.backend || is_v4(&w->key.destination) != (p->version == 4))

@@ -9,6 +9,11 @@
 #include "reply.h"
 #include "tunnel.h"
 
+/* Whose packet it is. */
+#define FROM_CLIENT 0
+#define FROM_TASK   1 /* of the container whose interface this is */
+#define FROM_BRIDGE 2 /* of some container of this node, on a bridge of its own */
+
 /* Past netfilter into the task's network namespace, or to the bridge where its veth is not known. */
 INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
 {
@@ -70,7 +75,7 @@ INLINE int fragment_ports(struct packet *p)
 }
 
 /* The tuple by which the task sees the flow. */
-INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from_task)
+INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
 {
 	struct mesh_config *node;
 
@@ -79,7 +84,7 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
 	to->destination = backend->address;
 	to->destination_port = backend->port;
 	to->pad = 0;
-	if (!from_task)
+	if (from != FROM_TASK)
 		return 0;
 	node = config();
 	if (!node || !same_address(&to->source, &to->destination))
@@ -88,12 +93,13 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
 	return MESH_REPLY_PEER | MESH_REPLY_HAIRPIN;
 }
 
-/* A packet whose owner is a task of another node. Containers' own addresses mean nothing there. */
-INLINE int forward_away(struct __sk_buff *skb, struct packet *p, const struct choice *c, int from_task)
+/* A packet whose owner is a task of another node. Containers' own addresses mean nothing there: they are this node's,
+ * or another container's as well. */
+INLINE int forward_away(struct __sk_buff *skb, struct packet *p, const struct choice *c, int from)
 {
 	if (c->backend->version != p->version)
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
-	if (from_task)
+	if (from != FROM_CLIENT)
 		return verdict(MESH_VERDICT_TUNNEL_NONE, TC_ACT_UNSPEC);
 	if (c->note || c->noted)
 		note_choice(&p->flow, c);
@@ -109,20 +115,20 @@ INLINE int pass_own(const struct packet *p, const struct choice *c)
 }
 
 /* A packet whose owner is a task. */
-INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, int from_task)
+INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, int from)
 {
 	struct tuple to;
 	__u16 flags;
 
 	if (unlikely(is_away(c->backend)))
-		return forward_away(skb, p, c, from_task);
+		return forward_away(skb, p, c, from);
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
 	if (unlikely(!c->backend->ifindex) && c->backend->bridge == MESH_LOOPBACK)
 		return pass_own(p, c);
 	if (unlikely(p->ttl <= 1))
 		return REFUSAL(MESH_VERDICT_EXPIRED);
-	flags = task_tuple(&to, p, c->backend, from_task);
+	flags = task_tuple(&to, p, c->backend, from);
 	if (!c->recent && unlikely(keep_reply(p, c, &to, skb->ifindex, flags)))
 		return REFUSAL(MESH_VERDICT_COLLISION);
 	if (unlikely(c->note || c->noted))
@@ -135,7 +141,7 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 }
 
 /* A TCP or UDP packet with known ports. Returns an action, or a REFUSAL or GO that the caller has to carry out. */
-INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
+INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from)
 {
 	struct choice c;
 	__u32 word;
@@ -143,10 +149,10 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 	word = port_word(p->flow.protocol, p->flow.destination_port);
 	if (likely(!word))
 		return TC_ACT_UNSPEC;
-	if (!from_task && skb->pkt_type != PACKET_HOST)
+	if (from != FROM_TASK && skb->pkt_type != PACKET_HOST)
 		return TC_ACT_UNSPEC;
 	if (unlikely(word & MESH_PORT_TUNNEL))
-		return from_task ? TC_ACT_UNSPEC : GO(GO_ARRIVE);
+		return from != FROM_CLIENT ? TC_ACT_UNSPEC : GO(GO_ARRIVE);
 	__builtin_memset(&c, 0, sizeof(c));
 	c.frontend = word & MESH_PORT_EXACT ? find_frontend(&p->flow, word) : word;
 	if (!c.frontend)
@@ -160,7 +166,7 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from_task)
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
 	if (likely(c.backend))
-		return forward(skb, p, &c, from_task);
+		return forward(skb, p, &c, from);
 	if (c.note || c.noted)
 		note_choice(&p->flow, &c);
 	if (c.verdict == MESH_VERDICT_REFUSED)

@@ -168,7 +168,7 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
             b["name"] or b["backend"],
             b["backend"][:_ID_SHOWN],
             b["node"][:_ID_SHOWN],
-            address_port(b),
+            address_port(b) + (f" by {b['way']}" if b["way"] != "here" else ""),
             b["health"] + (f" ({b['health_reason']})" if b["health_reason"] and b["health"] == "down" else ""),
             b["intent"],
             b["weight"],
@@ -218,6 +218,7 @@ def describe(backend: object) -> str:
         return str(backend or "none")
     name = backend.get("name") or backend.get("backend") or backend.get("id")
     where = f" at {address_port(backend)}" if backend.get("address") else ""
+    where += f" by {backend['way']}" if backend.get("way", "here") != "here" else ""
     return f"{name}{where}" + (f" on node {backend['node'][:_ID_SHOWN]}" if backend.get("node") else "")
 
 

@@ -20,13 +20,15 @@ MAPPED: Final = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
 TABLE: Final = struct.Struct("=II")
 FRONTEND: Final = struct.Struct("=IIII")
 FRONTEND_KEY: Final = struct.Struct("=16sHB5x")
-BACKEND: Final = struct.Struct("=16sHBBIII6s26x")
+BACKEND: Final = struct.Struct("=16sHBBIII6sBx8s16x")
+ID: Final = struct.Struct("=8sHBx")
+NODE: Final = struct.Struct("=16sIII12x")
 ACL_KEY: Final = struct.Struct("=II16s")
 FLOW: Final = struct.Struct("=16s16sHHB3x")
 NOTE: Final = struct.Struct("=IIII")
 REPLY: Final = struct.Struct("=16s16sHHIIIII")
 COUNTS: Final = struct.Struct("=6Q")
-CONFIG: Final = struct.Struct("=Q16s16s6xH")
+CONFIG: Final = struct.Struct("=Q16s16sIHH")
 ADDRESS_SIZE: Final = 16
 
 
@@ -45,8 +47,10 @@ SLOT_SIZE: Final = 8
 MAX_ARENAS: Final = 256
 MAX_BACKENDS: Final = 65536
 MAX_FRONTENDS: Final = 16384
+MAX_NODES: Final = 4096
 
 PORT_EXACT: Final = 0x80000000
+PORT_TUNNEL: Final = 0x40000000
 PORT_FRONTEND: Final = 0x3FFFFFFF
 PORT_UDP: Final = 65536
 
@@ -61,6 +65,8 @@ BACKEND_DRAINING: Final = 2
 BACKEND_STATE_OFFSET: Final = 16  # of the word with port, protocol and state
 
 LOOPBACK: Final = 1  # as `bridge` of a backend: its address is the node's own
+
+SETTING_DIRECT: Final = 0x1
 
 ACL_ALLOW: Final = 1
 ACL_DENY: Final = 2
@@ -148,7 +154,8 @@ def unpack_frontend_key(data: bytes) -> Frontend:
 
 @dataclass(frozen=True, slots=True)
 class BackendSlot:
-    """mesh_backend. `mac` 6 bytes, zeros: unknown; interfaces by index, 0: unknown."""
+    """mesh_backend. `mac` 6 bytes, zeros: unknown; interfaces by index, 0: unknown. `seed` 8 bytes, not zeros: it runs
+    on the node that has the address, and serves IP `version`."""
 
     address: Address
     port: int
@@ -158,6 +165,8 @@ class BackendSlot:
     ifindex: int = 0
     bridge: int = 0
     mac: bytes = bytes(6)
+    version: int = 0
+    seed: bytes = bytes(8)
 
 
 def pack_backend(backend: BackendSlot) -> bytes:
@@ -170,12 +179,38 @@ def pack_backend(backend: BackendSlot) -> bytes:
         backend.ifindex,
         backend.bridge,
         backend.mac,
+        backend.version,
+        backend.seed,
     )
 
 
 def unpack_backend(data: bytes) -> BackendSlot:
-    address, port, protocol, state, epoch, ifindex, bridge, mac = BACKEND.unpack(data)
-    return BackendSlot(unpack_address(address), be16(port), protocol, state, epoch, ifindex, bridge, mac)
+    address, port, *rest = BACKEND.unpack(data)
+    return BackendSlot(unpack_address(address), be16(port), *rest)
+
+
+def pack_id(seed: bytes, port: int, protocol: int) -> bytes:
+    """A mesh_id: a backend as all nodes call it. `seed`: its first 8 bytes are taken."""
+    return ID.pack(seed[:8], be16(port), protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSlot:
+    """mesh_node. `source`: the address from which this node's packets to it come; `mtu` 0: it takes no tunnel."""
+
+    source: Address
+    ifindex: int
+    mtu: int
+    id: int
+
+
+def pack_node(node: NodeSlot) -> bytes:
+    return NODE.pack(pack_address(node.source), node.ifindex, node.mtu, node.id)
+
+
+def unpack_node(data: bytes) -> NodeSlot:
+    source, ifindex, mtu, number = NODE.unpack(data)
+    return NodeSlot(unpack_address(source), ifindex, mtu, number)
 
 
 def pack_acl_key(acl: int, network: Network) -> bytes:
@@ -230,10 +265,23 @@ def pack_note(note: Note) -> bytes:
     return NOTE.pack(note.owner, note.epoch, note.stamp, note.frontend)
 
 
-def pack_config(netns_cookie: int, hairpin: Address, hairpin6: Address, error_rate: int) -> bytes:
-    return CONFIG.pack(netns_cookie, pack_address(hairpin), pack_address(hairpin6), error_rate)
+@dataclass(frozen=True, slots=True)
+class ConfigSlot:
+    """mesh_config: what holds for the whole node."""
+
+    netns_cookie: int
+    hairpin: Address
+    hairpin6: Address
+    settings: int
+    tunnel_port: int
+    error_rate: int
 
 
-def unpack_config(data: bytes) -> tuple[int, Address, Address, int]:
-    cookie, hairpin, hairpin6, error_rate = CONFIG.unpack(data)
-    return cookie, unpack_address(hairpin), unpack_address(hairpin6), error_rate
+def pack_config(config: ConfigSlot) -> bytes:
+    hairpin, hairpin6, port = pack_address(config.hairpin), pack_address(config.hairpin6), be16(config.tunnel_port)
+    return CONFIG.pack(config.netns_cookie, hairpin, hairpin6, config.settings, port, config.error_rate)
+
+
+def unpack_config(data: bytes) -> ConfigSlot:
+    cookie, hairpin, hairpin6, settings, port, rate = CONFIG.unpack(data)
+    return ConfigSlot(cookie, unpack_address(hairpin), unpack_address(hairpin6), settings, be16(port), rate)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import ipaddress
 import os
 import threading
 import time
@@ -39,21 +38,18 @@ from mesh.datapath.kernel_attach import Attachments, cgroup_root
 from mesh.datapath.kernel_beside import Beside, Listeners
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
-from mesh.datapath.kernel_places import Place, Places, is_held, wanted
+from mesh.datapath.kernel_nodes import Ids, Nodes, node_config, seed_of
+from mesh.datapath.kernel_places import Place, Places, is_held, misplaced, wanted
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
 from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight
-from mesh.model import Affinity, Flow, Frontend, Protocol, ServiceOptions
+from mesh.model import Affinity, Flow, Frontend, ServiceOptions
 
-# What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
-HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
-HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
+AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
 HOLD: Final = 5.0  # seconds in which UDP flows that were there before a take-over must speak to stay where they are
 QUIET: Final = 0.05  # seconds between two looks at the network, however fast it changes
 LOOK: Final = 5.0  # seconds after which to look although nothing was announced
-UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
-REPLY_CLOSED: Final = 0x4 | 0x8
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +58,6 @@ class KernelDatapath:
     """mesh.datapath.base.Datapath over eBPF."""
 
     name = "kernel"
-    spans = False  # backends of other nodes are left out
 
     def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
         self._config = config
@@ -108,12 +103,15 @@ class KernelDatapath:
         self._finder = Places(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")
         self._xdp = kernel_xdp.XdpStage(self._programs.get(kernel_xdp.PROGRAM), directory / "links")
-        self._maps.configure(netns_cookie(), HAIRPIN, HAIRPIN6, self._config.error_rate)
+        self._nodes, self._ids = Nodes(maps, self._netlink), Ids(maps)
+        self._maps.configure(node_config(self._config, netns_cookie()))
         names = self._names.read()
-        self._applied = kernel_adopt.adopted(self._maps, names)
+        self._applied = kernel_adopt.adopted(self._maps, names, self._nodes.all)
         self._tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
         if self._others and not self._maps.served:
             self._rebuild(kernel_adopt.rebuilt(names))
+        self._nodes.learn(self._applied.backends.values())
+        self._ids.keep(e.id for e in self._applied.backends.values() if e.target.via is None)
         self._taking_over = not self._maps.served
         self._look()
         self._place_all()
@@ -129,12 +127,15 @@ class KernelDatapath:
         """Another contract served until now: publish the same tables, and take its flows over where they mean the
         same."""
         self._maps.put_backends({entry.id: self._slot(entry) for entry in applied.backends.values()})
+        self._ids.put(applied.backends.values())
         for entry in applied.frontends.values():
             self._put_frontend(entry)
         self._applied = applied
         for other in self._others:
             if other.name.partition("-")[0] == str(ABI_VERSION):
                 self._maps.carry_over(other)
+                self._nodes.adopt()
+        self._nodes.put(applied.nodes or ())
 
     # ---- plans ----
 
@@ -142,10 +143,14 @@ class KernelDatapath:
         """See Datapath.apply. Steps are those of bpf/lib/maps.h."""
         with self._lock:
             self._names.put(plan, self._applied)
+            if plan.put_nodes is not None:
+                self._nodes.put(plan.put_nodes)
+            self._nodes.learn(plan.put_backends)
             self._look(plan.put_backends)
             if not self._others:
                 self._sync()
             self._maps.put_backends({e.id: self._slot(e) for e in plan.put_backends})
+            self._ids.put(plan.put_backends)
             self._maps.arenas.reserve(e.table.size for e in plan.put_frontends if not self._has_table(e))
             for entry in plan.put_frontends:
                 self._put_frontend(entry)
@@ -153,6 +158,7 @@ class KernelDatapath:
                 self._maps.drop_frontend(frontend)
                 self._tables.pop(frontend, None)
                 self._holding.pop(frontend, None)
+            self._ids.drop(e.id for e in plan.drop_backends)
             self._maps.free_backends(e.id for e in plan.drop_backends)
             self._applied = plan.result
             self._taking_over = False
@@ -167,17 +173,18 @@ class KernelDatapath:
             return self._applied
 
     def _slot(self, entry: BackendEntry) -> BackendSlot:
-        place = self._places.get(entry.id, Place())
-        return BackendSlot(
-            address=entry.target.address,
+        target, place = entry.target, self._places.get(entry.id, Place())
+        slot = BackendSlot(
+            address=target.via or target.address,
             port=entry.key.port,
             protocol=entry.key.protocol,
-            state=codec.BACKEND_ACTIVE if entry.target.weight else codec.BACKEND_DRAINING,
+            state=codec.BACKEND_ACTIVE if target.weight else codec.BACKEND_DRAINING,
             epoch=0,
-            ifindex=place.veth,
-            bridge=codec.LOOPBACK if place.own else place.via,
-            mac=place.mac,
         )
+        if target.via is not None:
+            return dataclasses.replace(slot, seed=seed_of(entry.key), version=AWAY_VERSION)
+        bridge = codec.LOOPBACK if place.own else place.via
+        return dataclasses.replace(slot, ifindex=place.veth, bridge=bridge, mac=place.mac)
 
     def _put_frontend(self, entry: FrontendEntry) -> None:
         frontend, options = entry.state.frontend, entry.state.options
@@ -213,10 +220,11 @@ class KernelDatapath:
         """See where everything is now, or just these backends."""
         self._finder.refresh()
         self._maps.set_addresses(self._finder.topology.addresses)
-        if backends is None:
-            self._places = {e.id: self._finder.find(e.target.address) for e in self._applied.backends.values()}
-        else:
-            self._places |= {e.id: self._finder.find(e.target.address) for e in backends}
+        self._nodes.refresh(self._finder.topology)
+        self._maps.listen(self._config.tunnel_port if self._nodes.held else 0)
+        chosen = self._applied.backends.values() if backends is None else backends
+        found = {e.id: self._finder.find(e.target.address) for e in chosen if e.target.via is None}
+        self._places = found if backends is None else self._places | found
 
     def _place_all(self) -> None:
         """Write where backends are, of those that were somewhere else before."""
@@ -231,7 +239,7 @@ class KernelDatapath:
             self._attach.adopt(topology.interfaces)
             self._xdp.adopt()
             self._attached = True
-        programs = wanted(topology, self._places.values(), self._patterns)
+        programs = wanted(topology, self._places.values(), self._patterns, self._nodes.interfaces)
         problems = self._attach.sync(programs) + self._xdp.sync(topology.interfaces, programs)
         group = Path(self._config.cgroup) if self._config.cgroup else cgroup_root()
         self._problems = problems + self._attach.sync_sockets(group)
@@ -289,12 +297,13 @@ class KernelDatapath:
 
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
-        found = [*self._problems, *self._beside.problems()]
-        for entry in list(self._applied.backends.values()):
-            place = self._places.get(entry.id)
-            if place is not None and not place.via:
-                found.append(f"backend {entry.key.backend}: no route to {entry.target.address} (is its network up?)")
-        return found
+        backends = list(self._applied.backends.values())
+        return [
+            *self._problems,
+            *self._beside.problems(),
+            *self._nodes.problems(),
+            *misplaced(backends, self._places),
+        ]
 
     def stats(self) -> Stats:
         """See Datapath.stats."""
@@ -330,11 +339,7 @@ class KernelDatapath:
 
     def live_flows(self) -> int:
         """How many flows are under way, as far as can be told: TCP until both ends closed, UDP for a minute."""
-        now = time.monotonic_ns() >> codec.STAMP_SHIFT
-        return sum(
-            flags & REPLY_CLOSED != REPLY_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
-            for protocol, flags, stamp in self._maps.replies()
-        )
+        return kernel_stats.live_flows(self._maps)
 
     def close(self, *, release: bool) -> None:
         """Stop. The data plane lives on; with `release` flows that start are left to who served the ports before, and

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import SlotTable, backend_seed, hash_flow
@@ -11,22 +12,26 @@ from mesh.datapath import codec, kernel_stats
 from mesh.datapath.base import OWNER_FIRST, Applied, BackendEntry, BackendKey, FrontendEntry
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import Names
+from mesh.datapath.kernel_nodes import seed_of
 from mesh.errors import DatapathError
-from mesh.model import Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
+from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
+
+LOCAL: Final = bytes(8)  # mesh_backend.seed of a backend that runs here
 
 
-def adopted(maps: KernelMaps, names: Names) -> Applied:
+def adopted(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
     """What the maps hold, named by the file where that fits, else under names of its own."""
     backends: dict[BackendKey, BackendEntry] = {}
     for number, slot in maps.backends.items():
         if slot.state == codec.BACKEND_FREE:
             continue
         entry = names.backends.get(number)
-        place = (slot.address, slot.port, slot.protocol)
-        if entry is None or (entry.target.address, entry.key.port, entry.key.protocol) != place:
+        if entry is None or _place(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
             key = BackendKey(f"adopted-{number}", slot.port, slot.protocol)
             weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
-            entry = BackendEntry(number, key, Target(key.backend, slot.address, slot.port, weight))
+            away = slot.address if slot.seed != LOCAL else None
+            target = Target(key.backend, slot.address, slot.port, weight, local=away is None, via=away)
+            entry = BackendEntry(number, key, target)
         backends[entry.key] = entry
     frontends: dict[Frontend, FrontendEntry] = {}
     for frontend in list(maps.served):
@@ -40,7 +45,13 @@ def adopted(maps: KernelMaps, names: Names) -> Applied:
         ids = {backends[key].id for key in keys if key in backends}
         ids |= {owner for owner in table.owners() if owner >= OWNER_FIRST}
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
-    return Applied(names.generation, frontends, backends)
+    return Applied(names.generation, frontends, backends, nodes)
+
+
+def _place(entry: BackendEntry) -> tuple[Address, int, int, bytes]:
+    """What the maps should say of a backend."""
+    away = entry.target.via
+    return away or entry.target.address, entry.key.port, entry.key.protocol, seed_of(entry.key) if away else LOCAL
 
 
 def rebuilt(names: Names) -> Applied:
@@ -54,7 +65,7 @@ def rebuilt(names: Names) -> Applied:
         seeds = [(backend_seed(t.backend), number, t.weight) for t, number in held]
         table = SlotTable.build(state.options.table_size, seeds)
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(number for _, number in held)))
-    return Applied(names.generation, frontends, entries)
+    return Applied(names.generation, frontends, entries, names.nodes)
 
 
 def check_hash(program: _bpf.Program) -> None:

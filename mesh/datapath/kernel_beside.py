@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine beside the kernel engine: it serves clients of the IP version that a task does not speak, and
-backends at addresses of this node itself.
+"""The proxy engine beside the kernel engine: it serves what the programs leave to the kernel, from the same tables.
 
-The programs leave such flows to the kernel (verdicts FAMILY and OWN), which hands them to sockets on this node's own
-addresses. Tables are the same, so the proxy sends a flow to the backend that the programs have chosen.
+These are clients of the IP version that a task does not speak (verdict FAMILY), backends at addresses of this node
+itself (OWN), and, where the task is on another node, what the tunnel does not take (TUNNEL_NONE, SOCKET_PASS): flows
+for nodes that have the proxy engine or no way for the tunnel, and calls of this node's own processes and containers.
+Those are handed over at the other node's peer port.
 
-It also keeps the peer port, at which nodes with the proxy engine hand over flows for the tasks of this one.
+It also keeps the peer port, at which other nodes hand over such flows for the tasks of this one.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _Key = TypeVar("_Key")
 
 
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
-    """The frontends that the proxy serves: (address of this node, port) by the frontend's own entry. Pure.
+    """The frontends that the proxy serves, by the frontend's own entry. Pure.
 
-    Loopback addresses are left out: the socket hooks connect local processes whatever the version.
+    Those with targets on other nodes as they are; else (address of this node, port) for the other IP version. Loopback
+    addresses are left out there: the socket hooks connect local processes whatever the version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -40,6 +42,9 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     )
     found: dict[Frontend, FrontendEntry] = {}
     for frontend, entry in applied.frontends.items():
+        if any(target.via is not None for target in entry.state.targets):
+            found[frontend] = entry
+            continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
         if any(target.address in own or target.address.is_loopback for target in entry.state.targets):
             versions = {4, 6}
@@ -104,8 +109,8 @@ class Beside:
             self._problem = ""
         except (DatapathError, ImportError, OSError) as error:
             self._problem = (
-                f"clients of the other IP version than their tasks', of backends at this node's own addresses, or of "
-                f"other nodes are not served: {error}"
+                "clients of the other IP version than their tasks', of backends at this node's own addresses, local "
+                f"callers of tasks of other nodes, and nodes with the proxy engine are not served: {error}"
             )
 
     def _carry_out(

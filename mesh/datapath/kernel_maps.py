@@ -116,6 +116,7 @@ class KernelMaps:
         self._free: list[int] = list(range(1, codec.MAX_FRONTENDS))
         self._freed: list[tuple[float, int]] = []
         self._acls = 0
+        self._tunnel: set[int] = set()  # offsets of the ports where other nodes' flows come in
         self._adopt()
 
     # ---- adoption ----
@@ -151,7 +152,10 @@ class KernelMaps:
             if words[base : base + len(empty)] == empty:
                 continue
             for offset in range(base, base + len(empty), 8):
-                number = codec.unpack_u32(words[offset : offset + 4]) & codec.PORT_FRONTEND
+                word = codec.unpack_u32(words[offset : offset + 4])
+                number = word & codec.PORT_FRONTEND
+                if word & codec.PORT_TUNNEL:
+                    self._tunnel.add(offset)
                 if number:
                     port, udp = offset // 8 % codec.PORT_UDP, offset // 8 >= codec.PORT_UDP
                     yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
@@ -167,9 +171,18 @@ class KernelMaps:
 
     # ---- the node ----
 
-    def configure(self, netns_cookie: int, hairpin: Address, hairpin6: Address, error_rate: int) -> None:
+    def configure(self, config: codec.ConfigSlot) -> None:
         """Write what holds for the whole node."""
-        self._config.write(0, codec.pack_config(netns_cookie, hairpin, hairpin6, error_rate))
+        self._config.write(0, codec.pack_config(config))
+
+    def listen(self, port: int) -> None:
+        """Have other nodes' flows come in at this UDP port and at no other; 0: nowhere."""
+        wanted = {codec.port_index(port, Protocol.UDP) * self._ports.step} if port else set()
+        for offset in wanted - self._tunnel:
+            self._ports.store32(offset, self._ports.load32(offset) | codec.PORT_TUNNEL)
+        for offset in self._tunnel - wanted:
+            self._ports.store32(offset, self._ports.load32(offset) & ~codec.PORT_TUNNEL)
+        self._tunnel = wanted
 
     def set_addresses(self, addresses: Iterable[Address]) -> None:
         """Make these, and no others, the node's own."""
@@ -187,10 +200,11 @@ class KernelMaps:
         fresh = []
         for number, entry in entries.items():
             held = self.backends.get(number)
-            same = held is not None and (held.address, held.port, held.protocol) == (
+            same = held is not None and (held.address, held.port, held.protocol, held.seed) == (
                 entry.address,
                 entry.port,
                 entry.protocol,
+                entry.seed,
             )
             epoch = (held.epoch if held else 0) + (0 if same and held and held.state else 1)
             new = replace(entry, epoch=epoch & 0xFFFFFFFF)
@@ -270,7 +284,7 @@ class KernelMaps:
         offset = codec.port_index(frontend.port, frontend.protocol) * self._ports.step
         word = self._ports.load32(offset)
         if frontend.address == ANY_ADDRESS:
-            self._ports.store32(offset, word & codec.PORT_EXACT | number)
+            self._ports.store32(offset, word & ~codec.PORT_FRONTEND | number)
             return
         self._exact.update(codec.pack_frontend_key(frontend), codec.pack_u32(number))
         self._ports.store32(offset, word | codec.PORT_EXACT)
@@ -279,12 +293,12 @@ class KernelMaps:
         offset = codec.port_index(frontend.port, frontend.protocol) * self._ports.step
         word = self._ports.load32(offset)
         if frontend.address == ANY_ADDRESS:
-            self._ports.store32(offset, word & codec.PORT_EXACT)
+            self._ports.store32(offset, word & ~codec.PORT_FRONTEND)
             return
         self._exact.delete(codec.pack_frontend_key(frontend))
         others = (f for f in self.served if f != frontend and f.address != ANY_ADDRESS)
         if not any((f.port, f.protocol) == (frontend.port, frontend.protocol) for f in others):
-            self._ports.store32(offset, word & codec.PORT_FRONTEND)
+            self._ports.store32(offset, word & ~codec.PORT_EXACT)
 
     def drop_frontend(self, frontend: Frontend) -> None:
         """Serve it no longer: its packets are left to the kernel."""
@@ -360,7 +374,7 @@ class KernelMaps:
 
     def carry_over(self, other: Path) -> None:
         """Copy the flows under way from the pins of a build whose structs mean the same."""
-        for name in ("mesh_replies", "mesh_openings"):
+        for name in ("mesh_nodes", "mesh_replies", "mesh_openings"):
             if not (other / name).exists():
                 continue
             source, target = _bpf.Map.open(str(other / name)), self._maps[name]

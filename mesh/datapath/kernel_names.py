@@ -16,6 +16,7 @@ import msgspec
 
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
 from mesh.model import (
+    Address,
     Affinity,
     Frontend,
     FrontendState,
@@ -28,7 +29,7 @@ from mesh.model import (
     Target,
 )
 
-VERSION: Final = 2
+VERSION: Final = 3
 SPARE: Final = 1 << 16  # bytes of changes for which the file is never written whole
 _CHANGES: Final = ("backends", "frontends", "gone_backends", "gone_frontends")
 
@@ -40,6 +41,7 @@ class Names:
     generation: int = 0
     backends: dict[int, BackendEntry] = field(default_factory=dict)
     frontends: dict[Frontend, FrontendState] = field(default_factory=dict)
+    nodes: tuple[Address, ...] = ()
 
 
 def _target_out(target: Target) -> list[Any]:
@@ -133,6 +135,7 @@ class NamesFile:
         self._path = path
         self._backends: dict[int, msgspec.Raw] = {}
         self._frontends: dict[Frontend, msgspec.Raw] = {}
+        self._nodes: list[str] = []
         self._spent = self._size = 0  # bytes of the changes, and of the line with all
 
     def read(self) -> Names:
@@ -144,16 +147,16 @@ class NamesFile:
                 return Names()
             backends = {b.id: b for b in map(_backend_in, row["backends"])}
             frontends = {f.frontend: f for f in map(_frontend_in, row["frontends"])}
-            generation = row["generation"]
+            generation, nodes = row["generation"], row["nodes"]
             for row in map(msgspec.json.decode, changes[:-1]):  # what a line break does not end was not written whole
-                generation = row["generation"]
+                generation, nodes = row["generation"], row.get("nodes", nodes)
                 backends |= {b.id: b for b in map(_backend_in, row["backends"])}
                 frontends |= {f.frontend: f for f in map(_frontend_in, row["frontends"])}
                 for number in row["gone_backends"]:
                     backends.pop(number, None)
                 for place in row["gone_frontends"]:
                     frontends.pop(_place_in(place), None)
-            return Names(generation, backends, frontends)
+            return Names(generation, backends, frontends, tuple(map(ipaddress.ip_address, nodes)))
         except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError):
             return Names()
 
@@ -162,12 +165,16 @@ class NamesFile:
         if not self._size:
             self._backends = {e.id: _raw(_backend_out(e)) for e in held.backends.values()}
             self._frontends = {f: _raw(_frontend_out(e.state)) for f, e in held.frontends.items()}
+            self._nodes = [str(address) for address in held.nodes or ()]
             self._write(held.generation)
         backends = {entry.id: _raw(_backend_out(entry)) for entry in plan.put_backends}
         frontends = {entry.state.frontend: _raw(_frontend_out(entry.state)) for entry in plan.put_frontends}
         self._backends |= backends
         self._frontends |= frontends
-        self._append(plan.generation, backends=list(backends.values()), frontends=list(frontends.values()))
+        change: dict[str, list[Any]] = {"backends": list(backends.values()), "frontends": list(frontends.values())}
+        if plan.put_nodes is not None:
+            self._nodes = change["nodes"] = [str(address) for address in plan.put_nodes]
+        self._append(plan.generation, **change)
 
     def drop(self, plan: Plan) -> None:
         """Forget the names of what a plan has dropped."""
@@ -182,7 +189,7 @@ class NamesFile:
             self._append(plan.generation, gone_backends=gone, gone_frontends=places)
 
     def _append(self, generation: int, **change: list[Any]) -> None:
-        row = {"generation": generation, **{name: change.get(name, []) for name in _CHANGES}}
+        row = {"generation": generation, **{name: [] for name in _CHANGES}, **change}
         line = msgspec.json.encode(row) + b"\n"
         self._spent += len(line)
         if self._spent > max(self._size, SPARE) or not self._path.exists():
@@ -197,6 +204,7 @@ class NamesFile:
             "generation": generation,
             "backends": list(self._backends.values()),
             "frontends": list(self._frontends.values()),
+            "nodes": self._nodes,
         }
         text = msgspec.json.encode(row) + b"\n"
         partial = self._path.with_suffix(".partial")

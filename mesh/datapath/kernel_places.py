@@ -6,15 +6,17 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from mesh.datapath.base import BackendEntry
 from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
 from mesh.model import Address, Frontend, Protocol
 
 INGRESS: Final = "mesh_ingress"
+BRIDGE: Final = "mesh_bridge"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 4.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
@@ -101,26 +103,44 @@ class Places:
         return None if index is None else self.topology.interfaces.get(index)
 
 
-def wanted(topology: Topology, places: Iterable[Place], patterns: Sequence[str] = ()) -> Mapping[int, str]:
+def misplaced(backends: Iterable[BackendEntry], places: Mapping[int, Place]) -> Iterator[str]:
+    """One sentence for each backend of this node that cannot be delivered to. Pure."""
+    for entry in backends:
+        place = places.get(entry.id)
+        if place is not None and not place.via and entry.target.via is None:
+            yield f"backend {entry.key.backend}: no route to {entry.target.address} (is its network up?)"
+
+
+def wanted(
+    topology: Topology, places: Iterable[Place], patterns: Sequence[str] = (), nodes: Collection[int] = ()
+) -> Mapping[int, str]:
     """Which program goes on which interface. Pure.
 
     Tasks' interfaces: all veths of every bridge through which a backend is reached (containers on it may call ports of
-    this node too), and veths by which one is reached directly. Facing clients: the interfaces that `patterns` name;
-    without patterns every other Ethernet interface that is up and no port of a bridge or bond, bridges included.
+    this node too), and veths by which one is reached directly. Facing clients: the interfaces that `patterns` name and
+    those of `nodes`, by which other nodes are reached; without patterns every other Ethernet interface that is up and
+    no port of a bridge or bond, bridges included. Bridges that have only ports of containers and virtual machines get a
+    program of their own.
     """
     vias = {place.via for place in places if not place.own}
     bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
+    outward = {i.master for i in topology.interfaces.values() if i.kind not in ("veth", "tun")}
     found: dict[int, str] = {}
     for interface in topology.interfaces.values():
         direct = interface.index in vias and interface.kind == "veth"
         if direct or (interface.kind == "veth" and interface.master in vias):
             found[interface.index] = TASK
         elif patterns:
-            if any(fnmatch.fnmatchcase(interface.name, pattern) for pattern in patterns):
-                found[interface.index] = INGRESS
+            named = any(fnmatch.fnmatchcase(interface.name, pattern) for pattern in patterns)
+            if named or interface.index in nodes:
+                found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
         elif interface.up and interface.ethernet and not interface.master and interface.index not in bridges:
-            found[interface.index] = INGRESS
+            found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
     return found
+
+
+def _outer(interface: Interface, outward: Collection[int]) -> str:
+    return INGRESS if interface.kind != "bridge" or interface.index in outward else BRIDGE
 
 
 def is_held(frontend: Frontend) -> bool:

@@ -34,7 +34,8 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 1
 IFLA_INFO_KIND, IFLA_INFO_PORT_KIND = 1, 4
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 NDA_DST, NDA_LLADDR = 1, 2
-RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
+RTAX_MTU = 2
 NUD_FAILED, NUD_USABLE = 0x20, 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
 NTF_USE = 0x01
 RTN_LOCAL = 2
@@ -46,7 +47,7 @@ GROUPS: Final = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # links, neighbours, ad
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """A network interface. `kind` is that of `ip link` ("veth", "bridge"), empty for hardware."""
+    """A network interface. `kind` is that of `ip link` ("veth", "bridge"), empty for hardware. `mtu` in bytes."""
 
     index: int
     name: str
@@ -54,15 +55,21 @@ class Interface:
     up: bool
     ethernet: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
+    mtu: int = 1500
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How this host reaches an address. `local`: it is the host's own."""
+    """How this host reaches an address. `local`: it is the host's own.
+
+    `source`: what its packets come from. `mtu`: of the way, in bytes, as configured or learnt; 0: the interface's.
+    """
 
     interface: int
     gateway: Address | None
     local: bool
+    source: Address | None = None
+    mtu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +166,7 @@ class Netlink:
                 up=bool(flags & IFF_UP),
                 ethernet=hardware == ARPHRD_ETHER,
                 master=struct.unpack("=I", attrs[IFLA_MASTER])[0] if IFLA_MASTER in attrs else 0,
+                mtu=struct.unpack("=I", attrs[IFLA_MTU])[0],
             )
 
     def _addresses(self) -> Iterator[Address]:
@@ -184,7 +192,10 @@ class Netlink:
                 kind = RTMSG.unpack_from(body)[7]
                 attrs = attributes(body, RTMSG.size)
                 gateway = ipaddress.ip_address(attrs[RTA_GATEWAY]) if RTA_GATEWAY in attrs else None
-                return Route(struct.unpack("=I", attrs[RTA_OIF])[0], gateway, kind == RTN_LOCAL)
+                source = ipaddress.ip_address(attrs[RTA_PREFSRC]) if RTA_PREFSRC in attrs else None
+                metrics = attributes(attrs.get(RTA_METRICS, b""), 0)
+                mtu = struct.unpack("=I", metrics[RTAX_MTU])[0] if RTAX_MTU in metrics else 0
+                return Route(struct.unpack("=I", attrs[RTA_OIF])[0], gateway, kind == RTN_LOCAL, source, mtu)
         except OSError as error:
             if error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
                 raise

@@ -19,6 +19,8 @@ VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
 SKB: Final = 192  # bytes of struct __sk_buff
 SKB_CB: Final = 48  # offset of its cb
 ETHER: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
+UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
+REPLY_CLOSED: Final = 0x4 | 0x8
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,15 @@ def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Fr
         if note.owner != entry.table.slot(slot)[0]:
             found.setdefault(frontend, set()).add(slot)
     return {frontend: frozenset(slots) for frontend, slots in found.items()}
+
+
+def live_flows(maps: KernelMaps) -> int:
+    """How many flows are under way, as far as can be told: TCP until both ends closed, UDP for a minute."""
+    now = time.monotonic_ns() >> codec.STAMP_SHIFT
+    return sum(
+        flags & REPLY_CLOSED != REPLY_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
+        for protocol, flags, stamp in maps.replies()
+    )
 
 
 def _packet(flow: Flow) -> bytes:

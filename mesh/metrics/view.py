@@ -28,7 +28,8 @@ class AgentView(Protocol):
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
         problems [str], services [{id, name, options, frontends [{frontend, table_size, tracked_slots, digest, panic,
-        served, targets [{backend, name, node, address, port, weight, intent, health, health_reason, slots, local}]}]}],
+        served, targets [{backend, name, node, address, port, weight, intent, health, health_reason, slots, local,
+        via (address of the node that runs it, empty: this one), way (here, tunnel, peer)}]}]}],
         drained {backends [id], nodes [id]}, stopping (bool).
         """
 

@@ -20,7 +20,6 @@ from mesh.model import DesiredState, Frontend, HealthView, Inventory
 from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.guard import FOREVER, Guarded, Held, guard
 from mesh.reconcile.plan import doubtful, plan, settle
-from mesh.reconcile.reach import own_part
 
 COALESCE: Final = 0.01  # seconds from the first change to its apply: what comes meanwhile costs nothing more
 BACKOFF: Final = (0.2, 30.0)  # seconds until a failed apply is tried again: first, most; doubled each time
@@ -209,10 +208,7 @@ class Reconciler:
         """Compose, guard, plan and apply. On the worker thread; touches nothing of the loop's own but the cache."""
         start = time.perf_counter()
         picture, applied = task.picture, task.applied
-        known = picture.inventory
-        if not getattr(self.datapath, "spans", True):
-            known = own_part(known)
-        composed = compose(known, picture.health, picture.drained, task.config, self._composed)
+        composed = compose(picture.inventory, picture.health, picture.drained, task.config, self._composed)
         previous = picture.desired
         guarded = guard(previous, composed, task.held, health=picture.health, now=task.now, config=task.config)
         same = (guarded.desired.frontends, guarded.desired.nodes) == (previous.frontends, previous.nodes)

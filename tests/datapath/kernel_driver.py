@@ -8,6 +8,7 @@ import ipaddress
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,11 @@ class Served:
             "backends": {key.backend: entry.id for key, entry in self.applied.backends.items()},
         }
 
-    def serve(self, services: list[dict[str, Any]]) -> dict[str, Any]:
-        """services: name, published, protocol, backends {name: [address, port, weight]}, options, address."""
+    def serve(self, services: list[dict[str, Any]], nodes: Sequence[str] = ()) -> dict[str, Any]:
+        """services: name, published, protocol, backends {name: [address, port, weight]}, options, address, engine.
+
+        A backend whose address is among `nodes` runs there, on a node with this engine (default: kernel).
+        """
         from mesh.model import ANY_ADDRESS, DesiredState, Frontend, FrontendState, Protocol, ServiceOptions, Target
         from mesh.reconcile.plan import plan
 
@@ -95,14 +99,16 @@ class Served:
                     options[key] = tuple(ipaddress.ip_network(text) for text in options[key])
             address = ipaddress.ip_address(service["address"]) if "address" in service else ANY_ADDRESS
             frontend = Frontend(address, service["published"], Protocol[service.get("protocol", "tcp").upper()])
-            targets = tuple(
-                Target(name, ipaddress.ip_address(where), port, weight)
-                for name, (where, port, weight) in sorted(service["backends"].items())
-            )
+            targets = []
+            for name, (where, port, weight) in sorted(service["backends"].items()):
+                at = ipaddress.ip_address(where)
+                away = {"local": False, "node": where, "via": at, "engine": service.get("engine", "kernel")}
+                targets.append(Target(name, at, port, weight, **(away if where in nodes else {})))
             options.setdefault("table_size", 1021)
-            state = FrontendState(frontend, service["name"], service["name"], ServiceOptions(**options), targets)
+            state = FrontendState(frontend, service["name"], service["name"], ServiceOptions(**options), tuple(targets))
             frontends[frontend] = state
-        step = plan(self.applied, DesiredState(self.applied.generation + 1, frontends))
+        known = tuple(ipaddress.ip_address(node) for node in nodes)
+        step = plan(self.applied, DesiredState(self.applied.generation + 1, frontends, nodes=known))
         self.applied = self.engine.apply(step)
         return {"ids": {key.backend: entry.id for key, entry in self.applied.backends.items()}}
 
@@ -120,6 +126,10 @@ class Served:
         for name in names:
             held = self.engine._maps._maps[f"mesh_{name}"]
             held.delete_batch(held.dump()[0])
+
+    def ways(self) -> dict[str, int]:
+        """MTU of the way to each other node."""
+        return {str(address): slot.mtu for address, slot in self.engine._nodes.held.items()}
 
     def sweep(self, seconds: float) -> int:
         from mesh.datapath.kernel_sweep import sweep

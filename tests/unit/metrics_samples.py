@@ -47,6 +47,8 @@ def target(service: int, index: int) -> dict[str, Any]:
         "health_reason": "",
         "slots": 100,
         "local": True,
+        "via": "",
+        "way": "here",
     }
 
 

@@ -31,6 +31,8 @@ backends = st.builds(
     ifindex=u32,
     bridge=u32,
     mac=st.binary(min_size=6, max_size=6),
+    version=st.sampled_from([0, 4, 6]),
+    seed=st.binary(min_size=8, max_size=8),
 )
 
 
@@ -109,12 +111,24 @@ def test_notes(note: codec.Note) -> None:
     assert codec.unpack_note(codec.pack_note(note)) == note
 
 
-@given(st.integers(0, 2**64 - 1), st.ip_addresses(v=4))
-def test_config(cookie: int, hairpin: ipaddress.IPv4Address) -> None:
+@given(st.integers(0, 2**64 - 1), st.ip_addresses(v=4), u32, ports)
+def test_config(cookie: int, hairpin: ipaddress.IPv4Address, settings: int, port: int) -> None:
     other = ipaddress.ip_address("100::8")
-    data = codec.pack_config(cookie, hairpin, other, 1000)
+    config = codec.ConfigSlot(cookie, hairpin, other, settings, port, 1000)
+    data = codec.pack_config(config)
     assert len(data) == 48
-    assert codec.unpack_config(data) == (cookie, hairpin, other, 1000)
+    assert codec.unpack_config(data) == config
+
+
+@given(st.builds(codec.NodeSlot, addresses, u32, u32, u32))
+def test_nodes(node: codec.NodeSlot) -> None:
+    data = codec.pack_node(node)
+    assert len(data) == 40
+    assert codec.unpack_node(data) == node
+
+
+def test_what_a_backend_is_called_between_nodes() -> None:
+    assert codec.pack_id(bytes(range(32)), 0x1234, 6).hex() == "0001020304050607123406" + "00"
 
 
 def test_port_index() -> None:

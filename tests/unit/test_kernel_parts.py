@@ -18,7 +18,7 @@ from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel_arena import Ranges
 from mesh.datapath.kernel_beside import needed
 from mesh.datapath.kernel_names import SPARE, Names, NamesFile
-from mesh.datapath.kernel_places import INGRESS, TASK, Place, wanted
+from mesh.datapath.kernel_places import BRIDGE, INGRESS, TASK, Place, wanted
 from mesh.datapath.kernel_rtnl import Interface, Topology
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.preflight import instance, preflight
@@ -134,9 +134,12 @@ def test_names_come_back(tmp_path: Path) -> None:
         names.put(Plan(generation, put_backends=(entry if generation % 2 else changed,)), held)
     assert names.read() == Names(1999, {7: entry}, {})
     assert path.stat().st_size < 2 * SPARE
+    nodes = (ipaddress.ip_address("192.0.2.1"), ipaddress.ip_address("2001:db8::1"))
+    names.put(Plan(1999, put_nodes=nodes), held)
+    assert NamesFile(path).read() == Names(1999, {7: entry}, {}, nodes)
     path.unlink()  # by whoever
     names.drop(Plan(2000, drop_backends=(entry,)))
-    assert names.read() == Names(2000)
+    assert names.read() == Names(2000, nodes=nodes)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', '{"version": 1, "backends": [[1]]}', "null"])
@@ -162,10 +165,15 @@ def test_programs_go_where_they_belong() -> None:
         (8, "bond0", "bond", 0),
         (9, "eth1", "", 8),
         (10, "eth0.5", "vlan", 0),
+        (11, "br0", "bridge", 0),
+        (12, "eth2", "", 11),
+        (13, "tap0", "tun", 11),
     )
     places = [Place(veth=4, via=3)]
-    everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: INGRESS, 8: INGRESS, 10: INGRESS}
+    everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE, 8: INGRESS, 10: INGRESS, 11: INGRESS}
     assert wanted(topology, places) == everywhere
+    assert wanted(topology, places, nodes={6}) == everywhere | {6: INGRESS}
+    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 9: INGRESS}
     assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 10: INGRESS}
     assert 3 in wanted(topology, [])
     assert wanted(topology, [Place(via=1, own=True)]) == wanted(topology, [])
@@ -194,6 +202,9 @@ def test_the_proxy_beside_serves_the_other_version() -> None:
     assert served() == set()
     for own in ("192.0.2.1", "127.0.0.1"):  # a backend of this node itself: whatever version the client speaks
         assert served(Target("c", ipaddress.ip_address(own), 80, 1)) == {"192.0.2.1", "2001:db8::1"}
+    away = Target("c", ipaddress.ip_address("192.0.2.2"), 80, 1, local=False, via=ipaddress.ip_address("192.0.2.2"))
+    assert served(four, away) == {"::"}
+    assert served(away, address="192.0.2.9") == {"192.0.2.9"}
 
 
 def test_instances_differ_by_state_directory(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other nodes, for the tunnel: who may send through it, how each is reached, and what its tasks are called there."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from mesh import _bpf
+from mesh._maglev import backend_seed
+from mesh.config import Config
+from mesh.datapath import codec
+from mesh.datapath.base import BackendEntry, BackendKey
+from mesh.datapath.codec import ConfigSlot, NodeSlot
+from mesh.datapath.kernel_rtnl import Netlink, Topology
+from mesh.model import Address
+
+AGAIN: Final = 4.0  # seconds after which routes are asked for again: they change by more than interfaces and addresses
+# What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
+HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
+HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
+NOWHERE: Final = ipaddress.IPv4Address(0)
+
+
+def node_config(config: Config, cookie: int) -> ConfigSlot:
+    """What holds for this node, in the network namespace of this cookie."""
+    settings = codec.SETTING_DIRECT if config.return_path == "direct" else 0
+    return ConfigSlot(cookie, HAIRPIN, HAIRPIN6, settings, config.tunnel_port, config.error_rate)
+
+
+def seed_of(key: BackendKey) -> bytes:
+    """What a backend is called between nodes, beside its port: the beginning of its permutation's seed, 8 bytes."""
+    return backend_seed(key.backend)[:8]
+
+
+def _rows(source: _bpf.Map) -> list[tuple[bytes, bytes]]:
+    keys, values = source.dump()
+    k, v = source.key_size, source.value_size
+    return [(keys[i * k : (i + 1) * k], values[i * v : (i + 1) * v]) for i in range(len(keys) // k)]
+
+
+class Nodes:
+    """mesh_nodes and mesh_ways, kept as the cluster and the routes are. Not for several threads at once."""
+
+    def __init__(self, maps: Mapping[str, _bpf.Map], netlink: Netlink) -> None:
+        self._nodes = maps["mesh_nodes"]
+        self._ways = maps["mesh_ways"]
+        self._netlink = netlink
+        self._engines: dict[Address, str] = {}
+        self._seen: tuple[object, ...] = ()
+        self._again = 0.0
+        self._next = 0
+        self.held: dict[Address, NodeSlot] = {}
+        self.all: tuple[Address, ...] = ()
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Read back what is in the maps."""
+        held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in _rows(self._nodes)}
+        for address, slot in held.items():
+            self._ways.update(codec.pack_u32(slot.id), codec.pack_address(address))
+        own = {slot.source for slot in held.values()} - {NOWHERE}
+        self.all = tuple(sorted({*held, *own}, key=lambda a: (a.version, a.packed)))
+        self._next = max((slot.id for slot in held.values()), default=-1) + 1
+        self._seen = ()
+
+    def put(self, nodes: Iterable[Address]) -> None:
+        """These, this node among them, are the cluster; seen by the next `refresh`."""
+        self.all = tuple(nodes)
+        known = set(self.all)
+        self._engines = {address: engine for address, engine in self._engines.items() if address in known}
+
+    def learn(self, backends: Iterable[BackendEntry]) -> None:
+        """Take from backends how their nodes forward. A node of which nobody knows keeps what it was known for."""
+        told = {e.target.via: e.target.engine for e in backends if e.target.via is not None and e.target.engine}
+        self._engines |= told
+
+    def refresh(self, topology: Topology) -> None:
+        """Bring the maps in line with the cluster and with this node's routes."""
+        seen = (topology.interfaces, topology.addresses, self.all, dict(self._engines))
+        now = time.monotonic()
+        if seen == self._seen and now < self._again:
+            return
+        own = [address for address in self.all if address in topology.addresses]
+        for address in self.held.keys() - set(self.all) | self.held.keys() & set(own):
+            self._nodes.delete(codec.pack_address(address))
+            del self.held[address]
+        for address in self.all:
+            if address not in own:
+                self._put(address, self._slot(address, own, topology))
+        self._seen, self._again = seen, now + AGAIN
+
+    def _slot(self, address: Address, own: Iterable[Address], topology: Topology) -> NodeSlot:
+        """A way to a node. Without a route it stays as it was: flows wait for it rather than being refused."""
+        held = self.held.get(address)
+        number = held.id if held is not None else self._number()
+        route = self._netlink.route(address)
+        interface = topology.interfaces.get(route.interface) if route is not None else None
+        if route is None or interface is None or route.local:
+            return held or NodeSlot(NOWHERE, 0, 0, number)
+        source = next((a for a in own if a.version == address.version), route.source) or NOWHERE
+        takes = self._engines.get(address) != "proxy" and interface.ethernet
+        return NodeSlot(source, interface.index, min(route.mtu or interface.mtu, interface.mtu) * takes, number)
+
+    def _number(self) -> int:
+        """One that no node has; those of nodes that are gone last, as replies may still be on their way to them."""
+        used = {slot.id for slot in self.held.values()}
+        numbers = (n % codec.MAX_NODES for n in range(self._next, self._next + codec.MAX_NODES))
+        number = next((n for n in numbers if n not in used), 0)
+        self._next = number + 1
+        return number
+
+    def _put(self, address: Address, slot: NodeSlot) -> None:
+        if self.held.get(address) == slot:
+            return
+        self._ways.update(codec.pack_u32(slot.id), codec.pack_address(address))
+        self._nodes.update(codec.pack_address(address), codec.pack_node(slot))
+        self.held[address] = slot
+
+    @property
+    def interfaces(self) -> frozenset[int]:
+        """Where other nodes' packets come in."""
+        return frozenset(slot.ifindex for slot in self.held.values() if slot.ifindex)
+
+    def problems(self) -> list[str]:
+        """Nodes that are out of reach."""
+        return [f"node {address}: no route to it" for address, slot in self.held.items() if not slot.ifindex]
+
+
+class Ids:
+    """mesh_ids: backends of this node as other nodes call them. Not for several threads at once."""
+
+    def __init__(self, maps: Mapping[str, _bpf.Map]) -> None:
+        self._map = maps["mesh_ids"]
+        self._owners = {key: codec.unpack_u32(value) for key, value in _rows(self._map)}
+
+    def put(self, backends: Iterable[BackendEntry]) -> None:
+        """Deliver to those of these that run here."""
+        for entry in backends:
+            key = codec.pack_id(seed_of(entry.key), entry.key.port, entry.key.protocol)
+            if entry.target.via is not None:
+                self._delete(key)
+            elif self._owners.get(key) != entry.id:
+                self._map.update(key, codec.pack_u32(entry.id))
+                self._owners[key] = entry.id
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Deliver to these owners no more."""
+        gone = set(numbers)
+        for key in [key for key, owner in self._owners.items() if owner in gone] if gone else ():
+            self._delete(key)
+
+    def keep(self, numbers: Iterable[int]) -> None:
+        """Deliver to these owners at most."""
+        self.drop(set(self._owners.values()) - set(numbers))
+
+    def _delete(self, key: bytes) -> None:
+        if self._owners.pop(key, None) is not None:
+            self._map.delete(key)
