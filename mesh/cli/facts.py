@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import platform
@@ -21,6 +22,8 @@ from mesh.datapath.preflight import preflight
 from mesh.errors import MeshError
 
 FILES_WANTED: Final = 65536
+TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
+LEAST_MTU: Final = 1228  # what a way with an MTU of 1280 leaves
 
 
 class Verdict(enum.Enum):
@@ -48,6 +51,9 @@ def check_host(config: Config) -> Iterator[Finding]:
     yield _nft(config)
     running, finding = _state_dir(Path(config.state_dir))
     yield finding
+    if config.engine != "proxy" and config.provider in ("auto", "swarm"):
+        yield _tunnel_port(config.tunnel_port)
+        yield _tunnel_mtu()
     if config.http_listen:
         yield _http(config.http_listen, running)
     if config.provider == "static":
@@ -90,6 +96,36 @@ def _nft(config: Config) -> Finding:
         error = (done.stderr.strip().splitlines() or ["?"])[0]
         return Finding("nftables", bad, error, "run as root, on a kernel with nf_tables")
     return Finding("nftables", Verdict.OK, "usable")
+
+
+def _tunnel_port(port: int) -> Finding:
+    """The programs take every datagram for it, so a process that listens there hears nothing."""
+    what = "tunnel port"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("", port))
+    except OSError as error:
+        remedy = f"`ss -lnup 'sport = {port}'` names it; set tunnel_port to another one on all nodes"
+        return Finding(what, Verdict.WARN, f"UDP {port}: {error.strerror}; who has it gets nothing of it", remedy)
+    return Finding(what, Verdict.OK, f"UDP {port} is free; rules of this host do not apply to it, those in between do")
+
+
+def _tunnel_mtu() -> Finding:
+    """By the interfaces that have a default route: other nodes are usually reached by one of them."""
+    what = "tunnel MTU"
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+            name, destination, *_ = line.split()
+            if destination == "00000000":
+                found[name] = int(Path(f"/sys/class/net/{name}/mtu").read_text())
+    if not found:
+        return Finding(what, Verdict.OK, "no default route: that of the way to each node applies")
+    name, mtu = min(found.items(), key=lambda item: item[1])
+    shown = f"{mtu} on {name}, so {mtu - TUNNEL_ROOM} for packets to tasks of other nodes"
+    if mtu - TUNNEL_ROOM < LEAST_MTU:
+        return Finding(what, Verdict.WARN, shown, f"raise it to {LEAST_MTU + TUNNEL_ROOM} or more")
+    return Finding(what, Verdict.OK, shown)
 
 
 def _state_dir(path: Path) -> tuple[bool, Finding]:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three nodes of a real swarm with the kernel engine: any node answers for any task; it sees the client's address."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import peers
+from tests.cluster import WEB, Cluster
+from tests.lab.dockerd import Swarm
+from tests.lab.netns import Namespace
+
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(shared_swarm3: Swarm) -> Iterator[Cluster]:
+    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"), engine="kernel")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    shared_cluster.wait_ready()
+    yield shared_cluster
+    request.node.add_report_section("teardown", "daemons", shared_cluster.tails())
+
+
+def peers_seen(client: Namespace, address: str, count: int) -> Counter[str]:
+    """Whom the tasks that answer take for their client."""
+    seen: Counter[str] = Counter()
+    for _ in range(count):
+        with client.entered():
+            connection = http.client.HTTPConnection(address, WEB, timeout=10)
+            connection.connect()
+        connection.request("GET", "/")
+        seen[json.loads(connection.getresponse().read())["peer"].rpartition(":")[0]] += 1
+        connection.close()
+    return seen
+
+
+def ways(cluster: Cluster, node: int) -> dict[str, str]:
+    """How a node gets to each task of `web`."""
+    (service,) = (s for s in cluster.daemons[node].state()["services"] if s["name"] == "web")
+    return {target["backend"]: target["way"] for f in service["frontends"] for target in f["targets"]}
+
+
+@pytest.mark.parametrize("back", ["tunnel", "direct"])
+def test_any_node_answers_for_any_task(cluster: Cluster, back: str) -> None:
+    swarm = cluster.swarm
+    if back == "direct":
+        for number, node in enumerate(swarm.nodes):
+            cluster.daemons[number].close()
+            cluster.daemons[number] = cluster.daemon(node, "kernel", return_path=back)
+        cluster.wait_ready()
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    tasks = cluster.agree("web", 6)
+    for node in swarm.nodes:
+        report = peers.load(cluster.client, node.address, WEB, "-n", "10000", "-c", "32")
+        assert (report.ok, report.failures) == (10000, ())
+        assert set(report.identities) == tasks
+        assert all(1350 <= answers <= 2000 for answers in report.identities.values()), report.identities
+        assert set(peers_seen(cluster.client, node.address, 30)) == {cluster.client.address}
+    verdict = "tunnel_reply" if back == "tunnel" else "tunnel_direct"
+    for number, daemon in enumerate(cluster.daemons):
+        assert daemon.total("mesh_verdicts_total", verdict="tunnel_out") > 10000
+        assert daemon.total("mesh_verdicts_total", verdict=verdict) > 10000
+        assert daemon.state()["problems"] == []
+        assert set(ways(cluster, number).values()) == {"here", "tunnel"}
+
+
+def test_callers_on_the_nodes(cluster: Cluster) -> None:
+    """Processes of a node that has no task, and IPv6 clients, are served by way of the peer port."""
+    worker = cluster.swarm.nodes[1]
+    cluster.swarm.create("web", "--constraint", f"node.hostname=={worker.hostname}", publish=[f"{WEB}:8080"])
+    (task,) = cluster.agree("web", 1)
+    for node in cluster.swarm.nodes:
+        for caller, address in (
+            (node.namespace, "127.0.0.1"),
+            (node.namespace, node.address),
+            (cluster.client, node.namespace.address6),
+        ):
+            report = peers.load(caller, address, WEB, "-n", "100", "-c", "8")
+            assert (report.ok, report.failures, set(report.identities)) == (100, (), {task})
+
+
+def test_nodes_with_either_engine_reach_each_others_tasks(cluster: Cluster) -> None:
+    swarm = cluster.swarm
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    tasks = cluster.agree("web", 6)
+    command = [str(Path(sys.executable).with_name("mesh")), "stop", "--release"]
+    swarm.nodes[2].namespace.run(*command, f"--state-dir={cluster.daemons[2].config['state_dir']}")
+    cluster.daemons[2].process.wait(60)
+    cluster.daemons[2].close()
+    cluster.daemons[2] = cluster.daemon(swarm.nodes[2], "proxy")
+    try:
+        cluster.wait_ready()
+        cluster.agree("web", 6)
+        for node in swarm.nodes:
+            report = peers.load(cluster.client, node.address, WEB, "-n", "1000", "-c", "16")
+            assert (report.ok, report.failures, set(report.identities)) == (1000, (), tasks)
+        assert set(ways(cluster, 0).values()) == {"here", "tunnel", "peer"}
+        assert set(ways(cluster, 2).values()) == {"here", "peer"}
+    finally:
+        cluster.daemons[2].close()
+        cluster.daemons[2] = cluster.daemon(swarm.nodes[2], "kernel")
