@@ -134,7 +134,7 @@ class Beside:
         self._applied = self._proxy.apply(
             Plan(
                 generation=applied.generation,
-                put_backends=tuple(e for key, e in backends.items() if held.backends.get(key) != e),
+                put_backends=tuple(e for key, e in backends.items() if held.backends.get(key) is not e),
                 put_frontends=tuple(e for f, e in entries.items() if held.frontends.get(f) is not e),
                 drop_frontends=tuple(f for f in held.frontends if f not in entries),
                 drop_backends=tuple(e for key, e in held.backends.items() if key not in backends),
