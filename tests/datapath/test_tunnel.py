@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.datapath.kernel_driver import Driver
-from tests.datapath.test_kernel_engine import PORT, TARGET, Connection, datagram, refused, serve
+from tests.datapath.kernel_plane import PORT, TARGET, Connection, datagram, refused, serve
 from tests.lab.netns import Lab, Namespace, run, veth, wait_for
 from tests.peers import Stream, StreamServer
 
