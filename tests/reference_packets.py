@@ -203,7 +203,7 @@ class Model:
             del self.replies[key]
         opening = self.openings.get(key)
         known = opening is not None and same(opening) and current(opening)
-        if opening and not known and current(opening):
+        if opening and not known and current(opening) and opening.closed != 3:
             return False
         if start or (not known and p.protocol == UDP):
             self.openings[key] = made
