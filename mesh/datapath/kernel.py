@@ -77,6 +77,7 @@ class KernelDatapath:
         self._holding: dict[Frontend, float] = {}  # until when, monotonic
         self._others: list[Path] = []  # pins of builds with another contract
         self._attached = False
+        self._moved = True  # the network, since the last look at all backends
         self._taking_over = False
         self._stopping = threading.Event()
         self._follower: threading.Thread | None = None
@@ -216,15 +217,21 @@ class KernelDatapath:
 
     # ---- what happens around us ----
 
-    def _look(self, backends: Iterable[BackendEntry] | None = None) -> None:
-        """See where everything is now, or just these backends."""
-        self._finder.refresh()
+    def _look(self, backends: Iterable[BackendEntry] | None = None) -> bool:
+        """See where everything is now, or just these backends. Returns whether any may be somewhere else."""
+        self._moved = self._finder.refresh() or self._moved
         self._maps.set_addresses(self._finder.topology.addresses)
         self._nodes.refresh(self._finder.topology)
         self._maps.listen(self._config.tunnel_port if self._nodes.held else 0)
+        moved, everywhere = self._moved, self._moved and backends is None
         chosen = self._applied.backends.values() if backends is None else backends
+        if backends is None and not moved:
+            again = self._finder.open()
+            chosen = [e for e in chosen if e.target.address in again] if again else ()
         found = {e.id: self._finder.find(e.target.address) for e in chosen if e.target.via is None}
-        self._places = found if backends is None else self._places | found
+        self._places = found if everywhere else self._places | found
+        self._moved = moved and not everywhere
+        return moved or bool(found)
 
     def _place_all(self) -> None:
         """Write where backends are, of those that were somewhere else before."""
@@ -258,15 +265,15 @@ class KernelDatapath:
         started = time.monotonic()
         while not self._stopping.is_set():
             try:
-                self._monitor.wait(self._wait_for())
+                event = self._monitor.wait(self._wait_for())
                 started = time.monotonic()
                 if self._stopping.is_set() or not self._is_owner():
                     return
                 with self._lock:
                     self._release_holds()
-                    self._look()
-                    self._place_all()
-                    if self._attached:
+                    if moved := self._look():
+                        self._place_all()
+                    if self._attached and (moved or not event):
                         self._sync()
                         self._beside.apply(self._applied, self._finder.topology.addresses)
             except Exception as error:  # the next look tries again
@@ -298,12 +305,8 @@ class KernelDatapath:
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
         backends = list(self._applied.backends.values())
-        return [
-            *self._problems,
-            *self._beside.problems(),
-            *self._nodes.problems(),
-            *misplaced(backends, self._places),
-        ]
+        found = misplaced(backends, self._places)
+        return [*self._problems, *self._beside.problems(), *self._nodes.problems(), *found]
 
     def stats(self) -> Stats:
         """See Datapath.stats."""

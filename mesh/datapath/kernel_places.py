@@ -19,7 +19,7 @@ INGRESS: Final = "mesh_ingress"
 BRIDGE: Final = "mesh_bridge"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
-ASK_AGAIN: Final = (0.5, 4.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
+ASK_AGAIN: Final = (0.5, 30.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
 ASK_MOST: Final = 256  # questions between two looks: many that nobody answers must not hold up the others
 
 
@@ -51,19 +51,27 @@ class Places:
         self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
         self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again, monotonic, and after what pause
         self._questions = 0  # since the last look
+        self._unreached: set[Address] = set()  # to which there was no route
         self.topology = Topology()
 
-    def refresh(self) -> None:
-        """Read the tables anew."""
+    def refresh(self) -> bool:
+        """Read the tables anew. Returns whether they changed: else only those who are `open` may be elsewhere now."""
         found = self._netlink.topology()
         new = replace(found, addresses=found.addresses | self._floating)
         if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
             self._routes.clear()
             self._asked.clear()
+        changed = new != self.topology
         self.topology = new
         self._questions = 0
         self._ports |= new.ports
         self._ports = {k: v for k, v in self._ports.items() if v in new.interfaces and new.interfaces[v].master == k[0]}
+        return changed
+
+    def open(self) -> frozenset[Address]:
+        """Addresses to find again although nothing changed: without a route, or due to be asked for once more."""
+        now = time.monotonic()
+        return frozenset(address for address, (due, _) in self._asked.items() if now >= due) | self._unreached
 
     def find(self, address: Address) -> Place:
         """Where a backend's address is. Asks for its MAC if nobody has; the answer is seen by a later `refresh`."""
@@ -72,7 +80,9 @@ class Places:
         route = self._routes[address]
         if route is None:
             del self._routes[address]  # there may be one by the next time
+            self._unreached.add(address)
             return Place()
+        self._unreached.discard(address)
         if route.local:
             return Place(via=route.interface, own=True)
         via = self.topology.interfaces.get(route.interface)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -18,12 +19,13 @@ from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel_arena import Ranges
 from mesh.datapath.kernel_beside import needed
 from mesh.datapath.kernel_names import SPARE, Names, NamesFile
-from mesh.datapath.kernel_places import BRIDGE, INGRESS, TASK, Place, wanted
-from mesh.datapath.kernel_rtnl import Interface, Topology
+from mesh.datapath.kernel_places import BRIDGE, INGRESS, TASK, Place, Places, wanted
+from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.preflight import instance, preflight
 from mesh.model import (
     ANY_ADDRESS,
+    Address,
     Affinity,
     Frontend,
     FrontendState,
@@ -214,3 +216,39 @@ def test_instances_differ_by_state_directory(tmp_path: Path) -> None:
 
 def test_the_demo_is_not_for_the_kernel_engine() -> None:
     assert "demo" in (preflight(Config(provider="demo")) or "")
+
+
+class _Network:
+    """What `Places` asks of a Netlink: tables that a test sets, and the questions that were put."""
+
+    def __init__(self, topology: Topology, ways: dict[str, Route]) -> None:
+        self.tables, self.ways, self.asked = topology, ways, list[str]()
+
+    def topology(self) -> Topology:
+        return self.tables
+
+    def route(self, address: Address) -> Route | None:
+        return self.ways.get(str(address))
+
+    def resolve(self, interface: int, address: Address, *, anew: bool = False) -> None:
+        self.asked.append(str(address))
+
+
+def test_what_has_not_changed_is_not_looked_for_again() -> None:
+    """10,000 backends of which many do not answer: an event that changes nothing must not cost a look at all."""
+    bridge = Interface(2, "docker_gwbridge", "bridge", True, True, 0)
+    network = _Network(Topology({2: bridge}), {"10.0.0.1": Route(2, None, False)})
+    places = Places(cast(Netlink, network))
+    assert places.refresh()
+    silent, unreached = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.9.0.1")
+    assert places.find(silent) == Place(via=2)
+    assert places.find(unreached) == Place()
+    assert network.asked == ["10.0.0.1"]
+    assert not places.refresh()
+    assert places.open() == {unreached}  # the other one has just been asked for
+    network.ways["10.9.0.1"] = Route(2, None, False)
+    places.find(unreached)
+    assert places.open() == frozenset()
+    network.tables = Topology({2: bridge}, neighbours={(2, silent): b"\x02abcde"})
+    assert places.refresh()
+    assert places.find(silent) == Place(via=2, mac=b"\x02abcde")
