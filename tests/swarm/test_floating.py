@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An address moves to another node under transfers, as keepalived moves it, and the agent of the old node dies."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests import peers
+from tests.cluster import WEB, Cluster
+from tests.lab.dockerd import Swarm
+from tests.lab.images import pattern
+from tests.lab.netns import Namespace, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.timeout(300)]
+
+VIP = "192.0.2.240"
+SIZE = 100_000_000
+PART = 1_000_000
+PAUSE = 0.03  # seconds between parts: a transfer takes at least three
+
+
+@pytest.fixture
+def cluster(shared_swarm3: Swarm, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"), engine="kernel", vips=VIP, transition_calm=1)
+    try:
+        cluster.wait_ready()
+        yield cluster
+    finally:
+        request.node.add_report_section("teardown", "daemons", cluster.tails())
+        cluster.close()
+
+
+def announce(namespace: Namespace) -> None:
+    """A gratuitous ARP: this namespace has the address now."""
+    with namespace.entered(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+        sock.bind(("eth0", 0))
+        mac, address = sock.getsockname()[4], socket.inet_aton(VIP)
+        header = b"\xff" * 6 + mac + struct.pack("!HHHBBH", 0x0806, 1, 0x0800, 6, 4, 1)
+        sock.send(header + mac + address + b"\0" * 6 + address)
+
+
+def settled(cluster: Cluster) -> bool:
+    """A flow that began while its slot was in transition is known to the node alone where it began."""
+    services = [service for daemon in cluster.daemons for service in daemon.state()["services"]]
+    return not any(frontend["tracked_slots"] for service in services for frontend in service["frontends"])
+
+
+class Transfer:
+    """A connection to the floating address, to the task of a node, that carries SIZE bytes in one direction."""
+
+    def __init__(self, client: Namespace, up: bool) -> None:
+        with client.entered():
+            sock = socket.create_connection((VIP, WEB), timeout=30)
+        self.up = up
+        self.http = http.client.HTTPConnection(VIP, WEB)
+        self.http.sock = sock
+        self.http.request("GET", "/")
+        self.node: str = json.loads(self.http.getresponse().read())["node"]
+        self.moved = 0  # parts
+
+    def run(self) -> None:
+        """Carry all; raises where a byte is not what it should be."""
+        content = pattern(SIZE)
+        if self.up:
+            self.http.putrequest("POST", "/")
+            self.http.putheader("Content-Length", str(SIZE))
+            self.http.endheaders()
+            for at in range(0, SIZE, PART):
+                self.http.send(content[at : at + PART])
+                self._pause()
+            said = json.loads(self.http.getresponse().read())
+            assert said == {"bytes": SIZE, "crc32": f"{zlib.crc32(content):08x}"}
+            return
+        self.http.request("GET", f"/bytes?n={SIZE}")
+        answer, check = self.http.getresponse(), 0
+        while part := answer.read(PART):
+            check = zlib.crc32(part, check)
+            self._pause()
+        assert (self.moved * PART, check) == (SIZE, zlib.crc32(content))
+
+    def _pause(self) -> None:
+        self.moved += 1
+        time.sleep(PAUSE)
+
+
+def test_transfers_survive_the_move_of_their_address_and_the_death_of_its_agent(cluster: Cluster) -> None:
+    """100 MB up and down, with a task on the old node, on the new one and on the third."""
+    swarm, client = cluster.swarm, cluster.client
+    old, new = swarm.nodes[1], swarm.nodes[2]
+    swarm.create("web", "--mode=global", replicas=3, publish=[f"{WEB}:8080"])
+    tasks = cluster.agree("web", 3)
+    wait_for(lambda: settled(cluster), "tables without a slot in transition", timeout=60, interval=0.2)
+    old.namespace.ip("addr", "add", f"{VIP}/24", "dev", "eth0")
+    transfers: dict[tuple[str, bool], Transfer] = {}
+    try:
+        announce(old.namespace)
+        for up in (True, False):
+            while {node.hostname for node in swarm.nodes} - {node for node, way in transfers if way is up}:
+                made = Transfer(client, up)
+                transfers.setdefault((made.node, up), made)
+        with ThreadPoolExecutor(len(transfers)) as pool:
+            running = [pool.submit(transfer.run) for transfer in transfers.values()]
+            wait_for(lambda: all(t.moved > 10 for t in transfers.values()), "transfers under way")
+            old.namespace.ip("addr", "del", f"{VIP}/24", "dev", "eth0")
+            new.namespace.ip("addr", "add", f"{VIP}/24", "dev", "eth0")
+            announce(new.namespace)
+            cluster.daemons[swarm.nodes.index(old)].kill()
+            assert not any(done.done() for done in running)
+            report = peers.load(client, VIP, WEB, "-n", "300", "-c", "8")
+            assert (report.ok, report.failures, set(report.identities)) == (300, (), tasks)
+            for done in running:
+                done.result(120)
+    finally:
+        for transfer in transfers.values():
+            transfer.http.close()
+        new.namespace.run("ip", "addr", "flush", "dev", "eth0", "to", f"{VIP}/32", check=False)
+        old.namespace.run("ip", "addr", "flush", "dev", "eth0", "to", f"{VIP}/32", check=False)
