@@ -101,7 +101,8 @@ class Beside:
         same = sources.keys() == self._sources.keys() and all(self._sources[f] is e for f, e in sources.items())
         peers = for_peers(applied)
         same = same and self._peers == (applied.nodes, peers)
-        if (same and not self._problem) or not (sources or peers or self._proxy):
+        others = len(applied.nodes or ()) > 1  # they may ask at the peer port at any time
+        if (same and not self._problem) or not (sources or others or self._proxy):
             return
         try:
             self._carry_out(applied, sources, peers)
