@@ -13,6 +13,7 @@ import msgspec
 
 from mesh.cli.facts import Finding, Verdict
 from mesh.config import Config
+from mesh.datapath.preflight import preflight
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
@@ -48,6 +49,7 @@ def check_docker(config: Config) -> Iterator[Finding]:
         return
     yield Finding("swarm", Verdict.OK, f"manager {swarm.get('NodeID')}")
     yield from _ports(services, config)
+    yield from _tunnel(services, config, int(swarm.get("Nodes") or 1))
 
 
 async def _ask(host: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -85,6 +87,20 @@ def _ports(services: list[dict[str, Any]], config: Config) -> Iterator[Finding]:
     else:
         found = f"{len(published)} published TCP ports" + (f", {len(held)} also held by a process" if held else "")
         yield Finding("published ports", Verdict.OK, found)
+
+
+def _tunnel(services: list[dict[str, Any]], config: Config, nodes: int) -> Iterator[Finding]:
+    """Who publishes the UDP port that the kernel engine takes for the tunnel, where there are other nodes."""
+    if config.engine == "proxy" or preflight(config) is not None:
+        return
+    for service in services:
+        for port in service.get("Endpoint", {}).get("Ports") or []:
+            if (port.get("Protocol"), port.get("PublishedPort")) == ("udp", config.tunnel_port):
+                name = service.get("Spec", {}).get("Name") or service.get("ID")
+                when = "is not served" if nodes > 1 else "will not be served once there is another node"
+                found = f"UDP {config.tunnel_port} of service {name} {when}: it is the port of the tunnel between nodes"
+                remedy = "publish another port, or set tunnel_port to another one on all nodes"
+                yield Finding("published ports", Verdict.FAIL if nodes > 1 else Verdict.WARN, found, remedy)
 
 
 def listening() -> set[int]:

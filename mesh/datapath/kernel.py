@@ -306,7 +306,8 @@ class KernelDatapath:
         """See Datapath.problems."""
         backends = list(self._applied.backends.values())
         found = misplaced(backends, self._places)
-        return [*self._problems, *self._beside.problems(), *self._nodes.problems(), *found]
+        nodes = self._nodes.problems(self._applied.frontends, self._config.tunnel_port)
+        return [*self._problems, *self._beside.problems(), *nodes, *found]
 
     def stats(self) -> Stats:
         """See Datapath.stats."""

@@ -15,7 +15,7 @@ from mesh.datapath import codec
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.codec import ConfigSlot, NodeSlot
 from mesh.datapath.kernel_rtnl import Netlink, Topology
-from mesh.model import Address
+from mesh.model import Address, Frontend, Protocol
 
 AGAIN: Final = 4.0  # seconds after which routes are asked for again: they change by more than interfaces and addresses
 # What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
@@ -124,9 +124,12 @@ class Nodes:
         """Where other nodes' packets come in."""
         return frozenset(slot.ifindex for slot in self.held.values() if slot.ifindex)
 
-    def problems(self) -> list[str]:
-        """Nodes that are out of reach."""
-        return [f"node {address}: no route to it" for address, slot in self.held.items() if not slot.ifindex]
+    def problems(self, frontends: Iterable[Frontend], tunnel_port: int) -> list[str]:
+        """Nodes that are out of reach, and frontends in whose place the tunnel is."""
+        found = [f"node {address}: no route to it" for address, slot in self.held.items() if not slot.ifindex]
+        hidden = {f for f in frontends if (f.port, f.protocol) == (tunnel_port, Protocol.UDP)} if self.held else ()
+        why = "not served, its port is that of the tunnel between nodes; publish another one, or set tunnel_port"
+        return found + [f"{frontend}: {why}" for frontend in sorted(hidden, key=str)]
 
 
 class Ids:
