@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def foreign(item: pytest.Item) -> bool:
         mark, spec = item.get_closest_marker("only"), getattr(item, "callspec", None)
-        return mark is not None and spec is not None and spec.params.get("engine") not in mark.args
+        return mark is not None and spec is not None and not any(value in mark.args for value in spec.params.values())
 
     out = [item for item in items if foreign(item)]
     if out:

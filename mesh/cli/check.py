@@ -32,7 +32,8 @@ def check(as_json: bool, cluster: bool, **flags: Any) -> None:
     Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
 
     With --cluster it asks the daemon for the swarm's nodes and tries the way to each from here, as traffic takes it:
-    control port (mutual TLS; certificates, version, engine), peer port by TCP and UDP, path MTU. Clocks are not needed.
+    control port (mutual TLS; certificates, version, engine), peer port by TCP and UDP, path MTU, and between kernel
+    engines the tunnel, there and back. Clocks are not needed.
 
     \b
     Exit code: 0 all ok, or warnings only; 1 something would keep the daemon, or the nodes together, from serving.

@@ -26,6 +26,7 @@ from mesh.cli.facts import Finding, Verdict
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config import Config
 from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
+from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.errors import MeshError
 from mesh.model import Address
 
@@ -48,6 +49,15 @@ class Peer:
     id: str
     name: str
     address: Address | None
+    engine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """This node, as its daemon says."""
+
+    address: Address | None
+    engine: str
 
 
 @dataclass(slots=True)
@@ -64,12 +74,16 @@ class Answer:
 def check_cluster(config: Config) -> Findings:
     """Findings about this node's certificate, then about each other node, node by node."""
     try:
-        known = call(Path(config.state_dir), "/nodes")
+        known, engine = call(Path(config.state_dir), "/nodes"), call(Path(config.state_dir), "/state")["engine"]
     except MeshError as error:
         yield Finding("nodes", Verdict.FAIL, str(MeshError(error.message, where=error.where)), error.remedy)
         return
     own = next((node for node in known["nodes"] if node["id"] == known["node"]), None)
-    others = [Peer(n["id"], n["name"], _address(n["address"])) for n in known["nodes"] if n["id"] != known["node"]]
+    others = [
+        Peer(n["id"], n["name"], _address(n["address"]), n["engine"])
+        for n in known["nodes"]
+        if n["id"] != known["node"]
+    ]
     if own is None:
         found = "this daemon serves one node only" if not known["nodes"] else "this node is not among those it knows"
         yield Finding("nodes", Verdict.FAIL, found, "provider = swarm, on a node of a swarm; `mesh status` says more")
@@ -83,7 +97,8 @@ def check_cluster(config: Config) -> Findings:
         return
     yield expiry("own certificate", credentials.begins, credentials.expires, credentials.identity.role)
     yield Finding("clock", Verdict.OK, CLOCK)
-    for findings in asyncio.run(_all(config, others, credentials.client)):
+    here = Own(_address(own["address"]), engine)
+    for findings in asyncio.run(_all(config, here, others, credentials.client)):
         yield from findings
 
 
@@ -91,17 +106,17 @@ def _address(text: str) -> Address | None:
     return ipaddress.ip_address(text) if text else None
 
 
-async def _all(config: Config, others: list[Peer], context: ssl.SSLContext) -> list[list[Finding]]:
+async def _all(config: Config, own: Own, others: list[Peer], context: ssl.SSLContext) -> list[list[Finding]]:
     free = asyncio.Semaphore(AT_ONCE)
 
     async def one(peer: Peer) -> list[Finding]:
         async with free:
-            return await _one(config, peer, context)
+            return await _one(config, own, peer, context)
 
     return await asyncio.gather(*(one(peer) for peer in sorted(others, key=lambda peer: peer.name)))
 
 
-async def _one(config: Config, peer: Peer, context: ssl.SSLContext) -> list[Finding]:
+async def _one(config: Config, own: Own, peer: Peer, context: ssl.SSLContext) -> list[Finding]:
     if peer.address is None:
         remedy = "docker node inspect; join with --advertise-addr"
         return [Finding(f"{peer.name} address", Verdict.FAIL, "no address of it is known", remedy)]
@@ -112,7 +127,11 @@ async def _one(config: Config, peer: Peer, context: ssl.SSLContext) -> list[Find
     )
     if answer.obstacle == NO_ANSWER and mtu.black_hole:
         answer.remedy = "first the path MTU: packets of the handshake may be too large"
-    return [*control(peer, config.cluster_port, answer), *peer_port(peer, config.peer_port, refusal, mtu)]
+    findings = [*control(peer, config.cluster_port, answer), *peer_port(peer, config.peer_port, refusal, mtu)]
+    if own.engine == (answer.about.get("engine") or peer.engine) == "kernel" and own.address is not None:
+        obstacle = await asyncio.to_thread(ask_tunnel, peer.address, own.address, config.tunnel_port)
+        findings.append(tunnel(peer, config.tunnel_port, obstacle))
+    return findings
 
 
 async def ask_control(peer: Peer, port: int, context: ssl.SSLContext) -> Answer:
@@ -211,6 +230,23 @@ def peer_port(peer: Peer, port: int, refusal: str, mtu: PathMtu) -> Findings:
         yield Finding(what, Verdict.OK, f"{mtu.mtu} bytes of {mtu.device} on this interface; senders are told (ICMP)")
     else:
         yield Finding(what, Verdict.OK, f"{mtu.mtu} bytes")
+
+
+def tunnel(peer: Peer, port: int, obstacle: str) -> Finding:
+    """The tunnel between two kernel engines, there and back."""
+    what, found = f"{peer.name} tunnel", f"{peer.address} udp {port}"
+    if not obstacle:
+        return Finding(what, Verdict.OK, f"{found}: answers")
+    if obstacle == NO_RIGHT:
+        return Finding(what, Verdict.WARN, f"{found}: not tried, without the right to see packets", "run this as root")
+    if obstacle == "nobody listens":
+        remedy = "is mesh running there with the kernel engine and the same tunnel_port? `mesh status` there says more"
+    else:
+        remedy = (
+            f"let UDP {port} of all nodes through, both ways; mesh_verdicts_total there: tunnel_foreign grows if it "
+            "takes this node for none of the swarm's, tunnel_unknown if only answers are lost"
+        )
+    return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy)
 
 
 def device_mtu(address: Address) -> int:

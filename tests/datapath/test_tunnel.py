@@ -12,10 +12,12 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
+from mesh.datapath.tunnel_probe import ask_tunnel
 from tests.datapath.kernel_driver import Driver
 from tests.datapath.kernel_plane import PORT, TARGET, Connection, datagram, refused, serve
 from tests.lab.netns import Lab, Namespace, run, veth, wait_for
@@ -330,6 +332,32 @@ def test_only_nodes_of_the_cluster_are_listened_to(pair: Pair) -> None:
         sock.send(bytes(100))
         with pytest.raises(ConnectionRefusedError):  # nobody is there, and the port is the host's again
             sock.recv(100)
+
+
+def test_a_probe_is_answered_through_the_tunnel(pair: Pair) -> None:
+    """Between nodes that know each other, by either IP version; by nobody else, and at no other port."""
+    a6, b6 = "2001:db8:99::1", "2001:db8:99::2"
+    for node, address in ((pair.a, a6), (pair.b, b6)):
+        node.add_address("wire", f"{address}/64")
+    pair.serve("there", nodes=(*NODES, a6, b6))
+    before = pair.verdicts(pair.b)
+    with pair.a.entered():
+        for there, here in ((B, A), (b6, a6)):
+            wait_for(lambda to=there, at=here: not ask_tunnel(ip_address(to), ip_address(at), 6084), f"{there} answers")
+        assert ask_tunnel(ip_address(B), ip_address(pair.a.address), 6084) == "no answer"
+        assert ask_tunnel(ip_address(B), ip_address(A), 6085) == "nobody listens"
+    counted = {name: n - before.get(name, 0) for name, n in pair.verdicts(pair.b).items()}
+    assert {name for name, n in counted.items() if n} == {"tunnel_unknown", "tunnel_foreign"}
+
+
+def test_a_frontend_that_the_tunnel_hides_is_a_problem(pair: Pair) -> None:
+    service = {"name": "hidden", "published": 6084, "protocol": "udp", "backends": {"there": [B, TARGET, 1]}}
+    driver = pair.drivers[pair.a]
+    driver.serve(services=[service], nodes=list(NODES))
+    (line,) = driver.problems()
+    assert line.startswith("*:6084/udp: not served") and "tunnel_port" in line
+    driver.serve(services=[], nodes=list(NODES))
+    assert driver.problems() == []
 
 
 def test_a_smaller_way_is_followed(pair: Pair) -> None:

@@ -33,14 +33,13 @@ def cluster(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cl
     cluster.close()
 
 
-def check(daemon: Daemon, *flags: str) -> tuple[int, Findings]:
+def check(daemon: Daemon, *flags: str, cluster: bool = True) -> tuple[int, Findings]:
     """Exit code and findings by what they are about."""
     config = [f"--{key.replace('_', '-')}={value}" for key, value in daemon.config.items()]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
     mesh = str(Path(sys.executable).with_name("mesh"))
-    done = daemon.namespace.run(
-        mesh, "check", "--cluster", "--json", *config, *flags, check=False, env=environment, timeout=120
-    )
+    command = [mesh, "check", "--json", *(["--cluster"] if cluster else []), *config, *flags]
+    done = daemon.namespace.run(*command, check=False, env=environment, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, {finding["what"]: finding for finding in json.loads(done.stdout)}
 
@@ -63,7 +62,9 @@ def rules(node: Node, rule: str) -> Iterator[None]:
 def test_all_is_well_from_every_node(cluster: Cluster) -> None:
     """Also from and to workers, which serve no inventory."""
     names = [node.hostname for node in cluster.swarm.nodes]
-    facts = ("control port", "certificate", "mesh", "peer port tcp", "peer port udp", "path MTU")
+    facts = ["control port", "certificate", "mesh", "peer port tcp", "peer port udp", "path MTU"]
+    if cluster.engine == "kernel":
+        facts.append("tunnel")
     for daemon, name in zip(cluster.daemons, names, strict=True):
         code, findings = check(daemon)
         assert (code, bad(findings)) == (0, {})
@@ -88,6 +89,29 @@ def test_what_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> None:
         code, findings = check(cluster.daemons[2])
     assert (code, list(bad(findings))) == (1, [f"{node.hostname} peer port tcp"])
     assert "nobody listens" in findings[f"{node.hostname} peer port tcp"]["found"]
+
+
+@pytest.mark.only("kernel")
+def test_a_tunnel_that_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> None:
+    """Whichever way it is, also where the other ports are open; and a service that the tunnel hides."""
+    node, lab = cluster.swarm.nodes[1], cluster.swarm.lab
+    what = f"{node.hostname} tunnel"
+    for match in ("ip daddr", "ip saddr"):
+        rule = f"type filter hook forward priority 0; {match} {node.address} udp dport 6084 drop;"
+        run(*lab.switch.command("nft", "-f", "-"), input=f"table bridge blocked {{\nchain f {{ {rule}\n}}\n}}")
+        try:
+            code, findings = check(cluster.daemons[0])
+        finally:
+            lab.switch.run("nft", "delete", "table", "bridge", "blocked")
+        assert (code, list(bad(findings))) == (1, [what])
+        assert "udp 6084: no answer" in findings[what]["found"] and "UDP 6084" in findings[what]["remedy"]
+    cluster.swarm.create("hidden", publish=["6084:8082/udp"])
+    try:
+        code, findings = check(cluster.daemons[0], cluster=False)
+        assert code == 1
+        assert "UDP 6084 of service hidden is not served" in bad(findings)["published ports"]
+    finally:
+        cluster.swarm.remove("hidden")
 
 
 def test_a_black_hole_is_told_from_a_smaller_mtu(cluster: Cluster) -> None:
