@@ -67,7 +67,7 @@ def ratios(raw: bars.Raw) -> list[dict[str, Any]]:
         reference = summaries.get((DockerMesh.name, scenario))
         if side == DockerMesh.name or not reference or not known(reference) or not known(summary):
             continue
-        ratio = summary.median / reference.median
+        ratio = bars.paired(summary.values, reference.values).median
         better = ratio if BY_NAME[scenario].higher_is_better else 1 / ratio
         found.append({"side": side, "scenario": scenario, "ratio": round(better, 3), "errors": summary.errors})
     return found

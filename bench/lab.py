@@ -85,10 +85,11 @@ def remove_stale() -> None:
 class Lab:
     """Namespaces, backends and the processes started in them. Use as a context manager."""
 
-    suffix: ClassVar[str] = ""  # tells the labs of one process apart
+    kind: ClassVar[str] = ""
 
-    def __init__(self) -> None:
-        self.prefix = f"{PREFIX}{os.getpid()}{self.suffix}"
+    def __init__(self, name: str = "") -> None:
+        """`name`: tells the labs apart that one process has at once."""
+        self.prefix = f"{PREFIX}{os.getpid()}{self.kind}{name and '-'}{name}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-"))
         self.backends: list[subprocess.Popen[Any]] = []
         self._processes: list[subprocess.Popen[Any]] = []

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from bench.lab import CONGESTION_CONTROL
 PROC = Path("/proc")
 KTHREADD = 2
 TICKS = os.sysconf("SC_CLK_TCK")
+DEPTH = 64  # of the tree of processes; parents are read one after another, and might form a circle
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,21 @@ def ancestors(pid: int, everyone: dict[int, ProcessTimes]) -> set[int]:
     return found
 
 
-def foreign_seconds() -> float:
+def foreign_seconds(everyone: dict[int, ProcessTimes]) -> float:
     """CPU seconds so far of processes that this one did not start."""
-    everyone = processes()
     return foreign_ticks(everyone, family(os.getpid(), everyone)) / TICKS
+
+
+def seconds_below(roots: Mapping[int, str], everyone: dict[int, ProcessTimes]) -> dict[str, float]:
+    """CPU seconds so far, by name, of the processes in `roots` (pid: name) and of all their descendants."""
+    found = dict.fromkeys(roots.values(), 0.0)
+    for pid, process in everyone.items():
+        root, seen = pid, 0
+        while root not in roots and root in everyone and seen < DEPTH:
+            root, seen = everyone[root].parent, seen + 1
+        if root in roots:
+            found[roots[root]] += process.ticks / TICKS
+    return found
 
 
 def proportional_memory(pids: Iterable[int]) -> int:

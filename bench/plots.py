@@ -40,12 +40,14 @@ def panel(axes: Axes, summaries: Summaries, name: str, *, cpu: bool, sides: Side
     axes.barh([side.label for side in shown], values, color=[colour(side.name) for side in shown], height=0.72)
     if yardstick := [value for side, value in zip(shown, values, strict=True) if side.name.startswith("plain")]:
         axes.axvline(yardstick[0], color=YARDSTICK, linewidth=0.8, linestyle=":")
+    plain = next((summaries[side.name, name] for side in shown if side.name.startswith("plain")), None)
     for row, (side, value) in enumerate(zip(shown, values, strict=True)):
         summary = summaries[side.name, name]
         if not cpu and math.isfinite(summary.high):
             axes.plot([summary.low, summary.high], [row, row], color="#222222", linewidth=1)
         text = f" {value:,.3g}" if value < 1000 else f" {value:,.0f}"
-        text += f" ({value / yardstick[0]:.2f})" if yardstick and yardstick[0] else ""
+        ratio = by_round(summary, plain, cpu=cpu).median if plain else math.nan
+        text += "" if math.isnan(ratio) else f" ({ratio:.2f})"
         end = value if cpu or not math.isfinite(summary.high) else summary.high
         axes.annotate(text + (" errors" if summary.errors else ""), (end, row), va="center", size=7)
     scenario = BY_NAME[name]
@@ -62,6 +64,11 @@ def panel(axes: Axes, summaries: Summaries, name: str, *, cpu: bool, sides: Side
 def number(summary: Summary, *, cpu: bool) -> float:
     """What a panel shows of a summary."""
     return summary.cpu if cpu else summary.median
+
+
+def by_round(summary: Summary, plain: Summary, *, cpu: bool) -> bars.Ratio:
+    """The ratio to the yardstick."""
+    return bars.paired(summary.costs, plain.costs) if cpu else bars.paired(summary.values, plain.values)
 
 
 def usable(summary: Summary | None, *, cpu: bool) -> bool:

@@ -26,7 +26,7 @@ def block(raw: Raw) -> str:
     machine = raw["machine"]
     settings = raw["settings"]
     parts = [
-        f"Ratios to plain routing without any balancer: medians of {settings['rounds']} interleaved rounds of a run, "
+        f"Ratios to plain routing without any balancer, seconds apart: medians of up to {settings['rounds']} rounds, "
         f"on {machine['cores']} cores that client, node and backends share (Linux {machine['kernel']}); "
         "for ping-pong less is better, for all else more. Numbers, spreads, configurations and all that is not here: "
         "[bench/RESULTS.md](bench/RESULTS.md); `make bench` repeats it.",
@@ -51,10 +51,10 @@ def single(raw: Raw) -> str:
 
 
 def ratio(summary: Summary | None, yardstick: Summary | None) -> str:
-    """A ratio of medians; empty where there is none."""
-    if not summary or not yardstick or not yardstick.median:
+    """The ratio of two sides in one scenario; empty where there is none."""
+    if not summary or not yardstick:
         return ""
-    value = summary.median / yardstick.median
+    value = bars.paired(summary.values, yardstick.values).median
     if math.isnan(value) or math.isinf(value):
         return ""
     return f"{value:.2f}" + (" (errors)" if summary.errors else "")
@@ -72,9 +72,12 @@ def absolute(summary: Summary | None, name: str) -> str:
 
 def sentences(raw: Raw) -> list[str]:
     """What the table does not have."""
-    found = [verdict.outcome for verdict in bars.verdicts(raw)]
+    verdicts = bars.verdicts(raw)
+    found = [verdict.outcome for verdict in verdicts]
     passed, missed = found.count("passed"), sum(outcome.startswith("missed") for outcome in found)
-    lines = [f"- Of the {passed + missed} bars that this project sets itself, {passed} are passed, {missed} missed."]
+    near = sum(verdict.straddles for verdict in verdicts)
+    lines = [f"- Of the {passed + missed} bars that this project sets itself, {passed} are passed, {missed} missed"]
+    lines[0] += f"; {near} of them are within the range of what was measured." if near else "."
     if raw["guest"]:
         ours = [row for name in SHOWN for row in raw["guest"] if (row["side"], row["scenario"]) == (OURS[0], name)]
         shown = ", ".join(f"{BY_NAME[row['scenario']].title} {row['ratio']:.1f}" for row in ours)

@@ -36,10 +36,13 @@ BEGIN, END = "<!-- generated:results -->\n", "<!-- /generated -->"
 YARDSTICK: Final = "plain"
 YARDSTICK_TWO: Final = "plain-2"
 METHOD = """\
-Client, node and four backends are network namespaces joined by veth pairs on one machine; every side forwards between
-the same two. Sides and scenarios run in random order, in rounds; the figures are medians over the rounds of one run, in
-brackets the ratio to plain routing. Clients, sides and backends share the machine's cores, so a figure is what is left
-for the work after the side took its part: compare ratios, not absolute numbers. All sides use the same congestion
+Client, node and four backends are network namespaces joined by veth pairs on one machine. All sides are up at once,
+each between a client and backends of its own, and take turns: in each round, for one scenario after another, every
+side is measured once, in random order, for half a second or so. Figures are medians over the rounds. A ratio is the
+median of the ratios of what two sides did in the same round, seconds apart, because the machine drifts by more than
+sides differ; its range is what 5 to 95 % of resampled sets of rounds give (bootstrap). In brackets: the ratio to
+plain routing, and its range. Clients, sides and backends share the machine's cores, so a figure is what is left for
+the work after the side took its part: compare ratios, not absolute numbers. All sides use the same congestion
 control. What fails is counted and listed. Configurations, with their reasons, are in `bench/peers/`; `make bench`
 repeats all of it.
 """
@@ -50,6 +53,9 @@ MiB: processes of the side / its eBPF maps, which do not grow with connections /
 the connections, those of clients and backends included (plain routing has only these). A process may have {files:,}
 descriptors. Clients and backends are therefore several processes; a proxy, which needs two descriptors for each
 connection, is measured with what the limit leaves it. Start: from nothing to the first connection that is served.
+"""
+IDLE = """\
+All sides are up while one is measured. What each of them used meanwhile, its backends included:
 """
 EFFECTS = """\
 ms from telling the daemon to the beginning of the last new connection that still got the old backend; median / worst.
@@ -103,10 +109,17 @@ def grid(raw: Raw, scenarios: Sequence[str], cell: Cell, *, two: bool = False) -
     return table(rows, ["", *(f"{BY_NAME[name].title}{units[name]}" for name in present)])
 
 
+def bracket(ratio: bars.Ratio) -> str:
+    """A ratio beside the figure it is about."""
+    if math.isnan(ratio.median):
+        return ""
+    return f" ({ratio.median:.2f}" + ("" if math.isnan(ratio.low) else f", {ratio.low:.2f}–{ratio.high:.2f}") + ")"
+
+
 def value_cell(summary: Summary, yardstick: Summary | None) -> str:
-    """Median, ratio to the yardstick, spread, and errors if there were any."""
-    ratio = f" ({summary.median / yardstick.median:.2f})" if yardstick and yardstick.median else ""
-    spread = "" if math.isnan(summary.spread) or summary.rounds < 2 else f" ±{summary.spread / 2:.0%}"
+    """Median, ratio to the yardstick with its range (spread where there is no such ratio), errors if there were any."""
+    ratio = bracket(bars.paired(summary.values, yardstick.values)) if yardstick and yardstick is not summary else ""
+    spread = "" if ratio or math.isnan(summary.spread) or summary.rounds < 2 else f" ±{summary.spread / 2:.0%}"
     errors = f", **{summary.errors:,} errors**" if summary.errors else ""
     disturbed = " *" if summary.disturbed else ""
     return f"{number(summary.median)}{ratio}{spread}{errors}{disturbed}"
@@ -114,8 +127,8 @@ def value_cell(summary: Summary, yardstick: Summary | None) -> str:
 
 def cpu_cell(summary: Summary, yardstick: Summary | None) -> str:
     """µs of CPU per operation or MB, and its ratio to the yardstick's."""
-    ratio = f" ({summary.cpu / yardstick.cpu:.2f})" if yardstick and yardstick.cpu else ""
-    return f"{number(summary.cpu)}{ratio}"
+    ratio = bars.paired(summary.costs, yardstick.costs).median if yardstick else math.nan
+    return number(summary.cpu) + ("" if math.isnan(ratio) else f" ({ratio:.2f})")
 
 
 def latency_cell(summary: Summary, _: Summary | None) -> str:
@@ -131,8 +144,8 @@ def stress(raw: Raw) -> str:
         cells = []
         for name, alone in STRESS.items():
             under, before = summaries.get((side, name)), summaries.get((side, alone))
-            known = under and before and before.median
-            cells.append(f"{under.median / before.median:.0%}, {under.errors:,} errors" if known else "")
+            share = bars.paired(under.values, before.values).median if under and before else math.nan
+            cells.append(f"{share:.0%}, {under.errors:,} errors" if under and not math.isnan(share) else "")
         if any(cells):
             rows.append([LABELS[side], *cells])
     return table(rows, ["share kept of what it does alone", *(BY_NAME[name].title for name in STRESS)])
@@ -148,9 +161,18 @@ def flat(raw: Raw) -> str:
     rows = []
     for side in WIDE:
         pairs = [(summaries.get((f"{side}-1000", name)), summaries.get((side, name))) for name in names]
-        if all(wide and alone and alone.median for wide, alone in pairs):
-            rows.append([LABELS[side], *(f"{wide.median / alone.median:.0%}" for wide, alone in pairs)])  # type: ignore[union-attr]
+        ratios = [str(bars.paired(wide.values, alone.values)) for wide, alone in pairs if wide and alone]
+        if len(ratios) == len(names) and all(ratios):
+            rows.append([LABELS[side], *ratios])
     return table(rows, ["", *(BY_NAME[name].title for name in names)])
+
+
+def idle(raw: Raw) -> str:
+    """What sides cost while others were measured."""
+    cells = [
+        [LABELS[row["side"]], f"{row['cpu'] / row['seconds']:.2%}"] for row in raw.get("idle", ()) if row["seconds"]
+    ]
+    return table(cells, ["", "of one core"])
 
 
 def memory(raw: Raw) -> str:
@@ -228,7 +250,8 @@ def about(raw: Raw) -> str:
     machine = raw["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}"
     settings = raw["settings"]
-    how = f"{settings['rounds']} rounds of {settings['duration']} s, congestion control {machine['congestion_control']}"
+    how = f"{settings['rounds']} rounds, {settings['duration']} s for a measurement"
+    how += f", congestion control {machine['congestion_control']}"
     versions = table([[LABELS[side], text] for side, text in raw["versions"].items()], ["side", "version"])
     missing = "".join(
         f"\nNot measured: {LABELS.get(side, side)}: {why.splitlines()[0]}.\n" for side, why in raw["missing"].items()
@@ -317,6 +340,8 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
     if raw["memory"] or raw["starts"]:
         parts += ["## Memory and start", MEMORY.format(files=raw["machine"].get("files", 0)), memory(raw)]
     parts += functions(raw)
+    if raw.get("idle"):
+        parts += ["## Beside the others", IDLE, idle(raw)]
     parts += ["± is half the distance between the best and the worst round. * other load disturbed some of the rounds."]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 

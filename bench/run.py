@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure all sides in one run, interleaved, and print the bars. `python -m bench.run --help`.
+"""Measure all sides in one run and print the bars. `python -m bench.run --help`.
 
-Every round starts every side once, in random order, and gives it every scenario, in random order. A measurement during
-which other processes used the machine is repeated, as long as there is time; what stayed disturbed is marked.
+All sides are up at once, each in a lab of its own, and take turns: in every round, for one scenario after another, each
+side is measured for half a second or so, in random order. Machines drift by more than the sides differ, so sides are
+compared by what they did in the same round, seconds apart. There are as many rounds as the time allows; after the first
+few they are for what the bars compare. A measurement during which other processes used the machine is repeated, as long
+as there is time; what stayed disturbed is marked.
 """
 
 from __future__ import annotations
@@ -13,9 +16,7 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,27 +24,31 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import bars, effect, functions, machine, memory, report, two_nodes
-from bench.lab import CLIENTS, FLOOD_NETWORK, OUT, Lab, LabError
+from bench.lab import OUT, Lab, LabError
 from bench.peers import SIDES, Side
-from bench.scenarios import SCENARIOS, Scenario
+from bench.scenarios import BY_NAME, SCENARIOS, STRESS, Scenario
+from bench.turns import Turns, pids
 
 FOREIGN_LIMIT: Final = 0.02  # of the machine's CPU time, used by others
-STOLEN_LIMIT: Final = 0.01  # of the machine's CPU time, not given by the hypervisor
 REPEATS: Final = 3  # attempts at a measurement that is disturbed
-OVERHEAD: Final = 0.2  # seconds around a measurement
+REPEATING: Final = 0.2  # of the time, for repeating
+OVERHEAD: Final = 0.15  # seconds around a measurement
+LAB: Final = 1.5  # seconds to make a lab and to remove it
 FUNCTIONS: Final = (150.0, 8.0)  # seconds for what is no traffic: all, quick
 MEMORY: Final = {True: 8.0, False: 30.0}  # seconds to hold connections: a side with sockets, one without
 EFFECTS: Final = 30.0  # seconds
-FLOOD_RATE: Final = 20_000  # SYNs a second
-CHANGE_INTERVAL: Final = 0.3  # seconds; the static provider looks at its file four times a second
-LOAD_GRACE: Final = 15.0  # seconds that the load generator may take beyond its time
+UNLIMITED: Final = 1_000_000  # rounds
+
+Turn = tuple[type[Side], Scenario]
 
 
 @dataclass
 class Settings:
     """How much is measured. Times in seconds."""
 
-    rounds: int
+    rounds: int  # at least
+    most: int  # rounds, if there is time
+    full: int  # rounds with everything; further ones are for what the bars compare
     duration: float
     warmup: float
     budget: float
@@ -58,9 +63,11 @@ class Settings:
     far: list[type[Side]] = field(default_factory=list)  # those with two nodes
 
     def of_two_nodes(self, budget: float) -> Settings:
-        """What is measured with two nodes, in so many seconds."""
+        """What is measured with two nodes, in so many seconds. No bars are about that."""
         scenarios = [scenario for scenario in self.scenarios if scenario.name in two_nodes.SCENARIOS]
-        return replace(self, budget=budget, memory=False, sides=self.far, scenarios=scenarios, far=[])
+        rounds = min(self.rounds, self.full)
+        one = replace(self, rounds=rounds, most=rounds, full=rounds, budget=budget, memory=False)
+        return replace(one, sides=self.far, scenarios=scenarios, far=[])
 
 
 def seconds(settings: Settings, scenario: Scenario) -> float:
@@ -68,220 +75,202 @@ def seconds(settings: Settings, scenario: Scenario) -> float:
     return (scenario.duration or settings.duration) + settings.warmup + OVERHEAD
 
 
-def work(settings: Settings, side: type[Side], number: int) -> list[Scenario]:
-    """What a side is given in a round; the first is 0."""
-    return [scenario for scenario in settings.scenarios if side.does(scenario) and not (number and scenario.duration)]
+def blocks(settings: Settings, sides: Sequence[type[Side]], number: int) -> list[list[Turn]]:
+    """What is measured in a round, the first is 0: turns that are compared with each other are in one block."""
+    found: dict[str, list[Turn]] = {}
+    for scenario in settings.scenarios:
+        for side in sides:
+            wanted = number < settings.full or (side.name, scenario.name) in bars.COMPARED
+            if wanted and side.does(scenario) and not scenario.duration:
+                found.setdefault(STRESS.get(scenario.name, scenario.name), []).append((side, scenario))
+    return list(found.values())
 
 
-def round_time(settings: Settings, sides: Sequence[type[Side]], number: int) -> float:
-    """Seconds that a round takes if nothing is repeated; the first is 0."""
-    worked = sum(side.overhead + sum(seconds(settings, one) for one in work(settings, side, number)) for side in sides)
-    held = [MEMORY[side.sockets] for side in sides if settings.memory and not (side.only or number)]
-    return worked + sum(held)
+def long_blocks(settings: Settings, sides: Sequence[type[Side]]) -> list[list[Turn]]:
+    """What is measured once, after all rounds: scenarios with a duration of their own, beside what they stress."""
+    chosen = [scenario for scenario in settings.scenarios if scenario.duration]
+    return [
+        [(side, BY_NAME[STRESS[scenario.name]]), (side, scenario)]
+        for scenario in chosen
+        for side in sides
+        if side.does(scenario)
+    ]
+
+
+def time_of(settings: Settings, work: Sequence[Sequence[Turn]]) -> float:
+    """Seconds that blocks take if nothing is repeated."""
+    return sum(seconds(settings, scenario) for block in work for _, scenario in block)
+
+
+def time_after(settings: Settings, sides: Sequence[type[Side]]) -> float:
+    """Seconds for what comes after the rounds."""
+    held = sum(MEMORY[side.sockets] for side in sides if settings.memory and not side.only)
+    return time_of(settings, long_blocks(settings, sides)) + held
 
 
 def traffic(settings: Settings, sides: Sequence[type[Side]]) -> float:
-    """Seconds that all rounds take if nothing is repeated."""
-    return sum(round_time(settings, sides, number) for number in range(settings.rounds))
+    """Seconds that the sides take with the least number of rounds, if nothing is repeated."""
+    up = sum(side.overhead + LAB for side in sides)
+    rounds = sum(time_of(settings, blocks(settings, sides, number)) for number in range(settings.rounds))
+    return up + rounds + time_after(settings, sides)
 
 
 def planned(settings: Settings, sides: Sequence[type[Side]]) -> float:
-    """Seconds that a run takes in which nothing is repeated. What the budget has beyond that is for repeating."""
+    """Seconds of the least that a run does. What the budget has beyond that is for repeating, and for more rounds."""
     far = settings.of_two_nodes(0)
     rest = (FUNCTIONS[settings.quick] if settings.functions else 0) + (EFFECTS if settings.effects else 0)
     return traffic(settings, sides) + traffic(far, [side for side in far.sides if not side.missing()]) + rest
 
 
-def _keep_changing(side: Side, ended: threading.Event, happened: dict[str, int]) -> None:
-    while not ended.wait(CHANGE_INTERVAL):
-        happened["changes"] = happened.get("changes", 0) + 1
-        side.change(happened["changes"])
-
-
 class Run:
-    """One run: the lab, the raw data, the clock."""
+    """Some sides in labs of one kind, the raw data, the clock."""
 
-    def __init__(self, lab: Lab, settings: Settings, data: dict[str, Any] | None = None) -> None:
-        """`data`: of a run that this one is a part of."""
+    def __init__(self, lab: type[Lab], settings: Settings, data: dict[str, Any]) -> None:
         self.lab = lab
         self.settings = settings
+        self.data = data
         self.began = time.monotonic()
-        self.spare = 0.0  # seconds left for repeating in this round
-        self.data: dict[str, Any] = data or {
-            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "machine": machine.describe(),
-            "settings": {"rounds": settings.rounds, "duration": settings.duration, "warmup": settings.warmup},
-            "versions": {},
-            "missing": {},
-            "runs": [],
-            "programs": [],
-            "control": [],
-            "guest": [],
-            "memory": [],
-            "starts": [],
-            "effects": [],
-        }
-
-    def functions(self) -> None:
-        """What is no traffic: the programs per packet, the control plane's functions."""
-        for name, measure in (functions.QUICK if self.settings.quick else functions.ALL).items():
-            print(f"{name}...", flush=True)
-            try:
-                self.data[name] = measure()
-            except LabError as error:
-                self.data["missing"][name] = str(error)
-                print(f"  failed: {error}", flush=True)
-
-    def effects(self) -> None:
-        """How soon a change shows."""
-        print("effects...", flush=True)
-        try:
-            self.data["effects"] = effect.measure(self.lab)
-        except LabError as error:
-            self.data["missing"]["effects"] = str(error)
-            print(f"  failed: {error}", flush=True)
+        self.repeated = 0.0  # seconds
+        self.estimated = self.spent = 1.0  # seconds, of the latest round
+        self.turns = Turns(settings.warmup, settings.foreign_limit, settings.connections)
+        self.up: dict[str, tuple[Side, contextlib.ExitStack]] = {}  # what is up, and how it is taken down
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
-    def run(self) -> None:
-        """All rounds, or as many as the budget allows."""
-        sides = []
-        for side in self.settings.sides:
-            reason = side.missing()
-            if reason:
-                self.data["missing"][side.name] = reason
-                print(f"not measured: {side.label}: {reason}", flush=True)
-            else:
-                self.data["versions"][side.name] = side.version()
-                sides.append(side)
-        total = self.settings.rounds * len(sides)
-        done, began = 0, time.monotonic()
-        for number in range(self.settings.rounds):
-            left = self.settings.budget - (time.monotonic() - began)
-            needed = [round_time(self.settings, sides, n) for n in range(number, self.settings.rounds)]
-            self.spare = (left - sum(needed)) / len(needed)
-            for side in random.sample(sides, len(sides)):
-                done += 1
-                if side.name in self.data["missing"]:
-                    continue
-                left = (time.monotonic() - began) / (done - 1) * (total - done + 1) if done > 1 else 0.0
-                eta = f", about {left:.0f} s left" if left else ""
-                print(f"[{done}/{total}] round {number + 1}, {side.label}{eta}", flush=True)
-                self._side(side, number)
+    def run(self) -> int:
+        """All that was asked for, in as many rounds as the budget allows. Returns how many that were."""
+        number = 0
+        with contextlib.ExitStack() as end:
+            end.callback(lambda: self.data["idle"].extend(self.turns.idle.rows()))
+            for kind in self.settings.sides:
+                if reason := kind.missing():
+                    self.data["missing"][kind.name] = reason
+                    print(f"not measured: {kind.label}: {reason}", flush=True)
+                else:
+                    self._start(kind, end.enter_context(contextlib.ExitStack()))
+            for name in tuple(self.up):
+                self._settle(name)
+            while self._goes_on(number):
+                self._round(number)
+                number += 1
+            for block in long_blocks(self.settings, self.kinds):
+                self._block(block, number)
+            self._hold()
+        return number
 
-    def _side(self, kind: type[Side], number: int) -> None:
-        side = kind(self.lab)
-        try:
+    @property
+    def kinds(self) -> list[type[Side]]:
+        return [type(side) for side, _ in self.up.values()]
+
+    @property
+    def everyone(self) -> list[Side]:
+        return [side for side, _ in self.up.values()]
+
+    def _start(self, kind: type[Side], stack: contextlib.ExitStack) -> None:
+        print(f"[{self.elapsed:.0f} s] starting {kind.label}", flush=True)
+        with self._failing(kind.name, stack):
+            side = kind(stack.enter_context(self.lab(kind.name)))
+            stack.callback(side.stop)
+            self.up[kind.name] = side, stack
             began = time.monotonic()
             side.start()
-            start = {"side": side.name, "round": number, "seconds": round(time.monotonic() - began, 3)}
-            self.data["starts"].append(start)
+            self.data["starts"].append({"side": side.name, "seconds": round(time.monotonic() - began, 3)})
+            self.data["versions"][kind.name] = kind.version()
+
+    def _settle(self, name: str) -> None:
+        side, stack = self.up[name]
+        with self._failing(name, stack):
             side.settle()
-            if not number and self.settings.memory:
-                self.data["memory"].append(memory.row(side, self._pids(side, with_backends=False)))
-            chosen = work(self.settings, kind, number)
-            for scenario in random.sample(chosen, len(chosen)):
-                self._measure(side, scenario, number)
-            if not (number or kind.only) and self.settings.memory:  # last: some sides do not survive it
-                self.data["memory"] += memory.measure(self.lab, side, self._pids(side, with_backends=False))
+            if self.settings.memory:
+                self.data["memory"].append(memory.row(side, pids(side, with_backends=False)))
+
+    @contextlib.contextmanager
+    def _failing(self, name: str, stack: contextlib.ExitStack) -> Iterator[None]:
+        """A side that fails is taken down, with the reason; the run goes on without it."""
+        try:
+            yield
         except LabError as error:
-            self.data["missing"][kind.name] = str(error)
-            print(f"  failed: {error}", flush=True)
-        finally:
-            side.stop()
+            self.data["missing"][name] = str(error)
+            print(f"  failed: {name}: {error}", flush=True)
+            self.up.pop(name, None)
+            stack.close()
+
+    def _goes_on(self, number: int) -> bool:
+        work = blocks(self.settings, self.kinds, number)
+        if not work or number < self.settings.rounds:
+            return bool(work)
+        pace = max(1.0, self.spent / self.estimated)
+        needed = time_of(self.settings, work) * pace + time_after(self.settings, self.kinds)
+        return number < self.settings.most and self.elapsed + needed < self.settings.budget
+
+    def _round(self, number: int) -> None:
+        work = blocks(self.settings, self.kinds, number)
+        began, self.estimated = self.elapsed, time_of(self.settings, work)
+        for block in random.sample(work, len(work)):
+            self._block(random.sample(block, len(block)), number)
+        self.spent = self.elapsed - began
+
+    def _block(self, block: Sequence[Turn], number: int) -> None:
+        names = dict.fromkeys(scenario.title for _, scenario in block)
+        clock = f"[{self.elapsed:.0f} of {self.settings.budget:.0f} s]"
+        print(f"{clock} round {number + 1}, {', '.join(names)}", flush=True)
+        for kind, scenario in block:
+            if kind.name in self.up:
+                side, stack = self.up[kind.name]
+                with self._failing(kind.name, stack):
+                    self._measure(side, scenario, number)
 
     def _measure(self, side: Side, scenario: Scenario, number: int) -> None:
+        duration = scenario.duration or self.settings.duration
         for attempt in range(REPEATS):
-            record = self._once(side, scenario) | {"round": number, "attempt": attempt}
-            self.data["runs"].append(record)
+            began = time.monotonic()
+            record = self.turns.take(side, scenario, duration, self.everyone)
+            self.data["runs"].append(record | {"round": number, "attempt": attempt})
             mark = " disturbed" if record["disturbed"] else ""
             errors = f" errors {record['result']['errors']}" if record["result"]["errors"] else ""
             value = scenario.value(record["result"])
-            print(f"  {scenario.title:38} {value:12,.1f} {scenario.unit}{errors}{mark}", flush=True)
-            self.spare -= seconds(self.settings, scenario) if attempt else 0.0
-            if not record["disturbed"] or self.spare < seconds(self.settings, scenario):
+            print(f"  {side.label:42} {value:12,.1f} {scenario.unit}{errors}{mark}", flush=True)
+            took = time.monotonic() - began
+            self.repeated += took if attempt else 0.0
+            if not record["disturbed"] or self.repeated + took > REPEATING * self.elapsed:
                 return
 
-    def _once(self, side: Side, scenario: Scenario) -> dict[str, Any]:
-        cpu = max(os.sched_getaffinity(0))
-        pids = self._pids(side, with_backends=True) if scenario.pinned else set()
-        argv = ["taskset", "-c", str(cpu)] if scenario.pinned else []
-        argv += [str(OUT / "load"), scenario.mode, *scenario.arguments, *self._ends(side, scenario.port)]
-        if self.settings.connections and not scenario.pinned:
-            argv += ["--connections", str(self.settings.connections)]
-        duration = scenario.duration or self.settings.duration
-        argv += ["--duration", str(duration), "--warmup", str(self.settings.warmup)]
-        foreign, began = machine.foreign_seconds(), time.monotonic()
-        with machine.pinned(pids, cpu), self._beside(side, scenario, duration) as happened:
-            done = subprocess.run(
-                self.lab.inside("client", *argv),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=duration + self.settings.warmup + LOAD_GRACE,
-            )
-        if done.returncode:
-            raise LabError(f"{' '.join(argv)}: {done.stderr.strip()}")
-        capacity = (time.monotonic() - began) * (os.cpu_count() or 1)
-        result = json.loads(done.stdout)
-        share = (machine.foreign_seconds() - foreign) / capacity
-        stolen = (result["cpu_after"][7] - result["cpu_before"][7]) / result["ticks_per_second"] / capacity
-        return {
-            "side": side.name,
-            "scenario": scenario.name,
-            "foreign": round(share, 4),
-            "stolen": round(stolen, 4),
-            "disturbed": share > self.settings.foreign_limit or stolen > STOLEN_LIMIT,
-            "happened": happened,
-            "result": result,
-        }
+    def _hold(self) -> None:
+        """Memory with many connections, side by side; last, for some do not survive it."""
+        for name, (side, stack) in tuple(self.up.items()):
+            if self.settings.memory and not side.only:
+                print(f"[{self.elapsed:.0f} s] memory, {side.label}", flush=True)
+                with self._failing(name, stack):
+                    self.data["memory"] += memory.measure(side.lab, side, pids(side, with_backends=False))
+                    del self.up[name]
+                    stack.close()
 
-    @contextlib.contextmanager
-    def _beside(self, side: Side, scenario: Scenario, duration: float) -> Iterator[dict[str, int]]:
-        """What happens while the load runs. Yields what is filled in by its end: {"sent": SYNs} or {"changes": N}."""
-        happened: dict[str, int] = {}
-        if scenario.beside == "flood":
-            address, _, port = side.targets(scenario.port)[0].partition(":")
-            length = str(duration + self.settings.warmup)
-            argv = (str(OUT / "flood"), FLOOD_NETWORK, address, port, str(FLOOD_RATE), length)
-            flood = self.lab.start("client", *argv, stdout=subprocess.PIPE)
-            yield happened
-            flood.wait(LOAD_GRACE)
-            assert flood.stdout
-            happened.update(json.loads(flood.stdout.read()))
-            self.lab.stop(flood)
-        elif scenario.beside == "changes":
-            ended = threading.Event()
-            changer = threading.Thread(target=_keep_changing, args=(side, ended, happened))
-            changer.start()
-            try:
-                yield happened
-            finally:
-                ended.set()
-                changer.join()
-                side.change(-1)
-        else:
-            yield happened
 
-    def _ends(self, side: Side, port: int) -> list[str]:
-        ends = [word for target in side.targets(port) for word in ("--target", target)]
-        return ends + [word for address in CLIENTS for word in ("--source", address)]
+def attempt(data: dict[str, Any], name: str, measure: functions.Measure) -> None:
+    """What is no matter of sides and rounds. A failure is noted."""
+    print(f"{name}...", flush=True)
+    try:
+        data[name] = measure()
+    except LabError as error:
+        data["missing"][name] = str(error)
+        print(f"  failed: {error}", flush=True)
 
-    def _pids(self, side: Side, *, with_backends: bool) -> set[int]:
-        everyone = machine.processes()
-        roots = side.processes + (self.lab.backends if with_backends else [])
-        return {pid for process in roots for pid in machine.family(process.pid, everyone)}
+
+def effects() -> list[dict[str, Any]]:
+    """How soon a change shows, in a lab of its own."""
+    with Lab() as lab:
+        return effect.measure(lab)
 
 
 def parse(argv: list[str]) -> Settings:
     """Command line to settings."""
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few minutes: shorter, fewer scenarios")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--duration", type=float, help="seconds per measurement (1; quick: 0.4)")
-    parser.add_argument("--budget", type=float, help="seconds, repeating included (1140; quick: 230)")
+    parser.add_argument("--rounds", type=int, default=5, help="at least; of a part, with no --budget: exactly")
+    parser.add_argument("--duration", type=float, help="seconds per measurement (0.5; quick: 0.4)")
+    parser.add_argument("--budget", type=float, help="seconds, repeating included (1140; quick: 225)")
     names = [s.name for s in (*SIDES, *two_nodes.SIDES)]
     parser.add_argument("--side", action="append", choices=names, help="only this one; repeatable")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="only this one")
@@ -294,9 +283,11 @@ def parse(argv: list[str]) -> Settings:
     whole = not options.side and not options.scenario
     return Settings(
         rounds=options.rounds,
-        duration=options.duration or (0.4 if options.quick else 1.0),
-        warmup=0.2 if options.quick else 0.3,
-        budget=options.budget or (230.0 if options.quick else 1140.0),
+        most=UNLIMITED if whole or options.budget else options.rounds,
+        full=(1 if options.quick else 3) if whole else UNLIMITED,
+        duration=options.duration or (0.4 if options.quick else 0.5),
+        warmup=0.15 if options.quick else 0.2,
+        budget=options.budget or (225.0 if options.quick else 1140.0),
         foreign_limit=options.foreign_limit,
         connections=options.connections,
         quick=options.quick,
@@ -309,6 +300,23 @@ def parse(argv: list[str]) -> Settings:
     )
 
 
+def measure(settings: Settings, data: dict[str, Any]) -> None:
+    """All of it, into `data`."""
+    began, whole = time.monotonic(), settings.budget
+    if settings.functions:
+        for name, one in (functions.QUICK if settings.quick else functions.ALL).items():
+            attempt(data, name, one)
+    if settings.effects:
+        attempt(data, "effects", effects)
+    far = settings.of_two_nodes(0)
+    reserved = traffic(far, [side for side in far.sides if not side.missing()])
+    near = replace(settings, budget=whole - (time.monotonic() - began) - reserved)
+    data["settings"]["rounds"] = Run(Lab, near, data).run()
+    if far.sides:
+        left = whole - (time.monotonic() - began)
+        Run(two_nodes.TwoNodeLab, settings.of_two_nodes(max(reserved, left)), data).run()
+
+
 def main(argv: list[str]) -> int:
     """Run, write bench/out/latest.json, print the bars. Exit code 0 also where a bar is missed: it is a report."""
     if os.geteuid():
@@ -316,26 +324,23 @@ def main(argv: list[str]) -> int:
         return 1
     settings = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    far, whole = settings.of_two_nodes(0), settings.budget
-    reserved = traffic(far, [side for side in far.sides if not side.missing()])
-    with Lab() as lab:
-        run = Run(lab, settings)
-        try:
-            if settings.functions:
-                run.functions()
-            if settings.effects:
-                run.effects()
-            settings.budget -= run.elapsed + reserved
-            run.run()
-            if far.sides:
-                with two_nodes.TwoNodeLab() as lab_of_two:
-                    Run(lab_of_two, settings.of_two_nodes(max(reserved, whole - run.elapsed)), run.data).run()
-        finally:
-            run.data["seconds"] = round(run.elapsed)
-            write(run.data)
-    for part in report.functions(run.data):
+    began = time.monotonic()
+    data: dict[str, Any] = {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine.describe(),
+        "settings": {"rounds": settings.rounds, "duration": settings.duration, "warmup": settings.warmup},
+        "versions": {},
+        "missing": {},
+    }
+    data |= {name: [] for name in ("runs", "programs", "control", "guest", "memory", "starts", "effects", "idle")}
+    try:
+        measure(settings, data)
+    finally:
+        data["seconds"] = round(time.monotonic() - began)
+        write(data)
+    for part in report.functions(data):
         print(part)
-    print(bars.text(run.data))
+    print(bars.text(data))
     return 0
 
 

@@ -29,7 +29,7 @@ SCENARIOS: Final = ("connections", "requests", "pingpong", "down1", "up8")
 class TwoNodeLab(Lab):
     """Client, two nodes and a switch between them; all backends are on the far node."""
 
-    suffix = "-2"
+    kind = "-2"
 
     def _build(self) -> None:
         for name in ("client", "switch", "node", "far", *(f"backend{i}" for i in range(len(BACKENDS)))):
