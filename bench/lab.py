@@ -213,8 +213,7 @@ class Lab:
         """Add a namespace. It goes with the lab, or by `remove`."""
         run("ip", "netns", "add", self.namespace(name))
         self._namespaces.append(self.namespace(name))
-        for key, value in SYSCTLS.items():
-            self.run(name, "sysctl", "-qw", f"{key}={value}")
+        self.run(name, "sysctl", "-qw", *(f"{key}={value}" for key, value in SYSCTLS.items()))
         self.run(name, "ip", "link", "set", "lo", "up")
 
     def remove(self, name: str) -> None:
@@ -236,8 +235,8 @@ class Lab:
         self.run("node", "sysctl", "-qw", "net.ipv4.ip_forward=1")
         self.link("client", "eth0", "node", "client")
         self.run("node", "ip", "address", "add", f"{NODE}/24", "dev", "client")
-        for address in CLIENTS:
-            self.run("client", "ip", "address", "add", f"{address}/24", "dev", "eth0")
+        addresses = "".join(f"address add {address}/24 dev eth0\n" for address in CLIENTS)
+        self.run("client", "ip", "-batch", "-", stdin=addresses)
         self.run("client", "ip", "route", "add", "default", "via", NODE)
         self.run("node", "ip", "route", "add", f"{FLOOD_NETWORK}/16", "via", CLIENTS[0])
         self.attach_backends("node")

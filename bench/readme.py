@@ -26,7 +26,8 @@ def block(raw: Raw) -> str:
     machine = raw["machine"]
     settings = raw["settings"]
     parts = [
-        f"Ratios to plain routing without any balancer, seconds apart: medians of up to {settings['rounds']} rounds, "
+        "Ratios to plain routing without any balancer, each of measurements seconds apart: medians of up to "
+        f"{settings['rounds']} rounds, "
         f"on {machine['cores']} cores that client, node and backends share (Linux {machine['kernel']}); "
         "for ping-pong less is better, for all else more. Numbers, spreads, configurations and all that is not here: "
         "[bench/RESULTS.md](bench/RESULTS.md); `make bench` repeats it.",

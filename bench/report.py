@@ -328,8 +328,8 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
     parts += ["## Latency", "µs, p50 / p99 / p99.9.", grid(raw, timed, latency_cell)]
     if any(run["scenario"] in STRESS for run in raw["runs"]):
         parts += ["## Under stress", stress(raw)]
-    if scaled := flat(raw):
-        parts += ["## Flat in scale", "Beside 999 more services of ten backends each, of what it is alone.", scaled]
+    if any(run["side"].endswith("-1000") for run in raw["runs"]):
+        parts += ["## Flat in scale", "Beside 999 more services of ten backends each, of what it is alone.", flat(raw)]
     parts += ["## CPU", "µs of the whole machine's CPU per operation; per MB in bulk transfers."]
     parts += [grid(raw, [s.name for s in SCENARIOS if not s.beside], cpu_cell)]
     if sides_of(raw, two_nodes.SIDES):

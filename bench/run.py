@@ -202,7 +202,8 @@ class Run:
         if not work or number < self.settings.rounds:
             return bool(work)
         pace = max(1.0, self.spent / self.estimated)
-        needed = time_of(self.settings, work) * pace + time_after(self.settings, self.kinds)
+        end = sum(side.overhead for side in self.kinds) / 2  # to take all of them down
+        needed = time_of(self.settings, work) * pace + time_after(self.settings, self.kinds) + end
         return number < self.settings.most and self.elapsed + needed < self.settings.budget
 
     def _round(self, number: int) -> None:

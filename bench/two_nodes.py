@@ -39,8 +39,8 @@ class TwoNodeLab(Lab):
         for name in ("client", "node", "far"):
             self.link(name, "eth0", "switch", name)
             self.run("switch", "ip", "link", "set", name, "master", "br0")
-        for address in CLIENTS:
-            self.run("client", "ip", "address", "add", f"{address}/24", "dev", "eth0")
+        addresses = "".join(f"address add {address}/24 dev eth0\n" for address in CLIENTS)
+        self.run("client", "ip", "-batch", "-", stdin=addresses)
         for name, address in (("node", NODE), ("far", FAR)):
             self.run(name, "ip", "address", "add", f"{address}/24", "dev", "eth0")
             for key in ("ip_forward=1", "conf.all.send_redirects=0", "conf.eth0.send_redirects=0"):
