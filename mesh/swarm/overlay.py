@@ -13,12 +13,14 @@ from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Read
 
 _HEALTH: Final = {"health_status: healthy": True, "health_status: unhealthy": False}
 _SURE_DEATH: Final = ("9", "SIGKILL", "KILL")
+_STOP: Final = ("15", "SIGTERM", "TERM")
+_PATIENCE: Final = 4  # reads after which a container that was told to stop, and runs, is believed to go on
 _LOUD: Final = frozenset({"start", "die", "kill", "pause", "unpause", "destroy", "create", "update", "remove"})
 
 
 @dataclass
 class Overlay:
-    """Deaths and health by container id, each with the number of the read after which it was heard."""
+    """Deaths and health by container id, each with the number of the last read that could not know it itself."""
 
     dead: dict[str, int] = field(default_factory=dict)
     ready: dict[str, tuple[bool, int]] = field(default_factory=dict)
@@ -34,16 +36,26 @@ class Overlay:
         attributes = event.actor.attributes or {}
         if TASK_LABEL not in attributes:
             return False, False
-        if event.action == "die" or (event.action == "kill" and attributes.get("signal") in _SURE_DEATH):
+        return self._hear_container(container, event.action, attributes.get("signal", ""), read)
+
+    def _hear_container(self, container: str, action: str, signal: str, read: int) -> tuple[bool, bool]:
+        if action == "die" or (action == "kill" and signal in _SURE_DEATH):
             fresh = container not in self.dead
             self.dead[container] = read
             return fresh, True
-        if event.action == "start":
-            return self.dead.pop(container, None) is not None, True
-        if event.action in _HEALTH:
-            self.ready[container] = (_HEALTH[event.action], read)
+        if action == "kill" and signal in _STOP:
+            # An Engine that ends stops its containers without a word to the swarm; it tells of a death only once it has
+            # taken the container's network down, and nobody may listen there since the signal.
+            fresh = self.ready.get(container, (True, 0))[0]
+            self.ready[container] = (False, read + _PATIENCE)
+            return fresh, True
+        if action == "start":
+            stopped = self.ready.pop(container, None) is not None
+            return self.dead.pop(container, None) is not None or stopped, True
+        if action in _HEALTH:
+            self.ready[container] = (_HEALTH[action], read)
             return True, True
-        return False, event.action in _LOUD
+        return False, action in _LOUD
 
     def settle(self, begun: int, running: Set[str]) -> None:
         """A read that was the `begun`-th to begin is done: forget what it knew itself.

@@ -247,10 +247,27 @@ def test_unhealthy_counts_at_once_and_until_a_later_read() -> None:
     assert overlay.apply(read).backends[0].ready
 
 
+def test_a_container_that_is_told_to_stop_gets_no_new_flows() -> None:
+    """Until its death is told; one that goes on is used again some reads later, one that is started at once."""
+    read = decode(answers(tasks=[task("t1")], running=["c-t1"]))
+    overlay = Overlay()
+    assert overlay.hear(event("kill", signal="15"), 1) == (True, True)
+    for begun in range(2, 6):
+        overlay.settle(begun, read.local.running)
+        assert not overlay.apply(read).backends[0].ready
+        assert overlay.unseen(read) == {"t1": UNREADY}
+    overlay.settle(6, read.local.running)
+    assert overlay.apply(read) is read.inventory
+    overlay.hear(event("kill", signal="15"), 6)
+    assert overlay.hear(event("start"), 6) == (True, True)
+    assert overlay.apply(read) is read.inventory
+
+
 @pytest.mark.parametrize(
     ("heard", "expected"),
     [
         (event("kill", signal="9"), (True, True)),
+        (event("kill", signal="15"), (True, True)),
         (event("kill", signal="1"), (False, True)),
         (event("exec_start: /server --check"), (False, False)),
         (schema.Event("container", "die", schema.Actor("x", {})), (False, False)),
