@@ -3,6 +3,7 @@
 #
 #   make run          the daemon on its main job: the local swarm, else an embedded demo with its own backends
 #   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
+#   make test-all     the same, and long scenarios with the second engine too: some three minutes more
 #   make unit         the fast loop: pure tests, seconds
 #   make lint         ruff, mypy --strict, clang-format
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
@@ -23,7 +24,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 
 SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test fuzz unit lint sanitize bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit lint sanitize bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -50,6 +51,9 @@ unit: build
 
 test: packages-test build lint
 	$(PYTEST) tests $(ARGS)
+
+test-all: export MESH_TEST_ALL = 1
+test-all: test
 
 fuzz: packages-test build
 	MESH_FUZZ_PACKETS=1000000 $(PYTEST) -q tests/bpf/test_fuzz.py $(ARGS)

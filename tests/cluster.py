@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import peers
 from tests.daemon import Daemon, backends_of
 from tests.lab.dockerd import Node, Swarm, bpf_fs
 from tests.lab.netns import Namespace, wait_for
 
 WEB = 8000
-ENGINES = ["proxy"]  # that carry connections to other nodes
+ENGINES = ["proxy", pytest.param("kernel", marks=pytest.mark.bpf)]
 
 
 class Cluster:

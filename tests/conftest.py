@@ -47,13 +47,20 @@ def pytest_make_collect_report(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a test says is not for an engine: that is no skip, there is nothing to run."""
+    """Leave out what a test says is not for an engine, and without MESH_TEST_ALL what it says can wait: no skips, for
+    nothing is missing here."""
 
-    def foreign(item: pytest.Item) -> bool:
-        mark, spec = item.get_closest_marker("only"), getattr(item, "callspec", None)
-        return mark is not None and spec is not None and not any(value in mark.args for value in spec.params.values())
+    def names(item: pytest.Item, marker: str) -> tuple[bool, bool]:
+        """Whether the test has the marker, and whether that names the variant's engine."""
+        mark, spec = item.get_closest_marker(marker), getattr(item, "callspec", None)
+        if mark is None or spec is None:
+            return False, False
+        return True, any(value in mark.args for value in spec.params.values())
 
-    out = [item for item in items if foreign(item)]
+    everything = bool(os.environ.get("MESH_TEST_ALL"))
+    out = [
+        item for item in items if names(item, "only") == (True, False) or (names(item, "later")[1] and not everything)
+    ]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What befalls the managers of a real swarm, under steady load at every node: traffic is unharmed, the end is right."""
+"""What befalls the managers of a real swarm, under steady load at every node: traffic is unharmed, the end is right.
+
+With the kernel engine these run in `make test-all` only: what agents tell each other is the same with either engine.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tests.cluster import WEB, Cluster, failures
 from tests.lab.dockerd import Node, Swarm
 from tests.lab.netns import wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400), pytest.mark.later("kernel")]
 
 
 def members(swarm: Swarm) -> dict[str, dict[str, Any]]:

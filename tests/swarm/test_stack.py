@@ -32,6 +32,7 @@ def cluster(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cl
             node.load(image)
     client = shared_swarm3.lab.host(f"client-{request.param}")
     cluster = Cluster(shared_swarm3, client, engine=request.param)
+    cluster.wait_ready()
     yield cluster
     print(cluster.tails())
     cluster.close()
