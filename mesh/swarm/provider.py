@@ -29,6 +29,9 @@ _RETRY_FIRST: Final = 0.2
 _RETRY_MOST: Final = 3.0
 _STREAM_CALM: Final = 5.0  # a stream that lived so long starts its retries from the first again
 
+_EARLY: Final = ("pause", "unpause")  # the Engine's list shows them only some time after the event
+_LATER: Final = 0.5  # seconds after which to read again because of these
+
 log = structlog.get_logger()
 
 
@@ -163,6 +166,8 @@ class SwarmProvider:
                     self._publish_now()
                 if ring:
                     self._ring.set()
+                if event.action in _EARLY:
+                    asyncio.get_running_loop().call_later(_LATER, self._ring.set)
 
     async def _watch(self) -> None:
         async with contextlib.aclosing(watch(self._watch_socket, self._certificates)) as rings:
