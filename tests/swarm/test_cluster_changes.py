@@ -21,8 +21,13 @@ def on(cluster: Cluster, node: int, service: str = "web") -> set[str]:
     return {task["ID"] for task in cluster.swarm.tasks(service) if task["NodeID"] == identity}
 
 
+@pytest.mark.later("kernel")
 def test_a_rolling_update_loses_nothing(cluster5: Cluster) -> None:
-    """New connections and transfers under way when their tasks are told to stop."""
+    """New connections and transfers under way when their tasks are told to stop.
+
+    With the kernel engine on a machine that others keep busy a connection may be refused by a new task that the swarm
+    calls running before it listens (docs/KERNEL.md): there it runs in `make test-all`.
+    """
     cluster5.swarm.create(
         "web", GRACE, "--update-parallelism=4", "--update-order=stop-first", "--update-delay=0s",
         "--update-monitor=500ms", replicas=8, publish=[f"{WEB}:8080"],
