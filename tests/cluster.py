@@ -54,7 +54,8 @@ class Cluster:
         return {backend for backend, weight in backends_of(state, service).items() if weight}
 
     def agree(self, service: str, count: int, *, timeout: float = 60) -> set[str]:
-        """Until all daemons serve exactly the `count` tasks that Docker names, from equal tables."""
+        """Until all daemons serve exactly the `count` tasks that Docker names, from equal tables, and know that each
+        answers: Docker calls a task running before it listens."""
         self.swarm.wait_running(service, count)
 
         def all_see() -> set[str]:
@@ -68,7 +69,15 @@ class Cluster:
             docker = sorted(task["ID"] for task in self.swarm.tasks(service))
             raise TimeoutError(f"{error}; Docker: {docker}, nodes: {seen}") from None
         wait_for(lambda: len(self.digests(service)) == 1, f"equal tables of {service} on every node")
+        wait_for(lambda: all(self.is_probed(d, service) for d in self.daemons), f"each task of {service} was probed")
         return tasks
+
+    @staticmethod
+    def is_probed(daemon: Daemon, service: str) -> bool:
+        """Whether the daemon knows of all backends that are reached by TCP whether they answer."""
+        frontends = [f for s in daemon.state()["services"] if s["name"] == service for f in s["frontends"]]
+        targets = [t for f in frontends if f["frontend"].endswith("/tcp") for t in f["targets"] if t["weight"]]
+        return all(target["health"] != "unknown" for target in targets)
 
     def digests(self, service: str) -> set[str]:
         found = set()

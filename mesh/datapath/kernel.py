@@ -118,6 +118,7 @@ class KernelDatapath:
         self._place_all()
         if self._maps.served:
             self._switch()
+            self._beside.apply(self._applied, self._finder.topology.addresses)  # no plan may come
         self._owner.write_text(self._token)
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
@@ -304,8 +305,7 @@ class KernelDatapath:
 
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
-        backends = list(self._applied.backends.values())
-        found = misplaced(backends, self._places)
+        found = misplaced(list(self._applied.backends.values()), self._places)
         nodes = self._nodes.problems(self._applied.frontends, self._config.tunnel_port)
         return [*self._problems, *self._beside.problems(), *nodes, *found]
 

@@ -46,6 +46,7 @@ def test_a_rolling_update_loses_nothing(cluster5: Cluster) -> None:
         assert (report.ok, set(report.identities)) == (200, after)
 
 
+@pytest.mark.later("kernel")  # for the same reason
 def test_nodes_are_drained_and_paused_and_services_scaled(cluster5: Cluster) -> None:
     swarm = cluster5.swarm
     swarm.create("web", GRACE, replicas=8, publish=[f"{WEB}:8080"])
