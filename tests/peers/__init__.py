@@ -6,13 +6,16 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import mmap
+import os
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.lab.netns import Namespace
+from tests.lab.netns import Namespace, wait_for
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "peers"
@@ -67,14 +70,37 @@ class Load:
     """
 
     def __init__(self, client: Namespace, address: str, port: int, *options: str) -> None:
-        command = [str(program(HERE / "load.c")), *options, address, str(port)]
-        self._process = client.popen(*command, stdout=subprocess.PIPE, text=True)
+        live = os.memfd_create("answers")
+        try:
+            os.ftruncate(live, 8)
+            self._answers = mmap.mmap(live, 8)
+            command = [str(program(HERE / "load.c")), "-L", str(live), *options, address, str(port)]
+            self._process = client.popen(*command, stdout=subprocess.PIPE, text=True, pass_fds=(live,))
+        finally:
+            os.close(live)
 
     def wait_ready(self) -> None:
         """With -k: until each connection has had its first answer, or has failed."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         assert line == "ready\n", line
+
+    @property
+    def answers(self) -> int:
+        """Answers so far."""
+        return int.from_bytes(self._answers[:], sys.byteorder)
+
+    def wait_more(self, count: int = 100) -> None:
+        """Until so many further answers have come; more than it has connections at once: some of them began after
+        this call."""
+        goal = self.answers + count
+
+        def reached() -> bool:
+            if self.answers < goal and not self.running:
+                raise RuntimeError(f"the load is over with {self.answers} answers")
+            return self.answers >= goal
+
+        wait_for(reached, f"{count} further answers of a load", timeout=120)
 
     def wait(self, timeout: float = 120) -> Report:
         """Until it is done by itself."""

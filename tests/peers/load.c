@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -124,7 +125,7 @@ static void answered(struct connection *c)
 		succeeded++;
 	}
 	c->identity = identity;
-	requests++;
+	*answers_so_far = ++requests;
 	if (verbose && seen_count < total)
 		snprintf(seen[seen_count++], 24, "[%d, %d]", c->port, identity);
 	c->state = IDLE;

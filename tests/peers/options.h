@@ -7,6 +7,7 @@
  *     -k MS  keep: open -c connections, one request on each every MS ms, until SIGTERM
  *     -u S   path            -T S  seconds until a connection counts as timed out
  *     -b A   source address  -p N  bind to ports N, N + 1, ...    -v  print port and identity of each
+ *     -L FD  a file of 8 bytes that holds the number of answers so far, for who maps it too
  */
 #ifndef OPTIONS_H
 #define OPTIONS_H
@@ -16,13 +17,14 @@ static double timeout = 20;
 static int first_port;
 static bool verbose;
 static const char *path = "/", *source;
+static unsigned long unseen, *answers_so_far = &unseen;
 static struct addrinfo *target, *local;
 
 static void options(int argc, char **argv)
 {
 	int option;
 
-	while ((option = getopt(argc, argv, "n:c:r:t:k:u:T:b:p:v")) != -1)
+	while ((option = getopt(argc, argv, "n:c:r:t:k:u:T:b:p:L:v")) != -1)
 		switch (option) {
 		case 'n':
 			total = strtoul(optarg, NULL, 10);
@@ -50,6 +52,14 @@ static void options(int argc, char **argv)
 			break;
 		case 'p':
 			first_port = (int)strtol(optarg, NULL, 10);
+			break;
+		case 'L':
+			answers_so_far = mmap(NULL, sizeof(*answers_so_far), PROT_READ | PROT_WRITE, MAP_SHARED,
+					      (int)strtol(optarg, NULL, 10), 0);
+			if (answers_so_far == MAP_FAILED) {
+				perror("load: -L");
+				exit(2);
+			}
 			break;
 		case 'v':
 			verbose = true;
