@@ -43,7 +43,7 @@ from mesh.datapath.kernel_places import Place, Places, is_held, misplaced, wante
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
-from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight
+from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight, remove_pins
 from mesh.model import Affinity, Flow, Frontend, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
@@ -77,7 +77,7 @@ class KernelDatapath:
         self._holding: dict[Frontend, float] = {}  # until when, monotonic
         self._others: list[Path] = []  # pins of builds with another contract
         self._attached = False
-        self._moved = True  # the network, since the last look at all backends
+        self._moved = True  # the network, since the last whole look at backends
         self._taking_over = False
         self._stopping = threading.Event()
         self._follower: threading.Thread | None = None
@@ -148,7 +148,8 @@ class KernelDatapath:
             if plan.put_nodes is not None:
                 self._nodes.put(plan.put_nodes)
             self._nodes.learn(plan.put_backends)
-            self._look(plan.put_backends)
+            self._refresh()
+            self._places |= self._find(plan.put_backends)
             if not self._others:
                 self._sync()
             self._maps.put_backends({e.id: self._slot(e) for e in plan.put_backends})
@@ -218,24 +219,31 @@ class KernelDatapath:
 
     # ---- what happens around us ----
 
-    def _look(self, backends: Iterable[BackendEntry] | None = None) -> bool:
-        """See where everything is now, or just these backends. Returns whether any may be somewhere else."""
+    def _refresh(self) -> None:
+        """See the network as it is now."""
         self._moved = self._finder.refresh() or self._moved
         self._maps.set_addresses(self._finder.topology.addresses)
         self._nodes.refresh(self._finder.topology)
         self._maps.listen(self._config.tunnel_port if self._nodes.held else 0)
-        moved, everywhere = self._moved, self._moved and backends is None
-        chosen = self._applied.backends.values() if backends is None else backends
-        if backends is None and not moved:
-            again = self._finder.open()
-            chosen = [e for e in chosen if e.target.address in again] if again else ()
-        found = {e.id: self._finder.find(e.target.address) for e in chosen if e.target.via is None}
-        self._places = found if everywhere else self._places | found
-        self._moved = moved and not everywhere
-        return moved or bool(found)
+
+    def _find(self, backends: Iterable[BackendEntry]) -> dict[int, Place]:
+        return {e.id: self._finder.find(e.target.address) for e in backends if e.target.via is None}
+
+    def _look(self) -> bool:
+        """See where the backends are now. Returns whether any may be somewhere else."""
+        self._refresh()
+        backends = self._applied.backends.values()
+        if self._moved:
+            self._places = self._find(backends)
+            self._moved = False
+            return True
+        again = self._finder.open()
+        found = self._find(e for e in backends if e.target.address in again) if again else {}
+        self._places |= found
+        return bool(found)
 
     def _place_all(self) -> None:
-        """Write where backends are, of those that were somewhere else before."""
+        """Write where backends are, of those that are somewhere else than in the maps."""
         moved = [e for e in self._applied.backends.values() if self._placed.get(e.id) != self._places.get(e.id)]
         self._maps.put_backends({e.id: self._slot(e) for e in moved})
         self._placed = dict(self._places)
@@ -272,11 +280,11 @@ class KernelDatapath:
                     return
                 with self._lock:
                     self._release_holds()
-                    if moved := self._look():
+                    if self._look() or not event:  # without an event: what failed before is tried again
                         self._place_all()
-                    if self._attached and (moved or not event):
-                        self._sync()
-                        self._beside.apply(self._applied, self._finder.topology.addresses)
+                        if self._attached:
+                            self._sync()
+                            self._beside.apply(self._applied, self._finder.topology.addresses)
             except Exception as error:  # the next look tries again
                 if not self._stopping.is_set():
                     log.warning("network change not followed", error=str(error))
@@ -385,16 +393,4 @@ class KernelDatapath:
         return live
 
 
-def remove_pins(directory: Path) -> None:
-    """Remove a pin directory with all that is in it; what nothing else holds is freed."""
-    if not directory.is_dir():
-        return
-    for each in directory.iterdir():
-        if each.is_dir():
-            remove_pins(each)
-        else:
-            each.unlink(missing_ok=True)
-    directory.rmdir()
-
-
-__all__ = ["KernelDatapath", "preflight", "remove_pins"]
+__all__ = ["KernelDatapath", "preflight"]

@@ -159,15 +159,12 @@ class KernelMaps:
                 if number:
                     port, udp = offset // 8 % codec.PORT_UDP, offset // 8 >= codec.PORT_UDP
                     yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
-        keys, values = self._exact.dump()
-        for i in range(len(values) // 4):
-            key = keys[i * codec.FRONTEND_KEY.size : (i + 1) * codec.FRONTEND_KEY.size]
-            yield codec.unpack_frontend_key(key), codec.unpack_u32(values[4 * i : 4 * i + 4])
+        for key, value in self._exact.rows():
+            yield codec.unpack_frontend_key(key), codec.unpack_u32(value)
 
     @staticmethod
     def _keys(source: _bpf.Map) -> list[bytes]:
-        keys, _ = source.dump()
-        return [keys[i : i + source.key_size] for i in range(0, len(keys), source.key_size)]
+        return [key for key, _ in source.rows()]
 
     # ---- the node ----
 
@@ -346,11 +343,9 @@ class KernelMaps:
 
     def notes(self) -> Iterator[tuple[bytes, codec.Note]]:
         """(flow as mesh_flow bytes, note) of the whole flow cache, those of one packet included; any thread."""
-        step, row = codec.FLOW.size, codec.NOTE.size
         for name in ("mesh_flows", "mesh_starts"):
-            keys, values = self._maps[name].dump()
-            for i in range(len(keys) // step):
-                yield keys[i * step : (i + 1) * step], codec.unpack_note(values[i * row : (i + 1) * row])
+            for flow, note in self._maps[name].rows():
+                yield flow, codec.unpack_note(note)
 
     def size(self, name: str) -> int:
         """How many entries a map has room for."""
@@ -358,11 +353,9 @@ class KernelMaps:
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
         """(protocol, flags, stamp) of the whole reverse translation, but for backends that are gone; any thread."""
-        keys, values = self._maps["mesh_replies"].dump()
-        step, row = codec.FLOW.size, codec.REPLY.size
-        for i in range(len(keys) // step):
-            protocol = codec.FLOW.unpack_from(keys, i * step)[4]
-            _, _, _, flags, _, _, owner, epoch, stamp = codec.REPLY.unpack_from(values, i * row)
+        for flow, reply in self._maps["mesh_replies"].rows():
+            protocol = codec.FLOW.unpack(flow)[4]
+            _, _, _, flags, _, _, owner, epoch, stamp = codec.REPLY.unpack(reply)
             backend = self.backends.get(owner)
             if backend is not None and backend.state != codec.BACKEND_FREE and backend.epoch == epoch:
                 yield protocol, flags, stamp

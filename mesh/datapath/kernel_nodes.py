@@ -35,12 +35,6 @@ def seed_of(key: BackendKey) -> bytes:
     return backend_seed(key.backend)[:8]
 
 
-def _rows(source: _bpf.Map) -> list[tuple[bytes, bytes]]:
-    keys, values = source.dump()
-    k, v = source.key_size, source.value_size
-    return [(keys[i * k : (i + 1) * k], values[i * v : (i + 1) * v]) for i in range(len(keys) // k)]
-
-
 class Nodes:
     """mesh_nodes and mesh_ways, kept as the cluster and the routes are. Not for several threads at once."""
 
@@ -58,7 +52,7 @@ class Nodes:
 
     def adopt(self) -> None:
         """Read back what is in the maps."""
-        held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in _rows(self._nodes)}
+        held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():
             self._ways.update(codec.pack_u32(slot.id), codec.pack_address(address))
         own = {slot.source for slot in held.values()} - {NOWHERE}
@@ -137,7 +131,7 @@ class Ids:
 
     def __init__(self, maps: Mapping[str, _bpf.Map]) -> None:
         self._map = maps["mesh_ids"]
-        self._owners = {key: codec.unpack_u32(value) for key, value in _rows(self._map)}
+        self._owners = {key: codec.unpack_u32(value) for key, value in self._map.rows()}
 
     def put(self, backends: Iterable[BackendEntry]) -> None:
         """Deliver to those of these that run here."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the kernel engine can run here, and if not, why: one sentence, for the log and for `mesh check`."""
+"""Whether the kernel engine can run here, and if not, why: one sentence, for the log and for `mesh check`; and where
+it keeps its pins."""
 
 from __future__ import annotations
 
@@ -109,3 +110,15 @@ def preflight(config: Config) -> str | None:
         except (DatapathError, OSError) as error:
             reason = str(error)
     return reason
+
+
+def remove_pins(directory: Path) -> None:
+    """Remove a pin directory with all that is in it; what nothing else holds is freed."""
+    if not directory.is_dir():
+        return
+    for each in directory.iterdir():
+        if each.is_dir():
+            remove_pins(each)
+        else:
+            each.unlink(missing_ok=True)
+    directory.rmdir()

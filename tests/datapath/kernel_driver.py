@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from tests.lab.netns import Namespace
 
 REPOSITORY = Path(__file__).parents[2]
@@ -179,6 +181,7 @@ class Served:
 
 
 def main() -> None:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     served = Served(json.loads(sys.argv[1]))
     for line in sys.stdin:
         name, arguments = json.loads(line)
