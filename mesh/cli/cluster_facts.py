@@ -4,17 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import ipaddress
 import json
-import os
-import shutil
-import socket
 import ssl
-import struct
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +20,7 @@ from mesh.cli.client import call
 from mesh.cli.facts import Finding, Verdict
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config import Config
+from mesh.datapath.kernel_rtnl import Netlink
 from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
 from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.errors import MeshError
@@ -33,7 +29,6 @@ from mesh.model import Address
 TIMEOUT: Final = 3.0  # seconds for a handshake and an answer
 EXPIRY_WARN: Final = 0.2  # share of a certificate's life: swarm renews it long before
 AT_ONCE: Final = 32
-_SIOCGIFMTU: Final = 0x8921
 _MTU_UNKNOWN: Final = 1500
 CLOCK: Final = "not needed: nothing between nodes goes by the time of day, but for the validity of certificates"
 
@@ -108,22 +103,25 @@ def _address(text: str) -> Address | None:
 
 async def _all(config: Config, own: Own, others: list[Peer], context: ssl.SSLContext) -> list[list[Finding]]:
     free = asyncio.Semaphore(AT_ONCE)
+    mtus = device_mtus(peer.address for peer in others if peer.address is not None)
 
     async def one(peer: Peer) -> list[Finding]:
         async with free:
-            return await _one(config, own, peer, context)
+            return await _one(config, own, peer, mtus, context)
 
     return await asyncio.gather(*(one(peer) for peer in sorted(others, key=lambda peer: peer.name)))
 
 
-async def _one(config: Config, own: Own, peer: Peer, context: ssl.SSLContext) -> list[Finding]:
+async def _one(
+    config: Config, own: Own, peer: Peer, device_mtu: Mapping[Address, int], context: ssl.SSLContext
+) -> list[Finding]:
     if peer.address is None:
         remedy = "docker node inspect; join with --advertise-addr"
         return [Finding(f"{peer.name} address", Verdict.FAIL, "no address of it is known", remedy)]
     answer, refusal, mtu = await asyncio.gather(
         ask_control(peer, config.cluster_port, context),
         ask_stream(peer.address, config.peer_port),
-        asyncio.to_thread(path_mtu, peer.address, config.peer_port, device_mtu(peer.address)),
+        asyncio.to_thread(path_mtu, peer.address, config.peer_port, device_mtu[peer.address]),
     )
     if answer.obstacle == NO_ANSWER and mtu.black_hole:
         answer.remedy = "first the path MTU: packets of the handshake may be too large"
@@ -249,18 +247,12 @@ def tunnel(peer: Peer, port: int, obstacle: str) -> Finding:
     return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy)
 
 
-def device_mtu(address: Address) -> int:
-    """MTU of the interface that leads to an address, as iproute2 knows the way."""
-    command = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if command is None:
-        return _MTU_UNKNOWN
-    asked = [command, "-j", "route", "get", str(address)]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
-    try:
-        name = str(json.loads(done.stdout)[0]["dev"])
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            request = struct.pack("16sI", name.encode(), 0) + bytes(16)
-            answer = fcntl.ioctl(sock, _SIOCGIFMTU, request)
-    except (ValueError, LookupError, OSError):
-        return _MTU_UNKNOWN
-    return int(struct.unpack_from("16sI", answer)[1])
+def device_mtus(addresses: Iterable[Address]) -> dict[Address, int]:
+    """MTU of the interface that leads to each address, bytes."""
+    with closing(Netlink()) as netlink:
+        interfaces = netlink.topology().interfaces
+        routes = {address: netlink.route(address) for address in addresses}
+    return {
+        address: interfaces[route.interface].mtu if route and route.interface in interfaces else _MTU_UNKNOWN
+        for address, route in routes.items()
+    }

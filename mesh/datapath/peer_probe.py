@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -116,7 +117,7 @@ def _ask(sock: socket.socket, version: int, size: int) -> int:
     for _ in range(TRIES):
         try:
             sock.send(data)
-            if _answered(sock, nonce):
+            if answered(sock, WAIT, lambda answer: answer.startswith(_ANSWER + nonce)):
                 return size
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
@@ -126,14 +127,14 @@ def _ask(sock: socket.socket, version: int, size: int) -> int:
     return 0
 
 
-def _answered(sock: socket.socket, nonce: bytes) -> bool:
-    deadline = time.monotonic() + WAIT
+def answered(sock: socket.socket, seconds: float, wanted: Callable[[bytes], bool]) -> bool:
+    """Whether a datagram that is `wanted` comes within so many seconds; others are read and forgotten."""
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         sock.settimeout(left)
         try:
-            answer = sock.recv(2048)
+            if wanted(sock.recv(2048)):
+                return True
         except TimeoutError:
             return False
-        if answer.startswith(_ANSWER + nonce):
-            return True
     return False

@@ -13,11 +13,11 @@ import os
 import secrets
 import socket
 import struct
-import time
 from contextlib import ExitStack
 from typing import Final
 
 from mesh.datapath.codec import NETWORK
+from mesh.datapath.peer_probe import answered
 from mesh.model import Address, Protocol
 
 TRIES: Final = 3
@@ -79,6 +79,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
     """
     version, port, nonce = address.version, 1024 + secrets.randbelow(64512), secrets.randbits(32)
     data, wanted = question(port, nonce), struct.pack(">I", nonce)
+    sequence = _IP[version] + _UDP + len(_HEAD) + _ID + 20 + 4  # where an answer has it
     with ExitStack() as stack:
         try:
             answers = stack.enter_context(_listen(version, tunnel_port, port))
@@ -91,7 +92,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
             sock.connect((str(address), tunnel_port))
             for _ in range(TRIES):
                 sock.send(data)
-                if _answered(answers, version, wanted):
+                if answered(answers, WAIT, lambda answer: answer.startswith(wanted, sequence)):
                     return ""
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except ConnectionRefusedError:
@@ -99,17 +100,3 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
         except OSError as failed:
             return failed.strerror or str(failed)
     return os.strerror(error) if error else "no answer"
-
-
-def _answered(sock: socket.socket, version: int, nonce: bytes) -> bool:
-    at = _IP[version] + _UDP + len(_HEAD) + _ID + 20 + 4  # the sequence number
-    deadline = time.monotonic() + WAIT
-    while (left := deadline - time.monotonic()) > 0:
-        sock.settimeout(left)
-        try:
-            answer = sock.recv(256)
-        except TimeoutError:
-            return False
-        if answer[at : at + 4] == nonce:
-            return True
-    return False
