@@ -17,6 +17,7 @@ import structlog
 
 from mesh import __version__
 from mesh.agent_compare import Row, differences
+from mesh.agent_newcomers import Newcomers
 from mesh.agent_reports import Reports, Soon
 from mesh.agent_silence import Silence
 from mesh.cluster import wire
@@ -99,6 +100,8 @@ class ClusterProvider:
         self._own = HealthView()
         self._health = HealthView()
         self._shown: dict[str, tuple[Node, Node]] = {}  # a node as it was told, and with what agents say
+        self._newcomers = Newcomers(lambda node: self._server is not None and node in self._server.nodes)
+        self._let_in: asyncio.TimerHandle | None = None  # when the next newcomer has been waited for long enough
         self._silence = Silence(config.cluster_port, self._address_of, self._pass_on_soon.ask)
         self._changed = asyncio.Event()  # something to report
         self._role = asyncio.Event()  # the role has changed
@@ -254,11 +257,15 @@ class ClusterProvider:
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
+        self._newcomers.take(inventory, hold=self._server is not None)
         self._changed.set()
-        self._pass_on()
+        self._merge_health()
+        if self._server is None:
+            self._pass_on()
 
-    def _pass_on(self) -> None:
-        """Publish what is known now, and to other nodes where this one is a manager."""
+    def _pass_on(self, verdicts: dict[str, wire.Verdict] | None = None) -> None:
+        """Publish what is known now, and to other nodes where this one is a manager: with these verdicts, or those that
+        are known now."""
         if self._inventory is None:
             return
         inventory = self._inventory
@@ -266,7 +273,7 @@ class ClusterProvider:
             inventory = self._here.local_inventory(inventory)
         inventory = replace(inventory, nodes=self._nodes(inventory))
         if self._server is not None:
-            self._server.publish(inventory, self._verdicts())
+            self._server.publish(inventory, self._verdicts() if verdicts is None else verdicts)
         if inventory != self._published:
             self._published = inventory
             self._publish(inventory)
@@ -300,10 +307,11 @@ class ClusterProvider:
         self._merge_health()
 
     def _verdicts(self) -> dict[str, wire.Verdict]:
-        """All that is known of all backends: what each node says of its own."""
+        """All that is known of all backends: what each node says of its own, and who is new."""
         found = self._reports.verdicts
         known = {b.id for b in self._inventory.backends} if self._inventory else set()
-        return {key: verdict for key, verdict in {**found, **self._own_verdicts()}.items() if key in known}
+        said = {key: verdict for key, verdict in {**found, **self._own_verdicts()}.items() if key in known}
+        return self._newcomers.apply(said)
 
     def _own_verdicts(self) -> dict[str, wire.Verdict]:
         """This node's word for its own backends; one that the others cannot see to have ended, or to be unready, is
@@ -327,16 +335,26 @@ class ClusterProvider:
         return found
 
     def _merge_health(self) -> None:
-        others = self._told if self._server is None else view_of(self._verdicts())
+        verdicts = None if self._server is None else self._verdicts()
+        others = self._told if verdicts is None else view_of(verdicts)
+        told = others.of
+        own = {k: v for k, v in self._own.verdicts.items() if v is Health.UP or told(k) is not Health.AWAITED}
         view = HealthView(
-            {**others.verdicts, **self._own.verdicts},
-            {**{k: r for k, r in others.reasons.items() if k not in self._own.verdicts}, **self._own.reasons},
+            {**others.verdicts, **own},
+            {**{k: r for k, r in others.reasons.items() if k not in own}, **self._own.reasons},
         )
         if view != self._health:
             self._health = view
             self.on_health(view)
-        if self._server is not None:
-            self._pass_on()
+        if verdicts is not None:
+            self._pass_on(verdicts)
+        self._let_in_later()
+
+    def _let_in_later(self) -> None:
+        if self._let_in is not None:
+            self._let_in.cancel()
+        due = self._newcomers.due
+        self._let_in = None if due is None else asyncio.get_running_loop().call_later(due, self._merge_health)
 
     async def _report_forever(self, relay: RelayProvider) -> None:
         asked = -REPORT_EVERY

@@ -42,6 +42,7 @@ class _Peer:
     queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(QUEUE))
     subscribed: bool = False
     digests: dict[str, str] = field(default_factory=dict)  # as it last told
+    early: wire.Report | None = None  # its last report, if that speaks of backends that are not known here yet
 
 
 def _ignore_report(node: str, report: wire.Report) -> None:
@@ -103,7 +104,11 @@ class RelayServer:
             return
         old, self._snapshot = self._snapshot, wire.Snapshot(self._snapshot.generation + 1, content)
         if self._published is None or inventory.backends is not self._published.backends:
-            self._owners = {backend.id: backend.node for backend in inventory.backends}
+            before, self._owners = self._owners, {backend.id: backend.node for backend in inventory.backends}
+            new = self._owners.keys() - before.keys()
+            for peer in self._peers:
+                if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
+                    self._report(peer, peer.early)
         self._published = inventory
         frame = wire.encode(wire.diff(old, self._snapshot))
         for peer in self._peers:
@@ -250,12 +255,14 @@ class RelayServer:
                 raise wire.WireError(f"{type(received).__name__} is not for managers", where="relay")
 
     def _report(self, peer: _Peer, report: wire.Report) -> None:
-        """Take a node's word for its own backends only."""
+        """Take a node's word for its own backends only; for those that another manager knew first, once they are known
+        here."""
         own = {key: value for key, value in report.verdicts.items() if self._owners.get(key) == peer.identity.node}
         foreign = sum(1 for key in report.verdicts if self._owners.get(key, peer.identity.node) != peer.identity.node)
         if foreign:
             self.refused["foreign_verdict"] += foreign
             log.warning("a node reported backends that are not its own", node=peer.identity.node, count=foreign)
+        peer.early = None if report.verdicts.keys() <= self._owners.keys() else report
         told = {**peer.digests, **report.digests} if report.changes else report.digests
         peer.digests = {frontend: digest for frontend, digest in told.items() if digest}
         reads = report.reads and peer.identity.is_manager

@@ -74,7 +74,8 @@ class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Verdict(msgspec.Struct, array_like=True, frozen=True):
-    """A backend's health as its own node sees it."""
+    """A backend's health as its own node sees it; of a manager also `awaited`, which builds that do not know it take
+    for unknown."""
 
     health: str
     reason: str = ""

@@ -45,7 +45,8 @@ class Drained:
 def standing(backend: Backend, node: Node | None, health: Health, drained: Drained) -> str:
     """Why a backend gets no new flows, in a word or two for people; `SERVING` where it does.
 
-    One of: serving, draining, not ready, drained, node drained, node down, node weight 0, weight 0, no address, down.
+    One of: serving, draining, not ready, drained, node drained, node down, node weight 0, weight 0, no address,
+    awaited, down.
     """
     reasons = (
         (backend.intent is Intent.DRAINING, "draining"),
@@ -56,6 +57,7 @@ def standing(backend: Backend, node: Node | None, health: Health, drained: Drain
         (node is not None and node.weight <= 0, "node weight 0"),
         (backend.weight <= 0, "weight 0"),
         (_place(backend, node) is None, "no address"),
+        (health is Health.AWAITED, "awaited"),
         (health is Health.DOWN, "down"),
     )
     return next((reason for holds, reason in reasons if holds), SERVING)
@@ -102,11 +104,11 @@ def compose(
     """What the node should serve. `generation` is left at 0: the loop counts.
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
-    weighs nothing, and probes do not say DOWN. Otherwise it stays with weight 0, so that its flows stay. A backend of
-    another node is reached by way of that node; without an address of it, it is left out. Where all that could serve
-    are on nodes that are down, they are used nevertheless: it may be this node that is cut off. Where the
-    share of backends that probes let through is at or below `config.panic_threshold`, the probes of that service are
-    disregarded (`panic`). Two services with one frontend: the first by id keeps it.
+    weighs nothing, its first probe is not awaited, and probes do not say DOWN. Otherwise it stays with weight 0, so
+    that its flows stay. A backend of another node is reached by way of that node; without an address of it, it is left
+    out. Where all that could serve are on nodes that are down, they are used nevertheless: it may be this node that is
+    cut off. Where the share of backends that probes let through is at or below `config.panic_threshold`, the probes of
+    that service are disregarded (`panic`). Two services with one frontend: the first by id keeps it.
 
     Args:
         cache: of the calls before, brought up to date; frontends that are as before are then the same objects.
@@ -154,7 +156,8 @@ def _member(backend: Backend, node: Node | None, address: Address, health: Healt
     verdict = health.of(backend.id)
     away = node is not None and not node.up
     reachable = replace(node, up=True) if node is not None and away else node
-    if standing(backend, reachable, Health.UNKNOWN, drained) != SERVING:
+    probed = verdict if verdict is Health.AWAITED else Health.UNKNOWN
+    if standing(backend, reachable, probed, drained) != SERVING:
         return _Member(backend, node, address, 0, up=False)
     weight = min(backend.weight * (node.weight if node else 1), WEIGHT_MAX)
     return _Member(backend, node, address, weight, verdict is not Health.DOWN, away)

@@ -112,6 +112,22 @@ async def test_snapshot_deltas_reports_and_failover(swarm3: Swarm) -> None:
             assert provider.status().connected
 
 
+async def test_a_report_may_come_before_the_manager_knows_its_backends(swarm3: Swarm) -> None:
+    """Of two managers one hears of a change first; a node that it told of it reports to both."""
+    first, worker, other = swarm3.nodes
+    me, her = (load(files_of(node)).identity.node for node in (worker, other))
+    async with manager(first) as made, agent(worker, made) as (provider, seen):
+        made.server.publish(inventory(), {})
+        await until(lambda: bool(seen), "the snapshot")
+        await provider.report(wire.Report({f"t-{n}": wire.Verdict("up") for n in (me, her)}))
+        await until(lambda: me in made.reports, "the report")
+        assert made.reports[me].verdicts == {}
+        made.server.publish(inventory(her), {})
+        assert made.reports[me].verdicts == {}
+        made.server.publish(inventory(me, her), {})
+        assert made.reports[me].verdicts == {f"t-{me}": wire.Verdict("up")}
+
+
 async def test_digests_are_told_by_what_has_changed(swarm3: Swarm) -> None:
     """The manager has them whole after every report, and after a new connection."""
     first, worker, _ = swarm3.nodes
