@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
 from mesh.agent_services import way_of
 from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Explanation, FrontendEntry
 from mesh.metrics.view import Json
-from mesh.model import Flow, Protocol, ServiceOptions
+from mesh.model import Address, Flow, FrontendState, Health, Protocol, ServiceOptions
 from mesh.reconcile.compose import SERVING, standing
 from mesh.reconcile.loop import Reconciler
 
 TRIES: Final = 3  # a plan may be on its way between the two questions
 AGAIN: Final = 0.2  # seconds
 NOT_OURS: Final = "not ours"
+MOST: Final = 20  # backends of which it is said why they take nothing
 
 
 class Explainer:
@@ -48,7 +51,7 @@ class Explainer:
                     "remedy": "restart the daemon, which reads the maps back and repairs them, and report this",
                     "agree": False,
                 }
-            return {"error": f"{called} is not published here", "remedy": "`mesh services` lists what is"}
+            return self._unserved(flow, called)
         entry = applied.frontends.get(choice.frontend)
         tracked = entry.table.slot(choice.slot)[2] if entry is not None else False
         denied = entry is not None and is_denied(flow, entry.state.options)
@@ -63,12 +66,39 @@ class Explainer:
             "current": _owner(choice.owner, names),
             "previous": _owner(choice.previous, names),
             "tracked": tracked,
+            "previous_backend": self._described(names[choice.previous]) if choice.previous in names else None,
             "backend": self._described(choice.backend) if choice.backend and not denied else None,
             "reasons": self._reasons(flow, choice, entry, tracked=tracked, denied=denied),
-            "next": [self._described(backend) for backend in choice.next],
+            "next": [] if denied else [self._described(backend) for backend in choice.next],
             "program": None if program is None else self._told(program, names),
             "agree": agree,
         }
+
+    def _unserved(self, flow: Flow, called: str) -> Json:
+        """Why nothing answers for an address and a port, as far as is known."""
+        port, protocol = flow.destination_port, Protocol(flow.protocol)
+        applied, picture = self._reconciler.applied.frontends, self._reconciler.picture
+        served = [f for f in applied if (f.port, f.protocol) == (port, protocol)]
+        if served:
+            services = ", ".join(sorted({applied[frontend].state.service_name for frontend in served}))
+            return {
+                "error": f"{flow.destination} is no address of this node; {services} is published at "
+                f"{', '.join(map(str, served))}",
+                "remedy": "call an address of this node, or ask the node that has this one",
+            }
+        if missing := [
+            s.service_name for f, s in picture.desired.frontends.items() if (f.port, f.protocol) == (port, protocol)
+        ]:
+            return {"error": f"{called} of {missing[0]} is not served", "remedy": "`mesh status` says why"}
+        for service in picture.inventory.services:
+            if not service.options.enable and any((p.published, p.protocol) == (port, protocol) for p in service.ports):
+                left = "is left to Docker's own mesh by the label mesh.enable=false"
+                return {
+                    "error": f"{called}: service {service.name} {left}",
+                    "remedy": "remove the label to serve it here",
+                }
+        remedy = "`mesh services` lists what is; ports in host mode (mode=host) are Docker's own"
+        return {"error": f"{called} is not published here", "remedy": remedy}
 
     def _told(self, program: Explanation, names: Mapping[int, BackendEntry]) -> Json:
         backend = names.get(program.owner) if program.owner >= OWNER_FIRST else None
@@ -88,17 +118,19 @@ class Explainer:
             "backend": entry.key.backend,
             "name": known.name if known else "",
             "node": entry.target.node,
+            "node_name": self._node_name(entry.target.node),
             "address": str(entry.target.address),
             "way": way_of(entry.target, self._reconciler.datapath.name),
             "port": entry.target.port,
             "health": health.of(entry.key.backend).value,
         }
 
+    def _node_name(self, node: str) -> str:
+        return next((n.name for n in self._reconciler.picture.inventory.nodes if n.id == node), "")
+
     def _sent(self, entry: BackendEntry) -> str:
         """How a flow gets to another node."""
-        names = {node.id: node.name for node in self._reconciler.picture.inventory.nodes}
-        name = names.get(entry.target.node) or entry.target.node
-        where = f"node {name} ({entry.target.via})"
+        where = f"node {self._node_name(entry.target.node) or entry.target.node} ({entry.target.via})"
         engine = self._reconciler.datapath.name
         if way_of(entry.target, engine) == "tunnel":
             return f"goes to {where} through the tunnel"
@@ -114,30 +146,54 @@ class Explainer:
         reasons = [f"the {by} hashes to {choice.hash:#010x}, slot {choice.slot} of {entry.table.size}"]
         if denied:
             reasons.append("mesh.allow and mesh.deny of the service do not let this client in")
-        if choice.owner == OWNER_NONE:
+        elif choice.owner == OWNER_NONE:
             reasons.append("no backend takes new connections")
         elif choice.owner == OWNER_PASS:
             reasons.append("left to whoever served the port before")
-        elif (
-            self._reconciler.datapath.name == "kernel"
-            and choice.backend
-            and choice.backend.target.address.version != flow.source.version
-        ):
-            reasons.append("the client's IP version is not the backend's: the proxy engine beside serves it")
-        elif choice.backend and choice.backend.target.via is not None:
-            reasons.append(self._sent(choice.backend))
+        elif choice.backend:
+            reasons += self._way(flow, choice.backend)
+        if not _is_here(flow.destination):
+            reasons.append(f"{flow.destination} is no address of this node at the moment: nothing for it comes here")
         if tracked and choice.previous != choice.owner:
             reasons.append("the slot is passing from one owner to another: connections from before stay where they are")
         if entry.state.panic:
             reasons.append("every backend is down by our probes, so all are used")
+        return [*reasons, *self._away(entry.state)]
+
+    def _way(self, flow: Flow, entry: BackendEntry) -> list[str]:
+        if self._reconciler.datapath.name == "kernel" and entry.target.address.version != flow.source.version:
+            return ["the client's IP version is not the backend's: the proxy engine beside serves it"]
+        return [] if entry.target.via is None else [self._sent(entry)]
+
+    def _away(self, state: FrontendState) -> list[str]:
+        """Why there is nobody, or which backends are not as they should be, and why."""
         picture = self._reconciler.picture
         nodes = {node.id: node for node in picture.inventory.nodes}
-        for backend in picture.inventory.backends:
-            if backend.service == entry.state.service:
-                why = standing(backend, nodes.get(backend.node), picture.health.of(backend.id), picture.drained)
-                if why != SERVING:
-                    reasons.append(f"{backend.name or backend.id} takes no new connections: {why}")
-        return reasons
+        targets = {target.backend: target for target in state.targets}
+        its = [backend for backend in picture.inventory.backends if backend.service == state.service]
+        if not its:
+            ask = f"in a swarm `docker service ps {state.service_name}` says why"
+            return [f"{state.service_name} has no backend at all ({ask})"]
+        reasons = []
+        for backend in its:
+            verdict = picture.health.of(backend.id)
+            why = standing(backend, nodes.get(backend.node), verdict, picture.drained)
+            if why != SERVING:
+                used = backend.id in targets and targets[backend.id].weight > 0
+                told = picture.health.reasons.get(backend.id, "") if verdict is Health.DOWN else ""
+                does = "is used, though" if used else "takes no new connections:"
+                reasons.append(f"{backend.name or backend.id} {does} {why}" + (f" ({told})" if told else ""))
+        return [*reasons[:MOST], *([f"and {len(reasons) - MOST} more like these"] if len(reasons) > MOST else [])]
+
+
+def _is_here(address: Address) -> bool:
+    """Whether the node has this address, or may take packets for it (ip_nonlocal_bind)."""
+    try:
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 def is_denied(flow: Flow, options: ServiceOptions) -> bool:

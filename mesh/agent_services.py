@@ -14,7 +14,8 @@ import msgspec
 
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
-from mesh.model import Backend, Frontend, FrontendState, Health, Service, ServiceOptions, Target
+from mesh.model import Backend, Frontend, FrontendState, Health, Node, Service, ServiceOptions, Target
+from mesh.reconcile.compose import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of
 
@@ -42,6 +43,8 @@ class _Input:
     served: tuple[FrontendEntry | None, ...]
     summaries: tuple[_Summary | None, ...]
     backends: tuple[Backend, ...]
+    nodes: tuple[Node | None, ...]  # by backend
+    drained: Drained
     health: tuple[tuple[Health, str], ...]  # verdict and reason, by target
 
 
@@ -50,6 +53,14 @@ def way_of(target: Target, engine: str) -> str:
     if target.via is None:
         return "here"
     return "tunnel" if engine == "kernel" and target.engine != "proxy" else "peer"
+
+
+def taking(backend: Backend | None, node: Node | None, target: Target, health: Health, drained: Drained) -> str:
+    """Whether a target gets new connections: "yes", "no: WHY", or "yes, though WHY" where there is nobody better."""
+    why = "gone" if backend is None else standing(backend, node, health, drained)
+    if target.weight:
+        return "yes" if why == SERVING else f"yes, though {why}"
+    return f"no: {why}" if why != SERVING else "no: mesh.locality=local-first, and there are local ones"
 
 
 class Services:
@@ -74,7 +85,8 @@ class Services:
         """Every service, sorted by name. Must not be changed by the caller."""
         with self._lock:
             self._summarize(applied)
-            seen = (picture.inventory, picture.desired, picture.health, applied, *self._summaries.values())
+            inputs = (picture.inventory, picture.desired, picture.health, picture.drained, applied)
+            seen = (*inputs, *self._summaries.values())
             if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
                 self._make(picture, applied)
                 self._seen = seen
@@ -82,6 +94,7 @@ class Services:
 
     def _make(self, picture: Picture, applied: Applied) -> None:
         services = {service.id: service for service in picture.inventory.services}
+        nodes = {node.id: node for node in picture.inventory.nodes}
         states: dict[str, list[FrontendState]] = {service: [] for service in services}
         for state in picture.desired.frontends.values():
             states.setdefault(state.service, []).append(state)
@@ -98,6 +111,8 @@ class Services:
                 tuple(applied.frontends.get(state.frontend) for state in its),
                 tuple(self._summaries.get(state.frontend) for state in its),
                 tuple(backends[service]),
+                tuple(nodes.get(backend.node) for backend in backends[service]),
+                picture.drained,
                 tuple(
                     (verdicts.get(t.backend, Health.UNKNOWN), reasons.get(t.backend, ""))
                     for state in its
@@ -143,25 +158,33 @@ def _same(a: _Input, b: _Input) -> bool:
         len(a.states) == len(b.states)
         and all(x is y for x, y in held)
         and (a.service, a.states, a.backends, a.health) == (b.service, b.states, b.backends, b.health)
+        and (a.nodes, a.drained) == (b.nodes, b.drained)
     )
 
 
 def _service(service: str, given: _Input, picture: Picture, applied: Applied, engine: str) -> Shown:
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
-    backends = {backend.id: backend for backend in given.backends}
+    backends = {b.id: (b, node) for b, node in zip(given.backends, given.nodes, strict=True)}
+    ports = sorted({port.frontend for port in known.ports}) if isinstance(known, Service) else []
     frontends = [
         _frontend(state, entry, summary, backends, picture, applied, engine)
         for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True)
     ]
-    return {"id": service, "name": name, "options": _options(known.options), "frontends": frontends}
+    return {
+        "id": service,
+        "name": name,
+        "ports": [str(port) for port in ports],
+        "options": _options(known.options),
+        "frontends": frontends,
+    }
 
 
 def _frontend(
     state: FrontendState,
     entry: FrontendEntry | None,
     summary: _Summary | None,
-    backends: Mapping[str, Backend],
+    backends: Mapping[str, tuple[Backend, Node | None]],
     picture: Picture,
     applied: Applied,
     engine: str,
@@ -171,18 +194,21 @@ def _frontend(
     health = picture.health
     targets = []
     for target in state.targets:
-        backend = backends.get(target.backend)
+        backend, node = backends.get(target.backend, (None, None))
+        verdict = health.of(target.backend)
         held = applied.backends.get(key_of(state, target)) if entry else None
         targets.append(
             {
                 "backend": target.backend,
                 "name": backend.name if backend else "",
                 "node": target.node,
+                "node_name": node.name if node else "",
                 "address": str(target.address),
                 "port": target.port,
                 "weight": target.weight,
                 "intent": backend.intent.value if backend else "gone",
-                "health": health.of(target.backend).value,
+                "taking": taking(backend, node, target, verdict, picture.drained),
+                "health": verdict.value,
                 "health_reason": health.reasons.get(target.backend, ""),
                 "slots": shares.get(held.id, 0) if held else 0,
                 "local": target.local,

@@ -13,8 +13,11 @@ import click
 
 from mesh.cli.client import Json, call, daemon_options, duration, echo_json, echo_table
 from mesh.cli.main import DaemonRefusedError, Exit
+from mesh.errors import MeshError
+from mesh.metrics.http import parse_endpoint
 
 _ID_SHOWN = 12
+LEFT = "mesh.enable=false: left to Docker's own mesh"
 
 
 @click.command(short_help="Is it well, and what is wrong.")
@@ -37,7 +40,8 @@ def status(state_dir: Path, as_json: bool, cluster: bool) -> None:
         summary = {key: value for key, value in state.items() if key != "services"}
         echo_json({"ready": ready["ready"], "reasons": ready["reasons"], **summary})
     else:
-        _print_status(state, ready)
+        nodes = call(state_dir, "/nodes")["nodes"]
+        _print_status(state, ready, nodes)
     if not ready["ready"]:
         sys.exit(Exit.NOT_READY)
 
@@ -60,26 +64,51 @@ def _status_of_cluster(found: Json, *, as_json: bool) -> None:
         sys.exit(Exit.NOT_READY)
 
 
-def _print_status(state: Json, ready: Json) -> None:
+def _drained(state: Json, nodes: list[Json]) -> list[str]:
+    """What an operator drained, by name where somebody knows one."""
+    backends = {target["backend"]: target["name"] for _, _, target in _targets(state["services"])}
+    names = {node["id"]: node["name"] for node in nodes}
+    found = [f"node {names.get(node) or node}" for node in state["drained"]["nodes"]]
+    return found + [f"backend {backends.get(backend) or backend}" for backend in state["drained"]["backends"]]
+
+
+def _targets(services: list[Json]) -> Iterator[tuple[Json, Json, Json]]:
+    """Each target with its service and frontend."""
+    for service in services:
+        for frontend in service["frontends"]:
+            for target in frontend["targets"]:
+                yield service, frontend, target
+
+
+def _few(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
     provider, generation, apply = state["provider"], state["generation"], state["apply"]
     age = provider["age_seconds"]
     read = "nothing read yet" if age is None else f"read {duration(age)} ago"
     source = [provider["kind"], "connected" if provider["connected"] else "AWAY", read]
     if provider.get("doorbell"):
         source.append(f"changes by {provider['doorbell']}")
-    frontends = [frontend for service in state["services"] for frontend in service["frontends"]]
-    served = sum(1 for frontend in frontends if frontend["served"])
-    backends = {target["backend"] for frontend in frontends for target in frontend["targets"]}
+    ports = [(service["name"], frontend) for service in state["services"] for frontend in service["frontends"]]
+    served = sum(1 for _, frontend in ports if frontend["served"])
+    backends = {target["backend"] for _, _, target in _targets(state["services"])}
+    idle = [f"{name} ({f['frontend']})" for name, f in ports if not any(t["weight"] for t in f["targets"])]
     rows: list[tuple[str, str]] = [
         ("ready", "yes" if ready["ready"] else "NO"),
         ("daemon", f"mesh {state['version']}, pid {state['pid']}, up {duration(time.time() - state['started'])}"),
         ("engine", f"{state['engine']} ({state['engine_reason']})" if state["engine_reason"] else state["engine"]),
         ("source", ", ".join(source)),
-        ("serving", f"{len(state['services'])} services, {served} of {len(frontends)} ports, {len(backends)} backends"),
+        ("serving", f"{len(state['services'])} services, {served} of {len(ports)} ports, {len(backends)} backends"),
         ("generation", f"{generation['applied']} applied of {generation['desired']}"),
         ("applies", f"{apply['count']}, {apply['failed']} failed"),
     ]
-    if drained := [*state["drained"]["nodes"], *state["drained"]["backends"]]:
+    if away := [node["name"] or node["id"] for node in nodes if not node["up"]]:
+        rows.append(("nodes", f"{len(nodes) - len(away)} of {len(nodes)} up; down or silent: {_few(away)}"))
+    if idle:
+        rows.append(("no backend", f"{_few(idle)}: new connections fail; `mesh backends NAME` says why"))
+    if drained := _drained(state, nodes):
         rows.append(("drained", ", ".join(drained)))
     if state["stopping"]:
         rows.append(("stopping", "waiting for connections to end"))
@@ -113,7 +142,7 @@ def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
 
     \b
     TAKING NEW   backends that new connections can be given to, of all that are known
-    TRANSITION   slots of the table that are passing from one backend to another
+    TRANSITION   slots of the table whose connections from before stay with an earlier owner (first: Docker's mesh)
     Example:     mesh services web
     """
     chosen = _selected(call(state_dir, "/state"), names)
@@ -122,10 +151,13 @@ def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
         return
     rows: list[tuple[object, ...]] = []
     for service in chosen:
+        if not service["frontends"]:
+            rows.append((service["name"], ", ".join(service["ports"]), "", "", LEFT))
         for frontend in service["frontends"]:
             targets = frontend["targets"]
             eligible = sum(1 for target in targets if target["weight"] > 0)
             notes = [] if frontend["served"] else ["NOT SERVED, see mesh status"]
+            notes += [] if eligible else ["NO BACKEND, see mesh backends"]
             notes += ["every backend is down: all are used"] if frontend["panic"] else []
             notes += [f"{key}={value}" for key, value in _unusual(service["options"])]
             transition = f"{frontend['tracked_slots']}/{frontend['table_size']}"
@@ -140,6 +172,8 @@ def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in options.items():
         if key in usual and value != usual[key]:
             yield key.replace("_", "-"), value
+        elif key in ("allow", "deny") and value:
+            yield key, _few(value, 3)
 
 
 @click.command(short_help="Who serves: health, share of new connections.")
@@ -149,14 +183,17 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
     """Who serves: every backend with its health, and its share of new connections.
 
     \b
-    Example:   mesh backends web
-               mesh backends --json | jq '.[] | select(.health == "down") | .name'
+    TAKES NEW    whether it gets new connections; if not, why: drained, draining (it stops), down, node down, …
+    WEIGHT 0     keeps the connections it has
+    SHARE        of the slots, hence of new connections
+    Example:     mesh backends web
+                 mesh backends --json | jq '.[] | select(.health == "down") | .name'
     """
+    state = call(state_dir, "/state")
+    chosen = _selected(state, names)
     flat = [
         {"service": service["name"], "frontend": frontend["frontend"], "table_size": frontend["table_size"], **target}
-        for service in _selected(call(state_dir, "/state"), names)
-        for frontend in service["frontends"]
-        for target in frontend["targets"]
+        for service, frontend, target in _targets(chosen)
     ]
     if as_json:
         echo_json(flat)
@@ -167,17 +204,36 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
             b["frontend"],
             b["name"] or b["backend"],
             b["backend"][:_ID_SHOWN],
-            b["node"][:_ID_SHOWN],
+            node_shown(b),
             address_port(b) + (f" by {b['way']}" if b["way"] != "here" else ""),
             b["health"] + (f" ({b['health_reason']})" if b["health_reason"] and b["health"] == "down" else ""),
-            b["intent"],
+            b["taking"],
             b["weight"],
             f"{100 * b['slots'] / (b['table_size'] or 1):.1f} %",
         )
         for b in flat
     ]
-    headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "HEALTH", "INTENT", "WEIGHT", "SHARE")
-    echo_table(rows, *headers, empty="No backend is known.")
+    headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "HEALTH", "TAKES NEW", "WEIGHT", "SHARE")
+    without = [_without(service, state["provider"]["kind"]) for service in chosen if not any(_targets([service]))]
+    if rows:
+        echo_table(rows, *headers, empty="")
+    for line in without if names or not rows else []:
+        click.echo(line)
+    if not rows and not without:
+        click.echo("No service is published.")
+
+
+def _without(service: Json, source: str) -> str:
+    """Why a service has no backend, as far as is known here."""
+    if not service["frontends"]:
+        return f"{service['name']}: {LEFT}."
+    who = "the static file names none" if source == "static" else f"`docker service ps {service['name']}` says why"
+    return f"{service['name']}: no backend that could be reached is known, so new connections fail; {who}."
+
+
+def node_shown(target: Json) -> str:
+    """A target's node by its name, else the beginning of its id."""
+    return str(target.get("node_name") or target["node"][:_ID_SHOWN])
 
 
 def address_port(target: Json) -> str:
@@ -186,15 +242,24 @@ def address_port(target: Json) -> str:
     return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
 
 
+def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    try:
+        parse_endpoint(value)
+    except MeshError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
 @click.command(short_help="Where a connection goes, and why.")
-@click.argument("source", metavar="SRC:PORT")
-@click.argument("destination", metavar="DST:PORT")
+@click.argument("source", metavar="SRC:PORT", callback=_endpoint)
+@click.argument("destination", metavar="DST:PORT", callback=_endpoint)
 @click.option("--proto", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True, help="Protocol.")
 @daemon_options
 def explain(source: str, destination: str, proto: str, state_dir: Path, as_json: bool) -> None:
     """Where a new connection goes, and why: its slot, its backend, and the next choices.
 
-    SRC:PORT is the client's address as this node sees it, DST:PORT what the client calls. IPv6 in brackets.
+    SRC:PORT is the client's address as this node sees it, DST:PORT what the client calls: an address of this node
+    and a published port. IPv6 in brackets.
     With the kernel engine the loaded program is asked as well (line `program`), and it is said if it disagrees.
 
     \b
@@ -215,11 +280,11 @@ def explain(source: str, destination: str, proto: str, state_dir: Path, as_json:
 def describe(backend: object) -> str:
     """A backend of an explanation in a few words."""
     if not isinstance(backend, dict):
-        return str(backend or "none")
+        return "whoever served the port before mesh" if backend == "pass" else str(backend or "none")
     name = backend.get("name") or backend.get("backend") or backend.get("id")
     where = f" at {address_port(backend)}" if backend.get("address") else ""
     where += f" by {backend['way']}" if backend.get("way", "here") != "here" else ""
-    return f"{name}{where}" + (f" on node {backend['node'][:_ID_SHOWN]}" if backend.get("node") else "")
+    return f"{name}{where}" + (f" on node {node_shown(backend)}" if backend.get("node") else "")
 
 
 def _print_explanation(answer: Json) -> None:
@@ -233,7 +298,9 @@ def _print_explanation(answer: Json) -> None:
     else:
         rows.append(("program", _program_says(answer["program"], agree=answer["agree"])))
     if answer.get("previous") not in (None, answer.get("current")):
-        rows.append(("previous", f"{describe(answer['previous'])}: keeps the connections it has"))
+        rows.append(
+            ("previous", f"{describe(answer['previous_backend'] or answer['previous'])}: keeps the connections it has")
+        )
     rows += [("next" if i == 0 else "", f"{i + 1}. {describe(choice)}") for i, choice in enumerate(answer["next"])]
     for title, text in rows:
         click.echo(f"{title:<10}{text}")

@@ -38,7 +38,7 @@ class Damping:
         if self.starting or self.bad >= check.fall:
             self.verdict = Health.DOWN
         if self.verdict is not Health.UP:
-            self.reason = reason + (" (not listening yet)" if self.starting else "")
+            self.reason = reason + (" (nothing has listened there so far: right port?)" if self.starting else "")
 
     def suspected(self, check: HealthCheck, count: int) -> None:
         """Count what traffic saw, as bad probes, but leave the last word to a probe.

@@ -191,7 +191,7 @@ def _part(service: Service, members: Sequence[_Member], config: Config) -> _Part
             Problem(
                 f"service {service.name}",
                 f"{len(eligible) - healthy} of {len(eligible)} backends are down by our probes, so all are used again",
-                "look at the backends' health_reason, or set the label mesh.health=off if the probe is wrong",
+                f"`mesh backends {service.name}` has the reasons; set the label mesh.health=off if the probe is wrong",
             )
         )
     weights = _weights(members, service.options, panic=panic)

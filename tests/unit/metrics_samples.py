@@ -39,10 +39,12 @@ def target(service: int, index: int) -> dict[str, Any]:
         "backend": f"task{service}x{index}",
         "name": f"web{service}.{index}",
         "node": "node-a",
+        "node_name": "a",
         "address": f"172.18.{index // 250}.{index % 250 + 1}",
         "port": 80,
         "weight": 1,
         "intent": "active",
+        "taking": "yes",
         "health": "up",
         "health_reason": "",
         "slots": 100,
@@ -72,6 +74,7 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
             {
                 "id": f"s{s}",
                 "name": f"web{s}",
+                "ports": [str(frontend(s))],
                 "options": {},
                 "frontends": [
                     {
@@ -118,6 +121,7 @@ EXPLANATION = {
     "slot": 7,
     "current": target(0, 1),
     "previous": target(0, 1),
+    "previous_backend": target(0, 1),
     "tracked": False,
     "backend": target(0, 1),
     "reasons": ["slot 7 belongs to web0.1"],

@@ -73,6 +73,14 @@ async def test_status(daemon: Daemon) -> None:
     done = await run("status")
     assert done.code == Exit.NOT_READY
     assert all(text in done.out for text in ("ready      NO", view.reasons[0], "mesh.affinity"))
+    view.rows = [ONE, replace(TWO, up=False)]
+    view.shown["drained"] = {"backends": ["task0x1", "gone"], "nodes": [TWO.id]}
+    for target in view.shown["services"][1]["frontends"][0]["targets"]:
+        target["weight"] = 0
+    done = await run("status")
+    assert "nodes      1 of 2 up; down or silent: two" in done.out
+    assert "drained    node two, backend web0.1, backend gone" in done.out
+    assert "no backend web1 (*:10001/tcp): new connections fail" in done.out
     done = await run("status", "--json")
     assert (done.code, done.json()["ready"], done.json()["reasons"]) == (Exit.NOT_READY, False, view.reasons)
 
@@ -92,15 +100,24 @@ async def test_status_of_the_cluster(daemon: Daemon) -> None:
 
 async def test_services_and_backends(daemon: Daemon) -> None:
     view, run = daemon
-    view.shown["services"][1]["options"] = {"affinity": "client-ip"}
+    view.shown["services"][1]["options"] = {"affinity": "client-ip", "allow": ["10.0.0.0/8", "::1/128"]}
     view.shown["services"][1]["frontends"][0]["targets"][0].update(weight=0, health="down", health_reason="refused")
     done = await run("services")
-    assert done.code == 0 and "2/3" in done.out and "affinity=client-ip" in done.out
+    assert done.code == 0 and "2/3" in done.out and "affinity=client-ip; allow=10.0.0.0/8, ::1/128" in done.out
     done = await run("services", "web1", "--json")
     assert [service["name"] for service in done.json()] == ["web1"]
     done = await run("backends", "web1")
     assert done.code == 0 and "down (refused)" in done.out and "172.18.0.1:80" in done.out and "web0" not in done.out
     assert len((await run("backends", "--json")).json()) == 6
+    frontend = view.shown["services"][1]["frontends"][0]
+    frontend["targets"] = []
+    assert "NO BACKEND" in (await run("services", "web1")).out
+    assert "web1: no backend" in (done := await run("backends", "web1")).out and "the static file" in done.out
+    view.shown["provider"]["kind"] = "relay"
+    assert "`docker service ps web1` says why" in (await run("backends", "web1")).out
+    view.shown["services"][1]["frontends"] = []
+    assert "*:10001/tcp" in (done := await run("services")).out and "left to Docker's own mesh" in done.out
+    assert "left to Docker's own mesh" in (await run("backends", "web1")).out
     done = await run("backends", "nobody")
     assert done.code == Exit.REFUSED and "no service 'nobody'" in done.err and "mesh services" in done.err
 
@@ -116,7 +133,7 @@ async def test_explain(daemon: Daemon) -> None:
     done = await run("explain", "192.0.2.7:40000", "192.0.2.1:2")
     assert done.code == Exit.NOT_READY and "no backend may be used" in done.out
     done = await run("explain", "web:40000", "192.0.2.1:80")
-    assert done.code == Exit.REFUSED and "names are not looked up" in done.err
+    assert done.code == Exit.USAGE and "names are not looked up" in done.err
     assert (await run("explain", "192.0.2.7:1", "192.0.2.1:80", "--json")).json()["slot"] == 7
 
 

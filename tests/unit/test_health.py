@@ -165,7 +165,7 @@ async def test_up_down_and_up_again() -> None:
     port = closed_port()
     async with watching(of(port)) as monitor:
         await until(lambda: monitor.view.of("a") is Health.DOWN)
-        assert "not listening yet" in monitor.view.reasons["a"]
+        assert "nothing has listened there so far" in monitor.view.reasons["a"]
         async with listening(port=port):
             await until(lambda: monitor.view.of("a") is Health.UP)
             assert not monitor.view.reasons
