@@ -13,7 +13,7 @@ import pytest
 from tests import peers
 from tests.daemon import Daemon, backends_of
 from tests.lab.dockerd import Node, Swarm, bpf_fs
-from tests.lab.netns import Namespace, wait_for
+from tests.lab.netns import PATIENCE, Namespace, wait_for
 
 WEB = 8000
 ENGINES = ["proxy", pytest.param("kernel", marks=pytest.mark.bpf)]
@@ -53,7 +53,7 @@ class Cluster:
             return set()
         return {backend for backend, weight in backends_of(state, service).items() if weight}
 
-    def agree(self, service: str, count: int, *, timeout: float = 60) -> set[str]:
+    def agree(self, service: str, count: int, *, timeout: float = PATIENCE) -> set[str]:
         """Until all daemons serve exactly the `count` tasks that Docker names, from equal tables, and know that each
         answers: Docker calls a task running before it listens."""
         self.swarm.wait_running(service, count)

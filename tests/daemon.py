@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.lab.netns import Namespace, wait_for
+from tests.lab.netns import PATIENCE, Namespace, wait_for
 
 HTTP_PORT = 9550
 
@@ -52,7 +52,7 @@ class Daemon:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self, timeout: float = 60) -> None:
+    def wait_ready(self, timeout: float = PATIENCE) -> None:
         def ready() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"mesh run ended with {self.process.returncode}:\n{self.tail()}")
@@ -72,7 +72,7 @@ class Daemon:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a GET to its HTTP server."""
         with self.namespace.entered():
-            sock = socket.create_connection(("127.0.0.1", HTTP_PORT), timeout=10)
+            sock = socket.create_connection(("127.0.0.1", HTTP_PORT), timeout=PATIENCE)
         connection = http.client.HTTPConnection("127.0.0.1", HTTP_PORT)
         connection.sock = sock
         with contextlib.closing(connection):
@@ -97,7 +97,7 @@ class Daemon:
     def descriptors(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
-    def stop(self, timeout: float = 60) -> int:
+    def stop(self, timeout: float = PATIENCE) -> int:
         """SIGTERM and the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return int(self.process.wait(timeout))

@@ -127,7 +127,7 @@ def bench(target: str, state_dir: Path, as_json: bool, **options: Any) -> None:
         )
         if not as_json:
             bench_show.phase(title, tallies)
-            click.echo("".join(f"\n{line}\n" for line in advice), nl=False)
+            click.echo("\n".join(["", *advice, ""]) if advice else "", nl=False)
     if as_json:
         echo_json(found)
     else:

@@ -131,6 +131,6 @@ def advice(sides: Mapping[str, Tally]) -> list[str]:
     if not busy:
         return []
     return [
-        f"This client's one core was busy ({' and '.join(busy)}): more would be possible than it could ask for. "
-        "Latencies include its own queue; fewer --connections show them without."
+        f"This client's one core was busy ({' and '.join(busy)}): more would be possible than it could ask for.",
+        "Latencies include its own queue; fewer --connections show them without.",
     ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from tests.lab.netns import Namespace
+from tests.lab.netns import PATIENCE, Namespace
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ class Driver:
         self.process.communicate()
 
     def end(self) -> None:
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=PATIENCE)
 
 
 class Served:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.datapath.kernel_driver import Driver
-from tests.lab.netns import Lab, Namespace, run, veth, wait_for
+from tests.lab.netns import PATIENCE, Lab, Namespace, run, veth, wait_for
 
 PORT, TARGET = 8000, 8080
 SERVER = """
@@ -40,12 +40,14 @@ while True:
 class Connection:
     """A TCP connection that knows who answers it."""
 
-    def __init__(self, namespace: Namespace, address: str, port: int = PORT, timeout: float = 5) -> None:
+    def __init__(self, namespace: Namespace, address: str, port: int = PORT, timeout: float = PATIENCE) -> None:
         with namespace.entered():
             self.socket = socket.create_connection((address, port), timeout=timeout)
         text = b""
         while not text.endswith(b"\n"):
-            text += self.socket.recv(1)
+            if not (byte := self.socket.recv(1)):
+                raise ConnectionError(f"closed by {address} before it said who it is")
+            text += byte
         self.backend, self.seen = text.decode().split()
 
     def echo(self, size: int = 1000) -> None:
@@ -118,7 +120,7 @@ def serve(namespace: Namespace, name: str, port: int) -> subprocess.Popen[Any]:
 
 def datagram(namespace: Namespace, address: str, port: int = PORT) -> str:
     with namespace.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE)
         sock.sendto(b"hello", (address, port))
         data, peer = sock.recvfrom(1000)
         assert peer == (address, port)
@@ -126,6 +128,7 @@ def datagram(namespace: Namespace, address: str, port: int = PORT) -> str:
 
 
 def refused(namespace: Namespace, address: str) -> bool:
+    """Whether nobody answers, within a second."""
     with contextlib.suppress(OSError):
         Connection(namespace, address, timeout=1).close()
         return False

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 
 import pytest
 
 from tests import peers
 from tests.datapath.topology import HTTP_PORT, WEB, Topology
-from tests.lab.netns import wait_for
+from tests.lab.netns import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -26,13 +25,12 @@ def served(topology: Topology) -> dict[str, float]:
 
 
 def test_five_thousand_connections_at_once(topology: Topology) -> None:
-    before = served(topology)
+    wait_for(lambda: served(topology)["active"] == 0, "no connection left of the tests before")
     with peers.Load(topology.client, topology.node.address, WEB, "-c", "5000", "-r", "4000", "-k", "3000") as load:
         load.wait_ready()
-        during = served(topology)
+        wait_for(lambda: served(topology)["active"] == 5000, "5000 connections")
         report = load.stop()
     assert (report.ok, report.failures) == (5000, ())
-    assert during["active"] - before["active"] == 5000
 
 
 def test_backends_come_and_go_under_load(topology: Topology) -> None:
@@ -82,7 +80,9 @@ def test_active_connections_stay_when_slots_leave_their_transition(make_topology
     with peers.Load(topology.client, topology.node.address, WEB, "-c", "100", "-k", "100") as kept:
         kept.wait_ready()
         topology.change(*topology.default(weights={"b4": 0}))
-        time.sleep(4)  # four times the calm
+        if topology.engine == "kernel":  # some of them are b4's, and stay tracked
+            wait_for(lambda: 0 < tracked() <= 100, "only slots with a live flow in transition")
+        kept.wait_more(200)
         report = kept.stop()
     assert (report.ok, report.failures) == (100, ())
     if topology.engine == "kernel":
@@ -114,7 +114,7 @@ def test_refusing_backend_costs_no_connection(topology: Topology) -> None:
     host = topology.hosts["b2"]
     before = served(topology)
     host.server.send_signal(signal.SIGTERM)
-    host.server.wait(20)
+    host.server.wait(PATIENCE)
     try:
         report = peers.load(topology.client, topology.node.address, WEB, "-n", "1000", "-c", "16", "-p", "27000", "-v")
         after = served(topology)
@@ -174,7 +174,7 @@ def test_a_take_over_refuses_no_client_of_the_other_version(topology: Topology) 
         for _ in range(2):
             fresh.wait_more()
             topology.daemon.start("--take-over")
-            assert old.wait(60) == 0
+            assert old.wait(PATIENCE) == 0
             old = topology.daemon.process
         fresh.wait_more()
         new = fresh.stop()

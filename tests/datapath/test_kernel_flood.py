@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 FLOOD = Path(__file__).parents[2] / "bench" / "load" / "flood.c"
 CHUNK, CHUNKS = 1 << 16, 300
-RATE, SECONDS = 15_000, 3
+RATE, SECONDS = 15_000, 1
 CACHE = 1024
 
 
@@ -42,19 +42,16 @@ def test_connections_go_on_through_a_flood_of_starts(plane: Plane, record_proper
         connection.echo()
     bulk = Connection(plane.client, plane.node.address)
     calm = transfer(bulk)
-    flood = attacker.popen(
-        *(str(program), "198.18.0.0", plane.node.address, str(PORT), str(RATE), str(SECONDS)),
-        stdout=-1,
-        text=True,
-    )
-    rates = [transfer(bulk)]
-    while flood.poll() is None:
-        rates.append(transfer(bulk))
+    command = (str(program), "198.18.0.0", plane.node.address, str(PORT), str(RATE), str(SECONDS))
+    rates: list[float] = []
+    while (stats := engine.stats())["verdicts"]["started"] <= 10 * CACHE:
+        with attacker.popen(*command, stdout=subprocess.PIPE, text=True) as flood:
+            rates.append(transfer(bulk))
+            while flood.poll() is None:
+                rates.append(transfer(bulk))
+            assert flood.returncode == 0 and json.loads(flood.stdout.read())["sent"] > 0
     record_property("throughput_under_flood", round(sum(rates) / len(rates) / calm, 3))
-    assert flood.returncode == 0
-    assert json.loads(flood.stdout.read())["sent"] > 10 * CACHE
-    stats, entries = engine.stats(), engine.entries()
-    assert stats["verdicts"]["started"] > 10 * CACHE, stats["verdicts"]
+    entries = engine.entries()
     assert entries["starts"] <= 65536 >= entries["openings"]
     assert entries["flows"] == entries["replies"] == len(idle) + 1  # no start that nobody follows up gets in
     assert stats["frontends"]["*:8000/tcp"]["opened"] == len(idle) + 1

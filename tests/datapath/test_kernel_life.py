@@ -180,7 +180,7 @@ def test_no_more_than_three_capabilities(plane: Plane) -> None:
     driver.open()
     driver.serve(services=[plane.web("b1", "b2", "b3")])
     assert driver.problems() == []
-    assert set(plane.calls(30)) == {"b1", "b2", "b3"}
+    assert set(plane.calls(60)) == {"b1", "b2", "b3"}
     assert sum(plane.calls(5, plane.node, "127.0.0.1").values()) == 5
     driver.close(release=True)
     assert plane.pins() == []

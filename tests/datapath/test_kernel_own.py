@@ -37,7 +37,7 @@ def test_backends_of_the_node_itself(plane: Plane, address: str) -> None:
     assert seen["b1"] == plane.client.address
     for where in (plane.node, plane.namespaces["b1"]):
         assert set(plane.calls(30, where)) == {"b1", "own"}
-    assert set(plane.calls(20, address=plane.node.address6)) == {"b1", "own"}
+    assert set(plane.calls(30, address=plane.node.address6)) == {"b1", "own"}
     verdicts = engine.stats()["verdicts"]
     assert verdicts["own"] > 0 < verdicts["started"]
     engine.serve(services=[plane.web("b1") | {"backends": web["backends"] | {"own": [*web["backends"]["own"][:2], 0]}}])

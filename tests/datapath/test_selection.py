@@ -11,7 +11,7 @@ import pytest
 
 from tests import peers
 from tests.datapath.topology import UDP, WEB, Topology
-from tests.lab.netns import wait_for
+from tests.lab.netns import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -72,7 +72,7 @@ def test_udp_reaches_the_predicted_backend_and_answers_from_the_called_address(t
         with topology.client.entered():
             sock = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
         with sock:
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE)
             sock.bind((source, port))
             for n in range(3):
                 sock.sendto(b"payload %d" % n, (node, UDP))

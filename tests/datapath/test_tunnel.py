@@ -20,7 +20,7 @@ import pytest
 from mesh.datapath.tunnel_probe import ask_tunnel
 from tests.datapath.kernel_driver import Driver
 from tests.datapath.kernel_plane import PORT, TARGET, Connection, datagram, refused, serve
-from tests.lab.netns import Lab, Namespace, run, veth, wait_for
+from tests.lab.netns import PATIENCE, Lab, Namespace, run, veth, wait_for
 from tests.peers import Stream, StreamServer
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -242,7 +242,7 @@ def test_tasks_come_and_go_on_the_other_node(pair: Pair) -> None:
     if "also" not in pair.tasks:
         pair.tasks["also"] = pair.task("also", pair.b, 2)
     pair.serve("here", "there", "also")
-    connections = [Connection(pair.client, pair.a.address) for _ in range(40)]
+    connections = [Connection(pair.client, pair.a.address) for _ in range(60)]
     assert {c.backend for c in connections} == {"here", "there", "also"}
     pair.serve("here", "there", "also", drained=("there",))
     assert "there" not in {connect(pair.client, pair.a.address) for _ in range(30)}
@@ -327,7 +327,7 @@ def test_only_nodes_of_the_cluster_are_listened_to(pair: Pair) -> None:
     wait_for(lambda: pair.verdicts(pair.b).get("tunnel_foreign"), "counted")
     pair.serve("here", nodes=(A,))
     with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE)
         sock.connect((pair.a.address, 6084))
         sock.send(bytes(100))
         with pytest.raises(ConnectionRefusedError):  # nobody is there, and the port is the host's again

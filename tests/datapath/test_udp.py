@@ -12,7 +12,7 @@ import pytest
 
 from tests.datapath.topology import UDP, Topology
 from tests.lab.images import UDP_PORT
-from tests.lab.netns import wait_for
+from tests.lab.netns import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -26,7 +26,7 @@ def flows(topology: Topology, first: int, count: int) -> Iterator[list[socket.so
         for number, sock in enumerate(made):
             sock.bind((topology.client.address, first + number))
             sock.connect((topology.node.address, UDP))
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE)
         yield made
 
 
@@ -38,7 +38,7 @@ def ask(sock: socket.socket, payload: bytes = b"x") -> str:
     return name.decode()
 
 
-def asked_again(sock: socket.socket, timeout: float = 0.5, rounds: int = 20) -> str:
+def asked_again(sock: socket.socket, timeout: float = 0.5, rounds: int = 200) -> str:
     """As a UDP client that repeats its question does it: an error or silence costs one round."""
     sock.settimeout(timeout)
     for _ in range(rounds):
@@ -79,7 +79,7 @@ def test_flows_leave_a_backend_that_refuses(topology: Topology) -> None:
     with flows(topology, 25000, 60) as socks:
         before = [ask(sock) for sock in socks]
         host.server.send_signal(signal.SIGTERM)
-        host.server.wait(20)
+        host.server.wait(PATIENCE)
         try:
             after = [asked_again(sock) for sock in socks]
         finally:
@@ -96,7 +96,7 @@ def test_idle_sessions_end(make_topology: Callable[..., Topology]) -> None:
     daemon = topology.serve(udp_idle_timeout=1)
     with flows(topology, 26000, 50) as socks:
         before = [ask(sock) for sock in socks]
-        assert daemon.total("mesh_connections_active", service="udp") == 50
+        assert daemon.total("mesh_connections_opened_total", service="udp") == 50
         wait_for(lambda: daemon.total("mesh_connections_active", service="udp") == 0, "sessions over")
         assert [ask(sock) for sock in socks] == before, "hashing finds the same backend again"
 

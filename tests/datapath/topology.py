@@ -149,7 +149,7 @@ class Topology:
             self.lab.on_close(lambda: run("umount", "-l", str(path)))
         return path
 
-    def change(self, *specs: Spec, timeout: float = 30) -> None:
+    def change(self, *specs: Spec) -> None:
         """Write other services and wait until they are applied."""
         if self.static_file.read_text() == self.text(specs):
             return
@@ -166,7 +166,7 @@ class Topology:
             generation = state["generation"]
             return held == wanted and generation["applied"] == generation["desired"] and generation["applied"] > before
 
-        wait_for(applied, "change of the static file applied", timeout=timeout)
+        wait_for(applied, "change of the static file applied")
 
     def predict(
         self, spec: Spec, source: str, source_port: int, destination: str, port: int, protocol: int = 6

@@ -6,16 +6,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.lab import images
-from tests.lab.netns import Lab, Namespace, delete_cgroups, kill_all, orphans_named, reap, run, wait_for
+from tests.lab.netns import PATIENCE, Lab, Namespace, delete_cgroups, kill_all, orphans_named, reap, run, wait_for
 
 # The node's own mounts: /run and /opt empty, /etc writable without a trace, name look-ups refused at once (a swarm task
 # otherwise waits 20 s for a registry), the node's hostname. Held by a process of its own, so that dockerd can restart.
@@ -32,6 +34,10 @@ hostname "$1"
 echo ready
 exec sleep infinity
 """
+
+# What a manager says that is busy with itself: it is asked again. "out of sequence": the swarm changed it meanwhile.
+T = TypeVar("T")
+_AGAIN = re.compile("update out of sequence|does not have a leader|lost leadership|code = Unavailable")
 
 
 def unavailable() -> str:
@@ -110,7 +116,7 @@ class Node:
             *command,
         ]
 
-    def start(self, *, timeout: float = 60) -> None:
+    def start(self) -> None:
         """Start dockerd (again) and wait until it answers."""
         for stale in (self.directory / "dockerd.pid", self.exec_root / "containerd" / "containerd.pid"):
             stale.unlink(missing_ok=True)
@@ -127,7 +133,7 @@ class Node:
             self._daemon = subprocess.Popen(
                 self.inside("dockerd", *arguments), stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
-        wait_for(self._answers, f"dockerd of {self.cgroup}", timeout=timeout, interval=0.1)
+        wait_for(self._answers, f"dockerd of {self.cgroup}", interval=0.1)
 
     def _answers(self) -> bool:
         assert self._daemon is not None
@@ -135,11 +141,11 @@ class Node:
             raise RuntimeError(f"dockerd of {self.cgroup} ended:\n{self.log.read_text()[-4000:]}")
         return self.socket.exists() and self.docker("version", check=False).returncode == 0
 
-    def stop(self, *, timeout: float = 60) -> None:
+    def stop(self) -> None:
         """SIGTERM: containers end too. Waits for the end."""
         assert self._daemon is not None
         self._daemon.terminate()
-        self._daemon.wait(timeout)
+        self._daemon.wait(PATIENCE)
 
     def kill(self) -> None:
         """SIGKILL dockerd alone: containers live on."""
@@ -154,7 +160,9 @@ class Node:
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
-    def docker(self, *arguments: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def docker(
+        self, *arguments: str, check: bool = True, timeout: float = PATIENCE
+    ) -> subprocess.CompletedProcess[str]:
         """`docker ...` on this node."""
         return run("docker", "-H", self.host, *arguments, check=check, timeout=timeout)
 
@@ -181,25 +189,40 @@ class Node:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def patiently(ask: Callable[[], T]) -> T:
+    """What a manager answers; asked again while it says that it cannot at the moment."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return ask()
+        except RuntimeError as error:
+            if not _AGAIN.search(str(error)) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
 class Swarm:
     """N dockerds joined to one swarm; `nodes[0]` leads it at first. `manager` is the one that is asked."""
 
     def __init__(self, lab: Lab, managers: int = 1, workers: int = 0) -> None:
         self.lab = lab
-        self.nodes: list[Node] = []
         self.asked = 0
-        for number in range(1, managers + workers + 1):
-            node = Node(lab, lab.host(f"n{number}"))
-            self.nodes.append(node)
-            for image in images.server_images():
-                node.load(image)
-            if number == 1:
-                node.docker("swarm", "init", "--advertise-addr", node.address)
-            else:
-                token = self.manager.docker("swarm", "join-token", "-q", "manager" if number <= managers else "worker")
-                address = f"{self.manager.address}:2377"
-                node.docker("swarm", "join", "--token", token.stdout.strip(), "--advertise-addr", node.address, address)
+        hosts = [lab.host(f"n{number}") for number in range(1, managers + workers + 1)]
+        found = images.server_images()
+        with ThreadPoolExecutor(len(hosts)) as pool:  # most of it is waiting
+            self.nodes = list(pool.map(lambda host: Node(lab, host), hosts))
+            for _ in pool.map(lambda node: [node.load(image) for image in found], self.nodes):
+                pass
+            self.manager.docker("swarm", "init", "--advertise-addr", self.manager.address)
+            for node in self.nodes[1:managers]:  # a manager at a time: each changes the quorum
+                self._join(node, "manager")
+            list(pool.map(lambda node: self._join(node, "worker"), self.nodes[managers:]))
         wait_for(lambda: self._ready(managers + workers), "all nodes ready")
+
+    def _join(self, node: Node, role: str) -> None:
+        token = self.docker("swarm", "join-token", "-q", role)
+        address = f"{self.manager.address}:2377"
+        node.docker("swarm", "join", "--token", token, "--advertise-addr", node.address, address)
 
     @property
     def manager(self) -> Node:
@@ -211,16 +234,17 @@ class Swarm:
         ended = [node for node in self.nodes if not node.running]
         if ended:
             with ThreadPoolExecutor(len(ended)) as pool:
-                list(pool.map(lambda node: node.start(timeout=90), ended))
-        wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready again", timeout=90, interval=0.2)
+                list(pool.map(lambda node: node.start(), ended))
+        wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready again", interval=0.2)
 
     def _ready(self, count: int) -> bool:
         states = self.manager.docker("node", "ls", "--format", "{{.Status}}", check=False).stdout.split()
         return states.count("Ready") == count
 
-    def docker(self, *arguments: str, check: bool = True, timeout: float = 60) -> str:
+    def docker(self, *arguments: str, check: bool = True, timeout: float = PATIENCE) -> str:
         """`docker ...` on the first manager; its output."""
-        return self.manager.docker(*arguments, check=check, timeout=timeout).stdout.strip()
+        done = patiently(lambda: self.manager.docker(*arguments, check=check, timeout=timeout))
+        return done.stdout.strip()
 
     def create(
         self,
@@ -256,7 +280,7 @@ class Swarm:
             self.wait_running(name, replicas)
         return service
 
-    def update(self, name: str, *options: str, timeout: float = 120) -> None:
+    def update(self, name: str, *options: str, timeout: float = PATIENCE) -> None:
         """`docker service update`, waits until Docker says that it is done."""
         self.docker("service", "update", "--detach", "--no-resolve-image", *options, name)
 
@@ -278,15 +302,19 @@ class Swarm:
 
     def api(self, method: str, path: str, *, node: Node | None = None) -> Any:
         """A request to the Engine API of a node (default: the first manager), parsed."""
+        return patiently(lambda: self._api(method, path, node or self.manager))
+
+    @staticmethod
+    def _api(method: str, path: str, node: Node) -> Any:
         import http.client
         import socket
         from urllib.parse import quote
 
-        connection = http.client.HTTPConnection("docker", timeout=30)
+        connection = http.client.HTTPConnection("docker", timeout=PATIENCE)
         connection.sock = socket.socket(socket.AF_UNIX)
         with contextlib.closing(connection):
-            connection.sock.settimeout(30)
-            connection.sock.connect(str((node or self.manager).socket))
+            connection.sock.settimeout(PATIENCE)
+            connection.sock.connect(str(node.socket))
             connection.request(method, quote(path, safe="/?&="))
             reply = connection.getresponse()
             body = reply.read()
@@ -294,7 +322,7 @@ class Swarm:
             raise RuntimeError(f"{method} {path}: {reply.status} {body.decode(errors='replace')}")
         return json.loads(body) if body else None
 
-    def wait_running(self, name: str, count: int, *, timeout: float = 120) -> None:
+    def wait_running(self, name: str, count: int, *, timeout: float = PATIENCE) -> None:
         """Until exactly `count` tasks of a service run and no other is on its way."""
 
         def running() -> bool:
@@ -331,4 +359,4 @@ class Swarm:
         def ended() -> bool:
             return not any(self.containers(name, node) for name in names for node in self.nodes)
 
-        wait_for(ended, f"end of {', '.join(names)}", timeout=90, interval=0.1)
+        wait_for(ended, f"end of {', '.join(names)}", interval=0.1)

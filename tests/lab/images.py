@@ -83,7 +83,7 @@ def voting_images() -> tuple[Image, ...]:
 def server_images() -> tuple[Image, ...]:
     """What every node gets: mesh-lab/server:1 and :2 (the same, for rolling updates), :health (with a HEALTHCHECK)."""
     run = 'CMD ["/server"]'
-    check = 'HEALTHCHECK --interval=500ms --timeout=5s --retries=1 CMD ["/server", "--check"]'
+    check = 'HEALTHCHECK --interval=500ms --timeout=60s --retries=1 CMD ["/server", "--check"]'
     return (
         Image("mesh-lab/server:1", server(), (run,)),
         Image("mesh-lab/server:2", server(), (run, "LABEL version=2")),

@@ -25,11 +25,14 @@ from typing import IO, Any, TypeVar
 NETNS_DIR = Path("/run/netns")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWNED = re.compile(r"^mesh(\d+)-")
+PATIENCE = 180.0  # seconds; tells a hang from work, on a machine that is slow or busy too
 _counter = itertools.count()
 T = TypeVar("T")
 
 
-def run(*command: str, check: bool = True, timeout: float = 60, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, check: bool = True, timeout: float = PATIENCE, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, output captured as text; a failure shows what it said."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
     if check and done.returncode:
@@ -189,8 +192,8 @@ class Lab:
         self.close()
 
 
-def wait_for(condition: Callable[[], T], what: str, *, timeout: float = 30, interval: float = 0.02) -> T:
-    """Poll until the condition is truthy and return it. The timeout is generous: it tells a hang from work."""
+def wait_for(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE, interval: float = 0.02) -> T:
+    """Poll until the condition is truthy and return it."""
     deadline = time.monotonic() + timeout
     while True:
         if value := condition():

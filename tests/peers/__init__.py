@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.lab.netns import Namespace, wait_for
+from tests.lab.netns import PATIENCE, Namespace, wait_for
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "peers"
@@ -100,14 +100,14 @@ class Load:
                 raise RuntimeError(f"the load is over with {self.answers} answers")
             return self.answers >= goal
 
-        wait_for(reached, f"{count} further answers of a load", timeout=120)
+        wait_for(reached, f"{count} further answers of a load")
 
-    def wait(self, timeout: float = 120) -> Report:
+    def wait(self, timeout: float = PATIENCE) -> Report:
         """Until it is done by itself."""
         out, _ = self._process.communicate(timeout=timeout)
         return Report.of(json.loads(out.splitlines()[-1]))
 
-    def stop(self, timeout: float = 60) -> Report:
+    def stop(self, timeout: float = PATIENCE) -> Report:
         """Tell it to stop; connections under way may finish."""
         self._process.send_signal(signal.SIGTERM)
         return self.wait(timeout)
@@ -127,7 +127,7 @@ class Load:
             self._process.stdout.close()
 
 
-def load(client: Namespace, address: str, port: int, *options: str, timeout: float = 120) -> Report:
+def load(client: Namespace, address: str, port: int, *options: str, timeout: float = PATIENCE) -> Report:
     """Run a load to its end."""
     with Load(client, address, port, *options) as running:
         return running.wait(timeout)
@@ -146,7 +146,7 @@ class Stream:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
-    def wait(self, timeout: float = 120) -> dict[str, Any]:
+    def wait(self, timeout: float = PATIENCE) -> dict[str, Any]:
         out, _ = self._process.communicate(timeout=timeout)
         return dict(json.loads(out))
 

@@ -97,7 +97,7 @@ static void exchange(struct side s, const char *tag)
 			continue;
 		}
 		p[0].events = (short)((in_open && !s.paused ? POLLIN : 0) | (may_write ? POLLOUT : 0));
-		if (poll(p, 2, 60000) <= 0) {
+		if (poll(p, 2, 180000) <= 0) {
 			report(tag, "stalled", sent, got, corrupt_at);
 			return;
 		}

@@ -9,7 +9,7 @@ from tests import peers
 from tests.cluster import WEB, Cluster, failures
 from tests.lab.netns import wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 LONG = ("-n", "0", "-c", "4", "-r", "1", "-u", "/slow?seconds=3")
 GRACE = "--stop-grace-period=15s"

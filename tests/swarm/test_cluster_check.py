@@ -17,7 +17,7 @@ from tests.daemon import Daemon
 from tests.lab.dockerd import Node, Swarm
 from tests.lab.netns import run, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 Findings = dict[str, dict[str, str]]
 

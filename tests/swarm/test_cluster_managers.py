@@ -17,7 +17,7 @@ from tests.cluster import WEB, Cluster, failures
 from tests.lab.dockerd import Node, Swarm
 from tests.lab.netns import wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400), pytest.mark.later("kernel")]
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.later("kernel")]
 
 
 def members(swarm: Swarm) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from tests.daemon import Daemon
 from tests.lab.dockerd import Node
 from tests.lab.netns import run, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 
 def tasks_on(cluster: Cluster, node: Node) -> set[str]:

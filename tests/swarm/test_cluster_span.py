@@ -15,7 +15,7 @@ from tests.cluster import WEB, Cluster
 from tests.lab.dockerd import Swarm
 from tests.lab.netns import wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.cluster import WEB, Cluster
 from tests.lab.dockerd import Swarm
 from tests.lab.netns import Namespace
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.lab.dockerd import Swarm
 from tests.lab.images import pattern
 from tests.lab.netns import Namespace, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 
 VIP = "192.0.2.240"
 SIZE = 100_000_000

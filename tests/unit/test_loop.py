@@ -22,6 +22,7 @@ from mesh.reconcile import loop as loops
 from mesh.reconcile.compose import Drained, compose
 from mesh.reconcile.loop import Picture, Reconciler
 from mesh.reconcile.plan import doubtful, key_of, plan
+from tests.lab.netns import PATIENCE
 from tests.unit.inventories import inventories
 from tests.unit.test_compose import ADDRESS, backend, of
 
@@ -41,7 +42,7 @@ async def running(engine: MemoryDatapath, config: Config | None = None) -> Async
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 -- any condition, without hooks in what is tested
             await asyncio.sleep(0.005)
 
@@ -70,7 +71,7 @@ async def test_the_event_loop_runs_while_an_apply_blocks() -> None:
 
     def block(_: Plan) -> None:
         entered.set()
-        assert release.wait(30)
+        assert release.wait(PATIENCE)
 
     engine.before_apply = block
     async with running(engine) as reconciler:
@@ -91,19 +92,21 @@ async def test_the_event_loop_runs_while_an_apply_blocks() -> None:
 
 async def test_an_error_is_shown_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "BACKOFF", (0.01, 0.02))
-    engine, failures = MemoryDatapath(), iter(range(3))
+    engine, failures, room = MemoryDatapath(), [], threading.Event()
 
-    def fail(_: Plan) -> None:
-        if next(failures, None) is not None:
+    def fail(plan: Plan) -> None:
+        if not room.is_set():
+            failures.append(plan)
             raise DatapathError("no room", where="engine")
 
     engine.before_apply = fail
     async with running(engine) as reconciler:
         reconciler.publish(of(backend("a")))
-        await until(lambda: reconciler.counts.last_error == "engine: no room")
+        await until(lambda: reconciler.counts.last_error == "engine: no room" and len(failures) > 2)
+        room.set()
         await until(lambda: bool(engine.plans))
         await until(lambda: reconciler.counts.last_error == "")
-        assert (reconciler.counts.count, reconciler.counts.failed) == (4, 3)
+        assert (reconciler.counts.count, reconciler.counts.failed) == (len(failures) + 1, len(failures))
         assert weights(reconciler.applied) == {"a": 1}
 
 

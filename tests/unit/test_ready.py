@@ -14,6 +14,7 @@ from mesh.demo import DemoProvider
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Inventory, Protocol, PublishedPort, Service
 from mesh.reconcile.loop import Reconciler
+from tests.lab.netns import PATIENCE
 
 
 async def stop(release: bool) -> None: ...
@@ -48,7 +49,7 @@ async def test_ready_with_nothing_to_serve(tmp_path: Path) -> None:
     view = View(Facts("memory", "", tmp_path, 0.0), reconciler, DemoProvider(Config()), Monitor(print), stop)
     running = asyncio.create_task(reconciler.run())
     reconciler.publish(Inventory())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not view.ready()[0]:  # noqa: ASYNC110 -- any cause, polled for moments
             await asyncio.sleep(0.01)
     running.cancel()

@@ -18,6 +18,7 @@ from mesh.config import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Affinity, Intent, Inventory, ProbeKind, Protocol, PublishedPort
 from mesh.static import StaticProvider, parse_static
+from tests.lab.netns import PATIENCE
 
 GOOD = """\
 [[services]]
@@ -127,7 +128,7 @@ class Follower:
         self.inventories: list[Inventory] = []
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
