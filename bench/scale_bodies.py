@@ -96,6 +96,22 @@ def task_body(task: Task) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode()
 
 
+def watch_message(task: Task) -> bytes:
+    """What Watch says of its change, as a gRPC message: WatchMessage{events: {action, object: {task}}}."""
+
+    def field(number: int, value: bytes) -> bytes:
+        size, head = len(value), bytearray([number << 3 | 2])
+        while size > 127:
+            head.append(size & 127 | 128)
+            size >>= 7
+        return bytes(head) + bytes([size]) + value
+
+    about = field(1, task.id.encode()) + field(3, bytes(900)) + field(4, ident("s", task.service).encode())
+    event = b"\x08\x02" + field(2, field(4, about))
+    message = field(1, event)
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
 def service_body(number: int, replicas: int) -> dict[str, Any]:
     port = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": FIRST_PORT + number, "PublishMode": "ingress"}
     spec = {

@@ -28,7 +28,7 @@ import h2.events
 import uvloop
 from aiohttp import web
 
-from bench.scale_bodies import FIRST_PORT, Task, ident, node_body, service_body, task_body
+from bench.scale_bodies import FIRST_PORT, Task, ident, node_body, service_body, task_body, watch_message
 from bench.scale_certificates import Authority
 from mesh.cluster import wire
 
@@ -59,11 +59,12 @@ class Swarm:
 
     settings: Settings
     tasks: dict[int, Task] = field(default_factory=dict)  # by number; dead ones stay, as swarm keeps them
+    by_id: dict[str, Task] = field(default_factory=dict)
     by_node: dict[int, dict[str, Task]] = field(default_factory=dict)  # running
     changes: list[tuple[float, str, str, int]] = field(default_factory=list)  # (when, what, task's id, node)
     changed: set[int] = field(default_factory=set)  # services, since the last report of the agents
     counts: Counter[str] = field(default_factory=Counter)
-    bells: set[asyncio.Event] = field(default_factory=set)
+    watchers: set[asyncio.Queue[Task]] = field(default_factory=set)
     next: int = 0
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class Swarm:
 
     def _store(self, task: Task) -> None:
         task.body = task_body(task)
-        self.tasks[task.number] = task
+        self.tasks[task.number] = self.by_id[task.id] = task
 
     def replace(self) -> Task:
         """A task is told to stop, another of its service starts on a third node; two changes. Returns the old one."""
@@ -114,8 +115,8 @@ class Swarm:
     def _note(self, task: Task, what: str) -> None:
         self.changes.append((time.time(), what, task.id, task.node))
         self.changed.add(task.service)
-        for bell in self.bells:
-            bell.set()
+        for watcher in self.watchers:
+            watcher.put_nowait(task)
 
     async def churn(self, rate: float) -> None:
         """`rate` changes a second, of which a replaced task has three."""
@@ -156,7 +157,9 @@ class Swarm:
                 await reply.prepare(request)
                 await asyncio.Event().wait()
             if path == "/tasks":
-                body = b"[" + b",".join(task.body for task in self.tasks.values()) + b"]"
+                named = json.loads(request.query.get("filters", "{}")).get("id")
+                chosen = self.tasks.values() if named is None else filter(None, map(self.by_id.get, named))
+                body = b"[" + b",".join(task.body for task in chosen) + b"]"
             elif path == "/containers/json":
                 body = json.dumps([] if "health" in request.query_string else containers).encode()
             else:
@@ -165,26 +168,26 @@ class Swarm:
                 ).encode()
             if not node:
                 self.counts["engine_bytes"] += len(body)
-                self.counts["reads"] += path == "/tasks"
+                self.counts["reads"] += path == "/containers/json" and "health" in request.query_string
             return web.Response(body=body, content_type="application/json")
 
         app.router.add_get("/{path:.*}", answer)
         return app
 
     async def watch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Swarmkit's Watch: a message whenever something changes."""
+        """Swarmkit's Watch: a message for every change of a task."""
         http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
         http.initiate_connection()
-        bell = asyncio.Event()
-        self.bells.add(bell)
+        changed: asyncio.Queue[Task] = asyncio.Queue()
+        self.watchers.add(changed)
 
         async def ring(stream: int) -> None:
             while True:
-                await bell.wait()
-                bell.clear()
-                if http.local_flow_control_window(stream) > 1000:
-                    http.send_data(stream, b"\0\0\0\1\xf4" + bytes(500))
-                    writer.write(http.data_to_send())
+                message = watch_message(await changed.get())
+                while http.local_flow_control_window(stream) < len(message):  # noqa: ASYNC110 -- opened by `watch`
+                    await asyncio.sleep(SLICE)
+                http.send_data(stream, message)
+                writer.write(http.data_to_send())
 
         rings: list[asyncio.Task[None]] = []
         try:
@@ -200,7 +203,7 @@ class Swarm:
         finally:
             for each in rings:
                 each.cancel()
-            self.bells.discard(bell)
+            self.watchers.discard(changed)
             writer.close()
 
     # ---- agents of the other nodes ----

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -73,6 +74,9 @@ def parse(body: bytes, kind: type[T], source: str) -> T:
         ) from None
 
 
+_Known = tuple[schema.Task, str, Backend | None]  # a task, its service's name, what it is to the mesh
+
+
 def decode(answers: Answers) -> Read:
     """One read by itself; see Decoder."""
     return Decoder().decode(answers)
@@ -87,7 +91,8 @@ class Decoder:
     def __init__(self) -> None:
         self._services: tuple[bytes | None, tuple[Service, ...], list[Problem]] = (None, (), [])
         self._nodes: tuple[bytes | None, tuple[Node, ...], list[Problem]] = (None, (), [])
-        self._tasks: dict[str, tuple[schema.Task, str, Backend | None]] = {}  # with the service's name
+        self._tasks: dict[str, _Known] = {}
+        self._mine: set[str] = set()  # those on this node
         self._backends: tuple[Backend, ...] = ()
 
     def decode(self, answers: Answers) -> Read:
@@ -96,9 +101,7 @@ class Decoder:
         Raises:
             ProviderError: a body cannot be used, or the node is no manager.
         """
-        info = parse(answers.info, schema.Info, "GET /info")
-        if not info.swarm.control_available:
-            raise not_a_manager(info.swarm.local_node_state)
+        local = _manager(answers)
         if self._services[0] != answers.services:
             found: list[Problem] = []
             services = parse(answers.services, list[schema.Service], "GET /services")
@@ -108,8 +111,46 @@ class Decoder:
             found = []
             nodes = parse(answers.nodes, list[schema.Node], "GET /nodes")
             self._nodes = answers.nodes, _nodes(nodes, found), found
-        local = local_of(info.swarm.node_id, answers)
-        self._take(tasks, local)
+        before, self._tasks = self._tasks, {}
+        self._mine.clear()
+        self._take(tasks, before, local)
+        return self._read(local)
+
+    def update(self, answers: Answers, asked: Collection[str]) -> Read:
+        """The inventory after a read of some tasks, by id: those that were not found are gone, all others are as they
+        were. Services and nodes are those of the last complete read.
+
+        Raises:
+            ProviderError: as `decode`.
+        """
+        local = _manager(answers)
+        tasks = {task.id: task for task in parse(answers.tasks, list[schema.Task], "GET /tasks")}
+        for gone in asked:
+            if gone not in tasks:
+                self._tasks.pop(gone, None)
+                self._mine.discard(gone)
+        own = (self._tasks[task][0] for task in self._mine if task not in tasks)  # their containers may have changed
+        self._take([*tasks.values(), *own], self._tasks, local)
+        return self._read(local)
+
+    def _take(self, tasks: Iterable[schema.Task], before: Mapping[str, _Known], local: Local) -> None:
+        names = {service.id: service.name for service in self._services[1]}
+        for task in tasks:
+            name = names.get(task.service_id)
+            if name is None:
+                continue
+            known = before.get(task.id)
+            if task.node_id == local.node:
+                self._mine.add(task.id)
+            if known is None or task.node_id == local.node or known[1] != name or known[0] != task:
+                backend = _backend(task, name, local)
+                known = task, name, known[2] if known is not None and known[2] == backend else backend
+            self._tasks[task.id] = known
+
+    def _read(self, local: Local) -> Read:
+        backends = tuple(sorted((b for _, _, b in self._tasks.values() if b is not None), key=_by_id))
+        if backends != self._backends:
+            self._backends = backends
         inventory = Inventory(
             services=self._services[1],
             backends=self._backends,
@@ -117,23 +158,22 @@ class Decoder:
             problems=(*self._nodes[2], *self._services[2]),
             source="swarm",
         )
-        return Read(inventory, local, _unseen(tasks, local))
+        return Read(inventory, local, _unseen((self._tasks[task][0] for task in self._mine), local))
 
-    def _take(self, tasks: Iterable[schema.Task], local: Local) -> None:
-        names = {service.id: service.name for service in self._services[1]}
-        before, self._tasks = self._tasks, {}
-        for task in tasks:
-            name = names.get(task.service_id)
-            if name is None:
-                continue
-            known = before.get(task.id)
-            if known is None or task.node_id == local.node or known[1] != name or known[0] != task:
-                backend = _backend(task, name, local)
-                known = task, name, known[2] if known is not None and known[2] == backend else backend
-            self._tasks[task.id] = known
-        backends = tuple(sorted((b for _, _, b in self._tasks.values() if b is not None), key=lambda b: b.id))
-        if backends != self._backends:
-            self._backends = backends
+
+_by_id: Final = operator.attrgetter("id")
+
+
+def _manager(answers: Answers) -> Local:
+    """This node's part of the answers.
+
+    Raises:
+        ProviderError: a body cannot be used, or the node is no manager.
+    """
+    info = parse(answers.info, schema.Info, "GET /info")
+    if not info.swarm.control_available:
+        raise not_a_manager(info.swarm.local_node_state)
+    return local_of(info.swarm.node_id, answers)
 
 
 def not_a_manager(state: str) -> ProviderError:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -102,6 +102,16 @@ class Engine:
             ProviderError: the Engine is away, too slow, no manager, or answers half.
         """
         return Answers(*await self._read("/services", "/tasks", "/nodes", *_HERE))
+
+    async def read_tasks(self, ids: Collection[str]) -> Answers:
+        """These tasks, as far as there are any, and what the node knows of itself; services and nodes are empty.
+
+        Raises:
+            ProviderError: as `read`.
+        """
+        named = ["/tasks" + _filters({"id": sorted(ids)})] if ids else []
+        info, *rest = await self._read(*named, *_HERE)
+        return Answers(info, b"[]", rest[0] if named else b"[]", b"[]", *rest[len(named) :])
 
     async def read_here(self) -> Answers:
         """What every node knows of itself; services, tasks and nodes are empty.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The swarm provider: re-reads the Engine when the doorbell rings, publishes what it found when it differs."""
+"""The swarm provider: re-reads the Engine when the doorbell rings, publishes what it found when it differs.
+
+Where Watch has announced tasks only, these are read again and not all there are, which an Engine takes long to write.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -31,8 +34,35 @@ _STREAM_CALM: Final = 5.0  # a stream that lived so long starts its retries from
 
 _EARLY: Final = ("pause", "unpause")  # the Engine's list shows them only some time after the event
 _LATER: Final = 0.5  # seconds after which to read again because of these
+_SOME: Final = 256  # tasks that are asked for by name; more are read with all others
 
 log = structlog.get_logger()
+
+
+class _Bell:
+    """What is to be read again: all there is, or tasks of these ids and what this node knows of itself."""
+
+    def __init__(self) -> None:
+        self.rung = asyncio.Event()
+        self._tasks: set[str] | None = None
+
+    def ring(self, tasks: Iterable[str] | None = None) -> None:
+        """Have these read, or all."""
+        self._tasks = None if tasks is None or self._tasks is None else self._tasks.union(tasks)
+        if self._tasks is not None and len(self._tasks) > _SOME:
+            self._tasks = None
+        self.rung.set()
+
+    def missed(self) -> None:
+        """What was taken is still to be read, and nobody knows what else."""
+        self._tasks = None
+
+    def take(self) -> frozenset[str] | None:
+        """What to read now; None: all."""
+        taken = None if self._tasks is None else frozenset(self._tasks)
+        self._tasks = set()
+        self.rung.clear()
+        return taken
 
 
 class SwarmProvider:
@@ -52,16 +82,19 @@ class SwarmProvider:
         self._published: Inventory | None = None
         self._publish: Publish = _nowhere
         self._begun = 0  # reads that have begun
+        self._begun_whole = 0  # of those, of everything
         self._last_good: float | None = None
         self._error = ""
         self._watching = False
         self._hearing = False
-        self._ring = asyncio.Event()
+        self._bell = _Bell()
+        self._whole = 0.0  # when the last read of everything began, monotonic
         engine_url(config.docker_host)
 
     async def run(self, publish: Publish) -> None:
         """Read, publish and follow until cancelled."""
         self._publish, self._published = publish, None  # who asks again has forgotten
+        self._bell.ring()
         engine = Engine(self._config.docker_host)
         try:
             async with asyncio.TaskGroup() as group:
@@ -73,7 +106,7 @@ class SwarmProvider:
 
     def reload(self) -> None:
         """Read again now."""
-        self._ring.set()
+        self._bell.ring()
 
     def status(self) -> ProviderStatus:
         """How it is doing."""
@@ -96,16 +129,21 @@ class SwarmProvider:
         """Reads of the Engine that have begun, since the start."""
         return self._begun
 
+    @property
+    def whole_reads(self) -> int:
+        """Of these, those of everything and not of single tasks."""
+        return self._begun_whole
+
     async def _read_forever(self, engine: Engine) -> None:
         retry = _RETRY_FIRST
         while True:
-            self._ring.clear()
             self._begun += 1
             started = time.monotonic()
             try:
-                self._accept(await asyncio.to_thread(self._decoder.decode, await engine.read()), self._begun)
+                self._accept(await self._read_once(engine, started), self._begun)
             except Exception as error:
                 self._failed(error)
+                self._bell.missed()
                 await self._rest(retry * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
                 retry = min(retry * 2, _RETRY_MOST)
                 continue
@@ -115,7 +153,17 @@ class SwarmProvider:
             retry = _RETRY_FIRST
             took = time.monotonic() - started
             await asyncio.sleep(min(max(_QUIET_SECONDS, took * _QUIET_SHARE), _QUIET_MOST))
-            await self._rest(self._interval())
+            if not await self._rest(self._interval()):
+                self._bell.ring()
+
+    async def _read_once(self, engine: Engine, now: float) -> Read:
+        """Everything, or what was announced where nothing else can have changed."""
+        tasks = self._bell.take()
+        if tasks is None or not self._watching or now - self._whole > self._config.docker_resync_interval:
+            self._whole = now
+            self._begun_whole += 1
+            return await asyncio.to_thread(self._decoder.decode, await engine.read())
+        return await asyncio.to_thread(self._decoder.update, await engine.read_tasks(tasks), tasks)
 
     def _failed(self, error: Exception) -> None:
         """Whatever went wrong, also what nobody thought of: the last state serves on, and the read is tried again."""
@@ -129,10 +177,12 @@ class SwarmProvider:
         # Without Watch, nobody announces a change of a task's desired state.
         return self._config.docker_resync_interval if self._watching else self._config.docker_poll_interval
 
-    async def _rest(self, seconds: float) -> None:
+    async def _rest(self, seconds: float) -> bool:
+        """Until the bell rings, or so long; whether it has rung."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._ring.wait()
+                return await self._bell.rung.wait()
+        return False
 
     def _accept(self, read: Read, begun: int) -> None:
         self._overlay.settle(begun, read.local.running)
@@ -159,23 +209,24 @@ class SwarmProvider:
             async for event in events:
                 if event is None:
                     self._hearing = True
-                    self._ring.set()  # what happened before the stream was open
+                    self._bell.ring()  # what happened before the stream was open
                     continue
                 changed, ring = self._overlay.hear(event, self._begun)
                 if changed:
                     self._publish_now()
                 if ring:
-                    self._ring.set()
+                    self._bell.ring(() if event.type == "container" else None)
                 if event.action in _EARLY:
-                    asyncio.get_running_loop().call_later(_LATER, self._ring.set)
+                    asyncio.get_running_loop().call_later(_LATER, self._bell.ring, ())
 
     async def _watch(self) -> None:
         async with contextlib.aclosing(watch(self._watch_socket, self._certificates)) as rings:
-            async for _ in rings:
+            async for tasks in rings:
                 if not self._watching:
                     self._watching = True
                     log.info("changes are announced by the swarm", doorbell="watch")
-                self._ring.set()
+                    tasks = None  # noqa: PLW2901 -- nor what happened before
+                self._bell.ring(tasks)
 
     async def _forever(self, name: str, follow: Callable[[], Awaitable[None]]) -> None:
         """Follow a stream; when it ends, again: after a pause."""
@@ -194,7 +245,7 @@ class SwarmProvider:
                     self._watching = False
                 else:
                     self._hearing = False
-            self._ring.set()
+            self._bell.ring()
             if time.monotonic() - started > _STREAM_CALM:
                 retry = _RETRY_FIRST
                 said = ""

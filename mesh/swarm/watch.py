@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doorbell: swarmkit's Watch, a gRPC call on the manager's control socket that announces every change of a task.
 
-Nothing is decoded: any message means that the documented HTTP API should be read again. Source of names and framing:
-swarmkit's api/watch.proto; gRPC over HTTP/2 (PROTOCOL-HTTP2.md).
+Any message means that the documented HTTP API should be read again, at most of which tasks is taken from it. Source of
+names and framing: swarmkit's api/watch.proto; gRPC over HTTP/2 (PROTOCOL-HTTP2.md).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import h2.events
 import h2.exceptions
 
 from mesh.errors import ProviderError
+from mesh.swarm.announced import Announced
 
 KINDS: Final = ("task", "service", "node")
 _ACTIONS: Final = 0x07  # create | update | remove
@@ -136,15 +137,17 @@ def _check_status(headers: dict[str, str]) -> None:
         raise ProviderError(f"the manager refuses: {headers.get('grpc-message', '')} (gRPC status {status})")
 
 
-async def watch(control_socket: Path, certificates: Path) -> AsyncGenerator[None, None]:
-    """Ring once connected, then with every change of a task, service or node.
+async def watch(control_socket: Path, certificates: Path) -> AsyncGenerator[frozenset[str] | None, None]:
+    """Ring once connected, then with every change of a task, service or node: ids of tasks where it was only those,
+    None where it may have been anything.
 
     Raises:
         ProviderError: no connection, or it has ended. Connect again; changes may have been missed meanwhile.
     """
     async with contextlib.aclosing(frames(control_socket, certificates)) as pieces:
-        async for _ in pieces:
-            yield None
+        announced = Announced()
+        async for piece in pieces:
+            yield announced.hear(piece) if piece else None
 
 
 async def frames(control_socket: Path, certificates: Path) -> AsyncGenerator[bytes, None]:

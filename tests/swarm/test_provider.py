@@ -201,6 +201,27 @@ async def test_a_burst_costs_few_reads(swarm1: Swarm, follower: Follower) -> Non
     assert await follower.until_quiet() - before <= 50
 
 
+async def test_of_a_change_only_its_tasks_are_read(swarm1: Swarm, follower: Follower) -> None:
+    await asyncio.to_thread(swarm1.create, "web", "--restart-delay=100ms", replicas=3, publish=["8000:8080"])
+    await follower.until(lambda: len(follower.usable("web")) == 3, "three")
+    dead, *others = follower.usable("web")
+    whole, before = follower.provider.whole_reads, follower.provider.reads
+    await asyncio.to_thread(swarm1.manager.docker, "kill", dead.container)
+
+    def replaced() -> bool:
+        usable = follower.usable("web")
+        return len(usable) == 3 and dead not in usable
+
+    await follower.until(replaced, "replaced")
+    assert all(backend in follower.usable("web") for backend in others)
+    assert follower.provider.reads > before
+    assert follower.provider.whole_reads == whole
+    # All that is known this way is what a provider finds that has just begun.
+    known = follower.backends("web")
+    async with following(config_of(swarm1.manager)) as fresh:
+        await fresh.until(lambda: fresh.backends("web") == known, "the same")
+
+
 async def test_without_watch_it_polls(swarm1: Swarm) -> None:
     config = replace(config_of(swarm1.manager), docker_exec_root="/nonexistent", docker_poll_interval=0.3)
     async with following(config) as follower:

@@ -296,3 +296,27 @@ def test_what_stays_is_the_same_object_from_read_to_read() -> None:
     assert decoder.decode(answers(services, drained[1:])) == decode(answers(services, drained[1:]))
     assert decoder.decode(answers([], drained)) == decode(answers([], drained))
     assert decoder.decode(answers(services, both)) == first
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+@pytest.mark.parametrize("state", ["starting", "running", "failed", "gone"])
+@pytest.mark.parametrize("desired", ["running", "shutdown"])
+def test_a_read_of_some_tasks_is_as_good_as_one_of_all(node: str, state: str, desired: str) -> None:
+    before = [task("t1", node=node), task("t2", node="node2"), task("t3", node="node1")]
+    after = [] if state == "gone" else [task("t1", state, desired, node)]
+    new = task("t4", node="node2")
+    decoder = Decoder()
+    decoder.decode(answers(tasks=before, running=["c-t1", "c-t3"]))
+    running = {"running": ["c-t1"], "unready": ["c-t1"]}  # c-t3 has died meanwhile, and nobody announced its task
+    read = decoder.update(answers(tasks=[*after, new], **running), ["t1", "t4"])
+    assert read == decode(answers(tasks=[*after, *before[1:], new], **running))
+    assert decoder.update(answers(**running), ["t4", "never heard of"]) == decode(
+        answers(tasks=[*after, *before[1:]], **running)
+    )
+
+
+def test_a_read_of_some_tasks_by_what_is_no_manager_any_more() -> None:
+    decoder = Decoder()
+    decoder.decode(answers(tasks=[task("t1")]))
+    with pytest.raises(ProviderError, match="manager"):
+        decoder.update(answers(info={"Swarm": {"LocalNodeState": "active"}}), ["t1"])
