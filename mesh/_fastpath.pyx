@@ -140,6 +140,9 @@ cdef class Engine:
     cdef set held  # Fronts and Pairs that threads may know of
     cdef list garbage  # addresses of routes that were replaced and may still be read
     cdef list old_doors  # likewise
+    cdef list old_backends  # likewise
+    cdef uint8_t *gone  # by owner, 1 for those of old_backends
+    cdef uint32_t *index  # by owner, its place in the route that is being made, from 1; zeros between two
 
     def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
                   double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes,
@@ -163,9 +166,12 @@ cdef class Engine:
         self.held = set()
         self.garbage = []
         self.old_doors = []
+        self.old_backends = []
+        self.gone = <uint8_t *>calloc(BACKENDS, 1)
+        self.index = <uint32_t *>calloc(BACKENDS, sizeof(uint32_t))
         self.e.backends = <backend **>calloc(BACKENDS, sizeof(backend *))
         self.e.workers = <worker **>calloc(threads, sizeof(worker *))
-        if self.e.backends is NULL or self.e.workers is NULL:
+        if self.e.backends is NULL or self.e.workers is NULL or self.gone is NULL or self.index is NULL:
             raise MemoryError
         for i in range(threads):
             self.e.workers[i] = worker_new(&self.e, i)
@@ -190,6 +196,8 @@ cdef class Engine:
                 free(self.e.backends[i])
             free(self.e.backends)
         self.sweep()
+        free(self.gone)
+        free(self.index)
         doors_free(self.e.doors)
 
     cdef void stop(self) noexcept:
@@ -210,6 +218,10 @@ cdef class Engine:
         for address in self.old_doors:
             doors_free(<doors *><size_t>address)
         self.old_doors.clear()
+        for address in self.old_backends:
+            self.gone[(<backend *><size_t>address).id] = 0
+            free(<backend *><size_t>address)
+        self.old_backends.clear()
 
     cdef void tell(self, int op, void *argument) noexcept:
         if self.running:
@@ -222,7 +234,7 @@ cdef class Engine:
         self.sweep()
 
     def put_backend(self, uint32_t owner, bytes address not None, uint16_t port, bytes tag=None):
-        """Where an owner is. Where it was elsewhere before, its UDP sessions end now.
+        """Where an owner is. Where it was elsewhere before, its UDP sessions end with the next `collect`.
 
         Args:
             tag: where it is on another node: how that node's agent, at `address`, knows it.
@@ -240,11 +252,10 @@ cdef class Engine:
             return
         fp_store(&self.e.backends[owner], b)
         if old is not NULL:
-            self.tell(OP_FORGET, <void *><size_t>owner)
-            free(old)
+            self.forget(old)
 
     def drop_backend(self, uint32_t owner):
-        """No new flows; its UDP sessions end now, its connections by themselves."""
+        """No new flows; its UDP sessions end with the next `collect`, its connections by themselves."""
         cdef backend *old
         if not MESH_OWNER_FIRST <= owner < BACKENDS:
             raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}")
@@ -252,8 +263,11 @@ cdef class Engine:
         if old is NULL:
             return
         fp_store(&self.e.backends[owner], NULL)
-        self.tell(OP_FORGET, <void *><size_t>owner)
-        free(old)
+        self.forget(old)
+
+    cdef void forget(self, backend *old):
+        self.gone[old.id] = 1
+        self.old_backends.append(<size_t>old)
 
     def peers(self):
         """The frontend at which other nodes hand flows over; see `put_doors`. Its `read` counts them."""
@@ -309,13 +323,12 @@ cdef class Engine:
             announce: begin every connection with a PROXY protocol v2 header.
             allow, deny: networks as (16 bytes, prefix length of 128).
         """
-        cdef uint32_t *index = <uint32_t *>calloc(BACKENDS, sizeof(uint32_t))
         cdef route *way = <route *>calloc(1, sizeof(route))
         cdef uint32_t i = 0
         cdef Pair one
         cdef route *old
         try:
-            if index is NULL or way is NULL:
+            if way is NULL:
                 raise MemoryError
             way.targets = <target *>calloc(len(pairs) + 1, sizeof(target))
             if way.targets is NULL:
@@ -326,18 +339,20 @@ cdef class Engine:
                 i += 1
                 way.targets[i].pair = &one.c
                 way.targets[i].backend = owner
-                index[<uint32_t>owner] = i
+                self.index[<uint32_t>owner] = i
             way.count = i
             way.by_client = by_client
             way.announce = announce
             way.allow = prefixes_new(allow, &way.allows)
             way.deny = prefixes_new(deny, &way.denies)
-            route_index(way, table, index)
+            route_index(way, table, self.index)
         except BaseException:
             route_free(way)
             raise
         finally:
-            free(index)
+            for owner in pairs:
+                if MESH_OWNER_FIRST <= owner < BACKENDS:
+                    self.index[<uint32_t>owner] = 0
         old = <route *>fp_load(&front.c.route)
         fp_store(&front.c.route, way)
         for one in front.pairs:
@@ -349,10 +364,12 @@ cdef class Engine:
             one.routes += 1
 
     def collect(self):
-        """Free what was replaced, once every thread has passed through its loop."""
-        if self.garbage or self.old_doors:
+        """Free what was replaced, once every thread has passed through its loop: one wait, however much it is."""
+        if self.old_backends:
+            self.tell(OP_FORGET, self.gone)
+        elif self.garbage or self.old_doors:
             self.tell(OP_SYNC, NULL)
-            self.sweep()
+        self.sweep()
 
     def listen(self, Front front not None, int fd, *, bint stream, bint six, uint32_t thread):
         """Take clients from a listening socket (it belongs to the engine from here on), in one thread."""

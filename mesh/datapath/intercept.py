@@ -231,6 +231,7 @@ class Interceptor:
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
         self._touched = False
+        self._changed = False  # what is opened, since the last `commit`
         self._yielded = False
         self.notes: dict[Frontend, str] = {}
         if self._can_nft and not any(self._is_redirected(f, s) for f, s in self._inherited.items()):
@@ -244,11 +245,12 @@ class Interceptor:
         """
         if frontend not in self._opened:
             self._opened[frontend] = self._adopt(frontend) or self._open(frontend)
+            self._changed = True
         return self._opened[frontend]
 
     def forget(self, frontend: Frontend) -> None:
         """Redirect no more (with the next `commit`); the sockets are the caller's to close."""
-        self._opened.pop(frontend, None)
+        self._changed = self._opened.pop(frontend, None) is not None or self._changed
         self.notes.pop(frontend, None)
 
     def commit(self) -> None:
@@ -257,10 +259,13 @@ class Interceptor:
         Raises:
             DatapathError: nft refused; what was redirected before still is.
         """
+        if not self._changed:
+            return
         ports = {f: o.port for f, o in self._opened.items() if o.redirected}
         if ports or self._touched:
             self._touched = True
             self._table.replace(ports)
+        self._changed = False
 
     def drop_inherited(self) -> None:
         """Close inherited sockets that no frontend has asked for."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import socket
@@ -26,7 +27,7 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.intercept import Interceptor, table_name
 from mesh.datapath.proxy_books import Books, FrontRecord, sixteen
-from mesh.datapath.proxy_peers import Peers, all_backends, is_peers, tag_of
+from mesh.datapath.proxy_peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
@@ -142,41 +143,46 @@ class ProxyDatapath:
         except ValueError as error:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
         with self._books.lock:
-            self._backends.update({b.id: b for b in (*plan.result.backends.values(), *plan.put_backends)})
-        self._peers.apply(engine, plan.result.nodes or (), all_backends(plan.result, plan.drop_backends))
+            self._backends.update({b.id: b for b in plan.put_backends})
+        self._peers.apply(engine, plan.result.nodes or (), plan.put_backends)
         for entry in plan.put_frontends:
             try:
                 self._put(entry)
                 self._problems.pop(entry.state.frontend, None)
             except DatapathError as error:
                 self._problems[entry.state.frontend] = str(error)
-        # Not `drop_frontends` alone: one that could not be served was never held, so no plan drops it.
         wanted = plan.result.frontends
-        gone = [f for f, record in self._books.records.items() if record.entry is not None and f not in wanted]
-        self._problems = {f: problem for f, problem in self._problems.items() if f in wanted}
+        gone = set(plan.drop_frontends)
+        if self._problems:  # one that could not be served was never held, so no plan drops it
+            gone |= {f for f in self._problems if f not in wanted}
         for frontend in gone:
             intercept.forget(frontend)
         intercept.commit()
         for frontend in gone:
             self._drop(frontend)
-        kept = {b.id for b in plan.result.backends.values()} if plan.drop_backends else set()
+            self._problems.pop(frontend, None)
         for backend in plan.drop_backends:
-            if backend.id not in kept:
-                engine.drop_backend(backend.id)
-                with self._books.lock:
-                    self._backends.pop(backend.id, None)
+            self._drop_backend(engine, backend)
         engine.collect()
-        if self._first and plan.result.frontends:
+        if self._first and wanted:
             self._first = False
             intercept.drop_inherited()
-        self._applied = Applied(
-            generation=plan.result.generation,
-            frontends={f: e for f, e in plan.result.frontends.items() if f not in self._problems},
-            backends=plan.result.backends,
-            nodes=plan.result.nodes,
-        )
-        self._books.reap(engine, self._applied.backends, time.monotonic())
+        self._applied = plan.result
+        if self._problems:
+            served = {f: e for f, e in wanted.items() if f not in self._problems}
+            self._applied = dataclasses.replace(plan.result, frontends=served)
+        self._books.reap(engine, time.monotonic())
         return self._applied
+
+    def _drop_backend(self, engine: Engine, entry: BackendEntry) -> None:
+        held = self._backends.get(entry.id)
+        if held is None or held.key != entry.key:
+            return  # its number is somebody else's by now
+        engine.drop_backend(entry.id)
+        self._peers.drop(entry.id)
+        self._books.leave(entry.key)
+        with self._books.lock:
+            self._backends.pop(entry.id)
 
     def _put_backend(self, engine: Engine, entry: BackendEntry) -> None:
         target = entry.target
@@ -229,6 +235,7 @@ class ProxyDatapath:
         record.descriptors = ()
         self._refuse(record)
         record.entry = None
+        self._books.close(frontend, record)
 
     def _refuse(self, record: FrontRecord) -> None:
         """A route to nobody: what still tries to connect finds no further choice."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -36,7 +36,7 @@ class PairRecord:
     idle_since: float | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class FrontRecord:
     """What is kept of a frontend; `entry` is None once it was dropped, until its connections have ended."""
 
@@ -101,6 +101,9 @@ class Books:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.records: dict[Frontend, FrontRecord] = {}
+        self._users: dict[BackendKey, list[FrontRecord]] = {}  # who has a record of a backend
+        self._leaving: dict[int, tuple[FrontRecord, BackendKey]] = {}  # what nobody uses any more, by identity
+        self._closing: dict[Frontend, FrontRecord] = {}  # dropped, with records of their own still
         self._order: _Order | None = None  # None: records have come or gone
         self._told: tuple[_Order | None, bytearray] = (None, bytearray())  # what `signals` has looked at
 
@@ -115,12 +118,27 @@ class Books:
 
     def pair(self, record: FrontRecord, key: BackendKey, engine: Engine) -> Pair:
         """The counters of a backend of a frontend, made where they are new."""
-        if key not in record.pairs:
-            made = PairRecord(engine.pair(record.front))
+        known = record.pairs.get(key)
+        if known is None:
+            known = PairRecord(engine.pair(record.front))
+            self._users.setdefault(key, []).append(record)
             with self.lock:
-                record.pairs[key] = made
+                record.pairs[key] = known
                 self._order = None
-        return record.pairs[key].pair
+        elif self._leaving.pop(id(known), None) is not None:
+            known.idle_since = None
+        return known.pair
+
+    def leave(self, key: BackendKey) -> None:
+        """A backend is gone: its counters may go, once they rest."""
+        for record in self._users.get(key, ()):
+            self._leaving[id(record.pairs[key])] = record, key
+
+    def close(self, frontend: Frontend, record: FrontRecord) -> None:
+        """A frontend is gone: likewise those of all its backends, and its own."""
+        self._closing[frontend] = record
+        for key, pair in record.pairs.items():
+            self._leaving[id(pair)] = record, key
 
     def counters(self) -> tuple[Table[Frontend], Table[tuple[Frontend, BackendKey]]]:
         """All counters, by frontend and by backend of a frontend.
@@ -168,23 +186,31 @@ class Books:
             *(Signal(backend, False, cause, n) for (backend, cause), n in bad.items()),
         )
 
-    def reap(self, engine: Engine, live: Iterable[BackendKey], now: float) -> None:
+    def reap(self, engine: Engine, now: float) -> None:
         """Let go of counters that nothing changes any more and that could be read for a while."""
-        known = set(live)
-        for frontend, record in list(self.records.items()):
-            for key, pair in list(record.pairs.items()):
-                if record.entry is not None and key in known:
-                    pair.idle_since = None
-                    continue
-                begun, ended, *_ = pair.pair.read()
-                if begun != ended or pair.idle_since is None:
-                    pair.idle_since = now if begun == ended else None
-                elif now - pair.idle_since >= KEEP_COUNTERS and engine.release(pair.pair):
-                    with self.lock:
-                        del record.pairs[key]
-                        record.retired = add(record.retired, pair.pair.read())
-                        self._order = None
-            if record.entry is None and not record.pairs and engine.release(record.front):
+        for number, (record, key) in list(self._leaving.items()):
+            pair = record.pairs[key]
+            begun, ended, *_ = pair.pair.read()
+            if begun != ended or pair.idle_since is None:
+                pair.idle_since = now if begun == ended else None
+            elif now - pair.idle_since >= KEEP_COUNTERS and engine.release(pair.pair):
+                del self._leaving[number]
+                self._unlist(record, key)
+                with self.lock:
+                    del record.pairs[key]
+                    record.retired = add(record.retired, pair.pair.read())
+                    self._order = None
+        for frontend, record in list(self._closing.items()):
+            if record.entry is not None:
+                del self._closing[frontend]
+            elif not record.pairs and engine.release(record.front):
+                del self._closing[frontend]
                 with self.lock:
                     del self.records[frontend]
                     self._order = None
+
+    def _unlist(self, record: FrontRecord, key: BackendKey) -> None:
+        users = self._users[key]
+        users.remove(record)
+        if not users:
+            del self._users[key]

@@ -11,7 +11,7 @@ from typing import Final
 from mesh._fastpath import Engine, Front
 from mesh._maglev import backend_seed
 from mesh.config import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey
+from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.intercept import listening_sockets, why
 from mesh.datapath.proxy_books import sixteen
 from mesh.errors import DatapathError
@@ -25,9 +25,9 @@ def tag_of(key: BackendKey) -> bytes:
     return backend_seed(key.backend)[:SEED] + key.port.to_bytes(2, "big")
 
 
-def places_of(backends: Iterable[BackendEntry]) -> list[tuple[bytes, int, int]]:
-    """(tag, protocol, owner) of the backends that run here, sorted."""
-    return sorted((tag_of(b.key), b.key.protocol, b.id) for b in backends if b.target.via is None)
+def place_of(entry: BackendEntry) -> tuple[bytes, int, int]:
+    """(tag, protocol, owner) of a backend that runs here."""
+    return tag_of(entry.key), entry.key.protocol, entry.id
 
 
 def is_peers(frontend: Frontend, config: Config) -> bool:
@@ -52,25 +52,37 @@ class Peers:
         }
         self._fronts: dict[Protocol, Front] = {}
         self._descriptors: dict[Frontend, tuple[int, ...]] = {}  # listening sockets
-        self._held: tuple[object, object] | None = None
+        self._nodes: tuple[Address, ...] | None = None  # that are admitted; None: to be told anew
+        self._places: dict[int, tuple[bytes, int, int]] = {}  # by owner
+        self._stale = False  # places have come or gone
         self.problem = ""
 
     def apply(self, engine: Engine, nodes: tuple[Address, ...], backends: Iterable[BackendEntry]) -> None:
-        """Admit these nodes to those of the backends that run here."""
-        places = places_of(backends)
-        if (nodes, places) == self._held:
+        """Admit these nodes to those of the backends put so far, and of these, that run here."""
+        for entry in backends:
+            place = place_of(entry) if entry.target.via is None else None
+            if self._places.get(entry.id) != place:
+                self.drop(entry.id)
+                if place is not None:
+                    self._places[entry.id] = place
+                self._stale = True
+        if nodes == self._nodes and not self._stale:
             return
-        engine.put_doors([sixteen(address) for address in nodes], places)
-        self._held = (nodes, places)
+        engine.put_doors([sixteen(address) for address in nodes], sorted(self._places.values()))
+        self._nodes, self._stale = nodes, False
         if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:
                 self._listen(engine)
                 self.problem = ""
             except DatapathError as error:
-                self._held = None  # the next plan tries again
+                self._nodes = None  # the next plan tries again
                 self.problem = f"tasks of this node are not reachable through other nodes: {error}"
         elif nodes:
             self.close()
+
+    def drop(self, owner: int) -> None:
+        """A backend is gone; the engine knows that, so its place is taken out with the next plan."""
+        self._stale = self._places.pop(owner, None) is not None or self._stale
 
     def _listen(self, engine: Engine) -> None:
         for protocol in Protocol:
@@ -115,8 +127,3 @@ class Peers:
         rows = [front.handed() for front in list(self._fronts.values())]
         named = {"peer_opened": 2, "peer_bytes_in": 6, "peer_bytes_out": 7}
         return {name: sum(row[index] for row in rows) for name, index in named.items()}  # type: ignore[misc]
-
-
-def all_backends(applied: Applied, coming: Iterable[BackendEntry]) -> list[BackendEntry]:
-    """What is held and what is about to be."""
-    return list({entry.id: entry for entry in (*applied.backends.values(), *coming)}.values())

@@ -92,7 +92,7 @@ cdef enum:  # command.op
     OP_LISTEN = 1  # argument: listener of this worker
     OP_UNLISTEN = 2  # argument: frontend; accept what is queued, then close
     OP_YIELD = 3  # argument: frontend or NULL for all; stop without touching the queue (the sockets are shared)
-    OP_FORGET = 4  # argument: backend id; end its UDP sessions
+    OP_FORGET = 4  # argument: a byte for each backend id, not 0 where its UDP sessions shall end
     OP_ABORT = 5  # reset all connections, end all sessions
     OP_QUIT = 6
 

@@ -441,13 +441,13 @@ cdef inline void sessions_expire(worker *w) noexcept nogil:
         session_end(w, w.oldest)
 
 
-cdef inline void sessions_forget(worker *w, uint32_t id) noexcept nogil:
-    """A backend is gone, or elsewhere: its sessions end now."""
+cdef inline void sessions_forget(worker *w, const uint8_t *gone) noexcept nogil:
+    """Backends are gone, or elsewhere: their sessions end now."""
     cdef session *s = w.oldest
     cdef session *next
     while s is not NULL:
         next = s.newer
-        if s.fd >= 0 and s.backend == id:
+        if s.fd >= 0 and gone[s.backend]:
             session_end(w, s)
         s = next
 

@@ -117,7 +117,7 @@ cdef inline void obey(worker *w) noexcept nogil:
         elif op == OP_YIELD:
             do_yield(w, <frontend *>argument)
         elif op == OP_FORGET:
-            sessions_forget(w, <uint32_t><size_t>argument)
+            sessions_forget(w, <const uint8_t *>argument)
         elif op == OP_ABORT:
             do_abort(w)
         elif op == OP_QUIT:
