@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ import pytest
 
 from mesh import _bpf
 from mesh.errors import BpfError
+from tests.bpf.wires import inside
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -102,27 +102,10 @@ def bpffs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def namespace() -> Iterator[str]:
-    name = f"meshbind{os.getpid()}"
+    name = f"mesh{os.getpid()}-bind"
     subprocess.run(["ip", "netns", "add", name], check=True)
     yield name
     subprocess.run(["ip", "netns", "del", name], check=True)
-
-
-@contextlib.contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """Run this thread in a network namespace."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-    assert libc.setns(there, 0x40000000) == 0
-    try:
-        yield
-    finally:
-        assert libc.setns(here, 0x40000000) == 0
-        os.close(here)
-        os.close(there)
 
 
 def u32(*values: int) -> bytes:
@@ -248,7 +231,7 @@ def test_cgroup_link_is_pinned_updated_and_detached(path: str, bpffs: Path, load
     mounts = Path("/proc/mounts").read_text()
     found = re.search(r"^\S+ (\S+) cgroup2 ", mounts, re.MULTILINE)
     assert found, "no cgroup2 is mounted"
-    group = Path(found[1]) / f"meshbind{os.getpid()}"
+    group = Path(found[1]) / f"mesh{os.getpid()}-bind"
     group.mkdir()
     try:
         directory = os.open(group, os.O_RDONLY)

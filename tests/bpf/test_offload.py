@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,16 +17,13 @@ import pytest
 
 from mesh import _bpf
 from tests.bpf.plane import TCP, UDP, Plane
-from tests.bpf.test_binding import inside
+from tests.bpf.wires import bulk, inside, sh
+from tests.lab.netns import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 CLIENT4, NODE4, GATEWAY4, TASK4 = "192.0.2.9", "192.0.2.1", "172.18.0.1", "172.18.0.3"
 CLIENT6, NODE6, GATEWAY6, TASK6 = "2001:db8::9", "2001:db8::1", "fd00:18::1", "fd00:18::3"
-
-
-def sh(command: str) -> str:
-    return subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
 
 
 @dataclass
@@ -53,7 +49,7 @@ def wire(left: str, right: str, name: str, addresses: tuple[str, str, str, str])
 
 @pytest.fixture
 def wires() -> Iterator[Wires]:
-    names = [f"meshoff{os.getpid()}{end}" for end in ("c", "n", "t")]
+    names = [f"mesh{os.getpid()}-off-{end}" for end in ("c", "n", "t")]
     client, node, task = names
     try:
         for name in names:
@@ -85,37 +81,9 @@ def test_bulk_both_ways(
 ) -> None:
     wires.plane.backend(2, task, 8080, ifindex=wires.inner if peer else 0, bridge=wires.inner)
     wires.plane.frontend(1, port, [(2, 2)])
-    data = os.urandom(1 << 20) * 3
-    got: list[bytes] = []
-    with inside(wires.task):
-        server = socket.create_server(("::" if family == socket.AF_INET6 else "0.0.0.0", 8080), family=family)
-    with inside(wires.client):
-        client = socket.socket(family)
-    with server, client:
-        server.settimeout(20)
-        client.settimeout(20)
-
-        def serve() -> None:
-            connection, address = server.accept()
-            with connection:
-                connection.settimeout(20)
-                assert address[0] == (CLIENT6 if family == socket.AF_INET6 else CLIENT4)
-                received = b""
-                while len(received) < len(data) and (chunk := connection.recv(1 << 20)):
-                    received += chunk
-                got.append(received)
-                connection.sendall(received)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        client.connect((node, port))
-        client.sendall(data)
-        back = bytearray()
-        while len(back) < len(data) and (chunk := client.recv(1 << 20)):
-            back += chunk
-        thread.join(20)
-    assert got == [data]
-    assert back == data
+    assert family
+    seen = bulk(wires.client, (node, port), wires.task, size=3 << 20)
+    assert seen == (CLIENT6 if ":" in node else CLIENT4)
     assert wires.plane.verdicts()["REPLY"] > 10
 
 
@@ -129,8 +97,8 @@ def test_udp_both_ways(wires: Wires, family: socket.AddressFamily, node: str, ta
     with inside(wires.client):
         client = socket.socket(family, socket.SOCK_DGRAM)
     with server, client:
-        server.settimeout(5)
-        client.settimeout(5)
+        server.settimeout(PATIENCE)
+        client.settimeout(PATIENCE)
         for size in (0, 1, 100, 1400):
             client.sendto(bytes(size), (node, 53))
             data, peer = server.recvfrom(2000)
@@ -148,10 +116,10 @@ def test_refusals_are_believed(wires: Wires, family: socket.AddressFamily, node:
     with inside(wires.client):
         stream, datagram = socket.socket(family), socket.socket(family, socket.SOCK_DGRAM)
     with stream, datagram:
-        stream.settimeout(5)
+        stream.settimeout(PATIENCE)
         with pytest.raises(ConnectionRefusedError):
             stream.connect((node, 80))
-        datagram.settimeout(5)
+        datagram.settimeout(PATIENCE)
         datagram.connect((node, 53))
         datagram.send(b"question")
         with pytest.raises(ConnectionRefusedError):
@@ -168,7 +136,7 @@ def test_port_unreachable_of_a_task_reaches_the_client(
     with inside(wires.client):
         client = socket.socket(family, socket.SOCK_DGRAM)
     with client:
-        client.settimeout(5)
+        client.settimeout(PATIENCE)
         client.connect((node, 53))
         client.send(b"question")
         with pytest.raises(ConnectionRefusedError):

@@ -30,7 +30,7 @@ from tests.bpf.frames import (
     segment,
 )
 from tests.bpf.plane import HAIRPIN, HAIRPIN6, OK, REDIRECT, SHOT, Plane
-from tests.bpf.test_binding import inside
+from tests.bpf.wires import inside
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -213,7 +213,7 @@ def test_lengths_from_smallest_to_largest(plane: Plane) -> None:
 @pytest.fixture
 def narrow() -> Iterator[tuple[str, int]]:
     """A namespace with an interface of MTU 1400."""
-    name = f"meshmtu{os.getpid()}"
+    name = f"mesh{os.getpid()}-mtu"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         subprocess.run(

@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import pytest
 from mesh import _bpf
 from tests.bpf.frames import NODE4, NODE6, TASK4, TASK6
 from tests.bpf.plane import FREE, PASS, UDP, Plane
-from tests.bpf.test_binding import inside
+from tests.bpf.wires import inside
+from tests.lab.netns import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -39,7 +39,7 @@ TASK4B = "172.18.0.4"
 
 @pytest.fixture
 def namespace() -> Iterator[str]:
-    name = f"meshsock{os.getpid()}"
+    name = f"mesh{os.getpid()}-sock"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         for command in ("link set lo up", *(f"addr add {a} dev lo" for a in (NODE4, TASK4, TASK4B))):
@@ -61,7 +61,7 @@ def plane(namespace: str) -> Iterator[Plane]:
     match = re.search(r"^0::(.*)$", own, re.MULTILINE)
     assert match
     home = Path(found[1]) / match[1].lstrip("/")
-    group = Path(found[1]) / f"meshsock{os.getpid()}"
+    group = Path(found[1]) / f"mesh{os.getpid()}-sock"
     group.mkdir()
     links = []
     directory = os.open(group, os.O_RDONLY)
@@ -86,12 +86,13 @@ def plane(namespace: str) -> Iterator[Plane]:
         for link in links:
             link.close()
         os.close(directory)
-        for _ in range(100):
-            try:
-                group.rmdir()
-                break
-            except OSError:
-                time.sleep(0.01)
+        wait_for(lambda: removed(group), "the empty cgroup is removed")
+
+
+def removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
 
 
 @contextlib.contextmanager
@@ -128,7 +129,7 @@ def echo(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) 
 
 def client(address: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
-    made.settimeout(5)
+    made.settimeout(PATIENCE)
     return made
 
 

@@ -31,9 +31,9 @@ from tests.bpf.frames import (
 )
 from tests.bpf.plane import OK, REDIRECT, SHOT, Plane, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
-from tests.bpf.test_binding import inside
 from tests.bpf.test_icmp import requoted
 from tests.bpf.test_tunnel import PEER4, PORT, SEED, identity
+from tests.bpf.wires import inside
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -50,7 +50,7 @@ BUILD = pytest.mark.parametrize(("build", "protocol"), [(segment, 6), (datagram,
 @pytest.fixture(autouse=True, scope="module")
 def elsewhere() -> Iterator[None]:
     """A network namespace without routes, so that the way to a client is the interface of the packet."""
-    name = f"meshedge{os.getpid()}"
+    name = f"mesh{os.getpid()}-edge"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         with inside(name):

@@ -7,13 +7,10 @@ that go straight. `between` is the MTU of the router's wire to the far node, whi
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import errno
 import os
 import socket
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -22,9 +19,9 @@ import pytest
 
 from mesh import _bpf
 from tests.bpf.plane import DIRECT, TCP, UDP, Plane, packed, u32
-from tests.bpf.test_binding import inside
-from tests.bpf.test_offload import sh
 from tests.bpf.test_tunnel import SEED, identity
+from tests.bpf.wires import bulk, inside, sh
+from tests.lab.netns import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -97,7 +94,7 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    names = {end: f"meshtun{os.getpid()}{end}" for end in "cabrt"}
+    names = {end: f"mesh{os.getpid()}-tun-{end}" for end in "cabrt"}
     try:
         for name in names.values():
             sh(f"ip netns add {name}")
@@ -143,38 +140,19 @@ def family(version: int) -> socket.AddressFamily:
     return socket.AF_INET if version == 4 else socket.AF_INET6
 
 
-def bulk(lab: Lab, version: int, size: int = 2 << 20) -> None:
+def transfer(lab: Lab, version: int) -> None:
     """Random bytes there and back, and the client's address as the task sees it."""
-    data = os.urandom(size)
-    got: list[tuple[str, str]] = []
-    with inside(lab.names["t"]):
-        server = socket.create_server(("::" if version == 6 else "0.0.0.0", 8080), family=family(version))
-    with inside(lab.names["c"]):
-        client = socket.socket(family(version))
-    with server, client:
-        server.settimeout(20)
-        client.settimeout(20)
+    assert bulk(lab.names["c"], (NEAR[version], 80), lab.names["t"]) == CLIENT[version]
 
-        def serve() -> None:
-            connection, address = server.accept()
-            with connection:
-                connection.settimeout(20)
-                received = bytearray()
-                while len(received) < len(data) and (chunk := connection.recv(1 << 20)):
-                    received += chunk
-                got.append((address[0], hashlib.sha256(received).hexdigest()))
-                connection.sendall(received)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        client.connect((NEAR[version], 80))
-        client.sendall(data)
-        back = bytearray()
-        while len(back) < len(data) and (chunk := client.recv(1 << 20)):
-            back += chunk
-        thread.join(20)
-    assert got == [(CLIENT[version], hashlib.sha256(data).hexdigest())]
-    assert back == data
+def refuses(client: socket.socket, size: int) -> bool:
+    """Whether the kernel does not send a datagram of this size; it then knows of a smaller path MTU."""
+    try:
+        client.send(bytes(size))
+    except OSError as error:
+        assert error.errno == errno.EMSGSIZE
+        return True
+    return False
 
 
 VERSIONS: Final = pytest.mark.parametrize(("inner", "outer"), [(4, 4), (6, 4), (4, 6), (6, 6)])
@@ -186,7 +164,7 @@ VERSIONS: Final = pytest.mark.parametrize(("inner", "outer"), [(4, 4), (6, 4), (
 def test_bulk_both_ways(lab: Lab, inner: int, outer: int, offload: bool, settings: int) -> None:
     lab.offload(offload)
     lab.serve(inner, outer, settings=settings)
-    bulk(lab, inner)
+    transfer(lab, inner)
     near, far = lab.near.verdicts(), lab.far.verdicts()
     assert near.keys() == ({"TUNNEL_OUT"} if settings else {"TUNNEL_OUT", "TUNNEL_REPLY"}), near
     assert far.keys() == {"TUNNEL_IN", "TUNNEL_DIRECT" if settings else "TUNNEL_ANSWER"}, far
@@ -198,7 +176,7 @@ def test_bulk_both_ways(lab: Lab, inner: int, outer: int, offload: bool, setting
 def test_a_small_way_that_is_known(lab: Lab, inner: int, outer: int, mtu: int) -> None:
     lab.mtu(mtu)
     lab.serve(inner, outer, mtu=mtu)
-    bulk(lab, inner)
+    transfer(lab, inner)
     assert "TUNNEL_TOO_BIG" not in lab.near.verdicts() | lab.far.verdicts()
 
 
@@ -212,8 +190,8 @@ def test_datagrams_both_ways(lab: Lab, inner: int, outer: int, settings: int) ->
     with inside(lab.names["c"]):
         client = socket.socket(family(inner), socket.SOCK_DGRAM)
     with server, client:
-        server.settimeout(5)
-        client.settimeout(5)
+        server.settimeout(PATIENCE)
+        client.settimeout(PATIENCE)
         for size in (0, 1, 100, 1370):
             client.sendto(bytes(size), (NEAR[inner], 80))
             data, peer = server.recvfrom(2000)
@@ -229,19 +207,12 @@ def test_a_datagram_that_is_too_large_is_answered(lab: Lab, inner: int, outer: i
     with inside(lab.names["c"]):
         client = socket.socket(family(inner), socket.SOCK_DGRAM)
     with client:
-        client.settimeout(5)
+        client.settimeout(PATIENCE)
         client.setsockopt(*((socket.IPPROTO_IP, 10, 2) if inner == 4 else (socket.IPPROTO_IPV6, 23, 2)))  # MTU_DISCOVER
         client.connect((NEAR[inner], 80))
-        client.send(bytes(1440))
-        for _ in range(50):  # the kernel tells once it has heard
-            try:
-                client.send(bytes(1440))
-            except OSError as error:
-                assert error.errno == 90  # EMSGSIZE
-                break
-        client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # it may have heard twice
+        wait_for(lambda: refuses(client, 1440), "the kernel has heard of it")
         room = (52 if outer == 4 else 72) + 28 + (20 if inner == 6 else 0)
-        assert client.send(bytes(1500 - room)) == 1500 - room
+        wait_for(lambda: not refuses(client, 1500 - room), "what fits is sent")  # it may have heard twice
     assert lab.near.verdicts()["TUNNEL_TOO_BIG"] >= 1
 
 
@@ -255,12 +226,12 @@ def test_a_small_way_that_tells(lab: Lab, inner: int, outer: int) -> None:
     with client:
         client.setsockopt(*((socket.IPPROTO_IP, 10, 2) if inner == 4 else (socket.IPPROTO_IPV6, 23, 2)))  # MTU_DISCOVER
         client.connect((NEAR[inner], 80))
-        for _ in range(1000):
-            with contextlib.suppress(OSError):
-                client.send(bytes(1370))
-            if "TUNNEL_TOO_BIG" in lab.near.verdicts():
-                break
-            time.sleep(0.01)
+
+        def told() -> bool:
+            refuses(client, 1370)
+            return "TUNNEL_TOO_BIG" in lab.near.verdicts()
+
+        wait_for(told, "the near node has answered the client")
     near = lab.near.verdicts()
     assert (near["TUNNEL_PATH"], near["TUNNEL_TOO_BIG"]) >= (1, 1)
 
@@ -272,7 +243,7 @@ def test_connections_to_an_unknown_task_are_refused(lab: Lab, inner: int, outer:
     with inside(lab.names["c"]):
         client = socket.socket(family(inner))
     with client:
-        client.settimeout(10)
+        client.settimeout(PATIENCE)
         with pytest.raises(ConnectionRefusedError):
             client.connect((NEAR[inner], 80))
     assert lab.far.verdicts() == {"TUNNEL_UNKNOWN": 2}
@@ -287,10 +258,10 @@ def test_a_tasks_refusals_reach_the_client(lab: Lab, inner: int, outer: int, set
     with inside(lab.names["c"]):
         stream, datagram = socket.socket(family(inner)), socket.socket(family(inner), socket.SOCK_DGRAM)
     with stream, datagram:
-        stream.settimeout(5)
+        stream.settimeout(PATIENCE)
         with pytest.raises(ConnectionRefusedError):
             stream.connect((NEAR[inner], 80))
-        datagram.settimeout(5)
+        datagram.settimeout(PATIENCE)
         datagram.connect((NEAR[inner], 80))
         datagram.send(b"question")
         with pytest.raises(ConnectionRefusedError):
@@ -306,8 +277,8 @@ def test_replies_go_straight_when_the_node_that_was_called_is_gone(lab: Lab) -> 
     with inside(lab.names["c"]):
         client = socket.socket()
     with server, client:
-        server.settimeout(5)
-        client.settimeout(5)
+        server.settimeout(PATIENCE)
+        client.settimeout(PATIENCE)
         client.connect((NEAR[4], 80))
         connection, _ = server.accept()
         with connection:

@@ -21,7 +21,8 @@ from mesh.datapath.kernel_rtnl import Interface, Netlink
 from mesh.errors import BpfError
 from tests.bpf.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
 from tests.bpf.plane import ALLOW_RULE, CLIENT, DENY, DENY_RULE, SHOT, UDP, Plane
-from tests.bpf.test_binding import inside
+from tests.bpf.wires import inside
+from tests.lab.netns import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -158,7 +159,7 @@ def sh(command: str) -> str:
 @pytest.fixture
 def node() -> Iterator[str]:
     """A namespace: node, with a veth `eth0` to its own namespace's other side, and a bridge `br0`."""
-    names = [f"meshxdp{os.getpid()}{end}" for end in ("n", "c")]
+    names = [f"mesh{os.getpid()}-xdp-{end}" for end in ("n", "c")]
     node, client = names
     try:
         for name in names:
@@ -209,10 +210,10 @@ def attached(node: str, name: str = "eth0") -> tuple[str, int]:
     return (mode[1], int(program[1])) if mode and program else ("", 0)
 
 
-def is_answered(node: str, source: str, port: int) -> bool:
+def is_answered(node: str, source: str, port: int, within: float = PATIENCE) -> bool:
     """Whether a connection from this source is answered, by a reset here."""
     with inside(node[:-1] + "c"), socket.socket() as client:
-        client.settimeout(0.5)
+        client.settimeout(within)
         client.bind((source, 0))
         try:
             client.connect(("192.0.2.1", port))
@@ -234,7 +235,7 @@ def test_native_on_a_real_interface(node: str, links: Path, plane: Plane) -> Non
     assert attached(node) == ("xdp", plane.programs["mesh_xdp"].id)
     assert is_answered(node, "192.0.2.9", 84)
     assert plane.verdicts() == {}
-    assert not is_answered(node, "192.0.2.10", 84)
+    assert not is_answered(node, "192.0.2.10", 84, within=0.5)
     assert is_answered(node, "192.0.2.10", 85)
     assert set(plane.verdicts()) == {"DENIED"}
     with inside(node):

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.lab.netns import PATIENCE
 from tests.ports import free_port
 
 
-def get(url: str, timeout: float = 5, headers: dict[str, str] | None = None) -> tuple[int, str]:
+def get(url: str, timeout: float = PATIENCE, headers: dict[str, str] | None = None) -> tuple[int, str]:
     """Status and body of a GET on a connection of its own."""
     request = urllib.request.Request(url, headers=headers or {})
     try:
@@ -38,7 +39,7 @@ class Demo:
         self.log = directory / "log"
         command = [
             sys.executable, "-m", "mesh", "run", "--provider=demo", "--engine=proxy", "--intercept=bind",
-            f"--state-dir={self.state_dir}", f"--http-listen={self.http}", "--drain-timeout=5", *flags,
+            f"--state-dir={self.state_dir}", f"--http-listen={self.http}", "--drain-timeout=60", *flags,
         ]  # fmt: skip
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
         with self.log.open("wb") as log:
@@ -59,8 +60,8 @@ class Demo:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _wait(self, condition: Any, timeout: float = 30) -> None:
-        deadline = time.monotonic() + timeout
+    def _wait(self, condition: Any) -> None:
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.output()
             try:
@@ -77,7 +78,7 @@ class Demo:
     def mesh(self, *args: str) -> tuple[int, str]:
         """Exit code and output of a command of the CLI, at this daemon."""
         command = [sys.executable, "-m", "mesh", *args, f"--state-dir={self.state_dir}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
         return done.returncode, done.stdout + done.stderr
 
     def json(self, *args: str) -> Any:
@@ -86,7 +87,7 @@ class Demo:
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(how)
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -15,6 +15,7 @@ import pytest
 from mesh.demo import BACKENDS
 from mesh.metrics import families
 from tests.lab.demo import Demo, get
+from tests.lab.netns import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_the_commands_that_are_printed_work(demo: Demo) -> None:
     commands = [c for c in commands if re.match(r"curl |for |(\S+ -m )?mesh ", c)]
     assert len(commands) >= 7
     for command in commands:
-        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=PATIENCE)
         assert done.returncode == 0 and done.stdout, (command, done.stderr)
     assert demo.mesh("undrain", "backend", "demo.1")[0] == 0
 
@@ -81,7 +82,7 @@ def test_drain_and_undrain(demo: Demo) -> None:
     try:
         demo._wait(lambda: {b["name"]: b["weight"] for b in demo.json("backends")}["demo.2"] == 0)
         assert "demo.2" not in Counter(hello(demo) for _ in range(60))
-        assert "demo-2" in demo.mesh("status")[1]
+        assert "backend demo.2" in demo.mesh("status")[1]
     finally:
         assert demo.mesh("undrain", "backend", "demo.2")[0] == 0
     demo._wait(lambda: {b["name"]: b["weight"] for b in demo.json("backends")}["demo.2"] > 0)
@@ -111,10 +112,10 @@ def test_sigterm_lets_a_request_end(tmp_path: Path) -> None:
         slow = subprocess.Popen(
             ["curl", "-sS", f"http://127.0.0.1:{demo.published}/slow"], stdout=subprocess.PIPE, text=True
         )
-        active = re.compile(r"^mesh_connections_active\{[^}]*\} [1-9]", re.MULTILINE)
-        demo._wait(lambda: active.search(get(f"http://{demo.http}/metrics")[1]))
+        opened = re.compile(r"^mesh_connections_opened_total\{[^}]*\} [1-9]", re.MULTILINE)
+        demo._wait(lambda: opened.search(get(f"http://{demo.http}/metrics")[1]))
         assert demo.stop() == 0, demo.output()
-        assert slow.communicate(timeout=10)[0].startswith("Hello from demo.")
+        assert slow.communicate(timeout=PATIENCE)[0].startswith("Hello from demo.")
         assert "Traceback" not in demo.output()
         assert demo.mesh("status")[0] == 3
 
@@ -129,4 +130,4 @@ def test_mesh_stop(tmp_path: Path) -> None:
     with Demo(tmp_path) as demo:
         code, text = demo.mesh("stop", "--release")
         assert code == 0 and f"daemon {demo.process.pid} stopped" in text
-        assert demo.process.wait(10) == 0
+        assert demo.process.wait(PATIENCE) == 0
