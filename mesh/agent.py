@@ -23,11 +23,12 @@ from mesh.agent_handover import HandOver
 from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
 from mesh.agent_view import Facts, View
+from mesh.agent_ways import Ways
 from mesh.config import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
-from mesh.model import Backend, Frontend, HealthView, Inventory
+from mesh.model import Backend, Frontend, HealthView, Inventory, Node
 from mesh.notify import Notifier
 from mesh.provider import Provider
 from mesh.reconcile.loop import Picture, Reconciler
@@ -135,7 +136,8 @@ class Agent:
         if isinstance(self._provider, ClusterProvider):
             self._provider.engine, self._provider.on_health = chosen.name, self._reconciler.set_health
         facts = Facts(chosen.name, chosen.reason, self._state_dir, time.time())
-        self._view = View(facts, self._reconciler, self._provider, self._monitor, self.stop)
+        ways = Ways(self._config, chosen.name, self._nodes)
+        self._view = View(facts, self._reconciler, self._provider, self._monitor, self.stop, ways)
         if isinstance(self._provider, ClusterProvider):
             self._provider.tables = self._view.tables
         self._servers = Servers(self._view, self._config.http_listen, self._state_dir)
@@ -155,6 +157,7 @@ class Agent:
             self._spawn("reconcile", self._reconciler.run)
             self._spawn("health", self._monitor.run)
             self._spawn("provider", lambda: self._provider.run(self._publish))
+            self._spawn("ways", self._view.ways.run)
             self._spawn("signals", self._listen_to_traffic)
             self._spawn("tick", self._tick)
             if successor:
@@ -214,6 +217,9 @@ class Agent:
         if lost != self._lost:
             self._lost = lost
             self._watch()
+
+    def _nodes(self) -> tuple[str, Sequence[Node]]:
+        return self._provider.status().node_id, self._inventory.nodes
 
     def _watch(self) -> None:
         """Have all backends probed, also those that the guard holds back: it lets go of one that is dead."""

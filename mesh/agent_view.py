@@ -18,6 +18,8 @@ from mesh import __version__
 from mesh._maglev import ABI_VERSION
 from mesh.agent_explain import Explainer
 from mesh.agent_services import Services
+from mesh.agent_ways import Ways
+from mesh.config import Config
 from mesh.datapath.base import Stats
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
@@ -47,6 +49,7 @@ class View:
 
     Args:
         stop: how the daemon is stopped; `release` hands the ports back.
+        ways: what is known of the ways to other nodes, for who has any.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class View:
         provider: Provider,
         monitor: Monitor,
         stop: Callable[[bool], Awaitable[None]],
+        ways: Ways | None = None,
     ) -> None:
         self._facts = facts
         self._reconciler = reconciler
         self._provider = provider
         self._monitor = monitor
         self._stop = stop
+        self.ways = ways or Ways(Config(), facts.engine, lambda: ("", ()))
         self._services = Services(facts.engine)
         self._explainer = Explainer(reconciler)
         self.stopping = False
@@ -70,7 +75,7 @@ class View:
     def state(self) -> Json:
         loop, facts = self._reconciler, self._facts
         picture, applied, drained = loop.picture, loop.applied, self.drained  # each is replaced whole
-        status = self._provider.status()
+        status, ways = self._provider.status(), [str(problem) for problem in self.ways.problems]
         return {
             "version": __version__,
             "abi": ABI_VERSION,
@@ -90,7 +95,8 @@ class View:
             "guard": {"holds": loop.guard_holds, "held": len(loop.held)},
             "probes": dict(self._monitor.counts),
             "node": {"id": status.node_id, "name": _node_name(picture.inventory, status.node_id)},
-            "problems": [*(str(p) for p in picture.desired.problems), *loop.problems],
+            "problems": [*(str(p) for p in picture.desired.problems), *loop.problems, *ways],
+            "ways_failed": len(ways),
             "services": self._services.shown(picture, applied),
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
             "stopping": self.stopping,

@@ -123,6 +123,7 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.READY, int(ready))
     put(f.STOPPING, int(state["stopping"]))
     put(f.PROBLEMS, len(state["problems"]))
+    put(f.WAYS_FAILED, state["ways_failed"])
     provider = state["provider"]
     put(f.PROVIDER_CONNECTED, int(provider["connected"]), provider=provider["kind"])
     if provider["age_seconds"] is not None:

@@ -41,7 +41,16 @@ START_TIME: Final = Family(
 READY: Final = Family("mesh_ready", Kind.GAUGE, (), "1 while the node serves all that it should, as /readyz says.")
 STOPPING: Final = Family("mesh_stopping", Kind.GAUGE, (), "1 while the daemon drains in order to stop.")
 PROBLEMS: Final = Family(
-    "mesh_problems", Kind.GAUGE, (), "Settings that cannot be used and ports that cannot be served; see mesh status."
+    "mesh_problems",
+    Kind.GAUGE,
+    (),
+    "Settings that cannot be used, ports that cannot be served, ways to nodes that fail; see mesh status.",
+)
+WAYS_FAILED: Final = Family(
+    "mesh_ways_failed",
+    Kind.GAUGE,
+    (),
+    "Ways to other nodes (tunnel, peer port) by which nothing comes back: connections to tasks there fail.",
 )
 PROVIDER_CONNECTED: Final = Family(
     "mesh_provider_connected", Kind.GAUGE, ("provider",), "1 if the last read of the source of services was good."
@@ -179,8 +188,8 @@ VERDICTS: Final = Family(
 )
 
 FAMILIES: Final = (
-    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PROVIDER_CONNECTED, PROVIDER_AGE, GENERATION_DESIRED,
-    GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
+    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, WAYS_FAILED, PROVIDER_CONNECTED, PROVIDER_AGE,
+    GENERATION_DESIRED, GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
     OPENED, CLOSED, ACTIVE, RETRIED, FAILED, BYTES, PACKETS, CONNECT, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
     BACKEND_OPENED, BACKEND_ACTIVE, BACKEND_RETRIED, BACKEND_FAILED, BACKEND_BYTES, BACKEND_PACKETS, BACKEND_CONNECT,
     BACKEND_WEIGHT, BACKEND_SLOTS, BACKEND_INFO, BACKEND_HEALTHY, BACKEND_DRAINING, VERDICTS,

@@ -42,7 +42,7 @@ def service(**options: Any) -> Service:
 
 def backend(name: str, node: Node = ONE, **more: Any) -> Backend:
     address = ipaddress.ip_address(f"172.18.0.{int(name[-1])}")
-    return Backend(name, "s", node.id, address, **{"name": f"web.{name}", "local": True} | more)
+    return Backend(name, "s", node.id, address, name=f"web.{name}", **more)
 
 
 @asynccontextmanager
