@@ -9,18 +9,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import subprocess
+from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from mesh._bpf import map_work
 from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
 from mesh.config import Config
-from mesh.datapath.base import Applied, Table
+from mesh.datapath import kernel_maps
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Table
+from mesh.datapath.codec import BACKEND_ACTIVE, BackendSlot
+from mesh.datapath.kernel_maps import KernelMaps
+from mesh.datapath.kernel_nodes import Ids
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.metrics.collector import Exposition, Snapshot, render
-from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service
+from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
 from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.guard import guard
 from mesh.reconcile.plan import key_of, plan
@@ -75,7 +82,8 @@ def test_guard_10000_backends(benchmark: BenchmarkFixture):
 def test_plan_one_of_10000_backends_left(benchmark: BenchmarkFixture):
     whole = inventory()
     fewer = dataclasses.replace(whole, backends=whole.backends[1:])
-    before, after = (compose(each, HealthView(), Drained(), Config()) for each in (whole, fewer))
+    cache = ComposeCache()
+    before, after = (compose(each, HealthView(), Drained(), Config(), cache) for each in (whole, fewer))
     applied = plan(Applied(), before).result
     steps = benchmark(plan, applied, after)
     assert len(steps.put_frontends) == 1
@@ -168,3 +176,51 @@ def test_read_10000_backends(benchmark: BenchmarkFixture, tmp_path: Path):
         assert len(benchmark(engine.stats).backends) == SERVICES * REPLICAS
     finally:
         engine.close(release=True)
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> Iterator[tuple[KernelMaps, Ids]]:
+    """The kernel engine's maps with 1,000 services of 10 backends in them; needs root."""
+    subprocess.run(["mount", "-t", "bpf", "bpf", str(tmp_path)], check=True)
+    try:
+        _, found = kernel_maps.load(tmp_path / "mesh", {})
+        held = KernelMaps(found, tmp_path / "mesh")
+        result = plan(Applied(), compose(inventory(), HealthView(), Drained(), Config())).result
+        held.put_backends({entry.id: slot_of(entry) for entry in result.backends.values()})
+        held.arenas.reserve(entry.table.size for entry in result.frontends.values())
+        for frontend, entry in result.frontends.items():
+            held.put_frontend(frontend, entry.table.to_bytes(), 0, ())
+        yield held, Ids(found)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def slot_of(entry: BackendEntry) -> BackendSlot:
+    return BackendSlot(entry.target.address, entry.key.port, entry.key.protocol, BACKEND_ACTIVE, 0)
+
+
+def test_map_writes_of_a_change_10000_backends(benchmark: BenchmarkFixture, maps: tuple[KernelMaps, Ids]):
+    """A backend is replaced by another: all that is written for it, a table of 16,381 slots among it."""
+    held, ids = maps
+    both = [dataclasses.replace(inventory().backends[n], id=f"new{n}") for n in range(2)]
+    entries = [
+        BackendEntry(20000 + n, BackendKey(b.id, 80, 6), Target(b.id, b.address, 80, 1)) for n, b in enumerate(both)
+    ]
+    tables = [
+        SlotTable.build(16381, [*members(9), (backend_seed(b.id), 20000 + n, 1)]).to_bytes() for n, b in enumerate(both)
+    ]
+    frontend = next(iter(held.served))
+    turns = itertools.cycle(((0, 1), (1, 0)))
+
+    def change() -> None:
+        new, old = next(turns)
+        held.put_backends({entries[new].id: slot_of(entries[new])})
+        ids.put([entries[new]])
+        held.put_frontend(frontend, tables[new], 0, None)
+        ids.drop([entries[old].id])
+        held.free_backends([entries[old].id])
+
+    before = map_work()
+    benchmark.pedantic(change, rounds=200, warmup_rounds=2)
+    calls, stores, _ = (now - was for now, was in zip(map_work(), before, strict=True))
+    benchmark.extra_info.update(system_calls=calls / 202, stores=stores / 202)

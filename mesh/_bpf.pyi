@@ -25,6 +25,7 @@ LAYOUT: Final[dict[str, int]]
 _Bytes = bytes | bytearray | memoryview
 
 def possible_cpus() -> int: ...
+def map_work() -> tuple[int, int, int]: ...
 
 class Handle:
     @property

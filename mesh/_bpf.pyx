@@ -79,6 +79,11 @@ def possible_cpus():
     return libbpf_num_possible_cpus()
 
 
+def map_work():
+    """What the calling thread has done to maps so far: (system calls, stores to mapped arrays, bytes stored)."""
+    return mesh_work.calls, mesh_work.stores, mesh_work.bytes
+
+
 cdef class Handle:
     """An owned file descriptor of the bpf file system's kind; closed with the object."""
 
@@ -159,6 +164,7 @@ cdef class Map(Handle):
         cdef bytes raw = name.encode()[:15]
         cdef const char *text = raw
         cdef int fd, inner_fd = -1 if inner is None else inner.fd
+        mesh_work.calls += 1
         with nogil:
             fd = mesh_map_create(kind, text, key_size, value_size, max_entries, flags, inner_fd)
         if fd < 0:
@@ -188,6 +194,7 @@ cdef class Map(Handle):
         cdef uint8_t[::1] out = value
         cdef int err
         self.check(key, self.key_size, "key")
+        mesh_work.calls += 1
         with nogil:
             err = bpf_map_lookup_elem(self.fd, &key[0], &out[0])
         if err == -ENOENT:
@@ -201,6 +208,7 @@ cdef class Map(Handle):
         cdef int err
         self.check(key, self.key_size, "key")
         self.check(value, self.stride, "value")
+        mesh_work.calls += 1
         with nogil:
             err = bpf_map_update_elem(self.fd, &key[0], &value[0], flags)
         if err:
@@ -210,6 +218,7 @@ cdef class Map(Handle):
         """Delete a key. Returns whether it was there."""
         cdef int err
         self.check(key, self.key_size, "key")
+        mesh_work.calls += 1
         with nogil:
             err = bpf_map_delete_elem(self.fd, &key[0])
         if err and err != -ENOENT:
@@ -224,6 +233,7 @@ cdef class Map(Handle):
             return
         self.check(keys, <size_t>count * self.key_size, "batch of keys")
         self.check(values, count * self.stride, "batch of values")
+        mesh_work.calls += 1
         with nogil:
             err = mesh_batch_update(self.fd, &keys[0], &values[0], &count)
         if err:
@@ -236,6 +246,7 @@ cdef class Map(Handle):
         cdef int err
         while done < total:
             count = total - done
+            mesh_work.calls += 1
             with nogil:
                 err = mesh_batch_delete(self.fd, &keys[done * self.key_size], &count)
             if err and err != -ENOENT:
@@ -267,6 +278,7 @@ cdef class Map(Handle):
                     if k is NULL or v is NULL:
                         raise MemoryError
                 count = min(chunk, limit - total)
+                mesh_work.calls += 1
                 with nogil:
                     err = bpf_map_lookup_batch(self.fd, NULL if first else token, token, k, v, &count, NULL)
                 if err == -ENOSPC:  # one bucket of the hash does not fit: a larger chunk

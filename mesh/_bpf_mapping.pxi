@@ -41,6 +41,8 @@ cdef class Mapping:
         """Copy bytes; programs may see any part of them first."""
         cdef size_t length = data.shape[0]
         cdef uint8_t *place = self.at(offset, length, 1)
+        mesh_work.stores += 1
+        mesh_work.bytes += length
         if length:
             with nogil:
                 memcpy(place, &data[0], length)
@@ -51,6 +53,8 @@ cdef class Mapping:
 
     def store64(self, size_t offset, uint64_t value):
         """Replace an aligned 64-bit word; all that was written before is seen before it."""
+        mesh_work.stores += 1
+        mesh_work.bytes += 8
         mesh_store64(<uint64_t *>self.at(offset, 8, 8), value)
 
     def load32(self, size_t offset):
@@ -59,4 +63,6 @@ cdef class Mapping:
 
     def store32(self, size_t offset, uint32_t value):
         """Replace an aligned 32-bit word; all that was written before is seen before it."""
+        mesh_work.stores += 1
+        mesh_work.bytes += 4
         mesh_store32(<uint32_t *>self.at(offset, 4, 4), value)

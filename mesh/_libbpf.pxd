@@ -63,6 +63,10 @@ cdef extern from *:
             opts.inner_map_fd = inner;
         return bpf_map_create(type, name, key, value, entries, &opts);
     }
+    /* What this thread has done to maps: system calls; stores to mapped arrays, and their bytes. */
+    struct mesh_work { unsigned long long calls, stores, bytes; };
+    static __thread struct mesh_work mesh_work;
+
     static int mesh_batch_update(int fd, const void *keys, const void *values, __u32 *count)
     {
         LIBBPF_OPTS(bpf_map_batch_opts, opts);
@@ -182,6 +186,11 @@ cdef extern from *:
     const char *mesh_log_text() nogil
     int mesh_map_create(int type, const char *name, uint32_t key, uint32_t value, uint32_t entries, uint32_t flags,
                         int inner) nogil
+    struct mesh_work_counts "mesh_work":
+        uint64_t calls
+        uint64_t stores
+        uint64_t bytes
+    mesh_work_counts mesh_work
     int mesh_batch_update(int fd, const void *keys, const void *values, uint32_t *count) nogil
     int mesh_batch_delete(int fd, const void *keys, uint32_t *count) nogil
     int mesh_tc(int fd, int ifindex, int ingress, uint32_t handle, uint32_t priority, int attach, int *created) nogil

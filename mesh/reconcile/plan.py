@@ -48,13 +48,46 @@ def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset
             where="plan",
             remedy="take services out with the label mesh.enable=false",
         )
-    backends = _assign(applied, _wanted(desired), reserved)
     names = {entry.id: entry for entry in applied.backends.values()}
+    changed = _changed(applied, desired)
+    keys = _touched(applied, desired, names, changed)
+    backends = _assign(applied, _wanted(desired, keys), keys, reserved)
     frontends = {
-        frontend: _frontend(applied.frontends.get(frontend), state, applied, names, backends)
+        frontend: _frontend(held, state, applied, names, backends)
+        if (held := applied.frontends.get(frontend)) is None or frontend in changed
+        else held
         for frontend, state in desired.frontends.items()
     }
-    return _steps(applied, desired.generation, frontends, backends, desired.nodes)
+    return _steps(applied, desired.generation, frontends, backends, desired.nodes, keys)
+
+
+def _changed(applied: Applied, desired: DesiredState) -> set[Frontend]:
+    """Frontends that are new, gone or not known to be the same; others have the same targets under the same ids."""
+    held = applied.frontends
+    same = {
+        frontend
+        for frontend, state in desired.frontends.items()
+        if (entry := held.get(frontend)) is not None
+        and entry.state is state
+        and len(entry.backends) == len(state.targets)
+    }
+    return {*held, *desired.frontends} - same
+
+
+def _touched(
+    applied: Applied, desired: DesiredState, names: Mapping[int, BackendEntry], changed: Set[Frontend]
+) -> set[BackendKey] | None:
+    """Keys whose entries may have to change with these frontends; None: any may, as so many frontends do."""
+    if 2 * len(changed) >= len(desired.frontends):
+        return None
+    keys = {entry.key for entry in applied.backends.values() if entry.target.weight == _NEVER}
+    for frontend in changed:
+        if (held := applied.frontends.get(frontend)) is not None:
+            keys.update(_keys(held.state))
+            keys.update(names[owner].key for owner in held.backends if owner in names)
+        if (state := desired.frontends.get(frontend)) is not None:
+            keys.update(_keys(state))
+    return keys
 
 
 def settle(applied: Applied, due: Collection[Frontend], live: Mapping[Frontend, frozenset[int]]) -> Plan:
@@ -99,22 +132,25 @@ def _keys(state: FrontendState) -> Iterator[BackendKey]:
     return (key_of(state, target) for target in state.targets)
 
 
-def _wanted(desired: DesiredState) -> dict[BackendKey, Target]:
-    """Every target by key. Frontends that share a key share its first target's description."""
+def _wanted(desired: DesiredState, keys: Set[BackendKey] | None) -> dict[BackendKey, Target]:
+    """Every target by key, or those of these keys. Frontends that share a key share its first target's description."""
     wanted: dict[BackendKey, Target] = {}
+    ids = None if keys is None else {key.backend for key in keys}
     for state in desired.frontends.values():
         for target in state.targets:
-            wanted.setdefault(key_of(state, target), target)
-    return wanted
+            if ids is None or target.backend in ids:
+                wanted.setdefault(key_of(state, target), target)
+    return wanted if keys is None else {key: target for key, target in wanted.items() if key in keys}
 
 
 def _assign(
-    applied: Applied, wanted: Mapping[BackendKey, Target], reserved: Set[int]
+    applied: Applied, wanted: Mapping[BackendKey, Target], keys: Set[BackendKey] | None, reserved: Set[int]
 ) -> dict[BackendKey, BackendEntry]:
-    """Entries for all wanted keys: known keys keep their id, new ones get the lowest that is free."""
-    used = {entry.id for entry in applied.backends.values()} | reserved
-    free = (n for n in itertools.count(OWNER_FIRST) if n not in used)
-    entries: dict[BackendKey, BackendEntry] = {}
+    """Entries for all wanted keys, beside those held for others than `keys`: known keys keep their id, new ones get the
+    lowest that is free."""
+    entries = dict(applied.backends) if keys is not None else {}
+    for key in keys or ():
+        entries.pop(key, None)
     new: list[BackendKey] = []
     for key, target in wanted.items():
         held = applied.backends.get(key)
@@ -124,11 +160,16 @@ def _assign(
             entries[key] = held
         else:
             entries[key] = BackendEntry(held.id, key, target)
+    if not new:
+        return entries
+    count = len(entries) + len(new)
+    used = {entry.id for entry in applied.backends.values()} | reserved
+    free = (n for n in itertools.count(OWNER_FIRST) if n not in used)
     for key in sorted(new):
         number = next(free)
         if number >= MAX_BACKENDS:
             raise DatapathError(
-                f"{len(wanted)} backends, but there is room for {MAX_BACKENDS - OWNER_FIRST}",
+                f"{count} backends, but there is room for {MAX_BACKENDS - OWNER_FIRST}",
                 where="plan",
                 remedy="take services out with the label mesh.enable=false",
             )
@@ -149,8 +190,6 @@ def _frontend(
     backends: dict[BackendKey, BackendEntry],
 ) -> FrontendEntry:
     """The entry for one frontend. Entries of left ports that flows may still name are put into `backends`."""
-    if held is not None and held.state is state and len(held.backends) == len(state.targets):
-        return held  # its ids are those of its targets: keys that are held keep theirs
     ids = {backends[key].id for key in _keys(state)}
     if held is None:
         table = _passing(state.options.table_size).transition(_build(state, backends))
@@ -204,19 +243,23 @@ def _steps(
     frontends: Mapping[Frontend, FrontendEntry],
     backends: Mapping[BackendKey, BackendEntry],
     nodes: tuple[Address, ...] | None,
+    keys: Set[BackendKey] | None = None,
 ) -> Plan:
+    """`keys`: of the backends that may differ; None: all may."""
+    before, after = applied.backends, backends
+    if keys is not None:
+        ordered = sorted(keys)
+        before, after = ({key: held[key] for key in ordered if key in held} for held in (before, after))
     return Plan(
         generation=generation,
         put_backends=tuple(
-            entry
-            for key, entry in backends.items()
-            if (held := applied.backends.get(key)) is not entry and held != entry
+            entry for key, entry in after.items() if (held := before.get(key)) is not entry and held != entry
         ),
         put_frontends=tuple(
             entry for frontend, entry in frontends.items() if applied.frontends.get(frontend) is not entry
         ),
         drop_frontends=tuple(frontend for frontend in applied.frontends if frontend not in frontends),
-        drop_backends=tuple(entry for key, entry in applied.backends.items() if key not in backends),
+        drop_backends=tuple(entry for key, entry in before.items() if key not in after),
         put_nodes=None if nodes == applied.nodes else nodes,
         result=Applied(generation, frontends, backends, nodes),
     )

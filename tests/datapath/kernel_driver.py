@@ -114,6 +114,15 @@ class Served:
         self.applied = self.engine.apply(step)
         return {"ids": {key.backend: entry.id for key, entry in self.applied.backends.items()}}
 
+    def work(self, services: list[dict[str, Any]]) -> dict[str, int]:
+        """As `serve`; says what that did to maps: system calls, stores to mapped arrays, bytes of these."""
+        from mesh._bpf import map_work
+
+        before = map_work()
+        self.serve(services)
+        counts = (now - was for now, was in zip(map_work(), before, strict=True))
+        return dict(zip(("calls", "stores", "bytes"), counts, strict=True))
+
     def tracked(self) -> int:
         return sum(entry.table.tracked_slots() for entry in self.applied.frontends.values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from typing import Any
 
 import pytest
 
@@ -233,6 +234,26 @@ def test_many_services_are_published_and_read_at_once(plane: Plane, engine: Driv
     assert len(engine.stats()["frontends"]) == 1200
     engine.serve(services=[plane.web("b1")])
     assert set(plane.calls(5)) == {"b1"}
+
+
+def test_a_backends_change_costs_the_same_few_writes_whatever_there_is(plane: Plane, engine: Driver) -> None:
+    """One store for a table of any size, none for what stays; no system call goes by how much there is."""
+
+    def service(number: int, size: int) -> dict[str, Any]:
+        host = f"172.31.{1 + number // 80}"
+        backends = {f"t{number}x{i}": [f"{host}.{number % 80 * 3 + i}", TARGET, 1] for i in range(3)}
+        options = {"table_size": size}
+        return {"name": f"s{number}", "published": 10000 + number, "backends": backends, "options": options}
+
+    for count, size in ((1, 1021), (1, 65537), (400, 1021)):
+        services = [service(number, size) for number in range(count)]
+        engine.serve(services=services)
+        del services[-1]["backends"][f"t{count - 1}x1"]
+        services[-1]["backends"]["new"] = ["172.31.0.250", TARGET, 1]
+        work = engine.work(services=services)
+        assert work["calls"] <= 12
+        assert work["stores"] <= 12
+        assert work["bytes"] < 8 * size + 500
 
 
 @pytest.mark.parametrize(("release", "tcx"), [((6, 18), True), ((6, 18), False), ((6, 1), False)])

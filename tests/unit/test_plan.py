@@ -17,7 +17,7 @@ from mesh.datapath.memory import MemoryDatapath
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, HealthView, Intent, Inventory
 from mesh.reconcile import plan as plans
-from mesh.reconcile.compose import Drained, compose
+from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.plan import doubtful, key_of, plan, settle
 from tests.unit.inventories import inventories
 from tests.unit.test_compose import backend, of
@@ -56,6 +56,28 @@ def test_the_result_is_what_is_desired_and_needs_no_further_step(history: list[I
         for state in desired.frontends.values():
             for target in state.targets:
                 assert step.result.backends[key_of(state, target)].target.address == target.address
+
+
+def canonical(step: Plan) -> tuple[object, ...]:
+    """All of a plan, whatever the order within a kind of step."""
+    tables = [(e.state, e.table.to_bytes(), e.backends) for e in step.put_frontends]
+    result = {f: (e.state, e.table.to_bytes(), e.backends) for f, e in step.result.frontends.items()}
+    puts, drops = sorted(step.put_backends, key=lambda e: e.id), sorted(step.drop_backends, key=lambda e: e.id)
+    return tables, puts, drops, step.drop_frontends, step.put_nodes, result, dict(step.result.backends)
+
+
+@thorough
+@given(histories, st.sets(st.integers(0, 7)), st.booleans())
+def test_what_is_known_to_be_the_same_changes_no_plan(history: list[Inventory], parts: set[int], fails: bool) -> None:
+    """States that are the same objects as before spare work and nothing else; also after a plan that has failed."""
+    cache, applied = ComposeCache(), Applied()
+    for number, known in enumerate(each for each in history for _ in range(2)):
+        some = known.backends[: len(known.backends) // 2] if number in parts else known.backends
+        desired = compose(replace(known, backends=some), HealthView(), Drained(), Config(), cache)
+        copied = replace(desired, frontends={f: replace(state) for f, state in desired.frontends.items()})
+        step = plan(applied, desired)
+        assert canonical(step) == canonical(plan(applied, copied))
+        applied = doubtful(applied, step) if fails and number % 3 == 0 else step.result
 
 
 @thorough
