@@ -32,8 +32,11 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mes
 		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
-	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST)))
+	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST))) {
+		if (is_first_refusal(skb, p, reply))
+			return verdict(MESH_VERDICT_UNANSWERED, TC_ACT_SHOT);
 		close_reply(reply, closed_by(p, MESH_REPLY_FIN_OUT));
+	}
 	count_out(reply->frontend, reply->owner, p->length);
 	if (unlikely(rewrite(skb, p, &to)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);

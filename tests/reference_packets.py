@@ -206,10 +206,12 @@ class Model:
         if opening and not known and current(opening) and opening.closed != 3:
             return False
         if start or (not known and p.protocol == UDP):
+            made.refused = known and opening is not None and opening.refused
             self.openings[key] = made
             return True
         self.openings.pop(key, None)
         made.closed = closed
+        made.opened = known and not closed & 1
         if not p.flags & RST:
             self.replies[key] = made
         return True
@@ -219,8 +221,20 @@ class Model:
             return Outcome(SHOT, "EXPIRED")
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
+        if self._is_first_refusal(p, frame, reply):
+            return Outcome(SHOT, "UNANSWERED")
         reply.closed |= 3 if p.flags & RST else 2 if p.flags & FIN else 0
         return self._rewritten(p, frame, "REPLY", reply.called, reply.called_port, reply.client, p.dport)
+
+    @staticmethod
+    def _is_first_refusal(p: Packet, frame: bytes, reply: Reply) -> bool:
+        """A reset with sequence number 0 before the client has answered the task."""
+        if p.protocol != TCP or p.flags & (SYN | FIN | RST | ACK) != RST | ACK or p.fragment:
+            return False
+        if (reply.opened and reply.closed != 3) or reply.refused or frame[p.l4 + 4 : p.l4 + 8] != bytes(4):
+            return False
+        reply.refused, reply.closed = True, 3
+        return True
 
     # From frame to frame
 

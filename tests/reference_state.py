@@ -30,6 +30,8 @@ class Reply:
     epoch: int
     hairpin: bool
     closed: int = 0  # 1: by the client, 2: by the task
+    opened: bool = False  # the client's second packet was seen
+    refused: bool = False  # by the task, and the client was not told
 
 
 @dataclass

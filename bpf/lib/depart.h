@@ -7,6 +7,23 @@
 
 #include "icmp.h"
 
+/* Whether a task refuses a connection (RFC 9293, 3.5.2: a reset with sequence number 0) for the first time. The client
+ * is not told then: its kernel asks again after a second, by when the tables name another task if this one has ended,
+ * or it listens if it has just begun. */
+static __noinline int is_first_refusal(struct __sk_buff *skb, struct packet *p, struct mesh_reply *reply)
+{
+	__be32 sequence;
+
+	if (!p || !reply || (p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) != (TCP_RST | TCP_ACK))
+		return 0;
+	if (p->fragment || reply->flags & (MESH_REPLY_OPENED | MESH_REPLY_REFUSED))
+		return 0;
+	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)) || sequence)
+		return 0;
+	reply->flags |= MESH_REPLY_REFUSED | REPLY_CLOSED;
+	return 1;
+}
+
 /* How a reply leaves. */
 struct departure {
 	struct tunnel_to to;
@@ -66,8 +83,11 @@ static __noinline int prepare(struct __sk_buff *skb, struct packet *p, struct me
 		return REFUSAL(MESH_VERDICT_TUNNEL_TOO_BIG);
 	if (p->fragment == 1)
 		fragment_ports(p);
-	if (p->tcp_flags & (TCP_FIN | TCP_RST))
+	if (p->tcp_flags & (TCP_FIN | TCP_RST)) {
+		if (is_first_refusal(skb, p, reply))
+			return verdict(MESH_VERDICT_UNANSWERED, TC_ACT_SHOT);
 		close_reply(reply, closed_by(p, MESH_REPLY_FIN_OUT));
+	}
 	count_out(reply->frontend, reply->owner, p->length);
 	if ((p->mtu && (p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, p->mtu)) || rewrite(skb, p, &to))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);

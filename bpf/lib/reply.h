@@ -152,6 +152,8 @@ static __noinline int make_reply(struct packet *p, struct choice *c, struct tupl
 			made.flags |= MESH_REPLY_OPENED;
 			count_flow(c->frontend, c->owner, 1, 0);
 		}
+		if (known)
+			made.flags |= opening->flags & MESH_REPLY_REFUSED;
 		bpf_map_update_elem(&mesh_openings, &key, &made, BPF_ANY);
 		return 0;
 	}

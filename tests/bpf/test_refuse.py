@@ -9,7 +9,22 @@ from typing import Any
 import pytest
 from scapy.all import ICMP, ICMPv6DestUnreach, ICMPv6TimeExceeded
 
-from tests.bpf.frames import CLIENT4, CLIENT6, IP, NODE4, NODE6, TASK4, TASK6, TCP, UDP, Ether, IPv6, datagram, segment
+from tests.bpf.frames import (
+    CLIENT4,
+    CLIENT6,
+    IP,
+    NODE4,
+    NODE6,
+    TASK4,
+    TASK6,
+    TCP,
+    UDP,
+    Ether,
+    IPv6,
+    become,
+    datagram,
+    segment,
+)
 from tests.bpf.plane import REDIRECT, SHOT, Plane
 from tests.bpf.plane import UDP as PROTO_UDP
 
@@ -118,6 +133,42 @@ def test_reply_at_its_last_hop_is_dropped(plane: Plane) -> None:
     plane.run("mesh_ingress", bytes(segment(CLIENT4, 40000, NODE4, 81)))
     assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "SA", ttl=1))).retval == SHOT
     assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "SA", ttl=2))).retval == REDIRECT
+
+
+@pytest.mark.parametrize(
+    ("client", "node", "port", "task"), [(CLIENT4, NODE4, 81, TASK4), (CLIENT6, NODE6, 86, TASK6)], ids=["v4", "v6"]
+)
+def test_a_tasks_first_refusal_is_not_told(plane: Plane, client: str, node: str, port: int, task: str) -> None:
+    """The client's kernel asks again; what the task says then counts. A reset of a connection is always told."""
+    call, refusal = segment(client, 40000, node, port), segment(task, 8080, client, 40000, "RA")
+    reset = become(refusal, src=node, sport=port)
+    refusal[TCP].seq = 0
+    told = become(refusal, src=node, sport=port)
+    for retval, data in ((SHOT, None), (REDIRECT, told), (REDIRECT, told)):
+        assert plane.run("mesh_ingress", bytes(call)).retval == REDIRECT
+        out = plane.run("mesh_task", bytes(refusal))
+        assert (out.retval, data and out.data) == (retval, data)
+    assert plane.verdicts() == {"FORWARD": 3, "UNANSWERED": 1, "REPLY": 2}
+    plane.run("mesh_ingress", bytes(segment(client, 40001, node, port)))
+    late = segment(task, 8080, client, 40001, "RA")  # not of a connection that never was
+    assert plane.run("mesh_task", bytes(late)).retval == REDIRECT
+    plane.run("mesh_ingress", bytes(segment(client, 40000, node, port, "A")))
+    out = plane.run("mesh_task", bytes(segment(task, 8080, client, 40000, "RA")))
+    assert (out.retval, out.data) == (REDIRECT, reset)
+    assert plane.verdicts()["UNANSWERED"] == 1
+
+
+def test_another_task_may_refuse_as_well(plane: Plane) -> None:
+    """Each is given one more try."""
+    plane.backend(4, "172.18.0.4", 8080)
+    call = bytes(segment(CLIENT4, 40000, NODE4, 81))
+    for owner, task in ((2, TASK4), (4, "172.18.0.4"), (4, "172.18.0.4")):
+        plane.frontend(3, 81, [(owner, owner)])
+        plane.run("mesh_ingress", call)
+        refusal = segment(task, 8080, CLIENT4, 40000, "RA")
+        refusal[TCP].seq = 0
+        plane.run("mesh_task", bytes(refusal))
+    assert plane.verdicts() == {"FORWARD": 3, "UNANSWERED": 2, "REPLY": 1}
 
 
 def test_errors_are_limited_and_resets_are_not(plane: Plane) -> None:

@@ -8,7 +8,7 @@ import struct
 import pytest
 from scapy.contrib.geneve import GENEVE
 
-from tests.bpf.frames import CLIENT4, ETHER, IP, NODE4, TASK4, UDP, Ether, become, datagram, segment
+from tests.bpf.frames import CLIENT4, ETHER, IP, NODE4, TASK4, TCP, UDP, Ether, become, datagram, segment
 from tests.bpf.plane import DIRECT, OK, REDIRECT, SHOT, Plane, u32
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -73,6 +73,17 @@ def test_a_clients_packet_is_wrapped_for_the_node_of_its_task() -> None:
     assert out.data[50:66] == struct.pack("!HBB", 0xFF6D, 0x81, 3) + identity()
     assert out.data[66:] == become(frame)[14:]
     assert plane.verdicts() == {"TUNNEL_OUT": 1}
+
+
+def test_a_first_refusal_does_not_leave_the_owners_node() -> None:
+    plane = owner()
+    call = wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity())
+    refusal = segment(TASK4, 8080, CLIENT4, 40000, "RA")
+    refusal[TCP].seq = 0
+    for retval in (SHOT, REDIRECT):
+        assert plane.run("mesh_ingress", call).retval == REDIRECT
+        assert plane.run("mesh_task", bytes(refusal)).retval == retval
+    assert plane.verdicts() == {"TUNNEL_IN": 2, "UNANSWERED": 1, "TUNNEL_ANSWER": 1}
 
 
 def test_there_and_back_through_the_owners_node() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import socket
 from typing import Any
@@ -43,6 +44,26 @@ def test_udp(plane: Plane, engine: Driver) -> None:
     assert {name for name, _ in answers} == {"b1", "b2", "b3"}
     assert {seen for _, seen in answers} == {plane.client.address}
     assert len({datagram(plane.node, "127.0.0.1").split()[0] for _ in range(60)}) == 3
+
+
+def test_a_connection_that_is_refused_gets_one_more_try(plane: Plane, engine: Driver) -> None:
+    """A task that ends before the tables know of it, or does not listen yet: the client's kernel asks again."""
+    deaf = plane.web("b1")
+    deaf["backends"]["b1"][1] = TARGET + 1
+    engine.serve(services=[deaf])
+    with plane.client.entered(), socket.socket() as caller:
+        caller.setblocking(False)
+        caller.connect_ex((plane.node.address, PORT))
+        wait_for(lambda: engine.stats()["verdicts"]["unanswered"] == 1, "refused by the task")
+        engine.serve(services=[plane.web("b2")])
+        assert select.select([], [caller], [], 30)[1]
+        assert caller.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        caller.settimeout(10)
+        assert caller.recv(100).startswith(b"b2 ")
+    engine.serve(services=[deaf])
+    with pytest.raises(ConnectionRefusedError):  # in the end the client is told
+        Connection(plane.client, plane.node.address, timeout=30)
+    assert engine.stats()["verdicts"]["unanswered"] == 2
 
 
 def test_ipv6_clients_of_ipv4_tasks(plane: Plane, engine: Driver) -> None:

@@ -126,8 +126,7 @@ struct mesh_backend {
 	__u8 state;
 	__u32 epoch;
 	__u32 ifindex; /* host side of its veth; 0: unknown, deliver through `bridge` */
-	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: it is the node's own
-			*/
+	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: the node's own */
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
 	__u8 version;  /* on another node: the IP version that it serves, 4 or 6; else 0 */
 	__u8 pad;
@@ -169,6 +168,7 @@ _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 #define MESH_REPLY_FIN_IN  0x4u        /* the client has closed its direction */
 #define MESH_REPLY_FIN_OUT 0x8u        /* the task has closed its direction */
 #define MESH_REPLY_OPENED  0x10u       /* counted in `starts` */
+#define MESH_REPLY_REFUSED 0x20u       /* the task has refused the connection, and the client was not told */
 #define MESH_REPLY_NODE    0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
 struct mesh_reply {
@@ -280,6 +280,7 @@ _Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 	X(TUNNEL_UNKNOWN, "came through the tunnel for a task that is not here: refused, the first of a flow dropped") \
 	X(TUNNEL_TOO_BIG, "larger than the way to the other node takes: the sender was told so")                       \
 	X(TUNNEL_PATH, "ICMP error: the way to another node takes less than was known; noted")                         \
+	X(UNANSWERED, "dropped: a task's first refusal of a connection; the client's kernel asks again in a second")   \
 	X(TUNNEL_NONE, "passed: no way to the task's node, or a container of this node calls; replies are dropped")    \
 	X(ERROR, "passed: a map or helper failed")
 
@@ -288,8 +289,7 @@ enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };
 #undef MESH_VERDICT_ENUM
 
 /* Program mesh_explain (ingress object): run with BPF_PROG_TEST_RUN on a flow's packet it changes nothing and answers
- * in
- * __sk_buff.cb of ctx_out: what the packet would meet now. Where no frontend has the destination, FRONTEND is 0 and
+ * in __sk_buff.cb of ctx_out: what the packet would meet now. Where no frontend has the destination, FRONTEND is 0 and
  * HASH, SLOT are mesh_hash_flow and mesh_hash_client: the known-answer check at load. */
 #define MESH_EXPLAIN_VERDICT  0 /* enum mesh_verdict; MESH_VERDICT_COUNT: not ours */
 #define MESH_EXPLAIN_FRONTEND 1
