@@ -35,16 +35,29 @@ INLINE int calls_same(const struct mesh_reply *reply, const struct packet *p)
 	return same_address(&reply->called, &p->flow.destination) && reply->called_port == p->flow.destination_port;
 }
 
+/* Add flags at once, for both ends may close at the same moment, on two CPUs. Returns those from before. The eBPF
+ * machine's atomics take words: this one also holds called_port, which stays. */
+INLINE __u16 add_flags(struct mesh_reply *reply, __u16 flags)
+{
+	union {
+		__u16 half[2];
+		__u32 whole;
+	} word = {.half = {0, flags}};
+
+	_Static_assert(offsetof(struct mesh_reply, called_port) % 4 == 0, "a word that is aligned");
+	_Static_assert(offsetof(struct mesh_reply, flags) == offsetof(struct mesh_reply, called_port) + 2, "one word");
+	word.whole = __sync_fetch_and_or((__u32 *)&reply->called_port, word.whole);
+	return word.half[1];
+}
+
 /* A direction was closed; both: the flow has ended. */
 INLINE void close_reply(struct mesh_reply *reply, __u16 closed)
 {
-	__u16 flags = reply->flags | closed;
+	__u16 before = add_flags(reply, closed);
 
-	if ((flags & REPLY_CLOSED) == REPLY_CLOSED && (flags & MESH_REPLY_OPENED)) {
+	if ((before & REPLY_CLOSED) != REPLY_CLOSED && ((before | closed) & REPLY_CLOSED) == REPLY_CLOSED &&
+	    (before & MESH_REPLY_OPENED))
 		count_flow(reply->frontend, reply->owner, 0, 1);
-		flags &= (__u16)~MESH_REPLY_OPENED;
-	}
-	reply->flags = flags;
 }
 
 INLINE __u16 closed_by(const struct packet *p, __u16 direction)
