@@ -368,7 +368,7 @@ class ClusterProvider:
             self._report = wire.Report(self._own_verdicts(), digests, generation, self.engine, reads=reads)
             self._check_role()
             await relay.report(self._report)
+            await asyncio.sleep(0.02)  # a burst is two reports: the first of it is waited for
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY):
                     await self._changed.wait()
-            await asyncio.sleep(0.02)  # a burst is one report

@@ -231,7 +231,7 @@ class Model:
         """A reset with sequence number 0 before the client has answered the task."""
         if p.protocol != TCP or p.flags & (SYN | FIN | RST | ACK) != RST | ACK or p.fragment:
             return False
-        if (reply.opened and reply.closed != 3) or reply.refused or frame[p.l4 + 4 : p.l4 + 8] != bytes(4):
+        if reply.opened or reply.closed or reply.refused or frame[p.l4 + 4 : p.l4 + 8] != bytes(4):
             return False
         reply.refused, reply.closed = True, 3
         return True

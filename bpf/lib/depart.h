@@ -16,7 +16,7 @@ static __noinline int is_first_refusal(struct __sk_buff *skb, struct packet *p, 
 
 	if (!p || !reply || (p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) != (TCP_RST | TCP_ACK))
 		return 0;
-	if (p->fragment || reply->flags & (MESH_REPLY_OPENED | MESH_REPLY_REFUSED))
+	if (p->fragment || reply->flags & (MESH_REPLY_OPENED | MESH_REPLY_REFUSED | REPLY_CLOSED))
 		return 0;
 	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)) || sequence)
 		return 0;

@@ -21,13 +21,9 @@ def on(cluster: Cluster, node: int, service: str = "web") -> set[str]:
     return {task["ID"] for task in cluster.swarm.tasks(service) if task["NodeID"] == identity}
 
 
-@pytest.mark.later("kernel")
+@pytest.mark.later("proxy")  # tests/swarm/test_stack.py has one
 def test_a_rolling_update_loses_nothing(cluster5: Cluster) -> None:
-    """New connections and transfers under way when their tasks are told to stop.
-
-    With the kernel engine on a machine that others keep busy a connection may be refused by a new task that the swarm
-    calls running before it listens (docs/KERNEL.md): there it runs in `make test-all`.
-    """
+    """New connections and transfers under way when their tasks are told to stop, and tasks that do not listen yet."""
     cluster5.swarm.create(
         "web", GRACE, "--update-parallelism=4", "--update-order=stop-first", "--update-delay=0s",
         "--update-monitor=500ms", replicas=8, publish=[f"{WEB}:8080"],
@@ -46,7 +42,7 @@ def test_a_rolling_update_loses_nothing(cluster5: Cluster) -> None:
         assert (report.ok, set(report.identities)) == (200, after)
 
 
-@pytest.mark.later("kernel")  # for the same reason
+@pytest.mark.later("proxy")
 def test_nodes_are_drained_and_paused_and_services_scaled(cluster5: Cluster) -> None:
     swarm = cluster5.swarm
     swarm.create("web", GRACE, replicas=8, publish=[f"{WEB}:8080"])

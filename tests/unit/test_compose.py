@@ -255,4 +255,4 @@ def test_a_backend_whose_first_probe_is_awaited_gets_nothing_and_counts_for_noth
     down = HealthView({"a": Health.AWAITED, "b": Health.DOWN})
     panic = compose(of(backend("a"), backend("b")), down, Drained(), CONFIG)
     assert weights(panic) == {"a": 0, "b": 1}
-    assert standing(backend("a"), None, Health.AWAITED, Drained()) == "awaited"
+    assert standing(backend("a"), None, Health.AWAITED, Drained()) == "first probe awaited"
