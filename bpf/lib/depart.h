@@ -20,7 +20,7 @@ static __noinline int is_first_refusal(struct __sk_buff *skb, struct packet *p, 
 		return 0;
 	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)) || sequence)
 		return 0;
-	reply->flags |= MESH_REPLY_REFUSED | REPLY_CLOSED;
+	add_flags(reply, MESH_REPLY_REFUSED | REPLY_CLOSED);
 	return 1;
 }
 
