@@ -107,11 +107,13 @@ def standings(picture: Picture, backends: Iterable[Backend] | None = None) -> di
 def _touched(before: Picture, after: Picture) -> Iterator[tuple[Backend | None, Backend | None]]:
     """Backends that may stand otherwise than before: all, but for those of which everything is the same object."""
     old = {backend.id: backend for backend in before.inventory.backends}
-    same = before.inventory.nodes == after.inventory.nodes and before.drained == after.drained
+    same = before.drained == after.drained
+    at, moved = ({node.id: node for node in picture.inventory.nodes}.get for picture in (before, after))
     was, now = before.health.verdicts.get, after.health.verdicts.get
     for backend in after.inventory.backends:
         known = old.pop(backend.id, None)
-        if not same or known is not backend or was(backend.id) is not now(backend.id):
+        stays = same and known is backend and at(backend.node) is moved(backend.node)
+        if not stays or was(backend.id) is not now(backend.id):
             yield known, backend
     for gone in old.values():
         yield gone, None

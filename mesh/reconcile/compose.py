@@ -114,9 +114,10 @@ def compose(
         cache: of the calls before, brought up to date; frontends that are as before are then the same objects.
     """
     cache = cache if cache is not None else ComposeCache()
-    whole = (inventory.nodes, drained, config.panic_threshold)
+    whole = (drained, config.panic_threshold)
     before = cache.parts if whole == cache.whole else {}
     nodes = {node.id: node for node in inventory.nodes}
+    node_of = nodes.get
     backends: defaultdict[str, list[Backend]] = defaultdict(list)
     for backend in sorted(inventory.backends, key=_by_id):
         backends[backend.service].append(backend)
@@ -128,7 +129,7 @@ def compose(
         if not service.options.enable:
             continue
         its = backends[service.id]
-        given = (service, its, [verdict(backend.id) for backend in its])
+        given = (service, its, [verdict(backend.id) for backend in its], [node_of(backend.node) for backend in its])
         known = before.get(service.id)
         if known is None or known[0] != given:
             placed = ((b, nodes.get(b.node), _place(b, nodes.get(b.node))) for b in its)
