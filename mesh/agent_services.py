@@ -22,6 +22,7 @@ from mesh.reconcile.plan import key_of
 AT_ONCE: Final = 64  # tables that are summed while the caller waits; more are summed in the background
 
 Shown = dict[str, Any]
+_Kept = dict[str, tuple[tuple[object, ...], Shown]]  # by backend: what its target was made of, and as what it is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Services:
         self._summing: Future[None] | None = None
         self._summed: Applied | None = None  # whose tables all have a summary
         self._seen: tuple[object, ...] = ()
-        self._made: dict[str, tuple[_Input, Shown]] = {}
+        self._made: dict[str, tuple[_Input, Shown, dict[Frontend, _Kept]]] = {}
         self._shown: list[Shown] = []
 
     def shown(self, picture: Picture, applied: Applied) -> list[Shown]:
@@ -102,7 +103,7 @@ class Services:
         for backend in picture.inventory.backends:
             backends[backend.service].append(backend)
         verdicts, reasons = picture.health.verdicts, picture.health.reasons
-        made: dict[str, tuple[_Input, Shown]] = {}
+        made: dict[str, tuple[_Input, Shown, dict[Frontend, _Kept]]] = {}
         changed = self._made.keys() != states.keys()
         for service, its in states.items():
             new = _Input(
@@ -124,10 +125,11 @@ class Services:
                 made[service] = known
             else:
                 changed = True
-                made[service] = new, _service(service, new, picture, applied, self._engine)
+                kept = known[2] if known is not None else {}
+                made[service] = new, _service(service, new, picture, applied, self._engine, kept), kept
         self._made = made
         if changed:
-            self._shown = sorted((shown for _, shown in made.values()), key=lambda s: (s["name"], s["id"]))
+            self._shown = sorted((shown for _, shown, _ in made.values()), key=lambda s: (s["name"], s["id"]))
 
     def _summarize(self, applied: Applied) -> None:
         """Bring the summaries up to date: a few at once, many in the background, so that nobody waits for them."""
@@ -162,15 +164,19 @@ def _same(a: _Input, b: _Input) -> bool:
     )
 
 
-def _service(service: str, given: _Input, picture: Picture, applied: Applied, engine: str) -> Shown:
+def _service(
+    service: str, given: _Input, picture: Picture, applied: Applied, engine: str, kept: dict[Frontend, _Kept]
+) -> Shown:
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
     backends = {b.id: (b, node) for b, node in zip(given.backends, given.nodes, strict=True)}
     ports = sorted({port.frontend for port in known.ports}) if isinstance(known, Service) else []
     frontends = [
-        _frontend(state, entry, summary, backends, picture, applied, engine)
+        _frontend(state, entry, summary, backends, picture, applied, engine, kept.setdefault(state.frontend, {}))
         for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True)
     ]
+    for gone in kept.keys() - {state.frontend for state in given.states}:
+        del kept[gone]
     return {
         "id": service,
         "name": name,
@@ -188,34 +194,29 @@ def _frontend(
     picture: Picture,
     applied: Applied,
     engine: str,
+    kept: _Kept,
 ) -> Shown:
+    """`kept`: what the last call made of each target, brought up to date; where only its slots differ it is copied."""
     summary = summary if entry else None
     shares: Mapping[int, int] = summary.shares if summary else {}
-    health = picture.health
+    verdicts, reasons = picture.health.verdicts, picture.health.reasons
     targets = []
+    before = kept.copy()
+    kept.clear()
     for target in state.targets:
-        backend, node = backends.get(target.backend, (None, None))
-        verdict = health.of(target.backend)
+        name = target.backend
+        backend, node = backends.get(name, (None, None))
         held = applied.backends.get(key_of(state, target)) if entry else None
-        targets.append(
-            {
-                "backend": target.backend,
-                "name": backend.name if backend else "",
-                "node": target.node,
-                "node_name": node.name if node else "",
-                "address": str(target.address),
-                "port": target.port,
-                "weight": target.weight,
-                "intent": backend.intent.value if backend else "gone",
-                "taking": taking(backend, node, target, verdict, picture.drained),
-                "health": verdict.value,
-                "health_reason": health.reasons.get(target.backend, ""),
-                "slots": shares.get(held.id, 0) if held else 0,
-                "local": target.local,
-                "via": str(target.via or ""),
-                "way": way_of(target, engine),
-            }
-        )
+        slots = shares.get(held.id, 0) if held else 0
+        verdict, reason = verdicts.get(name, Health.UNKNOWN), reasons.get(name, "")
+        given = (target, backend, node, verdict, reason, picture.drained)
+        known = before.get(name)
+        if known is None or known[0] != given:
+            shown = _target(target, backend, node, verdict, reason, picture.drained, slots, engine)
+        else:
+            shown = known[1] if known[1]["slots"] == slots else {**known[1], "slots": slots}
+        kept[name] = given, shown
+        targets.append(shown)
     return {
         "frontend": str(state.frontend),
         "table_size": state.options.table_size,
@@ -224,6 +225,35 @@ def _frontend(
         "panic": state.panic,
         "served": entry is not None,
         "targets": targets,
+    }
+
+
+def _target(
+    target: Target,
+    backend: Backend | None,
+    node: Node | None,
+    verdict: Health,
+    reason: str,
+    drained: Drained,
+    slots: int,
+    engine: str,
+) -> Shown:
+    return {
+        "backend": target.backend,
+        "name": backend.name if backend else "",
+        "node": target.node,
+        "node_name": node.name if node else "",
+        "address": str(target.address),
+        "port": target.port,
+        "weight": target.weight,
+        "intent": backend.intent.value if backend else "gone",
+        "taking": taking(backend, node, target, verdict, drained),
+        "health": verdict.value,
+        "health_reason": reason,
+        "slots": slots,
+        "local": target.local,
+        "via": str(target.via or ""),
+        "way": way_of(target, engine),
     }
 
 

@@ -8,6 +8,7 @@ numbers is kept from scrape to scrape, for as long as the things that it names a
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -144,13 +145,18 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.DRAINED, len(state["drained"]["nodes"]), kind="node")
 
 
+_Lines = list[str]
+_Kept = dict[tuple[str, str, int], tuple[Json, _Lines]]  # a target and its lines, by frontend, backend and port
+
+
 class _Services:
-    """Gauges of what should be served. A service that is the same object as before keeps its text."""
+    """Gauges of what should be served. A service that is the same object as before keeps its text, and so does each of
+    its targets."""
 
     def __init__(self) -> None:
         self.names: Mapping[str, str] = {}  # a service's name by frontend
         self._shown: Sequence[Json] | None = None
-        self._made: dict[int, tuple[Json, Rows]] = {}
+        self._made: dict[str, tuple[Json, Rows, _Kept]] = {}
         self._blocks: Blocks = {}
 
     def blocks(self, services: Sequence[Json]) -> Blocks:
@@ -160,9 +166,11 @@ class _Services:
         self._made = {}
         all_of: Rows = defaultdict(list)
         for service in services:
-            known = before.get(id(service))
-            made = known if known is not None and known[0] is service else (service, _service(service))
-            self._made[id(service)] = made
+            made = before.get(service["id"])
+            if made is None or made[0] is not service:
+                same = made is not None and made[0]["name"] == service["name"]
+                made = service, *_service(service, made[2] if made is not None and same else {})
+            self._made[service["id"]] = made
             for family, lines in made[1].items():
                 all_of[family] += lines
         self._blocks = {family: "\n".join(lines).encode() for family, lines in all_of.items()}
@@ -171,10 +179,13 @@ class _Services:
         return self._blocks
 
 
-def _service(service: Json) -> Rows:
+def _service(service: Json, before: _Kept) -> tuple[Rows, _Kept]:
+    """Lines by family; and those of each target, for the next time."""
     lines: Rows = defaultdict(list)
     name = service["name"]
     backends: set[str] = set()
+    kept: _Kept = {}
+    of_target = [lines[family] for family in _OF_TARGET]
     for frontend in service["frontends"]:
         key = frontend["frontend"]
         labels = labelled(frontend=key, service=name, protocol=key.rpartition("/")[2])
@@ -190,25 +201,46 @@ def _service(service: Json) -> Rows:
             lines[family].append(_line(family, labels, value))
         prefix = f'frontend="{escape(key)}",service="{escape(name)}"'
         for target in targets:
-            _target(lines, prefix, escape(name), target, backends)
-    return lines
+            place = key, target["backend"], target["port"]
+            known = before.get(place)
+            if known is None or known[0] is not target:
+                old = known[1] if known is not None and _differs_in_slots(known[0], target) else None
+                known = target, _target(prefix, escape(name), target, old)
+            kept[place] = known
+            first = target["backend"] not in backends  # else a backend of a service that publishes several ports
+            backends.add(target["backend"])
+            for block, line in zip(of_target if first else of_target[:2], known[1], strict=False):
+                block.append(line)
+    return {family: found for family, found in lines.items() if found}, kept
 
 
-def _target(lines: Rows, prefix: str, service: str, target: Json, seen: set[str]) -> None:
+_OF_TARGET: Final = (f.BACKEND_WEIGHT, f.BACKEND_SLOTS, f.BACKEND_INFO, f.BACKEND_HEALTHY, f.BACKEND_DRAINING)
+
+
+_OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "address")
+
+
+def _differs_in_slots(old: Json, new: Json) -> bool:
+    """Whether the rest that is shown of a target is as it was."""
+    return bool(_OTHERS(old) == _OTHERS(new))
+
+
+def _target(prefix: str, service: str, target: Json, old: _Lines | None) -> _Lines:
+    """Its lines, in the order of _OF_TARGET. `old`: those that it had with other slots."""
     backend = escape(target["backend"])
     labels = f'{prefix},backend="{backend}",port="{target["port"]}"'
-    lines[f.BACKEND_WEIGHT].append(f"mesh_backend_weight{{{labels}}} {target['weight']}")
-    lines[f.BACKEND_SLOTS].append(f"mesh_backend_slots{{{labels}}} {target['slots']}")
-    if backend in seen:  # a backend of a service that publishes several ports
-        return
-    seen.add(backend)
+    slots = f"mesh_backend_slots{{{labels}}} {target['slots']}"
+    if old is not None:
+        return [old[0], slots, *old[2:]]
     one = f'backend="{backend}",service="{service}"'
-    lines[f.BACKEND_INFO].append(
+    return [
+        f"mesh_backend_weight{{{labels}}} {target['weight']}",
+        slots,
         f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{escape(target["node"])}",'
-        f'address="{target["address"]}"}} 1'
-    )
-    lines[f.BACKEND_HEALTHY].append(f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}")
-    lines[f.BACKEND_DRAINING].append(f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}")
+        f'address="{target["address"]}"}} 1',
+        f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}",
+        f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}",
+    ]
 
 
 def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> list[str]:
