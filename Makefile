@@ -8,8 +8,8 @@
 #   make lint         ruff, mypy --strict, clang-format
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
-#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 3;
-#                     bench-scale: a large swarm on paper, 2
+#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 6;
+#                     bench-scale: a large swarm on paper, 5
 #   make clean        remove everything that was built
 
 PYTHON ?= python3
@@ -80,12 +80,12 @@ bench: bench-deps
 	$(BIN)/python -m bench.run $(ARGS)
 	$(BIN)/python -m bench.report
 
-# A swarm of five nodes: how long a change takes to the last node's table (3 minutes). After `make bench`, whose report gets it.
+# A swarm of five nodes: how long a change takes to the last node's table (6 minutes). After `make bench`, whose report gets it.
 bench-cluster: bench-deps
 	$(BIN)/python -m bench.cluster $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report
 
-# Two agents in a simulated swarm of 1,000 nodes (2 minutes). After `make bench`, whose report gets it.
+# Two agents in a simulated swarm of 1,000 nodes, and in larger ones (5 minutes). After `make bench`, whose report gets it.
 bench-scale: bench-deps
 	$(BIN)/python -m bench.scale $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report

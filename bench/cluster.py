@@ -28,6 +28,7 @@ from tests.daemon import Daemon
 from tests.lab.dockerd import Node, Swarm, bpf_fs, unavailable
 from tests.lab.netns import Lab, wait_for
 
+ENGINES: Final = ("proxy", "kernel")
 MANAGERS, WORKERS = 3, 2
 REPLICAS: Final = 10
 ROUNDS: Final = 25  # of three changes with four announcements
@@ -206,9 +207,11 @@ def summary(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def keep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Add to the raw data of the latest run what its report shows of this."""
+    """Add to the raw data of the latest run what its report shows of this; other engines' rows stay."""
     raw = json.loads(path.read_text())
-    path.write_text(json.dumps(raw | {"cluster": rows}, indent=1))
+    new = {row["engine"] for row in rows}
+    others = [row for row in raw.get("cluster", ()) if row["engine"] not in new]
+    path.write_text(json.dumps(raw | {"cluster": [*others, *rows]}, indent=1))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -216,23 +219,29 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.cluster", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--ill", type=int, default=ILL, help="containers that turn unhealthy")
-    parser.add_argument("--engine", default="proxy", choices=["proxy", "kernel"])
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="default: one after the other")
     parser.add_argument("--each", action="store_true", help="print each change too")
     options = parser.parse_args(argv)
     try:
-        found = changes(options.engine, options.rounds, options.ill)
+        rows = [row for engine in options.engine or ENGINES for row in measured(engine, options)]
     except LabError as error:
         print(f"bench.cluster: {error}", file=sys.stderr)
         return 1
-    for change in found if options.each else ():
-        print(f"{change['kind']:10} {change['ms']:8.1f}  {change['nodes']}")
-    rows = [{"engine": options.engine, **row} for row in summary(found)]
     if (OUT / "latest.json").exists():
         keep(rows, OUT / "latest.json")
     for row in rows:
         p50, p99, most = (f"{row[key]:.1f}" for key in ("p50", "p99", "max"))
-        print(f"{row['kind']:10} {row['changes']:4} changes, ms: p50 {p50} p99 {p99} max {most}")
+        what = f"{row['engine']:8} {row['kind']:10} {row['changes']:4} changes"
+        print(f"{what}, ms: p50 {p50} p99 {p99} max {most}")
     return 0
+
+
+def measured(engine: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one engine."""
+    found = changes(engine, options.rounds, options.ill)
+    for change in found if options.each else ():
+        print(f"{engine:8} {change['kind']:10} {change['ms']:8.1f}  {change['nodes']}")
+    return [{"engine": engine, **row} for row in summary(found)]
 
 
 if __name__ == "__main__":

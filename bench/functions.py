@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements without traffic: the eBPF programs per packet, the functions of the control plane."""
+"""Measurements without traffic: the eBPF programs per packet, the functions of the control plane.
+
+`python -m bench.functions control` measures these again for the raw data of the latest run.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from bench import guest
@@ -49,3 +52,19 @@ Measure = Callable[[], list[dict[str, Any]]]
 QUICK: Final[dict[str, Measure]] = {"programs": programs}
 ALL: Final[dict[str, Measure]] = {**QUICK, "control": control_plane, "guest": guest.measure}
 """By the key in the raw data."""
+
+
+def main(names: Sequence[str]) -> int:
+    """Measure some of ALL, and put them into the raw data of the latest run."""
+    path = OUT / "latest.json"
+    if not names or not ALL.keys() >= set(names) or not path.exists():
+        print(f"bench.functions: name some of {', '.join(ALL)}; {path} has to be there", file=sys.stderr)
+        return 1
+    for name in names:
+        found = ALL[name]()
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: found}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -69,11 +69,14 @@ class Size:
     peers: int = 997  # nodes whose agents are simulated too
 
     def times(self, factor: float) -> Size:
+        """So many times as large, with as many simulated agents."""
         nodes, services, tasks = (int(each * factor) for each in (self.nodes, self.services, self.tasks))
-        return Size(nodes, services, tasks, self.rate * factor, self.peers)
+        return dataclasses.replace(self, nodes=nodes, services=services, tasks=tasks)
 
 
 SIZE: Final = Size(1000, 500, 10_000, RATE)
+LARGEST: Final = 6.0  # times SIZE; there is room for 65,534 backends (MESH_MAX_BACKENDS)
+TENFOLD: Final = (dataclasses.replace(SIZE, rate=10 * RATE), SIZE.times(LARGEST))
 
 
 class Place:
@@ -153,9 +156,9 @@ class Daemon:
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
 
-    def wait(self, served: int) -> float:
+    def wait(self, served: int, patience: float) -> float:
         """Wait until it serves so many ports; returns the seconds that took since it was started."""
-        while time.time() < self.began + READY:
+        while time.time() < self.began + patience:
             if self.process.poll() is not None:
                 raise LabError(f"the {self.name}'s agent ended: {self.log.read_text()[-600:]}")
             with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
@@ -314,8 +317,7 @@ def measure(size: Size, engine: str, window: float) -> dict[str, Any]:
             daemons[role] = Daemon(place, engine, directory)
             stack.callback(daemons[role].stop)
         for role, daemon in daemons.items():
-            # The kernel engine serves the ports of which a task is reachable from the node.
-            row["agents"][role] = {"start": daemon.wait(size.services if engine == "proxy" else 1)}
+            row["agents"][role] = {"start": daemon.wait(size.services, READY * size.tasks / SIZE.tasks)}
         deadline = time.monotonic() + READY
         while swarm.ask().get("agents", 0) < size.peers and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -361,18 +363,24 @@ def main(argv: Sequence[str]) -> int:
     """Measure and print; raw JSON into a file if asked."""
     parser = argparse.ArgumentParser(prog="bench.scale", description=__doc__)
     parser.add_argument("--engine", action="append", choices=ENGINES)
-    parser.add_argument(
-        "--factor", type=float, default=1.0, help="so many times as large, with as many simulated agents"
-    )
+    parser.add_argument("--factor", type=float, default=1.0, help="so many times as large; then nothing else")
+    parser.add_argument("--rate", type=float, default=RATE, help="changes a second; if not the default, nothing else")
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds")
     parser.add_argument("--peers", type=int, default=SIZE.peers, help="other nodes whose agents call the manager")
     parser.add_argument("--raw", type=Path, help="write raw JSON here")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    size = dataclasses.replace(SIZE.times(options.factor), peers=options.peers)
-    found = [measure(size, engine, options.window) for engine in options.engine or ENGINES]
+    size = dataclasses.replace(SIZE.times(options.factor), peers=options.peers, rate=options.rate)
+    usual = (options.factor, options.rate, options.peers) == (1.0, RATE, SIZE.peers)
+    engines = options.engine or ENGINES
+    found = [measure(size, engine, options.window) for engine in engines]
+    for beyond in TENFOLD if usual else ():
+        try:
+            found.append(measure(beyond, engines[0], options.window))
+        except LabError as error:  # that something gives way is a result, too
+            found.append({"engine": engines[0], "size": dataclasses.asdict(beyond), "failed": str(error)[:200]})
     print(tabulate(rows(found), HEADERS))
-    if (OUT / "latest.json").exists() and options.factor == 1:
+    if (OUT / "latest.json").exists() and usual:
         latest = json.loads((OUT / "latest.json").read_text())
         (OUT / "latest.json").write_text(json.dumps(latest | {"scale": found}, indent=1))
     if options.raw:

@@ -34,11 +34,17 @@ def milliseconds(values: Mapping[str, float]) -> str:
 
 def cells(row: Mapping[str, Any], role: str) -> list[str]:
     """One agent as a row of the report's table."""
-    agent, size = row["agents"][role], row["size"]
+    size = row["size"]
+    what = (
+        f"{role}, {row['engine']} engine: {size['nodes']:,} nodes, {size['tasks']:,} tasks, {size['rate']:g} changes/s"
+    )
+    if "failed" in row:
+        return [what, row["failed"].splitlines()[0]]
+    agent = row["agents"][role]
     late = agent["staleness"]
     untold = f", {late['untold']} of {late['changes']} never" if late["untold"] else ""
     return [
-        f"{role}, {row['engine']} engine: {size['nodes']:,} nodes, {size['tasks']:,} tasks, {size['rate']:g} changes/s",
+        what,
         f"{agent['cpu']:.2f}",
         f"{agent['memory'] / 2**20:,.0f}",
         f"{(agent['uplink'] + agent['loopback']) / 1e3:,.0f}",

@@ -19,9 +19,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from mesh._bpf import map_work
 from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
+from mesh.agent_services import Services
 from mesh.config import Config
 from mesh.datapath import kernel_maps
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, Table
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan, Table
 from mesh.datapath.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_nodes import Ids
@@ -30,6 +31,7 @@ from mesh.metrics.collector import Exposition, Snapshot, render
 from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
 from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.guard import guard
+from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
 from mesh.swarm.decode import Answers, decode
 from tests.unit.metrics_samples import snapshot
@@ -160,6 +162,76 @@ def test_scrape_10000_backends(benchmark: BenchmarkFixture, kept: bool):
     """The text of a scrape: the daemon's first one, and those that follow while nothing comes or goes."""
     shown, exposition = by_column(SERVICES, REPLICAS), Exposition()
     body, _ = benchmark(exposition.render if kept else render, shown)
+    assert body.count(b"\n") > SERVICES * REPLICAS
+
+
+class Loop:
+    """The control plane over a proxy engine on loopback, with 1,000 services of 10 backends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = Config(threads=1, intercept="bind", state_dir=str(directory))
+        self.engine = ProxyDatapath(self.config)
+        self.engine.open()
+        self.cache, self.applied = ComposeCache(), Applied()
+        whole = inventory()
+        here = IPv4Address("127.0.0.1")
+        ports = (tuple(dataclasses.replace(port, address=here) for port in s.ports) for s in whole.services)
+        services = tuple(dataclasses.replace(s, ports=own) for s, own in zip(whole.services, ports, strict=True))
+        self.inventory = dataclasses.replace(whole, services=services)
+        self.services, self.exposition = Services("proxy"), Exposition()
+        self.turn = 0
+        self.apply(self.plan())
+
+    def change(self, every: int) -> None:
+        """Of every so many backends one is replaced."""
+        self.turn += 1
+        backends = list(self.inventory.backends)
+        for n in range(0, len(backends), every):
+            backends[n] = dataclasses.replace(backends[n], id=f"n{n:05}x{self.turn}")
+        self.inventory = dataclasses.replace(self.inventory, backends=tuple(sorted(backends, key=lambda b: b.id)))
+
+    def plan(self) -> Plan:
+        self.desired = compose(self.inventory, HealthView(), Drained(), self.config, self.cache)
+        return plan(self.applied, self.desired)
+
+    def apply(self, step: Plan) -> None:
+        self.applied = self.engine.apply(step)
+
+    def scrape(self) -> bytes:
+        """What the daemon does off its event loop for a scrape."""
+        picture = Picture(self.inventory, HealthView(), Drained(), self.desired)
+        shown = snapshot(0, 0).state | {"services": self.services.shown(picture, self.applied)}
+        return self.exposition.render(Snapshot(self.engine.stats(), shown, ready=True))[0]
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    made = Loop(tmp_path)
+    yield made
+    made.engine.close(release=True)
+
+
+def test_apply_one_of_10000_backends_replaced(benchmark: BenchmarkFixture, loop: Loop):
+    """By the proxy engine."""
+
+    def prepare() -> tuple[tuple[Plan], dict[str, object]]:
+        loop.change(SERVICES * REPLICAS)
+        return (loop.plan(),), {}
+
+    benchmark.pedantic(loop.apply, setup=prepare, rounds=50)
+    assert len(loop.applied.backends) == SERVICES * REPLICAS
+
+
+@pytest.mark.parametrize("every", [SERVICES * REPLICAS, REPLICAS], ids=["one", "a_tenth"])
+def test_whole_scrape_after_a_change_of_10000_backends(benchmark: BenchmarkFixture, loop: Loop, every: int):
+    """Reading included, right after one backend was replaced, or one of every service."""
+
+    def prepare() -> None:
+        loop.scrape()
+        loop.change(every)
+        loop.apply(loop.plan())
+
+    body = benchmark.pedantic(loop.scrape, setup=prepare, rounds=6, warmup_rounds=1)
     assert body.count(b"\n") > SERVICES * REPLICAS
 
 
