@@ -3,7 +3,7 @@
 #
 #   make run          the daemon on its main job: the local swarm, else an embedded demo with its own backends
 #   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
-#   make test-all     the same, and long scenarios with the second engine too: some minutes more
+#   make test-all     the same with other random examples, and long scenarios with the second engine too: some minutes more
 #   make unit         the fast loop: pure tests, seconds
 #   make lint         ruff, mypy --strict, clang-format
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
@@ -50,7 +50,7 @@ unit: build
 	$(PYTEST) -q tests/unit $(ARGS)
 
 test: packages-test build lint
-	$(PYTEST) tests $(ARGS)
+	$(PYTEST) tests --durations=30 $(ARGS)
 
 test-all: export MESH_TEST_ALL = 1
 test-all: test

@@ -94,7 +94,8 @@ def debian_kernel(cache: Path) -> Kernel:
             ["apt-cache", "depends", "linux-image-amd64"], check=True, capture_output=True, text=True
         ).stdout
         package = next(line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends:"))
-        subprocess.run(["apt-get", "download", package], cwd=cache, check=True, capture_output=True)
+        fetch = ["apt-get", "-o", "Acquire::Retries=5", "download", package]
+        subprocess.run(fetch, cwd=cache, check=True, capture_output=True)
         archive = next(cache.glob("linux-image-*.deb"))
         partial = cache / "partial"
         shutil.rmtree(partial, ignore_errors=True)

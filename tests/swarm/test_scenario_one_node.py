@@ -2,7 +2,7 @@
 """One node of a real swarm, served end to end by the daemon, once for each engine.
 
 Reaction times are measured from Docker's own announcement (what its API answers) and recorded with the test; what is
-asserted is that the daemon follows, within a bound that a loaded machine keeps.
+asserted is that the daemon follows before it would have looked unasked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from tests import peers
 from tests.daemon import Daemon, backends_of
 from tests.lab.dockerd import Swarm, bpf_fs
-from tests.lab.netns import Namespace, wait_for
+from tests.lab.netns import PATIENCE, Namespace, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -28,8 +28,9 @@ ENGINES = [
     "kernel",
 ]
 WEB = 8000
-SOCKET_AWAY = {"proxy": float(os.environ.get("MESH_TEST_SOCKET_AWAY", "60")), "kernel": 20.0}  # seconds
-REACTION = 5.0  # seconds; unloaded it is well below one, see the recorded properties
+SOCKET_AWAY = 60.0 if os.environ.get("MESH_TEST_ALL") else 5.0  # seconds
+RESYNC = 20.0  # seconds until the daemon looks unasked
+REACTION = 15.0  # seconds; unloaded it is well below one, see the recorded properties
 
 
 class Site:
@@ -49,7 +50,11 @@ class Site:
             docker_host=node.host,
             docker_data_root=node.data_root,
             docker_exec_root=node.exec_root,
+            docker_resync_interval=RESYNC,
+            docker_poll_interval=RESYNC,
         )
+        doorbell = "told of every change by the swarm"
+        wait_for(lambda: self.daemon.state()["provider"]["doorbell"] == "watch", doorbell)
 
     def load(self, *options: str) -> peers.Load:
         return peers.Load(self.client, self.address, WEB, *options)
@@ -116,7 +121,7 @@ class Reactions:
                     times[key] = time.monotonic()
             return len(times) == 2
 
-        wait_for(both, event, timeout=90, interval=0.01)
+        wait_for(both, event, interval=0.01)
         self.seconds[event] = round(max(0.0, times["followed"] - times["announced"]), 3)
 
     def until_equal(self, event: str, count: int, service: str = "web", without: str = "") -> set[str]:
@@ -176,14 +181,14 @@ def test_the_daemon_follows_docker(site: Site, record_property: Callable[[str, o
     site.up(2, "sick")
     ill = swarm.containers("sick")[0]
     task = json.loads(swarm.docker("inspect", ill))[0]["Config"]["Labels"]["com.docker.swarm.task.id"]
-    swarm.manager.namespace.run("curl", "-sS", "-m5", f"http://{gateway_address(swarm, ill)}:8080/health/fail")
+    swarm.manager.namespace.run("curl", "-sS", "-m60", f"http://{gateway_address(swarm, ill)}:8080/health/fail")
     reactions.follow("unhealthy", lambda: not healthy(swarm, ill), lambda: task not in site.mesh_sees("sick"))
     reactions.until_equal("replacement of the unhealthy", 2, "sick", without=task)
 
     swarm.docker("service", "rm", "web")
     reactions.follow("service rm", lambda: not services(swarm, "web"), lambda: not known(site, "web"))
     wait_for(lambda: site.run("-n", "1", "-T", "2").failures, "the removed port refuses")
-    wait_for(lambda: not swarm.containers("web"), "end of the containers", timeout=60)
+    wait_for(lambda: not swarm.containers("web"), "end of the containers")
     swarm.create("web", replicas=6, publish=[f"{WEB}:8080"], wait=False)
     reactions.until_equal("re-creation", 6)
     assert site.run("-n", "600", "-c", "16").ok == 600
@@ -228,51 +233,47 @@ def test_rolling_update_loses_nothing(site: Site) -> None:
         "web", "--stop-grace-period=20s", "--update-parallelism=1", "--update-order=stop-first", "--update-delay=0s",
         "--update-monitor=1s", replicas=4, publish=[f"{WEB}:8080"],
     )  # fmt: skip
-    before, already = site.up(4), opened(site)
+    before = site.up(4)
     with (
-        site.load("-n", "0", "-c", "128", "-r", "450") as fresh,
+        site.load("-n", "0", "-c", "128", "-r", "1000") as fresh,
         site.load("-n", "0", "-c", "8", "-r", "1", "-u", "/slow?seconds=8") as long,
     ):
         wait_for(lambda: site.daemon.total("mesh_connections_active", service="web") >= 4, "long transfers in flight")
-        site.swarm.update("web", "--image=mesh-lab/server:2", timeout=180)
+        site.swarm.update("web", "--image=mesh-lab/server:2")
         after = site.up(4)
-        wait_for(lambda: opened(site) - already > 20_100, "20,000 connections", timeout=90, interval=0.2)
+        fresh.wait_more(1000)
+        wait_for(lambda: fresh.answers >= 20_000, "20,000 connections", interval=0.2)
         new, transfers = fresh.stop(), long.stop()
     assert not before & after
     assert (new.failed, new.failures) == (0, ())
-    assert new.ok >= 20_000
     assert before | after >= set(new.identities) >= after
     assert (transfers.failed, transfers.failures) == (0, ())
-    assert transfers.ok >= 10
-
-
-def opened(site: Site) -> float:
-    return site.daemon.total("mesh_connections_opened_total", service="web")
+    assert transfers.ok >= 4
 
 
 def test_docker_away_has_no_effect_on_traffic(site: Site) -> None:
-    """The socket is gone for a minute under load; what changed meanwhile is seen as soon as it is back."""
+    """The socket is gone for a while under load; what changed meanwhile is seen as soon as it is back."""
     site.swarm.create("web", replicas=4, publish=[f"{WEB}:8080"])
-    tasks, seconds = site.up(4), SOCKET_AWAY[site.engine]
+    tasks = site.up(4)
     sock = site.swarm.manager.socket
     away = sock.with_suffix(".away")
     with site.load("-n", "0", "-c", "32", "-r", "100") as fresh, site.load("-c", "50", "-k", "200") as kept:
         kept.wait_ready()
         sock.rename(away)
-        back = time.monotonic() + seconds
         try:
-            wait_for(lambda: not site.daemon.state()["provider"]["connected"], "the daemon says so", timeout=60)
-            time.sleep(max(0.0, back - time.monotonic()))
-            assert site.daemon.state()["provider"]["age_seconds"] > seconds / 2
+            wait_for(lambda: not site.daemon.state()["provider"]["connected"], "the daemon says so")
+            time.sleep(SOCKET_AWAY)
+            fresh.wait_more()
+            assert site.daemon.state()["provider"]["age_seconds"] > SOCKET_AWAY
             assert site.mesh_sees() == tasks
         finally:
             away.rename(sock)
-        wait_for(lambda: site.daemon.state()["provider"]["connected"], "Docker is back", timeout=60)
+        wait_for(lambda: site.daemon.state()["provider"]["connected"], "Docker is back")
         site.swarm.docker("service", "scale", "--detach", "web=5")
         site.up(5)
+        fresh.wait_more()
         new, established = fresh.stop(), kept.stop()
     assert (new.failed, new.failures) == (0, ())
-    assert new.ok >= seconds * 50
     assert (established.ok, established.failures) == (50, ())
 
 
@@ -300,18 +301,18 @@ def test_killed_daemon_starts_again(site: Site) -> None:
 
 
 def test_take_over_refuses_nobody(site: Site) -> None:
-    """A new process takes the ports over from the running one under load: 0 of 20,000 new connections fail."""
+    """A new process takes the ports over from the running one under load: none of thousands of new ones fails."""
     site.swarm.create("web", replicas=4, publish=[f"{WEB}:8080"])
     site.up(4)
-    old, already = site.daemon.process, opened(site)
-    with site.load("-n", "20000", "-c", "64", "-r", "1000") as fresh, site.load("-c", "50", "-k", "200") as kept:
+    old = site.daemon.process
+    with site.load("-n", "0", "-c", "64", "-r", "1000") as fresh, site.load("-c", "50", "-k", "200") as kept:
         kept.wait_ready()
-        wait_for(lambda: opened(site) - already > 4000, "load under way")
+        fresh.wait_more(2000)
         site.daemon.start("--take-over")
-        established = kept.stop()
-        new = fresh.wait()
-    assert old.wait(60) == 0
-    assert (new.ok, new.failures) == (20000, ())
+        fresh.wait_more(4000)
+        established, new = kept.stop(), fresh.stop()
+    assert old.wait(PATIENCE) == 0
+    assert (new.failed, new.failures) == (0, ())
     assert (established.ok, established.failures) == (50, ())
     assert site.daemon.process.poll() is None
 

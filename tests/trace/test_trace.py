@@ -36,7 +36,7 @@ def test_open_close_reset_with_bytes_and_filters() -> None:
         ["unshare", "-m", "bash", "-c", shell, "-", sys.executable, DRIVER],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,8 @@ import threading
 
 from mesh.trace.connections import ConnectionTrace, Row
 
+EVENTS = 12  # six opened, five closed, one reset
+
 
 def read(connection: socket.socket, size: int) -> None:
     while size:
@@ -63,9 +65,12 @@ def main() -> None:
         return state
 
     trace = ConnectionTrace(read_state, lambda row: row.backend == "web.1")
-    wanted.extend(trace.rows(4))
+    for row in trace.rows(150):
+        wanted.append(row)
+        if len(wanted) == EVENTS:
+            break
     for thread in threads:
-        thread.join(5)
+        thread.join()
     for row in wanted:
         print(json.dumps(row.as_dict()))
 

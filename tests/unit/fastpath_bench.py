@@ -212,3 +212,13 @@ def call(frontend: Frontend, host: str = "127.0.0.1", timeout: float = PATIENCE)
     if frontend.address != ANY_ADDRESS:
         host = str(frontend.address)
     return socket.create_connection((host, frontend.port), timeout=timeout)
+
+
+def ask(front, host: str = "127.0.0.1") -> bool:  # type: ignore[no-untyped-def]
+    """Whether a new connection is answered."""
+    try:
+        with call(front, host) as sock:
+            sock.sendall(b"x")
+            return sock.recv(1) == b"x"
+    except ConnectionError:
+        return False
