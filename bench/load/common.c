@@ -94,10 +94,21 @@ enum error cause_of(int errnum, bool established)
 	}
 }
 
+/* SplitMix64 (S. Vigna): the n-th number of a sequence that `seed` names. */
+static uint64_t draw(uint64_t seed, uint64_t n)
+{
+	uint64_t x = seed + n * 0x9e3779b97f4a7c15ull;
+
+	x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+	x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+	return x ^ x >> 31;
+}
+
 int dial(struct worker *w, int type)
 {
 	const struct options *o = w->options;
 	uint64_t turn = w->index + w->dialled++ * o->threads;
+	uint64_t target = draw(o->seed, turn) % o->n_targets;
 	struct sockaddr_in source = {.sin_family = AF_INET};
 	int one = 1;
 	int fd = socket(AF_INET, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -107,13 +118,12 @@ int dial(struct worker *w, int type)
 	if (type == SOCK_STREAM)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	if (o->n_sources) {
-		source.sin_addr = o->sources[turn / o->n_targets % o->n_sources];
+		source.sin_addr = o->sources[turn % o->n_sources];
 		setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one));
 		if (bind(fd, (struct sockaddr *)&source, sizeof(source)))
 			goto failed;
 	}
-	if (!connect(fd, (const struct sockaddr *)&o->targets[turn % o->n_targets], sizeof(*o->targets)) ||
-	    errno == EINPROGRESS)
+	if (!connect(fd, (const struct sockaddr *)&o->targets[target], sizeof(*o->targets)) || errno == EINPROGRESS)
 		return fd;
 failed:
 	count_error(w, cause_of(errno, false));

@@ -52,6 +52,7 @@ struct options {
 	unsigned n_targets, n_sources;
 	unsigned connections, threads, payload, window;
 	double rate, duration, warmup;
+	uint64_t seed; /* of the order of targets */
 };
 
 struct tally {
@@ -66,7 +67,7 @@ struct worker {
 	unsigned index, connections;
 	double rate;
 	uint64_t start, stop; /* the measured window, by now() */
-	uint64_t dialled;     /* round-robin position over targets and sources */
+	uint64_t dialled;     /* position in the order of targets, and of sources */
 	struct tally *tally;
 };
 
@@ -83,8 +84,10 @@ static inline bool measured(const struct worker *w, uint64_t t)
 void count_error(struct worker *w, enum error cause);
 enum error cause_of(int errnum, bool established);
 
-/* A non-blocking socket that connects (SOCK_STREAM) or is connected (SOCK_DGRAM) to the worker's next target from its
- * next source address. Returns -1, with the error counted, where that fails at once. */
+/* A non-blocking socket that connects (SOCK_STREAM) or is connected (SOCK_DGRAM) to one of the targets, drawn by lot as
+ * a balancer draws, from the worker's next source address. (Taken in turn, each of two threads would have half of the
+ * targets for itself, hence on its own core: a partition that no balancer makes.) Returns -1, with the error counted,
+ * where that fails at once. */
 int dial(struct worker *w, int type);
 
 /* Sleep until an event or `until`. Returns the number of events. */

@@ -217,6 +217,7 @@ int main(int argc, char **argv)
 	uint64_t start;
 
 	parse(&o, argc, argv);
+	o.seed = now();
 	getrlimit(RLIMIT_NOFILE, &files);
 	files.rlim_cur = files.rlim_max;
 	setrlimit(RLIMIT_NOFILE, &files);
