@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain routing, no balancer: the client calls the backends themselves, in turn, and the node routes. The yardstick."""
+"""Plain routing, no balancer: the client calls the backends, drawn by lot, and the node routes. The yardstick."""
 
 from bench.lab import BACKENDS
 from bench.peers.base import Side, first_line
