@@ -107,9 +107,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
 
 
+def _cut(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def shorten(text: str, limit: int = 60) -> str:
     """What a user wrote, quoted, at a length that fits a message."""
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+    return repr(_cut(text, limit))
 
 
 class _Reader:
@@ -140,7 +144,13 @@ class _Reader:
             except ValueError:
                 wrong = True
                 remedy = "the other entries apply" + (", nobody else is let in" if key == "allow" else "")
-                self.problems.append(Problem(self.place(key), f"{shorten(entry)} is not one of {_NETWORKS}", remedy))
+                self.problems.append(
+                    Problem(
+                        self.place(key),
+                        f"{shorten(entry)} is not a network such as 10.0.0.0/8 or 2001:db8::/32",
+                        remedy,
+                    )
+                )
         self._nobody = key == "allow" and wrong and not found
         return tuple(dict.fromkeys(found))
 
@@ -187,7 +197,7 @@ def parse_options(values: Mapping[str, str], place: Callable[[str], str]) -> tup
 def service_options(service: str, labels: Mapping[str, str]) -> tuple[ServiceOptions, list[Problem]]:
     """Options of a swarm service from its labels; those without the prefix `mesh.` are other people's."""
     ours = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
-    options, problems = parse_options(ours, lambda key: f"service {service}, label {PREFIX}{key}")
+    options, problems = parse_options(ours, lambda key: f"service {service}, label {_cut(PREFIX + key)}")
     return options, [_with_prefix(p) for p in problems]
 
 
@@ -217,5 +227,5 @@ def node_weight(node: str, labels: Mapping[str, str]) -> tuple[int, list[Problem
             problems.append(Problem(where, f"{shorten(text)} is not {option.accepts}", remedy))
     for label in sorted(k for k in labels if k.startswith(PREFIX) and k != NODE_WEIGHT):
         remedy = f"a node has {NODE_WEIGHT}; other labels go on the service"
-        problems.append(Problem(f"node {node}, label {label}", "unknown label", remedy))
+        problems.append(Problem(f"node {node}, label {_cut(label)}", "unknown label", remedy))
     return weight, problems

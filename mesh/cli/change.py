@@ -15,9 +15,15 @@ from mesh.cli.main import DaemonUnreachableError, Exit
 KIND = click.Choice(["backend", "node"])
 
 
+def _named(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("is empty")
+    return value
+
+
 @click.command(short_help="No new connections to a backend or a node.")
 @click.argument("kind", type=KIND)
-@click.argument("name")
+@click.argument("name", callback=_named)
 @daemon_options
 def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
     """Give a backend, or all backends of a node, no new connections. Those they have stay.
@@ -34,7 +40,7 @@ def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
 
 @click.command(short_help="Take back a drain.")
 @click.argument("kind", type=KIND)
-@click.argument("name")
+@click.argument("name", callback=_named)
 @daemon_options
 def undrain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
     """Take back a drain: new connections again.

@@ -127,9 +127,9 @@ def _selected(state: Json, names: tuple[str, ...]) -> list[Json]:
     services: list[Json] = state["services"]
     if not names:
         return services
-    chosen = [s for s in services if s["name"] in names or s["id"].startswith(names)]
+    chosen = [s for s in services if s["name"] in names or s["id"].startswith(tuple(filter(None, names)))]
     for name in names:
-        if not any(s["name"] == name or s["id"].startswith(name) for s in chosen):
+        if not name or not any(s["name"] == name or s["id"].startswith(name) for s in chosen):
             raise DaemonRefusedError(f"no service {name!r} is published", remedy="`mesh services` lists them")
     return chosen
 

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 import msgspec
 
+from mesh.cli.client import call
 from mesh.cli.facts import Finding, Verdict
 from mesh.config import Config
 from mesh.datapath.preflight import preflight
+from mesh.errors import MeshError
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
+_DOCKER: Final = ("dockerd", "docker-proxy")
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
@@ -80,7 +84,9 @@ def _ports(services: list[dict[str, Any]], config: Config) -> Iterator[Finding]:
         for port in service.get("Endpoint", {}).get("Ports") or []
         if port.get("PublishMode") == "ingress" and port.get("Protocol") == "tcp"
     }
-    held = sorted(published & listening())
+    listeners = listening()
+    held = sorted(published & listeners.keys())
+    yield from _strangers({port: listeners[port] for port in held}, config)
     if held and config.intercept == "bind":
         found = f"{len(held)} of {len(published)} published TCP ports are held by a process: {held[:5]}"
         yield Finding("published ports", Verdict.WARN, found, "set intercept = auto, which takes them over by nftables")
@@ -103,13 +109,46 @@ def _tunnel(services: list[dict[str, Any]], config: Config, nodes: int) -> Itera
                 yield Finding("published ports", Verdict.FAIL if nodes > 1 else Verdict.WARN, found, remedy)
 
 
-def listening() -> set[int]:
-    """TCP ports on which any process of this network namespace listens (proc(5), /proc/net/tcp)."""
-    ports = set()
+def _strangers(held: Mapping[int, set[str]], config: Config) -> Iterator[Finding]:
+    """Processes that are neither Docker nor mesh and that a published port keeps from hearing anything."""
+    holders = _holders({inode: port for port, inodes in held.items() for inode in inodes})
+    for port, pid, name in sorted(holders):
+        if name in _DOCKER or pid == _daemon(config):
+            continue
+        found = f"TCP {port} is also held by {name} (pid {pid}): clients reach the service, not that process"
+        if config.intercept == "bind" and config.engine != "kernel":
+            found = f"TCP {port} is held by {name} (pid {pid}): the proxy engine cannot serve it with intercept = bind"
+        yield Finding("published ports", Verdict.WARN, found, "publish another port, or have that process use one")
+
+
+def _daemon(config: Config) -> int | None:
+    try:
+        return int(call(Path(config.state_dir), "/state")["pid"])
+    except MeshError:
+        return None
+
+
+def _holders(wanted: Mapping[str, int]) -> set[tuple[int, int, str]]:
+    """Port, process id and name of those that hold these sockets (port by inode), as far as this user may see."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*") if wanted else ():
+        with contextlib.suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    kind, _, inode = str(descriptor.readlink()).partition(":")
+                    port = wanted.get(inode.strip("[]")) if kind == "socket" else None
+                    if port is not None:
+                        found.add((port, int(process.name), (process / "comm").read_text().strip()))
+    return found
+
+
+def listening() -> dict[int, set[str]]:
+    """TCP ports on which any process of this network namespace listens, with the sockets' inodes (proc(5))."""
+    ports: dict[int, set[str]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         if Path(table).exists():
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == _LISTEN:
-                    ports.add(int(fields[1].rpartition(":")[2], 16))
+                    ports.setdefault(int(fields[1].rpartition(":")[2], 16), set()).add(fields[9])
     return ports

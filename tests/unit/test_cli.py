@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -147,6 +148,8 @@ async def test_drain_and_undrain(daemon: Daemon) -> None:
     done = await run("drain", "backend", "nobody")
     assert done.code == Exit.REFUSED and "mesh backends lists them" in done.err
     assert (await run("drain", "service", "web0")).code == Exit.USAGE
+    assert (await run("drain", "backend", "")).code == Exit.USAGE
+    assert (await run("backends", "")).code == Exit.REFUSED
 
 
 async def test_stop_waits_until_it_is_gone(daemon: Daemon) -> None:
@@ -221,18 +224,26 @@ async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
         return web.json_response({"Swarm": swarm})
 
     async def services(request: web.Request) -> web.Response:
-        ports = [{"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 80, "PublishMode": "ingress"}]
+        ports = [
+            {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": port, "PublishMode": "ingress"}
+            for port in (80, listener.getsockname()[1])
+        ]
         return web.json_response([{"Endpoint": {"Ports": ports}}, {"Endpoint": {}}])
 
+    listener = socket.create_server(("127.0.0.1", 0))  # a process of the host has a published port
     app = web.Application()
     app.add_routes([web.get("/version", version), web.get("/info", info), web.get("/services", services)])
     runner = web.AppRunner(app)
     await runner.setup()
     await web.UnixSite(runner, tmp_path / "docker.sock").start()
     args = ("check", "--json", "--provider", "swarm", "--docker-host", f"unix://{tmp_path}/docker.sock")
-    found = {f["what"]: (f["verdict"], f["found"]) for f in (await mesh(*args)).json()}
+    findings = (await mesh(*args)).json()
+    warned = [f["found"] for f in findings if (f["what"], f["verdict"]) == ("published ports", "warn")]
+    assert len(warned) == 1 and f"(pid {os.getpid()})" in warned[0] and str(listener.getsockname()[1]) in warned[0]
+    listener.close()
+    found = {f["what"]: (f["verdict"], f["found"]) for f in findings}
     assert found["Docker"] == ("ok", "Engine 20.10.24, API 1.41")
-    assert found["swarm"] == ("ok", "manager n1") and found["published ports"][1].startswith("1 published")
+    assert found["swarm"] == ("ok", "manager n1") and found["published ports"][1].startswith("2 published")
     manager = False
     done = await mesh(*args)
     assert done.code == Exit.NOT_READY and "worker that knows no manager" in done.out

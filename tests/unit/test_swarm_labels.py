@@ -18,6 +18,13 @@ def test_no_labels_are_the_defaults() -> None:
     assert service_options("web", {"traefik.enable": "true", "meshed": "x"}) == (ServiceOptions(), [])
 
 
+def test_what_somebody_wrote_is_shown_at_a_length_that_fits() -> None:
+    _, problems = service_options("web", {"mesh." + "x" * 300: "y" * 5000, "mesh.affinity": "z" * 5000})
+    assert len(problems) == 2 and all(len(str(problem)) < 350 for problem in problems)
+    _, problems = node_weight("n1", {"mesh." + "x" * 300: "0"})
+    assert len(str(problems[0])) < 200
+
+
 def test_every_label() -> None:
     labels = {
         "mesh.enable": "false",
@@ -78,7 +85,7 @@ def test_probes(text: str, kind: ProbeKind, path: str) -> None:
         ("mesh.health.fall", "-1", "from 1 to 100"),
         ("mesh.table-size", "1000", "1021, 4093, 16381, 65537, 655373"),
         ("mesh.locality", "zone", "cluster, local-first"),
-        ("mesh.deny", "10.0.0.0/33", "networks separated by commas"),
+        ("mesh.deny", "10.0.0.0/33", "is not a network such as 10.0.0.0/8"),
         ("mesh.afinity", "flow", "did you mean mesh.affinity?"),
         ("mesh.health-interval", "2s", "did you mean mesh.health.interval?"),
         ("mesh.zzz", "1", "known: mesh.enable, mesh.affinity"),
