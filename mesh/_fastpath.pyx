@@ -6,6 +6,7 @@ This file is what Python sees of it; the engine itself is in mesh/fastpath/*.pxd
 thread at a time, but for `Pair.read`, `Front.read` and `Engine.totals`, which any thread may call at any time.
 """
 
+cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -120,6 +121,7 @@ cdef class Front:
         return self.peers.read()  # what other nodes have handed over here
 
 
+@cython.no_gc_clear  # __dealloc__ reads the lists of what is to be freed
 cdef class Engine:
     """The threads and all that they carry.
 

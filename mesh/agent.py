@@ -312,7 +312,8 @@ class Agent:
             return
         age = None if status.age_seconds is None else round(status.age_seconds, 1)
         if not status.connected:
-            log.warning("provider lost; the last state serves on", kind=status.kind, age=age, error=status.error)
+            stays = "the last state serves on" if age is not None else "nothing is served yet"
+            log.warning(f"provider lost; {stays}", kind=status.kind, age=age, error=status.error)
         elif self._connected is not None:
             log.info("provider regained", kind=status.kind)
         self._connected = status.connected

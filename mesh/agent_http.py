@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from mesh.metrics.http import make_app
 from mesh.metrics.view import AgentView
 
 CONTROL: Final = "mesh.sock"
+SOCKET_PATH: Final = 107  # bytes of a socket's path at most, unix(7)
 SHUTDOWN: Final = 1.0  # seconds that requests under way have
 
 log = structlog.get_logger("mesh")
@@ -28,7 +30,9 @@ def parse_listen(text: str) -> tuple[str, int]:
     """
     host, separator, port = text.rpartition(":")
     if not separator or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{text!r} is not an address and a port", where="http_listen", remedy="127.0.0.1:9550")
+        raise ConfigError(
+            f"{text!r} is not an address and a port", where="http_listen", remedy="such as 127.0.0.1:9550"
+        )
     return host.strip("[]"), int(port)
 
 
@@ -55,9 +59,9 @@ class Servers:
                 await web.TCPSite(runner, host or None, port).start()
             except OSError as error:
                 raise MeshError(
-                    f"cannot listen: {error.strerror}",
+                    f"cannot listen: {os.strerror(error.errno).lower() if error.errno else error}",
                     where=f"http_listen = {self._listen}",
-                    remedy='set --http-listen to another address, or to "" for none',
+                    remedy='`ss -ltnp` names who does; set --http-listen to another address, or to "" for none',
                 ) from error
         runner = await self._runner(control=True)
         new = self._control.with_suffix(".new")
@@ -66,7 +70,10 @@ class Servers:
             new.chmod(0o600)
             new.rename(self._control)  # at once in place of a dead daemon's
         except OSError as error:
-            raise MeshError(f"cannot listen: {error.strerror}", where=str(self._control)) from error
+            remedy = "set state_dir to a directory with a shorter path" if len(str(new)) > SOCKET_PATH else ""
+            raise MeshError(
+                f"cannot listen: {error.strerror or error}", where=str(self._control), remedy=remedy
+            ) from error
         self._owns_socket = True
 
     async def _runner(self, *, control: bool) -> web.AppRunner:

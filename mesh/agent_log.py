@@ -30,7 +30,7 @@ def configure(config: Config) -> None:
         "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
         "logfmt": [
             structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False),
         ],
     }
     level = logging.getLevelNamesMapping()[config.log_level.upper()]
@@ -124,6 +124,7 @@ def _backends(before: Picture, after: Picture) -> list[_Line]:
     old = standings(before, (b for b, _ in touched if b is not None))
     new = standings(after, (b for _, b in touched if b is not None))
     names = {s.id: s.name for picture in (before, after) for s in picture.inventory.services}
+    names |= {n.id: n.name for picture in (before, after) for n in picture.inventory.nodes}
     lines: list[_Line] = []
     for key, (backend, word) in new.items():
         was = old[key][1] if key in old else "new"
@@ -141,6 +142,6 @@ def _values(backend: Backend, names: dict[str, str]) -> dict[str, Any]:
         "backend": backend.name or backend.id,
         "id": backend.id,
         "service": names.get(backend.service, backend.service),
-        "node": backend.node,
+        "node": names.get(backend.node) or backend.node,
         "address": str(backend.address or ""),
     }

@@ -91,7 +91,10 @@ def _read(file: Path) -> dict[str, Any]:
         where = f"{file}:{text.count(chr(10), 0, match.start()) + 1}" if match else str(file)
         if name not in KEYS:
             near = _nearest(name)
-            raise ConfigError(f"no such key: {name}", where=where, remedy=near and f"did you mean {near}?")
+            remedy = (
+                "keys stand at the top, not in tables" if isinstance(value, dict) else near and f"did you mean {near}?"
+            )
+            raise ConfigError(f"no such key: {name}", where=where, remedy=remedy)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ConfigError(f"{name} must be {_KINDS[str(KEYS[name].type)]}", where=where)
         if isinstance(value, str) != (KEYS[name].type == "str"):

@@ -350,7 +350,8 @@ class StaticProvider:
             inventory = await asyncio.to_thread(_read, self._path)
         except ProviderError as error:
             if str(error) != self._error:
-                log.error("the file cannot be used, the last state serves on", error=str(error))
+                stays = "the last state serves on" if self._last_good is not None else "nothing is served yet"
+                log.error(f"the file cannot be used, {stays}", error=str(error))
             self._error = str(error)
             return
         self._error = ""

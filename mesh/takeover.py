@@ -78,9 +78,10 @@ class Lock:
         return lock
 
     def sign(self) -> None:
-        """Write this process's pid into it."""
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"{os.getpid()}\n".encode(), 0)
+        """Write this process's pid into it, for messages; where there is no room, nothing."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Give this process's share of it up."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh.cli.client import call, daemon_options
+from mesh.cli.main import DaemonRefusedError
 
 if TYPE_CHECKING:
     from mesh.trace.connections import Row
@@ -58,7 +59,8 @@ def trace(service: str, backend: str, client: str, seconds: float | None, state_
 
     Needs root, Debian's python3-bpfcc and kernel headers; it costs nothing while it is not running. With the kernel
     engine the client is the real one. The proxy engine has two connections for one: the client's own is shown with an
-    empty backend, the one to the task with the node as its client.
+    empty backend, the one to the task with the node as its client. Health probes are connections too: from the node
+    itself, without a byte.
 
     \b
     Example:   mesh trace --service web
@@ -66,6 +68,8 @@ def trace(service: str, backend: str, client: str, seconds: float | None, state_
     """
     from mesh.trace.connections import ConnectionTrace  # noqa: PLC0415 -- bcc is optional
 
+    if service and not any(known["name"] == service for known in call(state_dir, "/state")["services"]):
+        raise DaemonRefusedError(f"no service {service!r} is published", remedy="`mesh services` lists them")
     running = ConnectionTrace(lambda: call(state_dir, "/state"), _wanted(service, backend, client))
     if not as_json:
         click.echo(_line(_HEADER))

@@ -243,6 +243,8 @@ class RelayServer:
 
     async def _receive(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
         async for message in socket:
+            if message.type is WSMsgType.ERROR:  # the connection broke
+                return
             if message.type is not WSMsgType.BINARY:
                 raise wire.WireError(f"a frame of type {message.type.name}", where="relay")
             received: Any = wire.decode(message.data)

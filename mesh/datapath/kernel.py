@@ -119,7 +119,10 @@ class KernelDatapath:
         if self._maps.served:
             self._switch()
             self._beside.apply(self._applied, self._finder.topology.addresses)  # no plan may come
-        self._owner.write_text(self._token)
+        try:
+            self._owner.write_text(self._token)
+        except OSError:  # no room: the lock of the state directory has to do
+            self._owner.unlink(missing_ok=True)
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
         self._sweeper = Sweeper(self._maps.reverse, self._is_owner)
@@ -315,7 +318,8 @@ class KernelDatapath:
         """See Datapath.problems."""
         found = misplaced(list(self._applied.backends.values()), self._places)
         nodes = self._nodes.problems(self._applied.frontends, self._config.tunnel_port)
-        return [*self._problems, *self._beside.problems(), *nodes, *found]
+        names = [self._names.problem] if self._names.problem else []
+        return [*self._problems, *self._beside.problems(), *nodes, *names, *found]
 
     def stats(self) -> Stats:
         """See Datapath.stats."""

@@ -137,6 +137,7 @@ class NamesFile:
         self._frontends: dict[Frontend, msgspec.Raw] = {}
         self._nodes: list[str] = []
         self._spent = self._size = 0  # bytes of the changes, and of the line with all
+        self.problem = ""  # why there is no file, should it be so
 
     def read(self) -> Names:
         """What it says; nothing where it is absent, of another version or damaged."""
@@ -166,7 +167,6 @@ class NamesFile:
             self._backends = {e.id: _raw(_backend_out(e)) for e in held.backends.values()}
             self._frontends = {f: _raw(_frontend_out(e.state)) for f, e in held.frontends.items()}
             self._nodes = [str(address) for address in held.nodes or ()]
-            self._write(held.generation)
         backends = {entry.id: _raw(_backend_out(entry)) for entry in plan.put_backends}
         frontends = {entry.state.frontend: _raw(_frontend_out(entry.state)) for entry in plan.put_frontends}
         self._backends |= backends
@@ -189,10 +189,26 @@ class NamesFile:
             self._append(plan.generation, gone_backends=gone, gone_frontends=places)
 
     def _append(self, generation: int, **change: list[Any]) -> None:
+        """Write a change down. Where that fails there is no file at all: old names would be wrong ones.
+
+        Raises:
+            OSError: what is there cannot even be removed.
+        """
+        try:
+            self._append_or_write(generation, **change)
+            self.problem = ""
+        except OSError as error:
+            self.remove()
+            self._path.with_suffix(".partial").unlink(missing_ok=True)
+            self._size = 0
+            self.problem = f"{self._path}: cannot be written: {error.strerror}; should the daemon start again now, it "
+            self.problem += "knows its backends by their tables only (make room there)"
+
+    def _append_or_write(self, generation: int, **change: list[Any]) -> None:
         row = {"generation": generation, **{name: [] for name in _CHANGES}, **change}
         line = msgspec.json.encode(row) + b"\n"
         self._spent += len(line)
-        if self._spent > max(self._size, SPARE) or not self._path.exists():
+        if not self._size or self._spent > max(self._size, SPARE) or not self._path.exists():
             self._write(generation)
             return
         with self._path.open("ab") as file:

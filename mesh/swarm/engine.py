@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Collection
@@ -50,11 +51,12 @@ def engine_url(host: str) -> tuple[str, str]:
     Raises:
         ConfigError: it is no address of an Engine.
     """
-    url = urlsplit(host)
-    if url.scheme == "unix" and url.path:
-        return "http://docker", url.path
-    if url.scheme in ("tcp", "http") and url.netloc:
-        return f"http://{url.netloc}", ""
+    with contextlib.suppress(ValueError):  # a port that is none
+        url = urlsplit(host)
+        if url.scheme == "unix" and url.path:
+            return "http://docker", url.path
+        if url.scheme in ("tcp", "http") and url.hostname and url.port != 0:
+            return f"http://{url.netloc}", ""
     raise ConfigError(
         f"{host!r} is no address of a Docker Engine",
         where="docker_host",

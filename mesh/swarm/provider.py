@@ -170,7 +170,8 @@ class SwarmProvider:
         foreseen = isinstance(error, ProviderError)
         said = str(error) if foreseen else f"{type(error).__name__}: {error}"
         if said != self._error:
-            log.warning("docker cannot be read, the last state serves on", error=said, exc_info=not foreseen)
+            stays = "the last state serves on" if self._last_good is not None else "nothing is served yet"
+            log.warning(f"docker cannot be read, {stays}", error=said, exc_info=not foreseen)
         self._error = said
 
     def _interval(self) -> float:

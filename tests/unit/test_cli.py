@@ -152,6 +152,11 @@ async def test_drain_and_undrain(daemon: Daemon) -> None:
     assert (await run("backends", "")).code == Exit.REFUSED
 
 
+async def test_trace_of_a_service_that_nobody_knows(daemon: Daemon) -> None:
+    done = await daemon[1]("trace", "--service", "nobody")
+    assert done.code == Exit.REFUSED and "no service 'nobody'" in done.err
+
+
 async def test_stop_waits_until_it_is_gone(daemon: Daemon) -> None:
     view, run = daemon
     done = await run("stop", "--release")

@@ -52,6 +52,7 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
         ("engine = 'ebpf'", "none of auto, kernel, proxy"),
         ("[engine]\nname = 1", "must be a string"),
         ("engine = =", "line 1"),
+        ("[mesh]\nengine = 'proxy'", "no such key: mesh .keys stand at the top"),
     ],
 )
 def test_a_wrong_file_says_where(tmp_path: Path, text: str, says: str) -> None:

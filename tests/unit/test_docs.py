@@ -140,6 +140,17 @@ def test_alert_rules_are_rules() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_alert_fires_where_nothing_is_well_and_only_there(tmp_path: Path) -> None:
+    """tests/unit/alerts_test.yml, with the number of alerts that there are."""
+    rules = (ROOT / "deploy/alerts.yml").read_text()
+    (tmp_path / "alerts.yml").write_text(rules)
+    cases = (ROOT / "tests/unit/alerts_test.yml").read_text().replace("value: ALL", f"value: {rules.count('- alert:')}")
+    (tmp_path / "cases.yml").write_text(cases)
+    command = ["promtool", "test", "rules", "cases.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_unit_waits_longer_than_the_daemon_drains() -> None:
     unit = configparser.RawConfigParser(strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]

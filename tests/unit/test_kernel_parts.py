@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +26,7 @@ from mesh.datapath.kernel_places import BRIDGE, INGRESS, TASK, Place, Places, wa
 from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.preflight import instance, preflight
+from mesh.errors import MeshError
 from mesh.model import (
     ANY_ADDRESS,
     Address,
@@ -38,6 +42,7 @@ from mesh.model import (
     ServiceOptions,
     Target,
 )
+from mesh.takeover import Lock
 
 
 def networks() -> st.SearchStrategy[Network]:
@@ -111,6 +116,25 @@ def state(frontend: Frontend, *targets: Target) -> FrontendState:
     return FrontendState(frontend, "id", "web", options, targets, panic=True)
 
 
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """No file can grow, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_state_directory_without_room_keeps_nobody_from_starting(tmp_path: Path) -> None:
+    with no_room():
+        lock = Lock.acquire(tmp_path)
+    with pytest.raises(MeshError, match="pid unknown"):
+        Lock.acquire(tmp_path)
+    lock.close()
+
+
 def test_names_come_back(tmp_path: Path) -> None:
     target = Target("task", ipaddress.ip_address("172.18.0.3"), 80, 2, True, "node", "container")
     entry = BackendEntry(7, BackendKey("task", 80, 6), target)
@@ -138,6 +162,13 @@ def test_names_come_back(tmp_path: Path) -> None:
     assert path.stat().st_size < 2 * SPARE
     nodes = (ipaddress.ip_address("192.0.2.1"), ipaddress.ip_address("2001:db8::1"))
     names.put(Plan(1999, put_nodes=nodes), held)
+    assert NamesFile(path).read() == Names(1999, {7: entry}, {}, nodes)
+    with no_room():
+        names.put(Plan(2000, put_backends=(entry,)), held)
+        assert "cannot be written" in names.problem and not path.exists()  # no old names beside new maps
+        names.put(Plan(2001, put_backends=(changed,)), Applied(2000, nodes=nodes))
+    names.put(Plan(1999, put_backends=(entry,)), Applied(2001, nodes=nodes))
+    assert names.problem == ""
     assert NamesFile(path).read() == Names(1999, {7: entry}, {}, nodes)
     path.unlink()  # by whoever
     names.drop(Plan(2000, drop_backends=(entry,)))

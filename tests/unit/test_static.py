@@ -89,7 +89,7 @@ def test_an_empty_file_is_an_empty_inventory() -> None:
         (('affinity = "client-ip"', 'affinity = "sticky"'), 4, "one of: client-ip, flow"),
         (('affinity = "client-ip"', 'afinity = "flow"'), 4, "did you mean affinity?"),
         (('health-interval = "500ms"', 'health-interval = "500"'), 7, "duration"),
-        (('"10.0.0.0/8"', '"10.0.0.0/33"'), 8, "networks"),
+        (('"10.0.0.0/8"', '"10.0.0.0/33"'), 8, "is not a network"),
         (("table-size = 65537", "table-size = 65536"), 5, "16381"),
         (("table-size = 65537", "table-size = [1]"), 5, "neither text"),
         (('address = "10.0.0.2"', 'address = "10.0.0.2:80"'), 19, "no address"),

@@ -200,7 +200,9 @@ async def test_the_end_of_events_is_a_provider_error(peer: Peer, engine: Engine)
             peer.events[0].close()
 
 
-@pytest.mark.parametrize("host", ["", "docker.sock", "unix://", "ssh://host", "npipe:////./pipe/docker", "tcp://"])
+@pytest.mark.parametrize(
+    "host", ["", "docker.sock", "unix://", "ssh://host", "npipe:////./pipe/docker", "tcp://", "tcp://h:x"]
+)
 def test_no_address_of_an_engine(host: str) -> None:
     with pytest.raises(ConfigError, match="docker_host"):
         engine_url(host)
