@@ -22,7 +22,7 @@ INLINE int is_ours(const struct tunnel_head *head, const struct packet *p)
 	       p->l4 == L3 + header_length(p) && p->length >= p->l4 - L3 + TUNNEL_HEADERS;
 }
 
-/* The backend of this node that an id names. */
+/* The task of this node that an id names. */
 INLINE struct mesh_backend *find_id(struct mesh_id *id, __u32 *owner)
 {
 	struct mesh_backend *backend;
@@ -33,7 +33,9 @@ INLINE struct mesh_backend *find_id(struct mesh_id *id, __u32 *owner)
 		return NULL;
 	*owner = *found;
 	backend = find_backend(*owner);
-	return backend && backend->state != MESH_BACKEND_FREE && !is_away(backend) ? backend : NULL;
+	if (!backend || backend->state == MESH_BACKEND_FREE || is_away(backend) || is_own(backend))
+		return NULL;
+	return backend;
 }
 
 /* Have the flow's next packet looked at, whichever way it comes: replies take that way back. */

@@ -126,6 +126,12 @@ INLINE int is_away(const struct mesh_backend *backend)
 	return backend->seed != 0;
 }
 
+/* Whether a backend is at an address of this node itself: the programs do not see what it sends. */
+INLINE int is_own(const struct mesh_backend *backend)
+{
+	return !backend->ifindex && backend->bridge == MESH_LOOPBACK;
+}
+
 /* Whether an un-noted flow that is not starting may be given to a slot's previous owner. UDP has no start: its flows
  * stay with an active previous owner, leave a draining one, and leave PASS unless the frontend holds. */
 INLINE int keeps_flows(__u32 owner, __u8 protocol, __u32 flags)

@@ -124,7 +124,7 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 		return forward_away(skb, p, c, from);
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
-	if (unlikely(!c->backend->ifindex) && c->backend->bridge == MESH_LOOPBACK)
+	if (unlikely(is_own(c->backend)))
 		return pass_own(p, c);
 	if (unlikely(p->ttl <= 1))
 		return REFUSAL(MESH_VERDICT_EXPIRED);

@@ -359,3 +359,16 @@ def test_a_task_of_the_other_version_is_left_to_the_kernel() -> None:
     frame = bytes(segment(CLIENT6, 40000, NODE6, 80))
     out = plane.run("mesh_ingress", frame)
     assert (out.retval, out.data, plane.verdicts()) == (OK, frame, {"FAMILY": 1})
+
+
+def test_a_backend_at_an_address_of_the_far_node_itself_is_not_there() -> None:
+    """Its replies would not come by a task's interface: refused like a task that nobody knows, not lost in lo."""
+    plane = far()
+    plane.backend(3, PEER4, 8080, ifindex=0, bridge=1)
+    start, later = (bytes(segment(CLIENT4, 40000, NODE4, 80, flags)) for flags in "SA")
+    assert plane.run("mesh_ingress", wrapped(start, NODE4, PEER4, identity())).retval == SHOT
+    for frame, flags in ((start, "RA"), (later, "R")):
+        out = plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, identity()))
+        ident, packet = unwrapped(out.data, 4)
+        assert (out.retval, ident, str(IP(packet)[TCP].flags)) == (REDIRECT, REPLY, flags)
+    assert plane.verdicts() == {"TUNNEL_UNKNOWN": 3}
