@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where clients' packets come in: tc ingress of every Ethernet interface that faces clients. */
-#include "lib/arrive.h"
-#include "lib/leave.h"
+#include "lib/tunnel.h"
 
+int mesh_tunnel(struct __sk_buff *skb);
+int mesh_leave(struct __sk_buff *skb);
 int mesh_error(struct __sk_buff *skb);
+int mesh_ingress(struct __sk_buff *skb);
 
 /* What programs of this object go on with, by GO. */
 struct {
@@ -15,7 +17,11 @@ struct {
 					[GO_ARRIVE] = (void *)&mesh_tunnel,
 					[GO_LEAVE] = (void *)&mesh_leave,
 					[GO_ERROR] = (void *)&mesh_error,
+					[GO_AGAIN] = (void *)&mesh_ingress,
 				}};
+
+#include "lib/arrive.h"
+#include "lib/leave.h"
 
 /* ICMP errors from the clients' side, and from the way to other nodes. */
 SEC("tc")

@@ -67,20 +67,21 @@ class Model:
         state = self.backends[owner].state if owner in self.backends else FREE
         return state == ACTIVE or (state == DRAINING and protocol == TCP)
 
-    def known_of(self, flow: Flow, owner: int) -> bool:
-        """Whether the reverse entries know an un-noted flow as one of this owner's."""
+    def known_of(self, flow: Flow, owner: int, *, edge: bool = False) -> bool:
+        """Whether the reverse entries know an un-noted flow as one of this owner's; `edge`: begun or ended suffices."""
         backend = self.backends.get(owner)
         if backend is None or backend.state == FREE:
             return False
         source, sport, called, called_port, protocol = flow
         if source == backend.address:  # the task calls itself
             source = self.hairpin if source[:12] == MAPPED else self.hairpin6
-        reply = self.replies.get((source, sport, backend.address, backend.port, protocol))
+        key = (source, sport, backend.address, backend.port, protocol)
+        reply = self.replies.get(key) or (self.openings.get(key) if edge else None)
         return (
             reply is not None
             and (reply.owner, reply.epoch) == (owner, backend.epoch)
             and (reply.called, reply.called_port) == (called, called_port)
-            and reply.closed != 3
+            and (edge or reply.closed != 3)
         )
 
     def good(self, note: tuple[int, int, int], number: int) -> bool:
@@ -157,11 +158,15 @@ class Model:
             return untouched
         return self._serve(p, frame, number, from_task=from_task)
 
+    def _owner(self, p: Packet, number: int, *, start: bool, from_task: bool) -> tuple[str, int, bool]:
+        """As `choose`, for a packet that a program has."""
+        return self.choose(p.flow, number, start)
+
     def _serve(self, p: Packet, frame: bytes, number: int, *, from_task: bool) -> Outcome:
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
         start = p.protocol == TCP and p.flags & (SYN | ACK) == SYN
-        verdict, owner, note = self.choose(p.flow, number, start)
+        verdict, owner, note = self._owner(p, number, start=start, from_task=from_task)
         if verdict == "REFUSED":
             return self._refuse(p, frame, verdict)
         if owner < FIRST:

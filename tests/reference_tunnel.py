@@ -10,12 +10,18 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field, replace
 
+from tests import reference
 from tests.reference_frames import ETHER, MAPPED, TCP, UDP, Flow, Packet, be16, changed, parse, total
-from tests.reference_packets import ACK, FIRST, FREE, OK, REDIRECT, SHOT, SYN, Model
+from tests.reference_packets import ACK, CLIENT, FIRST, FREE, OK, REDIRECT, SHOT, SYN, TRACKED, Model
 from tests.reference_state import Outcome, Reply
 
 ROOM, HEAD = 52, 32
 REPLY = bytes(11) + b"\x01"
+ASK, BACK = b"\x02", b"\x04"
+
+
+class Asked(tuple[int, int, int]):
+    """A note of an owner whose node has to say whether the flow is its own."""
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Spanning(Model):
     ways: dict[Flow, bytes] = field(default_factory=dict)  # node, by reverse entry
     seen: set[Flow] = field(default_factory=set)
     source: bytes = b""  # the node that the packet came from
+    floating: set[bytes] = field(default_factory=set)
 
     def ingress(self, frame: bytes) -> Outcome:
         p = parse(frame)
@@ -37,9 +44,29 @@ class Spanning(Model):
             return self._arrive(p, frame)
         return super().ingress(frame)
 
+    def _owner(self, p: Packet, number: int, *, start: bool, from_task: bool) -> tuple[str, int, bool]:
+        """The second chance of flows to a floating address. The verdict ASKED: so noted, and sent with the question."""
+        verdict, owner, note = self.choose(p.flow, number, start)
+        frontend = self.frontends[number]
+        value = reference.client_hash(p.source) if frontend.flags & CLIENT else reference.flow_hash(*p.flow)
+        current, previous = frontend.slots[reference.slot_for(value, len(frontend.slots))]
+        kept = owner == previous & ~TRACKED != current and note and p.flow not in self.notes
+        backend = self.backends.get(current)
+        if not kept or start or from_task or p.protocol != TCP or p.destination not in self.floating:
+            return verdict, owner, note
+        if backend is None or backend.state == FREE:
+            return verdict, owner, note
+        if current not in self.away:
+            known = self.known_of(p.flow, current, edge=True)
+            return ("NOTED", current, True) if known else (verdict, owner, note)
+        mtu = self.nodes.get(backend.address, 0)
+        if self.away[current][1] != p.version or not mtu or self.known_of(p.flow, owner, edge=True):
+            return verdict, owner, note
+        return "ASKED", current, True
+
     def _serve(self, p: Packet, frame: bytes, number: int, *, from_task: bool) -> Outcome:
         start = p.protocol == TCP and p.flags & (SYN | ACK) == SYN
-        verdict, owner, note = self.choose(p.flow, number, start)
+        verdict, owner, note = self._owner(p, number, start=start, from_task=from_task)
         if owner not in self.away or verdict == "REFUSED":
             return super()._serve(p, frame, number, from_task=from_task)
         ident, version = self.away[owner]
@@ -48,7 +75,10 @@ class Spanning(Model):
         if version != p.version or from_task:
             return Outcome(OK, "FAMILY" if version != p.version else "TUNNEL_NONE", frame)
         if note:
-            self.notes[p.flow] = (owner, self.backends[owner].epoch, number)
+            made = (owner, self.backends[owner].epoch, number)
+            self.notes[p.flow] = Asked(made) if verdict == "ASKED" else made
+        if verdict in ("ASKED", "NOTED") and isinstance(self.notes.get(p.flow), Asked):
+            ident = ident[:-1] + ASK
         node = self.backends[owner].address
         if node not in self.nodes:
             return Outcome(OK, "TUNNEL_NONE", frame)
@@ -83,7 +113,7 @@ class Spanning(Model):
         if p.source not in self.nodes:
             return Outcome(SHOT, "TUNNEL_FOREIGN")
         head, ident = frame[p.l4 + 8 : p.l4 + 20], frame[p.l4 + 20 : p.l4 + HEAD]
-        good = head[:2] == b"\x04\x40" and head[4:] == bytes(4) + b"\xff\x6d\x81\x03" and ident[-1:] in (b"\0", b"\x01")
+        good = head[:2] == b"\x04\x40" and head[4:] == bytes(4) + b"\xff\x6d\x81\x03" and ident[-1] in (0, 1, 2, 4)
         kind = {b"\x08\0": 20, b"\x86\xdd": 40}.get(head[2:4], 0)
         rest = len(frame) - p.l4 - HEAD
         if not good or not kind or p.fragment or p.l4 != ETHER + 20 or p.length < 20 + HEAD or rest < kind:
@@ -96,19 +126,39 @@ class Spanning(Model):
             self.fragments[q.source, q.destination, q.ident, q.protocol] = (q.sport, q.dport)
         if q.kind != "flow":
             return Outcome(SHOT, "TUNNEL_BAD")
-        if ident[-1]:
+        if ident[-1:] == REPLY[-1:]:
             return self._return(q, inner, p.source)
+        if ident[-1:] == BACK:
+            return self._back(q, inner, p.source, ident)
         out = self._deliver(q, inner, p.source, ident)
-        if out.action != REDIRECT or out.verdict == "TUNNEL_IN":
+        if out.action != REDIRECT or out.verdict in ("TUNNEL_IN", "TUNNEL_BACK"):
             return out
         assert out.frame is not None
         return self._wrapped(out.frame, out.verdict, p.source, REPLY, tuple(out.checks))
 
+    def _back(self, q: Packet, inner: bytes, node: bytes, ident: bytes) -> Outcome:
+        """A client's packet that this node has asked another one about."""
+        tunnel = (q.protocol, q.dport) == (UDP, self.port)
+        number = 0 if tunnel else self.find(q.destination, q.dport, q.protocol)
+        if not number:
+            return Outcome(SHOT, "TUNNEL_BAD")
+        note = self.notes.get(q.flow)
+        asked = isinstance(note, Asked) and note[0] in self.away
+        if note is None or (asked and (self.backends[note[0]].address, self.away[note[0]][0][:8]) == (node, ident[:8])):
+            self.notes.pop(q.flow, None)
+            _, owner, noted = self.choose(q.flow, number, start=False)
+            if noted:
+                self.notes[q.flow] = (owner, self.backends[owner].epoch if owner >= FIRST else 0, number)
+        return self.ingress(inner)
+
     def _deliver(self, q: Packet, inner: bytes, node: bytes, ident: bytes) -> Outcome:
         if q.protocol != ident[10] or (q.protocol, q.dport) == (UDP, self.port):
             return Outcome(SHOT, "TUNNEL_BAD")
+        asked, ident = ident[-1:] == ASK, ident[:-1] + b"\0"
         owner = self.ids.get(ident, 0)
         backend = self.backends.get(owner)
+        if asked and not (owner and self.known_of(q.flow, owner, edge=True)):
+            return self._wrapped(inner, "TUNNEL_BACK", node, ident[:-1] + BACK)
         if not backend or backend.state == FREE or (backend.address[:12] == MAPPED) != (q.version == 4):
             if (q.protocol == UDP or q.flags & SYN) and q.flow not in self.seen:
                 self.seen.add(q.flow)
@@ -145,8 +195,10 @@ class Spanning(Model):
     def _return(self, q: Packet, inner: bytes, node: bytes) -> Outcome:
         number = self.exact.get((q.source, q.sport, q.protocol)) or self.any_address.get((q.protocol, q.sport), 0)
         flow = (q.destination, q.dport, q.source, q.sport, q.protocol)
-        owner = self.choose(flow, number, start=False)[1] if number else 0
+        verdict, owner, note = self.choose(flow, number, start=False) if number else ("", 0, False)
         known = owner >= FIRST and owner in self.away and self.backends[owner].address == node
+        if known and verdict == "NOTED" and not note and isinstance(self.notes[flow], Asked):
+            self.notes[flow] = (owner, self.backends[owner].epoch, number)
         if not known or q.destination in self.addresses:
             return Outcome(SHOT, "TUNNEL_BAD")
         if q.ttl <= 1:

@@ -6,9 +6,15 @@
 #ifndef MESH_ARRIVE_H
 #define MESH_ARRIVE_H
 
+#include "back.h"
 #include "icmp.h"
 
 #define AGAIN 64u /* stamps within which a start that was dropped for an unknown task counts as having come before */
+
+INLINE int is_one_flag(__u8 flags)
+{
+	return flags <= MESH_TUNNEL_BACK && !(flags & (flags - 1));
+}
 
 /* Whether the headers are what `tunnel_send` writes. */
 INLINE int is_ours(const struct tunnel_head *head, const struct packet *p)
@@ -18,7 +24,7 @@ INLINE int is_ours(const struct tunnel_head *head, const struct packet *p)
 	return geneve->words == MESH_GENEVE_WORDS && geneve->flags == MESH_GENEVE_CRITICAL && !geneve->vni &&
 	       (geneve->inner == bpf_htons(ETH_P_IP) || geneve->inner == bpf_htons(ETH_P_IPV6)) &&
 	       geneve->option_class == bpf_htons(MESH_GENEVE_CLASS) && geneve->option_type == MESH_GENEVE_TYPE &&
-	       geneve->option_words == MESH_GENEVE_OPTION && !(geneve->id.flags & ~MESH_TUNNEL_REPLY) && !p->fragment &&
+	       geneve->option_words == MESH_GENEVE_OPTION && is_one_flag(geneve->id.flags) && !p->fragment &&
 	       p->l4 == L3 + header_length(p) && p->length >= p->l4 - L3 + TUNNEL_HEADERS;
 }
 
@@ -51,6 +57,7 @@ INLINE void forget_recent(const struct choice *c)
 static __noinline int arrive(struct __sk_buff *skb, struct packet *p, struct tunnel_to *from)
 {
 	struct mesh_node *node = bpf_map_lookup_elem(&mesh_nodes, &from->node);
+	__u8 flags = from->id.flags;
 	struct choice c = {};
 	struct tuple to;
 	__u32 word;
@@ -58,7 +65,10 @@ static __noinline int arrive(struct __sk_buff *skb, struct packet *p, struct tun
 	word = port_word(p->flow.protocol, p->flow.destination_port);
 	if (!node || p->flow.protocol != from->id.protocol || (word & MESH_PORT_TUNNEL))
 		return verdict(MESH_VERDICT_TUNNEL_BAD, TC_ACT_SHOT);
+	from->id.flags = 0;
 	c.backend = find_id(&from->id, &c.owner);
+	if ((flags & MESH_TUNNEL_ASK) && (!c.backend || !is_known_of(&p->flow, c.owner)))
+		return REFUSAL(MESH_VERDICT_TUNNEL_BACK);
 	if (!c.backend || is_v4(&c.backend->address) != (p->version == 4))
 		return REFUSAL(MESH_VERDICT_TUNNEL_UNKNOWN);
 	if (p->ttl <= 1)
@@ -113,7 +123,15 @@ static __noinline int is_answered_by(struct mesh_flow *flow, struct mesh_addr *n
 	if (!c.frontend)
 		return 0;
 	choose(flow, &c);
-	return c.backend && is_away(c.backend) && same_address(&c.backend->address, node);
+	if (!c.backend || !is_away(c.backend) || !same_address(&c.backend->address, node))
+		return 0;
+	if (unlikely(c.asked)) {
+		c.asked = 0;
+		if (c.noted)
+			c.noted->frontend = c.frontend;
+		note_choice(flow, &c);
+	}
+	return 1;
 }
 
 /* The flow, as its client sent it, to which a reply (or an error about such a packet) belongs. Returns 0. */
@@ -177,6 +195,8 @@ static __noinline int refuse_back(struct __sk_buff *skb, struct packet *p, struc
 	__u32 name = (__u32)(-2 - refusal);
 	int failed;
 
+	if (name == MESH_VERDICT_TUNNEL_BACK)
+		return send_back(skb, p, from);
 	if (name == MESH_VERDICT_TUNNEL_UNKNOWN && (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) &&
 	    !is_again(p))
 		return verdict(name, TC_ACT_SHOT);
@@ -256,10 +276,12 @@ int mesh_tunnel(struct __sk_buff *skb)
 	result = unwrap(skb, &p, &from);
 	if (from.id.flags & MESH_TUNNEL_REPLY)
 		return arrive_reply(skb, &p, &from, result);
-	if (result == PARSE_ICMP)
+	if (result == PARSE_ICMP && !from.id.flags)
 		return arrive_icmp(skb, &p, &from);
 	if (result != PARSE_FLOW)
 		return verdict(MESH_VERDICT_TUNNEL_BAD, TC_ACT_SHOT);
+	if (from.id.flags & MESH_TUNNEL_BACK)
+		return arrive_back(skb, &p, &from);
 	action = arrive(skb, &p, &from);
 	return IS_REFUSAL(action) ? refuse_back(skb, &p, &from, action) : action;
 }

@@ -225,7 +225,7 @@ RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from)
 		return TC_ACT_UNSPEC;
 	if (!find_quoted(w, &c, word))
 		return c.backend && is_away(c.backend) && c.backend->version == p->version && from == FROM_CLIENT
-			       ? leave_for(skb, c.owner, 0, (__u32)c.wide)
+			       ? leave_for(skb, c.owner, 0, (__u32)c.wide, 0)
 			       : TC_ACT_UNSPEC;
 	if (!c.backend || is_v4(&w->key.destination) != (p->version == 4))
 		return TC_ACT_UNSPEC;

@@ -6,7 +6,8 @@
 #include "serve.h"
 
 /* A client's packet, or an error about one of its flows, to the node of its owner. Returns an action or a REFUSAL. */
-static __noinline int leave(struct __sk_buff *skb, struct packet *p, struct mesh_backend *backend, __u32 entropy)
+static __noinline int leave(struct __sk_buff *skb, struct packet *p, struct mesh_backend *backend, __u32 entropy,
+			    __u32 flags)
 {
 	struct tunnel_to to = {.node = backend->address, .entropy = entropy};
 
@@ -14,6 +15,7 @@ static __noinline int leave(struct __sk_buff *skb, struct packet *p, struct mesh
 	to.id.seed[1] = ((__be32 *)&backend->seed)[1];
 	to.id.port = backend->port;
 	to.id.protocol = backend->protocol;
+	to.id.flags = (__u8)flags;
 	p->mtu = (__u16)tunnel_mtu(&to.node);
 	if (unlikely(!p->mtu))
 		return verdict(MESH_VERDICT_TUNNEL_NONE, TC_ACT_UNSPEC);
@@ -38,7 +40,7 @@ int mesh_leave(struct __sk_buff *skb)
 	if (parse(skb, &p) == PARSE_OTHER || !backend || !is_away(backend))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	length = p.length;
-	action = leave(skb, &p, backend, entropy);
+	action = leave(skb, &p, backend, entropy, skb->cb[3]);
 	if (IS_REFUSAL(action))
 		return refuse(skb, &p, action);
 	if (likely(action == TC_ACT_REDIRECT)) {

@@ -45,7 +45,7 @@ struct {
 	__type(value, __u32);
 } mesh_exact SEC(".maps");
 
-/* This node's own addresses (agent writes; value 1). A frontend with any address serves these and no others. */
+/* This node's own addresses (agent writes; MESH_ADDRESS_*). A frontend with any address serves these and no others. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 4096);

@@ -9,7 +9,6 @@
 #include "rewrite.h"
 #include "select.h"
 
-#define REPLY_CLOSED (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)
 /* How long (in stamp units) the client must have been silent before another flow with the same client address and port
  * may take the entry. */
 #define TAKEN_TCP 8192u

@@ -20,7 +20,11 @@ struct choice {
 	__u8 note;    /* the flow cache must learn the owner: NOTE_* */
 	__u8 trusted; /* source rules do not apply */
 	__u32 recent; /* see is_recent */
+	__u32 other;  /* an un-noted flow is taken for the previous owner's: the current one, whose it may be (ask.h) */
+	__u32 asked;  /* MESH_NOTE_ASKED: its node has to say whether the flow is the owner's */
 };
+
+#define REPLY_CLOSED (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)
 
 #define NOTE_FIRST 1 /* the flow's first packet that needs one: among those that a flood may push out */
 #define NOTE_KEEP  2 /* the flow is known to go on */
@@ -153,7 +157,7 @@ INLINE int is_note_good(const struct mesh_note *note, __u32 frontend)
 {
 	struct mesh_backend *backend;
 
-	if (note->frontend != frontend)
+	if ((note->frontend & ~MESH_NOTE_ASKED) != frontend)
 		return 0;
 	if (note->owner < MESH_OWNER_FIRST)
 		return note->owner == MESH_OWNER_PASS;
@@ -161,14 +165,19 @@ INLINE int is_note_good(const struct mesh_note *note, __u32 frontend)
 	return backend && backend->state != MESH_BACKEND_FREE && backend->epoch == note->epoch;
 }
 
-/* The flow cache has no word on a flow, be it for want of room: whether the reverse entries, which a flood of starts
- * does not push out, know it as one of `owner`'s. */
+#define KNOWN_LIVE 1
+#define KNOWN_EDGE 2 /* it has just begun, or it has ended */
+
+/* The flow cache has no word on a flow, be it for want of room, be it that it began on another node: whether the
+ * reverse entries know it as one of `owner`'s, a backend of this node. Those that a flood of starts does not push out
+ * say KNOWN_LIVE. Returns 0 where none does. */
 static __noinline int is_known_of(const struct mesh_flow *flow, __u32 owner)
 {
 	struct mesh_backend *backend = find_backend(owner);
 	struct mesh_config *node = config();
 	struct mesh_reply *reply;
 	struct mesh_flow *key;
+	int known = KNOWN_LIVE;
 	__u32 zero = 0;
 
 	key = bpf_map_lookup_elem(&mesh_scratch, &zero);
@@ -180,9 +189,14 @@ static __noinline int is_known_of(const struct mesh_flow *flow, __u32 owner)
 	if (same_address(&key->source, &key->destination)) /* the task calls itself: see task_tuple */
 		key->source = is_v4(&key->destination) ? node->hairpin : node->hairpin6;
 	reply = bpf_map_lookup_elem(&mesh_replies, key);
-	return reply && reply->owner == owner && reply->epoch == backend->epoch &&
-	       reply->called_port == flow->destination_port && same_address(&reply->called, &flow->destination) &&
-	       (reply->flags & (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)) != (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT);
+	if (!reply) {
+		reply = bpf_map_lookup_elem(&mesh_openings, key);
+		known = KNOWN_EDGE;
+	}
+	if (!reply || reply->owner != owner || reply->epoch != backend->epoch ||
+	    reply->called_port != flow->destination_port || !same_address(&reply->called, &flow->destination))
+		return 0;
+	return (reply->flags & REPLY_CLOSED) == REPLY_CLOSED ? KNOWN_EDGE : known;
 }
 
 /* The owner of a flow whose slot is in transition. */
@@ -203,6 +217,7 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 		if (!is_note_good(note, c->frontend))
 			return;
 		c->owner = note->owner;
+		c->asked = note->frontend & MESH_NOTE_ASKED;
 		c->noted = note;
 		c->note = 0;
 		c->verdict = MESH_VERDICT_NOTED;
@@ -214,14 +229,16 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 		if (!is_note_good(note, c->frontend))
 			return;
 		c->owner = note->owner;
+		c->asked = note->frontend & MESH_NOTE_ASKED;
 		c->verdict = MESH_VERDICT_NOTED;
-	} else if (is_known_of(flow, slot->current)) {
+	} else if (is_known_of(flow, slot->current) == KNOWN_LIVE) {
 		c->verdict = MESH_VERDICT_NOTED;
 	} else {
 		c->note = NOTE_FIRST;
 		if (!keeps_flows(previous, flow->protocol, c->flags))
 			return;
 		c->owner = previous;
+		c->other = slot->current;
 		c->verdict = MESH_VERDICT_KEPT;
 	}
 }
@@ -265,31 +282,6 @@ INLINE void choose(const struct mesh_flow *flow, struct choice *c)
 		c->owner = MESH_OWNER_NONE;
 		c->verdict = c->flags & MESH_FRONTEND_PASS_IF_NONE ? MESH_VERDICT_NO_BACKEND : MESH_VERDICT_REFUSED;
 		c->note = 0;
-	}
-}
-
-/* Write down what `choose` decided in transition, or that the flow was seen (one write in a stamp's unit). */
-INLINE void note_choice(const struct mesh_flow *flow, const struct choice *c)
-{
-	__u32 now = stamp_now();
-
-	if (c->note) {
-		struct mesh_note note = {
-			.owner = c->owner,
-			.epoch = c->backend ? c->backend->epoch : 0,
-			.stamp = now,
-			.frontend = c->frontend,
-		};
-
-		if (c->note == NOTE_FIRST) {
-			bpf_map_update_elem(&mesh_starts, flow, &note, BPF_ANY);
-			return;
-		}
-		bpf_map_update_elem(&mesh_flows, flow, &note, BPF_ANY);
-		if (c->note == NOTE_AGAIN)
-			bpf_map_delete_elem(&mesh_starts, flow);
-	} else if (c->noted && c->noted->stamp != now) {
-		c->noted->stamp = now;
 	}
 }
 

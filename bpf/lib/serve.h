@@ -5,6 +5,7 @@
 #ifndef MESH_SERVE_H
 #define MESH_SERVE_H
 
+#include "ask.h"
 #include "refuse.h"
 #include "reply.h"
 #include "tunnel.h"
@@ -74,6 +75,31 @@ INLINE int fragment_ports(struct packet *p)
 	return 0;
 }
 
+/* Write down what `choose` decided in transition, or that the flow was seen (one write in a stamp's unit). */
+INLINE void note_choice(const struct mesh_flow *flow, const struct choice *c)
+{
+	__u32 now = stamp_now();
+
+	if (c->note) {
+		struct mesh_note note = {
+			.owner = c->owner,
+			.epoch = c->backend ? c->backend->epoch : 0,
+			.stamp = now,
+			.frontend = c->frontend | c->asked,
+		};
+
+		if (c->note == NOTE_FIRST) {
+			bpf_map_update_elem(&mesh_starts, flow, &note, BPF_ANY);
+			return;
+		}
+		bpf_map_update_elem(&mesh_flows, flow, &note, BPF_ANY);
+		if (c->note == NOTE_AGAIN)
+			bpf_map_delete_elem(&mesh_starts, flow);
+	} else if (c->noted && c->noted->stamp != now) {
+		c->noted->stamp = now;
+	}
+}
+
 /* The tuple by which the task sees the flow. */
 INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
 {
@@ -103,7 +129,7 @@ INLINE int forward_away(struct __sk_buff *skb, struct packet *p, const struct ch
 		return verdict(MESH_VERDICT_TUNNEL_NONE, TC_ACT_UNSPEC);
 	if (c->note || c->noted)
 		note_choice(&p->flow, c);
-	return leave_for(skb, c->owner, c->frontend, (__u32)c->wide);
+	return leave_for(skb, c->owner, c->frontend, (__u32)c->wide, c->asked ? MESH_TUNNEL_ASK : 0);
 }
 
 /* A packet whose owner is at an address of this node. */
@@ -165,6 +191,8 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from)
 		return TC_ACT_UNSPEC;
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
+	if (from == FROM_CLIENT && unlikely(c.other))
+		ask(p, &c);
 	if (likely(c.backend))
 		return forward(skb, p, &c, from);
 	if (c.note || c.noted)

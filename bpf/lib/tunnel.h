@@ -24,14 +24,16 @@
 #define GO_ARRIVE   0 /* mesh_tunnel: from another node */
 #define GO_LEAVE    1 /* mesh_leave: to the node of an owner, by leave_for */
 #define GO_ERROR    2 /* mesh_error: ICMP errors */
-#define PROGRAMS    3
+#define GO_AGAIN    3 /* mesh_ingress: a client's packet that has come back */
+#define PROGRAMS    4
 
-/* For mesh_leave. `frontend` 0: nothing to count. */
-INLINE int leave_for(struct __sk_buff *skb, __u32 owner, __u32 frontend, __u32 entropy)
+/* For mesh_leave. `frontend` 0: nothing to count. `flags`: MESH_TUNNEL_*. */
+INLINE int leave_for(struct __sk_buff *skb, __u32 owner, __u32 frontend, __u32 entropy, __u32 flags)
 {
 	skb->cb[0] = owner;
 	skb->cb[1] = frontend;
 	skb->cb[2] = entropy;
+	skb->cb[3] = flags;
 	return GO(GO_LEAVE);
 }
 

@@ -54,10 +54,14 @@ PORT_TUNNEL: Final = 0x40000000
 PORT_FRONTEND: Final = 0x3FFFFFFF
 PORT_UDP: Final = 65536
 
+ADDRESS_OWN: Final = 1
+ADDRESS_FLOATING: Final = 2
+
 FRONTEND_CLIENT: Final = 0x1
 FRONTEND_DENY: Final = 0x2
 FRONTEND_PASS_IF_NONE: Final = 0x4
 FRONTEND_HOLD: Final = 0x8
+NOTE_ASKED: Final = 0x80000000
 
 BACKEND_FREE: Final = 0
 BACKEND_ACTIVE: Final = 1
@@ -255,14 +259,16 @@ class Note:
     epoch: int
     stamp: int
     frontend: int
+    asked: bool = False
 
 
 def unpack_note(data: bytes) -> Note:
-    return Note(*NOTE.unpack(data))
+    owner, epoch, stamp, frontend = NOTE.unpack(data)
+    return Note(owner, epoch, stamp, frontend & ~NOTE_ASKED, frontend >= NOTE_ASKED)
 
 
 def pack_note(note: Note) -> bytes:
-    return NOTE.pack(note.owner, note.epoch, note.stamp, note.frontend)
+    return NOTE.pack(note.owner, note.epoch, note.stamp, note.frontend | (NOTE_ASKED if note.asked else 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,7 +225,7 @@ class KernelDatapath:
     def _refresh(self) -> None:
         """See the network as it is now."""
         self._moved = self._finder.refresh() or self._moved
-        self._maps.set_addresses(self._finder.topology.addresses)
+        self._maps.set_addresses(self._finder.topology.addresses, self._finder.floating)
         self._nodes.refresh(self._finder.topology)
         self._maps.listen(self._config.tunnel_port if self._nodes.held else 0)
 

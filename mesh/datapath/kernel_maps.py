@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,6 @@ from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
 
 OBJECTS: Final = Path(__file__).parent / "objects"
 FILES: Final = ("ingress.bpf.o", "task.bpf.o", "socket.bpf.o")
-ONE: Final = codec.pack_u32(1)
 
 
 def load(
@@ -181,13 +180,15 @@ class KernelMaps:
             self._ports.store32(offset, self._ports.load32(offset) & ~codec.PORT_TUNNEL)
         self._tunnel = wanted
 
-    def set_addresses(self, addresses: Iterable[Address]) -> None:
-        """Make these, and no others, the node's own."""
-        wanted = {codec.pack_address(a) for a in addresses}
-        held = set(self._keys(self._addresses))
-        for key in wanted - held:
-            self._addresses.update(key, ONE)
-        for key in held - wanted:
+    def set_addresses(self, addresses: Iterable[Address], floating: Collection[Address] = ()) -> None:
+        """Make these, and no others, the node's own; flows to those in `floating` may have begun on another node."""
+        kinds = codec.pack_u32(codec.ADDRESS_OWN), codec.pack_u32(codec.ADDRESS_FLOATING)
+        wanted = {codec.pack_address(a): kinds[a in floating] for a in addresses}
+        held = dict(self._addresses.rows())
+        for key, kind in wanted.items():
+            if held.get(key) != kind:
+                self._addresses.update(key, kind)
+        for key in held.keys() - wanted.keys():
             self._addresses.delete(key)
 
     # ---- backends ----

@@ -46,7 +46,7 @@ class Places:
 
     def __init__(self, netlink: Netlink, floating: frozenset[Address] = frozenset()) -> None:
         self._netlink = netlink
-        self._floating = floating
+        self.floating = floating
         self._routes: dict[Address, Route | None] = {}
         self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
         self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again, monotonic, and after what pause
@@ -57,7 +57,7 @@ class Places:
     def refresh(self) -> bool:
         """Read the tables anew. Returns whether they changed: else only those who are `open` may be elsewhere now."""
         found = self._netlink.topology()
-        new = replace(found, addresses=found.addresses | self._floating)
+        new = replace(found, addresses=found.addresses | self.floating)
         if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
             self._routes.clear()
             self._asked.clear()

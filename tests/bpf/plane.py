@@ -223,9 +223,9 @@ class Plane:
         self.used |= {("mesh_backends", owner), ("mesh_bcounts", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 
-    def local(self, *addresses: str) -> None:
+    def local(self, *addresses: str, floating: bool = False) -> None:
         for address in addresses:
-            self.maps["mesh_addresses"].update(packed(address), u32(1))
+            self.maps["mesh_addresses"].update(packed(address), u32(2 if floating else 1))
 
     def rule(self, acl: int, network: str, rule: int) -> None:
         net = ipaddress.ip_network(network)

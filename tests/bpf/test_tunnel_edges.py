@@ -297,7 +297,7 @@ def test_a_tunnel_in_the_tunnel_is_dropped() -> None:
 def test_unknown_flags_and_another_protocol_are_dropped() -> None:
     plane = far()
     frame = bytes(segment(CLIENT4, 40000, NODE4, 80))
-    for ident in (identity(flags=2), identity(flags=3), identity(protocol=PROTO_UDP)):
+    for ident in (identity(flags=8), identity(flags=3), identity(protocol=PROTO_UDP)):
         assert plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, ident)).retval == SHOT
     assert plane.verdicts() == {"TUNNEL_BAD": 3}
 

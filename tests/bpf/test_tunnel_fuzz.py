@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from tests.bpf.frames import CLIENT4, NODE4, TASK4, datagram, segment
-from tests.bpf.plane import OK, REDIRECT, SHOT, packed, u32
+from tests.bpf.plane import OK, PASS, REDIRECT, SHOT, TRACKED, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.test_tunnel import PEER4, PORT, identity
 from tests.bpf.test_tunnel_edges import REPLY, elsewhere, far, wrapped  # noqa: F401 (a fixture)
@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 SEED = int(os.environ.get("MESH_FUZZ_SEED", "1"))
 PACKETS = 6000
+VIP = "192.0.2.200"
+ASK, BACK = 2, 4
 TASKS = (packed(TASK4)[12:],)
 
 
@@ -43,8 +45,12 @@ def test_mutated_packets_reach_no_more_than_they_may() -> None:
     plane.away(5, NODE4, 8081, bytes(range(8)))
     plane.frontend(1, 81, [(5, 5)])
     plane.local(NODE4.rsplit(".", 1)[0] + ".77")
-    idents = [identity(), identity(8080, PROTO_UDP), identity(8082), REPLY, identity(flags=1)]
+    plane.local(VIP, floating=True)
+    plane.frontend(2, 82, [(5, 3 | TRACKED), (5, PASS | TRACKED)])
+    idents = [identity(), identity(8080, PROTO_UDP), identity(8082), REPLY, identity(flags=1), identity(flags=ASK)]
+    idents += [identity(flags=BACK), identity(8081, seed=bytes(range(8)), flags=BACK)]
     inner = [segment(CLIENT4, 40000, NODE4, 80, flags, b"question") for flags in ("S", "A", "FA", "R")]
+    inner += [segment(CLIENT4, sport, VIP, 82, "A", b"question") for sport in range(40000, 40004)]
     inner += [datagram(CLIENT4, 40000, NODE4, 80), segment("192.0.2.77", 81, CLIENT4, 40000, "A")]
     seen = Counter[str]()
     for _ in range(PACKETS):
@@ -60,9 +66,20 @@ def test_mutated_packets_reach_no_more_than_they_may() -> None:
         seen[name] += 1
         assert name != "ERROR", frame.hex()
         ours = frame[12:14] == b"\x08\0" and frame[26:30] == packed(NODE4)[12:]
-        if name == "TUNNEL_IN":
+        if name in ("TUNNEL_IN", "NOTED"):
             assert ours and out.data[30:34] in TASKS, frame.hex()
+        if name == "PASS":
+            assert ours and out.data[36:38] == (82).to_bytes(2, "big"), frame.hex()
         whole = frame[14] == 0x45 and frame[20:22] in (b"\x40\0", b"\0\0") and frame[23] == PROTO_UDP
         if not ours and whole and frame[36:38] == PORT.to_bytes(2, "big"):
             assert name in ("TUNNEL_FOREIGN", "") and out.retval in (SHOT, OK), frame.hex()
-    assert {"TUNNEL_IN", "TUNNEL_FOREIGN", "TUNNEL_BAD", "TUNNEL_UNKNOWN", "TUNNEL_REPLY"} <= set(seen), seen
+    assert {
+        "TUNNEL_IN",
+        "TUNNEL_FOREIGN",
+        "TUNNEL_BAD",
+        "TUNNEL_UNKNOWN",
+        "TUNNEL_REPLY",
+        "TUNNEL_BACK",
+        "PASS",
+        "NOTED",
+    } <= set(seen), seen

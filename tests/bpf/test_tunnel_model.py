@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from tests.bpf.plane import HAIRPIN, HAIRPIN6, REDIRECT, SHOT, TRACKED, Plane, packed, u32
+from tests.bpf.plane import HAIRPIN, HAIRPIN6, PASS, REDIRECT, SHOT, TRACKED, Plane, packed, u32
 from tests.bpf.test_fuzz import Packets
 from tests.bpf.test_tunnel import identity
 from tests.bpf.test_tunnel_edges import REPLY, elsewhere, wrapped  # noqa: F401 (a fixture)
@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf]
 SEED = int(os.environ.get("MESH_FUZZ_SEED", "1"))
 PACKETS = 12000
 HERE, THERE, THIRD, HERE6 = "192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"
+VIP, VIP6 = "192.0.2.200", "2001:db8::200"
 ID = bytes(range(8))
+ASK, BACK = 2, 4
 CALLED = {
     2: ("172.18.0.2", 8002, TCP),
     3: ("172.18.0.3", 8003, UDP),
@@ -40,12 +42,13 @@ AWAY = {
     12: (THIRD, 8012, TCP, 6),
     13: (THIRD, 8013, TCP, 4),
     14: ("192.0.2.4", 8014, UDP, 4),  # no node
+    15: (THERE, 8015, TCP, 4),
 }
 FRONTENDS = {
     1: (80, TCP, [(10, 10), (2, 2), (13, 13)]),
     2: (53, UDP, [(11, 11), (3, 3), (14, 14)]),
     3: (86, TCP, [(12, 12), (4, 4)]),
-    4: (81, TCP, [(13, 10 | TRACKED), (5, 10 | TRACKED), (10, 5 | TRACKED)]),
+    4: (81, TCP, [(13, 10 | TRACKED), (5, 10 | TRACKED), (10, 5 | TRACKED), (10, PASS | TRACKED), (10, 15 | TRACKED)]),
 }
 CLIENTS = {4: ["198.51.100.1", "198.51.100.2"], 6: ["2001:db8:9::1"]}
 
@@ -53,7 +56,9 @@ CLIENTS = {4: ["198.51.100.1", "198.51.100.2"], 6: ["2001:db8:9::1"]}
 def twin() -> tuple[Plane, Spanning]:
     plane, known = Plane.fresh(), Spanning(packed(HAIRPIN), packed(HAIRPIN6))
     plane.local(HERE, HERE6)
-    known.addresses, known.own = {packed(HERE), packed(HERE6)}, packed(HERE)
+    plane.local(VIP, VIP6, floating=True)
+    known.floating, known.own = {packed(VIP), packed(VIP6)}, packed(HERE)
+    known.addresses = known.floating | {packed(HERE), packed(HERE6)}
     for number, (node, mtu) in enumerate(((THERE, 1500), (THIRD, 220))):
         plane.tunnel(number, node, HERE, mtu=mtu)
         known.nodes[packed(node)] = mtu
@@ -84,21 +89,26 @@ class Calls(Packets):
         sport = self.chance.randrange(1000, 1020)
         if kind < 0.3:
             protocol, port = self.chance.choice(((TCP, 80), (UDP, 53), (TCP, 86), (TCP, 81)))
-            here = packed(HERE if version == 4 else HERE6)
+            here = packed((VIP if version == 4 else VIP6) if port == 81 else HERE if version == 4 else HERE6)
             return "mesh_ingress", self.transport(client, sport, here, port, protocol)
         if kind < 0.45 and self.forwarded:
             p = parse(self.chance.choice(self.forwarded))
             return "mesh_task", self.transport(p.destination, p.dport, p.source, p.sport, p.protocol)
         source = self.chance.choice((THERE, THERE, THIRD, "203.0.113.66"))
         protocol = self.chance.choice((TCP, UDP))
-        called = packed(self.chance.choice(("203.0.113.7", HERE)) if version == 4 else HERE6)
-        port = self.chance.choice((80, 53, 86, 81))
-        if self.chance.random() < 0.4:
+        called = packed(self.chance.choice(("203.0.113.7", HERE, VIP) if version == 4 else (HERE6, VIP6)))
+        port = self.chance.choice((80, 53, 86, 81, 81))
+        way = self.chance.random()
+        if way < 0.4:
             inner, ident = self.transport(called, port, client, sport, protocol), REPLY
+        elif way < 0.6:
+            inner = self.transport(client, sport, called, port, protocol)
+            ident = identity(self.chance.choice((8010, 8013)), protocol, ID, flags=BACK)
         else:
             inner = self.transport(client, sport, called, port, protocol)
             target = self.chance.choice((8002, 8003, 8004, 8005))
-            ident = identity(target, self.chance.choice((protocol, protocol, protocol, TCP)), ID)
+            flags = self.chance.choice((0, 0, 0, ASK))
+            ident = identity(target, self.chance.choice((protocol, protocol, protocol, TCP)), ID, flags=flags)
         if self.chance.random() < 0.2:
             inner = self.mutated(inner)
         frame = bytearray(wrapped(inner, source, HERE, ident))
@@ -136,4 +146,5 @@ def test_random_packets_between_nodes_meet_what_the_model_says() -> None:
             calls.forwarded.append(expected.frame)
     assert Counter(plane.verdicts()) == Counter({name: n for name, n in seen.items() if name})
     assert {"TUNNEL_OUT", "TUNNEL_IN", "TUNNEL_ANSWER", "TUNNEL_REPLY", "TUNNEL_FOREIGN", "TUNNEL_BAD",
-            "TUNNEL_UNKNOWN", "TUNNEL_TOO_BIG", "TUNNEL_NONE", "FAMILY", "EXPIRED"} <= set(seen), seen  # fmt: skip
+            "TUNNEL_UNKNOWN", "TUNNEL_TOO_BIG", "TUNNEL_NONE", "TUNNEL_BACK", "FAMILY", "EXPIRED", "NOTED",
+            "PASS"} <= set(seen), seen  # fmt: skip

@@ -129,6 +129,12 @@ class Served:
     def settle(self, seconds: float) -> dict[str, list[int]]:
         return {str(f): sorted(slots) for f, slots in self.engine.live_slots(seconds).items()}
 
+    def end_transitions(self) -> None:
+        """As after a long calm without flows."""
+        from mesh.reconcile.plan import settle
+
+        self.applied = self.engine.apply(settle(self.applied, list(self.applied.frontends), {}))
+
     def entries(self) -> dict[str, int]:
         return {name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "starts", "replies", "openings")}
 

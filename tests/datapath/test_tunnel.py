@@ -35,8 +35,8 @@ _tags = (f"t{n}" for n in itertools.count())
 class Pair:
     """The picture above; the engines are started by `start`."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
+    def __init__(self, lab: Lab, **config: object) -> None:
+        self.lab, self.config = lab, config
         self.client, self.a, self.b = (lab.host(name) for name in ("client", "a", "b"))
         veth(self.a, "wire", self.b, "wire")
         self.a.add_address("wire", f"{A}/24")
@@ -68,6 +68,7 @@ class Pair:
     def start(self, node: Namespace, return_path: str = "tunnel") -> Driver:
         """An engine on a node; what an earlier one there has left is adopted."""
         options = {"bpf_fs": self.bpffs, "state_dir": self.lab.directory / node.short, "return_path": return_path}
+        options |= self.config
         driver = Driver(node, engine="kernel", provider="static", drain_timeout=1.0, **options)
         self.drivers[node], self.back[node] = driver, return_path
         self.lab.on_close(lambda: driver.process.poll() is None and driver.kill())

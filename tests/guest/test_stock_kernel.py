@@ -18,6 +18,7 @@ TABLES = (
     "tests/bpf/test_forward.py::test_there_and_back",
     "tests/bpf/test_transition.py::test_starts_go_to_the_current_owner_and_others_stay",
     "tests/bpf/test_transition.py::test_known_answers_where_no_frontend_is",
+    "tests/bpf/test_second_chance.py::test_what_nobody_knows_is_a_local_previous_owners",
     "tests/bpf/test_tunnel.py::test_there_and_back_through_the_owners_node",
     "tests/bpf/test_xdp.py::test_denied_sources_are_dropped_as_behind_it",
     "tests/bpf/test_xdp.py::test_native_on_a_real_interface",

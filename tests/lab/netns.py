@@ -15,6 +15,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -112,6 +114,15 @@ class Namespace:
         self.ip("link", "add", device, "type", "bridge", "forward_delay", "0")
         self.ip("link", "set", device, "up")
         self.add_address(device, *addresses)
+
+    def take(self, address: str, device: str = "eth0") -> None:
+        """Get an address that moves between hosts, and tell all neighbours (gratuitous ARP)."""
+        self.ip("addr", "add", f"{address}/24", "dev", device)
+        with self.entered(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind((device, 0))
+            mac, packed = sock.getsockname()[4], socket.inet_aton(address)
+            header = b"\xff" * 6 + mac + struct.pack("!HHHBBH", 0x0806, 1, 0x0800, 6, 4, 1)
+            sock.send(header + mac + packed + b"\0" * 6 + packed)
 
     def pids(self) -> list[int]:
         return [int(p) for p in run("ip", "netns", "pids", self.name, check=False).stdout.split()]

@@ -106,7 +106,7 @@ def test_flows(flow: Flow) -> None:
     assert codec.unpack_flow(data) == flow
 
 
-@given(st.builds(codec.Note, u32, u32, u32, u32))
+@given(st.builds(codec.Note, u32, u32, u32, st.integers(0, 2**31 - 1), st.booleans()))
 def test_notes(note: codec.Note) -> None:
     assert codec.unpack_note(codec.pack_note(note)) == note
 

@@ -156,9 +156,9 @@ _Static_assert(sizeof(struct mesh_acl_key) == 24, "mesh_acl_key is 24 bytes");
  * seen. */
 struct mesh_note {
 	__u32 owner;
-	__u32 epoch; /* of the owner; 0 for PASS */
-	__u32 stamp; /* MESH_STAMP_SHIFT */
-	__u32 frontend;
+	__u32 epoch;    /* of the owner; 0 for PASS */
+	__u32 stamp;    /* MESH_STAMP_SHIFT */
+	__u32 frontend; /* and MESH_NOTE_ASKED (tunnel.h) */
 };
 _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 
@@ -240,8 +240,7 @@ struct mesh_dialled {
 _Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 
 /* What became of a packet. X(name, help): metrics, docs and code use these names. Packets that are not ours (no
- * frontend has the port, or the destination is not this node's) are not counted: every packet of the host would pay for
- * it. */
+ * frontend has the port, or the destination is not this node's) are not counted: all packets would pay for it. */
 #define MESH_VERDICTS(X)                                                                                               \
 	X(FORWARD, "sent to a task by the slot table alone")                                                           \
 	X(NOTED, "sent to the owner that the flow cache names")                                                        \
@@ -279,6 +278,7 @@ _Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
 	X(TUNNEL_BAD, "dropped: came through the tunnel, but is none of what nodes send")                              \
 	X(TUNNEL_UNKNOWN, "came through the tunnel for a task that is not here: refused, the first of a flow dropped") \
 	X(TUNNEL_TOO_BIG, "larger than the way to the other node takes: the sender was told so")                       \
+	X(TUNNEL_BACK, "came through the tunnel for a task that does not know the flow: sent back for another owner")  \
 	X(TUNNEL_PATH, "ICMP error: the way to another node takes less than was known; noted")                         \
 	X(UNANSWERED, "dropped: a task's first refusal of a connection; the client's kernel asks again in a second")   \
 	X(TUNNEL_NONE, "passed: no way to the task's node, or a container of this node calls; replies are dropped")    \

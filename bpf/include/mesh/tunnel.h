@@ -19,9 +19,18 @@ struct mesh_id {
 };
 _Static_assert(sizeof(struct mesh_id) == 12, "mesh_id is 12 bytes");
 
-#define MESH_TUNNEL_REPLY                                                                                              \
-	0x1u /* from the backend's node to the one that the client called; the rest of the id is 0                     \
-	      */
+/* mesh_id.flags, one of them at most. */
+#define MESH_TUNNEL_REPLY 0x1u /* from the backend's node to the one that was called; the rest of the id is 0 */
+#define MESH_TUNNEL_ASK   0x2u /* a client's packet that may be another owner's: send it back if it is unknown */
+#define MESH_TUNNEL_BACK  0x4u /* such a packet, back as it came, with the id of the backend that was asked */
+
+/* In mesh_note.frontend: the owner is the slot's current one, and its node has been asked (MESH_TUNNEL_ASK) whether it
+ * knows the flow. Gone with its first reply; a packet that comes back gives the flow to the previous owner. */
+#define MESH_NOTE_ASKED 0x80000000u
+
+/* Values of mesh_addresses. */
+#define MESH_ADDRESS_OWN      1u
+#define MESH_ADDRESS_FLOATING 2u /* flows to it may have begun on another node, before it moved here */
 
 /* Geneve (RFC 8926) with one critical option of the experimental class. No inner Ethernet header. */
 struct mesh_geneve {
