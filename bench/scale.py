@@ -43,6 +43,10 @@ ENGINES: Final = ("proxy", "kernel")
 ADDRESSES: Final = dict(zip(ROLES, ("10.92.0.1", "10.92.0.2"), strict=True))
 PORT: Final = 9551
 OTHERS: Final = "10.93.0.0/16"  # addresses of the other nodes
+REFUSING: Final = (
+    "add table inet others; add chain inet others in { type filter hook input priority 0; }; "
+    f"add rule inet others in ip daddr {OTHERS} tcp dport {PORT} reject with tcp reset"
+)
 RATE: Final = 50.0  # changes a second
 WINDOW: Final = 20.0  # seconds that are measured
 WARM: Final = 3.0  # seconds of churn before that
@@ -289,8 +293,9 @@ def places(tasks: int) -> Iterator[dict[str, Place]]:
         for name, place in made.items():
             run("ip", "-n", place.namespace, "address", "add", f"{ADDRESSES[name]}/24", "dev", "up0")
             run("ip", "-n", place.namespace, "link", "set", "up0", "up")
-            # The other nodes' agents are in the manager's namespace: there, their nodes answer.
+            # The other nodes' agents are in the manager's namespace: there, their nodes answer, by refusing.
             run("ip", "-n", place.namespace, "route", "add", "local", OTHERS, "dev", "lo")
+            place.command("nft", REFUSING)
             answering.append(subprocess.Popen(place.enter(place.inside, sys.executable, "-c", TASK)))
         yield made
     finally:

@@ -35,6 +35,7 @@ from mesh.cluster import wire
 DRAIN: Final = 2.0  # seconds from the order to stop a task until its container ends
 PROBE: Final = 0.05  # seconds from the start of a task until its node's agent has probed it
 REPORT: Final = 1.0  # seconds between reports of an agent
+CALL: Final = 15.0  # seconds that a call may take
 MANAGERS: Final = 3  # among which the other nodes' agents spread for the inventory
 SLICE: Final = 0.02  # seconds between looks at what should have changed by now
 
@@ -219,9 +220,10 @@ class Swarm:
         url = f"https://{self.settings.manager}:{self.settings.port}/v1/relay"
         while True:
             with contextlib.suppress(OSError, aiohttp.ClientError):
-                async with session.ws_connect(
+                calling = session.ws_connect(
                     url, ssl=context, server_hostname="swarm-manager", heartbeat=1.0, max_msg_size=wire.MAX_MESSAGE
-                ) as socket:
+                )
+                async with await asyncio.wait_for(calling, CALL) as socket:
                     await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, "simulated", "proxy")))
                     if node % MANAGERS == 0:
                         await socket.send_bytes(wire.encode(wire.Subscribe()))

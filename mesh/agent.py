@@ -223,6 +223,9 @@ class Agent:
 
     def _watch(self) -> None:
         """Have all backends probed, also those that the guard holds back: it lets go of one that is dead."""
+        if not self._lost:
+            self._monitor.watch(self._inventory)
+            return
         present = {backend.id for backend in self._inventory.backends}
         lost = (backend for backend in self._lost.values() if backend.id not in present)
         self._monitor.watch(replace(self._inventory, backends=(*self._inventory.backends, *lost)))

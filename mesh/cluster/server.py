@@ -265,8 +265,13 @@ class RelayServer:
             self.refused["foreign_verdict"] += foreign
             log.warning("a node reported backends that are not its own", node=peer.identity.node, count=foreign)
         peer.early = None if report.verdicts.keys() <= self._owners.keys() else report
-        told = {**peer.digests, **report.digests} if report.changes else report.digests
-        peer.digests = {frontend: digest for frontend, digest in told.items() if digest}
+        if not report.changes:
+            peer.digests = {}
+        for frontend, digest in report.digests.items():
+            if digest:
+                peer.digests[frontend] = digest
+            else:
+                peer.digests.pop(frontend, None)
         reads = report.reads and peer.identity.is_manager
         whole = wire.Report(own, peer.digests, report.generation, report.engine, reads=reads)
         self._on_report(peer.identity.node, whole)

@@ -84,6 +84,8 @@ class Monitor:
         kept: dict[str, _Watched] = {}
         for backend in inventory.backends:
             known = self._watched.get(backend.id)
+            if known is None and not backend.local:
+                continue
             wanted = _wanted(backend, services.get(backend.service))
             if wanted is not None and (known is None or known.place != wanted.place):
                 wanted.damping = known.damping if known is not None else wanted.damping
