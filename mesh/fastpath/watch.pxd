@@ -6,18 +6,25 @@ A source that delivers faster than the other side takes would wake the thread wi
 until it was read empty.
 """
 
+from libc.stdint cimport uint32_t
+
 from mesh.fastpath.sys cimport (
     EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, SOL_SOCKET, SO_OOBINLINE, epoll_ctl,
     epoll_event, setsockopt)
 from mesh.fastpath.types cimport INLINE, MUTED, URGENT, side, worker
 
 
+cdef inline bint ask(worker *w, side *s, int how, uint32_t more) noexcept nogil:
+    """Be told of room and of ends, each edge once, and of `more`. False: no memory, or a bound of the user."""
+    cdef epoll_event event
+    event.events = EPOLLOUT | EPOLLRDHUP | EPOLLET | more
+    event.data.ptr = s
+    return epoll_ctl(w.epoll, how, s.fd, &event) == 0
+
+
 cdef inline bint watch(worker *w, side *s) noexcept nogil:
     """Register a socket. False: no memory, or the user's bound of watched descriptors."""
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
-    event.data.ptr = s
-    return epoll_ctl(w.epoll, EPOLL_CTL_ADD, s.fd, &event) == 0
+    return ask(w, s, EPOLL_CTL_ADD, EPOLLIN | EPOLLPRI)
 
 
 cdef inline void in_line(side *s) noexcept nogil:
@@ -36,18 +43,12 @@ cdef inline void urgent(side *s) noexcept nogil:
 
 cdef inline void mute(worker *w, side *s) noexcept nogil:
     """No news of bytes (a wake-up for urgent ones is one for all, so not of them either), but still of ends."""
-    cdef epoll_event event
     in_line(s)
-    event.events = EPOLLOUT | EPOLLRDHUP | EPOLLET
-    event.data.ptr = s
-    if epoll_ctl(w.epoll, EPOLL_CTL_MOD, s.fd, &event) == 0:
+    if ask(w, s, EPOLL_CTL_MOD, 0):
         s.flags |= MUTED
 
 
 cdef inline void unmute(worker *w, side *s) noexcept nogil:
     """Once it was read empty. What came since then is told at once."""
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
-    event.data.ptr = s
-    if epoll_ctl(w.epoll, EPOLL_CTL_MOD, s.fd, &event) == 0:
+    if ask(w, s, EPOLL_CTL_MOD, EPOLLIN | EPOLLPRI):
         s.flags &= ~MUTED
