@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ class Cluster:
             docker_data_root=node.data_root,
             docker_exec_root=node.exec_root,
         )
+
+    def revive(self) -> None:
+        """Start agents that a test before has left dead."""
+        for daemon in self.daemons:
+            if daemon.process.poll() is not None:
+                daemon.start(wait=False)
 
     def wait_ready(self) -> None:
         for daemon in self.daemons:
@@ -98,8 +105,8 @@ class Cluster:
             yield loads
 
     def close(self) -> None:
-        for daemon in self.daemons:
-            daemon.close()
+        with ThreadPoolExecutor(len(self.daemons)) as pool:
+            list(pool.map(Daemon.close, self.daemons))
 
     def tails(self) -> str:
         return "\n".join(f"--- {d.namespace.short}\n{d.tail(4000)}" for d in self.daemons)
@@ -116,6 +123,11 @@ class Loads:
 
     def add(self, node: str, load: peers.Load) -> None:
         self._loads[node] = load
+
+    def wait_more(self, count: int = 100) -> None:
+        """Until each has had so many further answers."""
+        for load in self._loads.values():
+            load.wait_more(count)
 
     def stop(self) -> dict[str, peers.Report]:
         """End them all; reports by node."""

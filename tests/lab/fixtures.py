@@ -21,13 +21,18 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
-@pytest.fixture(scope="session")
-def shared_swarm1() -> Iterator[dockerd.Swarm]:
-    """A swarm of one manager for the whole session. Tests ask for `swarm1`, which cleans up after each."""
+def swarm_of(managers: int, workers: int) -> Iterator[dockerd.Swarm]:
+    """A swarm in a lab of its own."""
     if reason := dockerd.unavailable():
         pytest.skip(reason)
     with Lab() as made:
-        yield dockerd.Swarm(made)
+        yield dockerd.Swarm(made, managers, workers)
+
+
+@pytest.fixture(scope="session")
+def shared_swarm1() -> Iterator[dockerd.Swarm]:
+    """A swarm of one manager for the whole session. Tests ask for `swarm1`, which cleans up after each."""
+    yield from swarm_of(1, 0)
 
 
 @pytest.fixture
@@ -40,10 +45,7 @@ def swarm1(shared_swarm1: dockerd.Swarm) -> Iterator[dockerd.Swarm]:
 @pytest.fixture(scope="module")
 def shared_swarm3() -> Iterator[dockerd.Swarm]:
     """A swarm of one manager and two workers for one module."""
-    if reason := dockerd.unavailable():
-        pytest.skip(reason)
-    with Lab() as made:
-        yield dockerd.Swarm(made, managers=1, workers=2)
+    yield from swarm_of(1, 2)
 
 
 @pytest.fixture
@@ -56,10 +58,7 @@ def swarm3(shared_swarm3: dockerd.Swarm) -> Iterator[dockerd.Swarm]:
 @pytest.fixture(scope="module")
 def shared_swarm5() -> Iterator[dockerd.Swarm]:
     """A swarm of three managers and two workers for one module."""
-    if reason := dockerd.unavailable():
-        pytest.skip(reason)
-    with Lab() as made:
-        yield dockerd.Swarm(made, managers=3, workers=2)
+    yield from swarm_of(3, 2)
 
 
 @pytest.fixture

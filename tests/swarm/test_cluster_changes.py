@@ -30,7 +30,7 @@ def test_a_rolling_update_loses_nothing(cluster5: Cluster) -> None:
     )  # fmt: skip
     before = cluster5.agree("web", 8)
     with cluster5.load() as fresh, cluster5.load(*LONG) as long:
-        cluster5.swarm.update("web", "--image=mesh-lab/server:2", timeout=180)
+        cluster5.swarm.update("web", "--image=mesh-lab/server:2")
         after = cluster5.agree("web", 8)
         new, transfers = fresh.stop(), long.stop()
     assert not before & after
@@ -51,7 +51,7 @@ def test_nodes_are_drained_and_paused_and_services_scaled(cluster5: Cluster) -> 
     with cluster5.load() as fresh, cluster5.load(*LONG) as long:
         assert on(cluster5, 4)
         swarm.docker("node", "update", "--availability", "drain", worker)
-        wait_for(lambda: not on(cluster5, 4), "the drained node has no task", timeout=60)
+        wait_for(lambda: not on(cluster5, 4), "the drained node has no task")
         cluster5.agree("web", 8)
         swarm.docker("node", "update", "--availability", "pause", worker)
         swarm.docker("service", "scale", "--detach", "web=3")

@@ -58,7 +58,7 @@ def test_managers_die_one_after_the_other(cluster5: Cluster) -> None:
     with cluster5.load() as loads:
         swarm.nodes[0].kill()
         swarm.asked = 1
-        wait_for(lambda: leader(swarm) not in ("", swarm.nodes[0].hostname), "another leader", timeout=60)
+        wait_for(lambda: leader(swarm) not in ("", swarm.nodes[0].hostname), "another leader")
         wait_for(lambda: kinds(cluster5)[0] == "relay", "the node with the dead Engine is told by others")
         swarm.docker("service", "scale", "--detach", "web=8")
         cluster5.agree("web", 8)  # also where the Engine is dead
@@ -76,7 +76,7 @@ def test_managers_die_one_after_the_other(cluster5: Cluster) -> None:
         assert {kind for kind, _, _ in failed} == {"read: ECONNRESET"}, node
         assert sum(count for _, _, count in failed) <= 16, node  # as many as a client has under way
     swarm.revive()  # Docker replaces all tasks then, at once
-    tasks = cluster5.agree("web", 8, timeout=120)
+    tasks = cluster5.agree("web", 8)
     for node in swarm.nodes:
         report = peers.load(cluster5.client, node.address, WEB, "-n", "200", "-c", "16")
         assert (report.ok, set(report.identities)) == (200, tasks)
@@ -93,10 +93,10 @@ def test_managers_are_promoted_and_demoted(cluster5: Cluster) -> None:
         swarm.asked = 1
         for role, kind in (("promote", "swarm"), ("demote", "relay"), ("promote", "swarm")):
             swarm.docker("node", role, worker)
-            wait_for(lambda kind=kind: kinds(cluster5)[3] == kind, f"{role}d", timeout=60)  # type: ignore[misc]
+            wait_for(lambda kind=kind: kinds(cluster5)[3] == kind, f"{role}d")  # type: ignore[misc]
         cluster5.agree("web", 5)  # with what was known before
         swarm.docker("node", "demote", first)
-        wait_for(lambda: kinds(cluster5)[0] == "relay", "the demoted node is told", timeout=60)
+        wait_for(lambda: kinds(cluster5)[0] == "relay", "the demoted node is told")
         swarm.docker("service", "scale", "--detach", "web=7")
         cluster5.agree("web", 7)
         reports = loads.stop()
@@ -106,7 +106,7 @@ def test_managers_are_promoted_and_demoted(cluster5: Cluster) -> None:
     assert local == {task["ID"] for task in swarm.tasks("web") if task["NodeID"] == identity}
     swarm.docker("node", "promote", first)
     swarm.docker("node", "demote", worker)
-    wait_for(lambda: kinds(cluster5) == ["swarm", "swarm", "swarm", "relay", "relay"], "as before", timeout=60)
+    wait_for(lambda: kinds(cluster5) == ["swarm", "swarm", "swarm", "relay", "relay"], "as before")
     assert failures(reports) == {}
     assert [node["Spec"]["Role"] for _, node in sorted(members(swarm).items())] == ["manager"] * 3 + ["worker"] * 2
 
@@ -119,7 +119,7 @@ def test_certificates_are_rotated(cluster5: Cluster) -> None:
     files = [Files.of(Config(docker_data_root=str(node.data_root))) for node in swarm.nodes]
     roots = [file.ca.read_bytes() for file in files]
     with cluster5.load() as loads:
-        swarm.docker("swarm", "ca", "--rotate", "--quiet", timeout=180)
+        swarm.docker("swarm", "ca", "--rotate", "--quiet")
         wait_for(lambda: all(f.ca.read_bytes() != old for f, old in zip(files, roots, strict=True)), "new roots")
         assert len({file.ca.read_bytes() for file in files}) == 1
         swarm.docker("service", "scale", "--detach", "web=7")

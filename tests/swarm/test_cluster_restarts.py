@@ -111,7 +111,7 @@ def test_partition_and_heal(cluster5: Cluster) -> None:
             def alone() -> bool:
                 return all(cluster5.sees(d, "web") == sides[d.namespace.short] for d in cluster5.daemons)
 
-            wait_for(alone, "each side uses its own tasks", timeout=20)
+            wait_for(alone, "each side uses its own tasks")
             for node in swarm.nodes:
                 report = peers.load(cluster5.client, node.address, WEB, "-n", "50", "-c", "8")
                 assert (report.ok, report.failures) == (50, ())

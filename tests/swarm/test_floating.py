@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -17,14 +18,15 @@ from tests import peers
 from tests.cluster import WEB, Cluster
 from tests.lab.dockerd import Swarm
 from tests.lab.images import pattern
-from tests.lab.netns import Namespace, wait_for
+from tests.lab.netns import PATIENCE, Namespace, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 
 VIP = "192.0.2.240"
 SIZE = 100_000_000
 PART = 1_000_000
-PAUSE = 0.03  # seconds between parts: a transfer takes at least three
+PAUSE = 0.03  # seconds between parts
+HALF = SIZE // PART // 2
 
 
 @pytest.fixture
@@ -43,8 +45,9 @@ class Transfer:
 
     def __init__(self, client: Namespace, up: bool) -> None:
         with client.entered():
-            sock = socket.create_connection((VIP, WEB), timeout=30)
+            sock = socket.create_connection((VIP, WEB), timeout=PATIENCE)
         self.up = up
+        self.may_end = threading.Event()
         self.http = http.client.HTTPConnection(VIP, WEB)
         self.http.sock = sock
         self.http.request("GET", "/")
@@ -74,6 +77,8 @@ class Transfer:
     def _pause(self) -> None:
         self.moved += 1
         time.sleep(PAUSE)
+        if self.moved == HALF:
+            self.may_end.wait(PATIENCE)
 
 
 def test_transfers_survive_the_move_of_their_address_and_the_death_of_its_agent(cluster: Cluster) -> None:
@@ -96,10 +101,12 @@ def test_transfers_survive_the_move_of_their_address_and_the_death_of_its_agent(
             new.namespace.take(VIP)
             cluster.daemons[swarm.nodes.index(old)].kill()
             assert not any(done.done() for done in running)
+            for transfer in transfers.values():
+                transfer.may_end.set()
             report = peers.load(client, VIP, WEB, "-n", "300", "-c", "8")
             assert (report.ok, report.failures, set(report.identities)) == (300, (), tasks)
             for done in running:
-                done.result(120)
+                done.result(PATIENCE)
     finally:
         for transfer in transfers.values():
             transfer.http.close()

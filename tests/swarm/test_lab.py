@@ -21,7 +21,7 @@ import pytest
 
 from tests.lab import images
 from tests.lab.dockerd import Swarm
-from tests.lab.netns import NETNS_DIR, Lab, Namespace, cgroup_directories, run, sweep, wait_for
+from tests.lab.netns import NETNS_DIR, PATIENCE, Lab, Namespace, cgroup_directories, run, sweep, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -32,7 +32,7 @@ def test_swarm_runs_the_server(swarm1: Swarm) -> None:
     seen = set()
     for container in swarm1.containers("web"):
         address = attached[container]["IPv4Address"].split("/")[0]
-        answer = json.loads(swarm1.manager.namespace.run("curl", "-sS", "-m5", f"http://{address}:8080/").stdout)
+        answer = json.loads(swarm1.manager.namespace.run("curl", "-sS", "-m60", f"http://{address}:8080/").stdout)
         assert answer["node"] == swarm1.manager.hostname
         seen.add(answer["task"])
     assert seen == {t["ID"] for t in swarm1.tasks("web")}
@@ -52,7 +52,7 @@ def test_hosts_reach_each_other(lab: Lab) -> None:
         with b.entered():
             listener = socket.create_server((address, 7000), family=family)
         with listener, a.entered():
-            socket.create_connection((address, 7000), timeout=5).close()
+            socket.create_connection((address, 7000), timeout=PATIENCE).close()
 
 
 CRASH = """
@@ -74,7 +74,7 @@ def test_nothing_is_left(how: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert ended.returncode == -getattr(signal, how), ended.stderr
@@ -110,7 +110,7 @@ def server(lab: Lab, tmp_path: Path) -> tuple[Namespace, subprocess.Popen[bytes]
 
 def connect(host: Namespace, port: int = images.HTTP_PORT) -> socket.socket:
     with host.entered():
-        return socket.create_connection((host.address, port), timeout=10)
+        return socket.create_connection((host.address, port), timeout=PATIENCE)
 
 
 def ask(connection: socket.socket, request: bytes) -> http.client.HTTPResponse:
@@ -135,7 +135,7 @@ def test_server_checks_integrity(server: tuple[Namespace, subprocess.Popen[bytes
     with host.entered():
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with datagrams:
-        datagrams.settimeout(10)
+        datagrams.settimeout(PATIENCE)
         datagrams.sendto(b"payload", (host.address, images.UDP_PORT))
         assert datagrams.recv(2000) == socket.gethostname().encode() + b" payload"
 
@@ -158,7 +158,7 @@ def test_server_finishes_what_is_in_flight(server: tuple[Namespace, subprocess.P
         process.send_signal(signal.SIGTERM)
         assert idle.recv(1) == b""
         assert len(reply.read()) == 80
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 def test_mounts_of_dead_processes_are_swept() -> None:

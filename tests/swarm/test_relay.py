@@ -18,6 +18,7 @@ from mesh.cluster.server import RelayServer
 from mesh.config import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
 from tests.lab.dockerd import Node, Swarm
+from tests.lab.netns import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -27,11 +28,12 @@ def files_of(node: Node) -> Files:
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise TimeoutError(what)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise TimeoutError(what) from None
 
 
 @dataclass

@@ -41,7 +41,7 @@ def cluster(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cl
 
 
 def deploy(swarm: Swarm, compose: Path) -> None:
-    swarm.docker("stack", "deploy", "--resolve-image", "never", "-c", str(compose), "voting", timeout=120)
+    swarm.docker("stack", "deploy", "--resolve-image", "never", "-c", str(compose), "voting")
 
 
 def voters(swarm: Swarm) -> set[str]:
@@ -50,7 +50,7 @@ def voters(swarm: Swarm) -> set[str]:
 
 
 def results(cluster: Cluster, address: str) -> dict[str, Any]:
-    said = cluster.client.run("curl", "-sS", "-m", "10", f"http://{address}:{RESULT}/", check=False).stdout
+    said = cluster.client.run("curl", "-sS", "-m", "60", f"http://{address}:{RESULT}/", check=False).stdout
     return dict(json.loads(said)) if said.startswith("{") else {}
 
 
@@ -83,15 +83,16 @@ def test_the_voting_application_is_updated_under_load(cluster: Cluster, tmp_path
             for node, choice in zip(swarm.nodes, "aab", strict=True)
         ]
         deploy(swarm, edited)
-        wait_for(lambda: updated(swarm), "rolling update of vote", timeout=120, interval=0.1)
+        wait_for(lambda: updated(swarm), "rolling update of vote", interval=0.1)
         after = voters(swarm)
         cluster.agree("voting_vote", 3)
+        for load in loads:
+            load.wait_more(200)
         reports = [load.stop() for load in loads]
     assert not before & after
     assert [(report.failed, report.failures) for report in reports] == [(0, ())] * 3
     assert all(before | after >= set(report.identities) >= after for report in reports)
     left = {"a": reports[0].ok + reports[1].ok, "b": reports[2].ok}
-    assert min(left.values()) > 60
     for node in swarm.nodes:
         wait_for(lambda at=node.address: left.items() <= results(cluster, at).items(), f"all votes at {node.hostname}")
 

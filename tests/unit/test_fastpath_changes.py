@@ -182,7 +182,10 @@ def test_a_removed_frontend_refuses_at_once_and_keeps_its_connections() -> None:
 
 def test_a_port_that_is_taken() -> None:
     server = TcpServer()
-    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken, engine() as mesh:
+    with (
+        socket.create_server(("::", free_port()), family=socket.AF_INET6, dualstack_ipv6=True) as taken,
+        engine() as mesh,
+    ):
         front, other = tcp(taken.getsockname()[1]), tcp()
         applied = mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
         assert list(applied.frontends) == [other]

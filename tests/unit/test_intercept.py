@@ -16,7 +16,7 @@ from mesh.datapath.intercept import Interceptor, NftTable, table_name
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.errors import DatapathError
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
-from tests.lab.netns import Lab, Namespace
+from tests.lab.netns import PATIENCE, Lab, Namespace
 from tests.unit.fastpath_bench import Served, TcpServer, UdpServer, call, eventually, read_all, tcp, udp
 
 pytestmark = pytest.mark.root
@@ -42,7 +42,7 @@ def says(name: bytes, host: str = "127.0.0.1", port: int = 0) -> TcpServer:
 
 def who(namespace: Namespace, host: str, port: int = PORT) -> bytes:
     with namespace.entered():
-        sock = socket.create_connection((host, port), timeout=10)
+        sock = socket.create_connection((host, port), timeout=PATIENCE)
     with sock:
         return sock.recv(100)
 
@@ -78,10 +78,12 @@ def rival(node: Namespace) -> Iterator[None]:
     with node.entered():
         holder = socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
         server = says(b"rival", "::", 9090)
-    node.run("nft", "-f", "-", input=RIVAL_RULES)
-    yield
-    server.close()
-    holder.close()
+    try:
+        node.run("nft", "-f", "-", input=RIVAL_RULES)
+        yield
+    finally:
+        server.close()
+        holder.close()
 
 
 def hosts(node: Namespace) -> list[str]:
@@ -94,7 +96,7 @@ def test_ahead_of_a_rival_and_back_without_a_lost_connection(node: Namespace, ou
         for host in (*hosts(node),):
             assert who(outside, host) == b"rival"
         with outside.entered():
-            before = socket.create_connection((node.address, PORT), timeout=10)
+            before = socket.create_connection((node.address, PORT), timeout=PATIENCE)
         assert before.recv(100) == b"rival"
         with node.entered():
             server = says(b"mesh")
@@ -107,7 +109,7 @@ def test_ahead_of_a_rival_and_back_without_a_lost_connection(node: Namespace, ou
         before.sendall(b"still the rival's")
         assert before.recv(100) == b"still the rival's"
         with outside.entered():
-            during = socket.create_connection((node.address, PORT), timeout=10)
+            during = socket.create_connection((node.address, PORT), timeout=PATIENCE)
         assert during.recv(100) == b"mesh"
         mesh.serve({})
         assert who(outside, node.address) == b"rival"
@@ -126,14 +128,14 @@ def test_drain_hands_new_flows_back_and_keeps_old_ones(node: Namespace, outside:
         server = says(b"mesh")
         mesh.serve({front: {"a": server.where}})
         with outside.entered():
-            sock = socket.create_connection((node.address, PORT), timeout=10)
+            sock = socket.create_connection((node.address, PORT), timeout=PATIENCE)
         assert sock.recv(100) == b"mesh"
         assert mesh.datapath.drain(0.1) == 1
         assert who(outside, node.address) == b"rival"
         sock.sendall(b"still here")
         assert sock.recv(100) == b"still here"
         sock.close()
-        assert mesh.datapath.drain(10) == 0
+        assert mesh.datapath.drain(PATIENCE) == 0
 
 
 def test_the_called_address_and_port_are_those_the_client_called(node: Namespace, outside: Namespace) -> None:
@@ -162,7 +164,7 @@ def test_udp_is_redirected_and_answered_from_the_called_address(node: Namespace,
         for where, host in ((outside, node.address), (outside, node.address6), (node, "127.0.0.1"), (node, "::1")):
             with where.entered():
                 sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE)
             sock.connect((host, 5353))
             for _ in range(3):
                 sock.send(b"x")
@@ -217,7 +219,7 @@ def test_take_over_keeps_the_table(node: Namespace, outside: Namespace) -> None:
             assert who(outside, node.address) == b"mesh"
             new.serve({front: {"a": server.where}})
             old.datapath.stop_accepting()
-            assert old.datapath.drain(10) == 0
+            assert old.datapath.drain(PATIENCE) == 0
             old.datapath.close(release=False)
             assert who(outside, node.address) == b"mesh"
             assert new.quiet(front).opened >= 1
@@ -267,4 +269,4 @@ def test_a_frontend_of_a_floating_address_waits_for_it(node: Namespace, outside:
         (sock,) = waiting.listen(frontend).sockets
     with sock, outside.entered():
         node.add_address("eth0", f"{address}/{24 if '.' in address else 64}")
-        socket.create_connection((address, PORT), timeout=10).close()
+        socket.create_connection((address, PORT), timeout=PATIENCE).close()
