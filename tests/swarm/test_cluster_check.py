@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,13 +39,30 @@ def check(daemon: Daemon, *flags: str, cluster: bool = True) -> tuple[int, Findi
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
     mesh = str(Path(sys.executable).with_name("mesh"))
     command = [mesh, "check", "--json", *(["--cluster"] if cluster else []), *config, *flags]
-    done = daemon.namespace.run(*command, check=False, env=environment, timeout=120)
+    done = daemon.namespace.run(*command, check=False, env=environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, {finding["what"]: finding for finding in json.loads(done.stdout)}
 
 
 def bad(findings: Findings) -> dict[str, str]:
     return {what: finding["found"] for what, finding in findings.items() if finding["verdict"] != "ok"}
+
+
+def check_until(
+    daemon: Daemon, fits: Callable[[set[str]], object], *flags: str, cluster: bool = True
+) -> tuple[int, Findings]:
+    """The same, once what is not well fits: a busy machine may answer later than a check waits."""
+    found: list[tuple[int, Findings]] = []
+
+    def fit() -> object:
+        found[:] = [check(daemon, *flags, cluster=cluster)]
+        return fits(set(bad(found[0][1])))
+
+    try:
+        wait_for(fit, "a check that finds what it should")
+    except TimeoutError as error:
+        raise AssertionError(f"{error}, but: {bad(found[0][1])}") from None
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -66,8 +83,8 @@ def test_all_is_well_from_every_node(cluster: Cluster) -> None:
     if cluster.engine == "kernel":
         facts.append("tunnel")
     for daemon, name in zip(cluster.daemons, names, strict=True):
-        code, findings = check(daemon)
-        assert (code, bad(findings)) == (0, {})
+        code, findings = check_until(daemon, lambda bad: not bad)
+        assert code == 0
         others = {f"{other} {fact}" for other in names if other != name for fact in facts}
         assert set(findings) == {"configuration", "nodes", "own certificate", "clock"} | others
         assert {findings[f"{other} path MTU"]["found"] for other in names if other != name} == {"1500 bytes"}
@@ -76,18 +93,19 @@ def test_all_is_well_from_every_node(cluster: Cluster) -> None:
         assert all(cluster.engine in findings[f"{other} mesh"]["found"] for other in names if other != name)
 
 
+@pytest.mark.later("kernel")  # the ports and the questions are the same
 def test_what_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> None:
     node = cluster.swarm.nodes[1]
+    blocked = {f"{node.hostname} {what}" for what in ("control port", "peer port udp", "path MTU")}
     with rules(node, "tcp dport 9551 drop; udp dport 9552 drop;"):
-        code, findings = check(cluster.daemons[0])
+        code, findings = check_until(cluster.daemons[0], lambda bad: bad == blocked)
     assert code == 1
-    assert set(bad(findings)) == {f"{node.hostname} {what}" for what in ("control port", "peer port udp", "path MTU")}
     control, port = findings[f"{node.hostname} control port"], findings[f"{node.hostname} peer port udp"]
     assert "tcp 9551: no answer" in control["found"] and "TCP 9551" in control["remedy"]
     assert "udp 9552: no answer" in port["found"] and "UDP 9552" in port["remedy"]
     with rules(node, "tcp dport 9552 reject with tcp reset;"):
-        code, findings = check(cluster.daemons[2])
-    assert (code, list(bad(findings))) == (1, [f"{node.hostname} peer port tcp"])
+        code, findings = check_until(cluster.daemons[2], lambda bad: bad == {f"{node.hostname} peer port tcp"})
+    assert code == 1
     assert "nobody listens" in findings[f"{node.hostname} peer port tcp"]["found"]
 
 
@@ -100,35 +118,37 @@ def test_a_tunnel_that_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> 
         rule = f"type filter hook forward priority 0; {match} {node.address} udp dport 6084 drop;"
         run(*lab.switch.command("nft", "-f", "-"), input=f"table bridge blocked {{\nchain f {{ {rule}\n}}\n}}")
         try:
-            code, findings = check(cluster.daemons[0])
+            code, findings = check_until(cluster.daemons[0], lambda bad: bad == {what})
         finally:
             lab.switch.run("nft", "delete", "table", "bridge", "blocked")
-        assert (code, list(bad(findings))) == (1, [what])
+        assert code == 1
         assert "udp 6084: no answer" in findings[what]["found"] and "UDP 6084" in findings[what]["remedy"]
     cluster.swarm.create("hidden", publish=["6084:8082/udp"])
     try:
-        code, findings = check(cluster.daemons[0], cluster=False)
+        code, findings = check_until(cluster.daemons[0], lambda bad: "published ports" in bad, cluster=False)
         assert code == 1
         assert "UDP 6084 of service hidden is not served" in bad(findings)["published ports"]
     finally:
         cluster.swarm.remove("hidden")
 
 
+@pytest.mark.later("kernel")
 def test_a_black_hole_is_told_from_a_smaller_mtu(cluster: Cluster) -> None:
     """A switch drops what is too large and tells nobody; a router tells."""
     node, switch = cluster.swarm.nodes[2], cluster.swarm.lab.switch
     port = f"p{node.address.rpartition('.')[2]}"
+    what = f"{node.hostname} path MTU"
+    most = {what, f"{node.hostname} control port"}  # certificates may fill a packet
     switch.ip("link", "set", port, "mtu", "1400")
     try:
-        code, findings = check(cluster.daemons[0])
+        code, findings = check_until(cluster.daemons[0], lambda bad: {what} <= bad <= most)
     finally:
         switch.ip("link", "set", port, "mtu", "1500")
-    what = f"{node.hostname} path MTU"
     assert code == 1
-    assert {what} <= set(bad(findings)) <= {what, f"{node.hostname} control port"}  # certificates may fill a packet
     assert "1400 bytes; larger packets vanish" in findings[what]["found"] and "1400" in findings[what]["remedy"]
 
 
+@pytest.mark.later("kernel")
 def test_a_node_without_an_agent_and_a_command_without_a_daemon(cluster: Cluster, tmp_path: Path) -> None:
     victim, node = cluster.daemons[2], cluster.swarm.nodes[2]
     victim.kill()
@@ -140,6 +160,6 @@ def test_a_node_without_an_agent_and_a_command_without_a_daemon(cluster: Cluster
         assert "nobody listens" in findings[f"{node.hostname} peer port udp"]["found"]
     finally:
         victim.start()
-    code, findings = check(cluster.daemons[0], f"--state-dir={tmp_path}")
-    assert (code, list(bad(findings))) == (1, ["nodes"])
+    code, findings = check_until(cluster.daemons[0], lambda bad: bad == {"nodes"}, f"--state-dir={tmp_path}")
+    assert code == 1
     assert "mesh run" in findings["nodes"]["remedy"]

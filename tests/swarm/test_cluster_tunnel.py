@@ -7,31 +7,18 @@ import http.client
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import peers
 from tests.cluster import WEB, Cluster
-from tests.lab.dockerd import Swarm
-from tests.lab.netns import Namespace
+from tests.lab.netns import PATIENCE, Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 
 
-@pytest.fixture(scope="module")
-def shared_cluster(shared_swarm3: Swarm) -> Iterator[Cluster]:
-    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"), engine="kernel")
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture
-def cluster(shared_cluster: Cluster, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    shared_cluster.wait_ready()
-    yield shared_cluster
-    request.node.add_report_section("teardown", "daemons", shared_cluster.tails())
+ENGINE = "kernel"  # of the cluster
 
 
 def peers_seen(client: Namespace, address: str, count: int) -> Counter[str]:
@@ -39,7 +26,7 @@ def peers_seen(client: Namespace, address: str, count: int) -> Counter[str]:
     seen: Counter[str] = Counter()
     for _ in range(count):
         with client.entered():
-            connection = http.client.HTTPConnection(address, WEB, timeout=10)
+            connection = http.client.HTTPConnection(address, WEB, timeout=PATIENCE)
             connection.connect()
         connection.request("GET", "/")
         seen[json.loads(connection.getresponse().read())["peer"].rpartition(":")[0]] += 1
@@ -98,7 +85,7 @@ def test_nodes_with_either_engine_reach_each_others_tasks(cluster: Cluster) -> N
     tasks = cluster.agree("web", 6)
     command = [str(Path(sys.executable).with_name("mesh")), "stop", "--release"]
     swarm.nodes[2].namespace.run(*command, f"--state-dir={cluster.daemons[2].config['state_dir']}")
-    cluster.daemons[2].process.wait(60)
+    cluster.daemons[2].process.wait(PATIENCE)
     cluster.daemons[2].close()
     cluster.daemons[2] = cluster.daemon(swarm.nodes[2], "proxy")
     try:
