@@ -96,13 +96,25 @@ class Cluster:
 
     @contextlib.contextmanager
     def load(self, *options: str, port: int = WEB, nodes: Sequence[Node] = ()) -> Iterator[Loads]:
-        """New connections all the time at each of these nodes (default: all)."""
+        """New connections all the time at each of these nodes (default: all).
+
+        From an address of its own for each: to a task two connections that a client makes from one port to two nodes
+        are the same, and the kernel engine refuses the second (docs/PACKETS.md, collision).
+        """
         loads = Loads()
         with contextlib.ExitStack() as stack:
             for node in nodes or self.swarm.nodes:
-                running = peers.Load(self.client, node.address, port, *(options or STEADY))
+                source = ("-b", self._source(self.swarm.nodes.index(node)))
+                running = peers.Load(self.client, node.address, port, *(options or STEADY), *source)
                 loads.add(node.hostname, stack.enter_context(running))
             yield loads
+
+    def _source(self, number: int) -> str:
+        """The client's address for calls to a node."""
+        address = f"192.0.2.{100 + int(self.client.address.rpartition('.')[2]) % 25 * 5 + number}"
+        if address not in self.client.addresses:
+            self.client.add_address("eth0", f"{address}/24")
+        return address
 
     def close(self) -> None:
         with ThreadPoolExecutor(len(self.daemons)) as pool:
