@@ -54,7 +54,7 @@ def results(cluster: Cluster, address: str) -> dict[str, Any]:
     return dict(json.loads(said)) if said.startswith("{") else {}
 
 
-@pytest.mark.later("kernel")  # new tasks that do not listen yet: test_cluster_changes.py
+@pytest.mark.later("kernel")  # over five nodes: test_cluster_changes.py
 def test_the_voting_application_is_updated_under_load(cluster: Cluster, tmp_path: Path) -> None:
     """At every node any of the three tasks answers; through a rolling update of `vote` no request of those who vote
     at all nodes fails, and each vote that was answered is counted."""
