@@ -195,7 +195,9 @@ def _frontend(
         table = _passing(state.options.table_size).transition(_build(state, backends))
         return FrontendEntry(state, table, _named(table, ids))
     if (held.state is state or held.state == state) and ids == set(held.backends):
-        return held
+        return (
+            held if held.state is state else FrontendEntry(state, held.table, held.backends)
+        )  # seen as same next time
     alive = {target.backend for target in state.targets}
     stale = [owner for owner in held.backends if owner not in ids]
     gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)
@@ -237,6 +239,12 @@ def _named(table: SlotTable, ids: Set[int]) -> tuple[int, ...]:
     return tuple(sorted(ids | {owner for owner in table.owners() if owner >= OWNER_FIRST}))
 
 
+def _is_same(held: FrontendEntry | None, entry: FrontendEntry) -> bool:
+    if held is None or held.table is not entry.table:
+        return False
+    return held.backends == entry.backends and held.state == entry.state
+
+
 def _steps(
     applied: Applied,
     generation: int,
@@ -256,7 +264,9 @@ def _steps(
             entry for key, entry in after.items() if (held := before.get(key)) is not entry and held != entry
         ),
         put_frontends=tuple(
-            entry for frontend, entry in frontends.items() if applied.frontends.get(frontend) is not entry
+            entry
+            for frontend, entry in frontends.items()
+            if (was := applied.frontends.get(frontend)) is not entry and not _is_same(was, entry)
         ),
         drop_frontends=tuple(frontend for frontend in applied.frontends if frontend not in frontends),
         drop_backends=tuple(entry for key, entry in before.items() if key not in after),
