@@ -215,3 +215,14 @@ def test_who_may_hand_flows_over_is_a_step_of_its_own() -> None:
     assert plan(first.result, DesiredState(nodes=nodes)).empty
     assert plan(first.result, DesiredState()).put_nodes == ()
     assert plan(doubtful(Applied(nodes=nodes), first), DesiredState(nodes=nodes)).put_nodes == nodes
+
+
+def test_a_state_that_is_equal_is_put_no_more_and_known_from_then_on() -> None:
+    desired = desired_of(of(backend("a"), backend("b")))
+    applied = plan(Applied(), desired).result
+    copied = replace(desired, frontends={f: replace(state) for f, state in desired.frontends.items()})
+    step = plan(applied, copied)
+    assert step.empty
+    for frontend, state in copied.frontends.items():
+        assert step.result.frontends[frontend].state is state
+        assert step.result.frontends[frontend].table is applied.frontends[frontend].table
