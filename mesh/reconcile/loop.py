@@ -217,9 +217,10 @@ class Reconciler:
         step, error, complete = Plan(desired.generation, result=applied), "", True
         try:
             step = plan(applied, desired, task.reserved)
-            if step.empty and task.settling:
-                live = self.datapath.live_slots(task.config.transition_calm)
-                step = settle(applied, task.settling, live)
+            if step.empty:
+                applied = step.result  # equal, but of this generation, and known by identity from now on
+                if task.settling:
+                    step = settle(applied, task.settling, self.datapath.live_slots(task.config.transition_calm))
             if not step.empty:
                 applied = self.datapath.apply(step)
                 complete = applied.frontends.keys() == step.result.frontends.keys()

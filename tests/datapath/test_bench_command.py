@@ -18,7 +18,7 @@ pytestmark = pytest.mark.root
 
 def mesh_bench(topology: Topology, where: Namespace, *options: str) -> subprocess.CompletedProcess[str]:
     state = str(topology.lab.directory / "mesh" / "state") if where is topology.node else "/nonexistent"
-    command = [sys.executable, "-m", "mesh", "bench", "--state-dir", state, "-n", "300", "-t", "120", "-c", "4"]
+    command = [sys.executable, "-m", "mesh", "bench", "--state-dir", state, "-n", "300", "-t", "60", "-c", "4"]
     return where.run(*command, *options, check=False)
 
 

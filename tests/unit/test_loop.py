@@ -66,6 +66,19 @@ async def test_a_burst_costs_one_apply() -> None:
         assert len(engine.plans) == 1
 
 
+async def test_a_state_that_changes_nothing_in_the_engine_is_applied() -> None:
+    engine = MemoryDatapath()
+    async with running(engine) as reconciler:
+        reconciler.publish(of(backend("a")))
+        await until(lambda: reconciler.in_step)
+        picture = reconciler.picture  # what a next process adopts need not have all that is desired, like nodes
+        reconciler.picture = replace(picture, desired=replace(picture.desired, nodes=(ADDRESS,)))
+        reconciler.publish(of(backend("a")))
+        await until(lambda: reconciler.in_step)
+        assert len(engine.plans) == 1
+        assert reconciler.applied.generation == reconciler.picture.desired.generation > engine.plans[0].generation
+
+
 async def test_the_event_loop_runs_while_an_apply_blocks() -> None:
     engine, release, entered = MemoryDatapath(), threading.Event(), threading.Event()
 
