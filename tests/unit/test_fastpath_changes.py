@@ -44,14 +44,16 @@ def silent() -> Iterator[tuple[str, int]]:
 
 
 def test_a_backend_that_refuses_costs_no_connection() -> None:
-    server, front = TcpServer(), tcp()
+    """A next choice is drawn up to 24 times: with half of the backends gone a healthy one is missed once in 2^24."""
+    servers, front = (TcpServer(), TcpServer()), tcp()
+    here = {f"here{number}": server.where for number, server in enumerate(servers)}
     with engine() as mesh:
-        mesh.serve({front: {"gone": refusing(), "here": server.where, "gone2": refusing()}})
+        mesh.serve({front: {"gone": refusing(), "gone2": refusing(), **here}})
         assert all(ask(front) for _ in range(200))
         now = mesh.quiet(front)
         gone = [mesh.of_backend(front, name) for name in ("gone", "gone2")]
         assert (now.opened, now.failed) == (200, {})
-        assert now.retried == sum(c.failed[Failure.REFUSED] for c in gone) > 100
+        assert now.retried == sum(c.failed[Failure.REFUSED] for c in gone) > 50
         assert all(c.opened == 0 and c.retried == c.failed[Failure.REFUSED] for c in gone)
         bad = {s.backend: s.count for s in mesh.datapath.signals() if not s.ok and s.cause is Failure.REFUSED}
         assert bad == {n: mesh.of_backend(front, n).failed[Failure.REFUSED] for n in ("gone", "gone2")}
