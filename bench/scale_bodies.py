@@ -96,20 +96,25 @@ def task_body(task: Task) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode()
 
 
+def field(number: int, value: bytes) -> bytes:
+    """A field of a protobuf message with its length: bytes, a string or a message (protobuf's encoding document)."""
+    size, head = len(value), bytearray([number << 3 | 2])
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return bytes(head) + bytes([size]) + value
+
+
+def frame(message: bytes, flag: int = 0) -> bytes:
+    """A message as gRPC has it on the wire (PROTOCOL-HTTP2.md). `flag`: whether it is compressed."""
+    return bytes([flag]) + len(message).to_bytes(4, "big") + message
+
+
 def watch_message(task: Task) -> bytes:
     """What Watch says of its change, as a gRPC message: WatchMessage{events: {action, object: {task}}}."""
-
-    def field(number: int, value: bytes) -> bytes:
-        size, head = len(value), bytearray([number << 3 | 2])
-        while size > 127:
-            head.append(size & 127 | 128)
-            size >>= 7
-        return bytes(head) + bytes([size]) + value
-
     about = field(1, task.id.encode()) + field(3, bytes(900)) + field(4, ident("s", task.service).encode())
     event = b"\x08\x02" + field(2, field(4, about))
-    message = field(1, event)
-    return b"\0" + len(message).to_bytes(4, "big") + message
+    return frame(field(1, event))
 
 
 def service_body(number: int, replicas: int) -> dict[str, Any]:

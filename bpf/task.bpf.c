@@ -69,7 +69,7 @@ RARE int answer_icmp(struct __sk_buff *skb, struct packet *p)
 /* A container calls a port of this node. */
 static __noinline int serve_call(struct __sk_buff *skb, struct packet *p)
 {
-	return p ? serve_flow(skb, p, 1) : TC_ACT_UNSPEC;
+	return p ? serve_flow(skb, p, FROM_TASK) : TC_ACT_UNSPEC;
 }
 
 SEC("tc")
@@ -101,5 +101,5 @@ int mesh_task(struct __sk_buff *skb)
 	action = answer_icmp(skb, &p);
 	if (action == GO(0))
 		bpf_tail_call(skb, &mesh_departures, 0);
-	return action >= 0 ? action : serve_icmp(skb, &p, 1);
+	return action >= 0 ? action : serve_icmp(skb, &p, FROM_TASK);
 }

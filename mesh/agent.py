@@ -157,7 +157,7 @@ class Agent:
             self._spawn("reconcile", self._reconciler.run)
             self._spawn("health", self._monitor.run)
             self._spawn("provider", lambda: self._provider.run(self._publish))
-            self._spawn("ways", self._view.ways.run)
+            self._spawn("ways", ways.run)
             self._spawn("signals", self._listen_to_traffic)
             self._spawn("tick", self._tick)
             if successor:

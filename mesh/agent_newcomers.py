@@ -14,7 +14,6 @@ from mesh.cluster import wire
 from mesh.model import Backend, Health, Intent, Inventory, ProbeKind, Protocol, Service
 
 HOLD: Final = 1.0  # seconds at most from the first inventory that calls a backend ready
-NOT_PROBED: Final = "not probed yet"
 _UP: Final = Health.UP.value
 _AWAITED: Final = Health.AWAITED.value
 

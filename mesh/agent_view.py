@@ -19,7 +19,6 @@ from mesh._maglev import ABI_VERSION
 from mesh.agent_explain import Explainer
 from mesh.agent_services import Services
 from mesh.agent_ways import Ways
-from mesh.config import Config
 from mesh.datapath.base import Stats
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
@@ -66,7 +65,7 @@ class View:
         self._provider = provider
         self._monitor = monitor
         self._stop = stop
-        self.ways = ways or Ways(Config(), facts.engine, lambda: ("", ()))
+        self._ways = ways
         self._services = Services(facts.engine)
         self._explainer = Explainer(reconciler)
         self.stopping = False
@@ -75,7 +74,7 @@ class View:
     def state(self) -> Json:
         loop, facts = self._reconciler, self._facts
         picture, applied, drained = loop.picture, loop.applied, self.drained  # each is replaced whole
-        status, ways = self._provider.status(), [str(problem) for problem in self.ways.problems]
+        status, ways = self._provider.status(), [str(problem) for problem in self._ways.problems] if self._ways else []
         return {
             "version": __version__,
             "abi": ABI_VERSION,

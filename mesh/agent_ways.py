@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from mesh.config import Config
-from mesh.datapath.peer_probe import LEAST, ask_stream, path_mtu
+from mesh.datapath.peer_probe import LEAST, NOBODY, ask_stream, path_mtu
 from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.model import Node, Problem
 
@@ -98,8 +98,7 @@ class Ways:
         found = {f"peer port TCP {config.peer_port}": await ask_stream(address, config.peer_port)}
         if not (self._engine == node.engine == "kernel"):
             reach = await asyncio.to_thread(path_mtu, address, config.peer_port, LEAST[address.version])
-            obstacle = "" if reach.mtu else "nobody listens" if reach.refused else "no answer"
-            found[f"peer port UDP {config.peer_port}"] = obstacle
+            found[f"peer port UDP {config.peer_port}"] = reach.obstacle
         elif here.address is not None and here.address.version == address.version:
             obstacle = await asyncio.to_thread(ask_tunnel, address, here.address, config.tunnel_port)
             if obstacle != NO_RIGHT:
@@ -109,7 +108,7 @@ class Ways:
     def _problem(self, node: Node, way: str, obstacle: str) -> Problem:
         tunnel = way.startswith("tunnel")
         means = "connections to its backends hang" if tunnel else "its backends may not be reached from here"
-        if obstacle == "nobody listens":
+        if obstacle == NOBODY:
             remedy = "is mesh running there, with the same ports? `mesh check --cluster` here, `mesh status` there"
         else:
             remedy = f"let {way.split(' ', 1 if tunnel else 2)[-1]} through between all nodes, both ways; "

@@ -21,7 +21,7 @@ from mesh.cli.facts import Finding, Verdict
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config import Config
 from mesh.datapath.kernel_rtnl import Netlink
-from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
+from mesh.datapath.peer_probe import NO_ANSWER, NOBODY, PathMtu, ask_stream, path_mtu
 from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.errors import MeshError
 from mesh.model import Address
@@ -32,7 +32,6 @@ AT_ONCE: Final = 32
 _MTU_UNKNOWN: Final = 1500
 CLOCK: Final = "not needed: nothing between nodes goes by the time of day, but for the validity of certificates"
 
-NO_ANSWER: Final = "no answer"
 
 Findings = Iterator[Finding]
 
@@ -147,7 +146,7 @@ async def ask_control(peer: Peer, port: int, context: ssl.SSLContext) -> Answer:
     except TimeoutError:
         return Answer(NO_ANSWER, f"let TCP {port} of all nodes through the firewall; is the node up?")
     except ConnectionRefusedError:
-        return Answer("nobody listens", "start mesh there, with the same cluster_port")
+        return Answer(NOBODY, "start mesh there, with the same cluster_port")
     except ssl.SSLError as error:
         reason = getattr(error, "verify_message", "") or error.reason or str(error)
         return Answer(f"no TLS: {reason}", "does another program hold the port? is the node of this swarm? its clock?")
@@ -204,7 +203,7 @@ def peer_port(peer: Peer, port: int, refusal: str, mtu: PathMtu) -> Findings:
     """The port at which flows are handed over, by TCP and UDP, and the size of packets on the way."""
     remedies = {
         NO_ANSWER: f"let {{}} {port} of all nodes through the firewall; is the node up?",
-        "nobody listens": "is mesh running there, with the same peer_port? `mesh status` there says more",
+        NOBODY: "is mesh running there, with the same peer_port? `mesh status` there says more",
         "cut off": "this node calls it from an address that is not its own in the swarm: join with --advertise-addr",
     }
 
@@ -216,7 +215,7 @@ def peer_port(peer: Peer, port: int, refusal: str, mtu: PathMtu) -> Findings:
         return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy.format(protocol.upper()))
 
     yield finding("tcp", refusal)
-    yield finding("udp", "" if mtu.mtu else "nobody listens" if mtu.refused else NO_ANSWER)
+    yield finding("udp", mtu.obstacle)
     what = f"{peer.name} path MTU"
     if not mtu.mtu:
         yield Finding(what, Verdict.WARN, "not known without an answer by UDP", "first the peer port")
@@ -237,7 +236,7 @@ def tunnel(peer: Peer, port: int, obstacle: str) -> Finding:
         return Finding(what, Verdict.OK, f"{found}: answers")
     if obstacle == NO_RIGHT:
         return Finding(what, Verdict.WARN, f"{found}: not tried, without the right to see packets", "run this as root")
-    if obstacle == "nobody listens":
+    if obstacle == NOBODY:
         remedy = "is mesh running there with the kernel engine and the same tunnel_port? `mesh status` there says more"
     else:
         remedy = (

@@ -112,8 +112,9 @@ def _tunnel(services: list[dict[str, Any]], config: Config, nodes: int) -> Itera
 def _strangers(held: Mapping[int, set[str]], config: Config) -> Iterator[Finding]:
     """Processes that are neither Docker nor mesh and that a published port keeps from hearing anything."""
     holders = _holders({inode: port for port, inodes in held.items() for inode in inodes})
+    own = _daemon(config) if holders else None
     for port, pid, name in sorted(holders):
-        if name in _DOCKER or pid == _daemon(config):
+        if name in _DOCKER or pid == own:
             continue
         found = f"TCP {port} is also held by {name} (pid {pid}): clients reach the service, not that process"
         if config.intercept == "bind" and config.engine != "kernel":

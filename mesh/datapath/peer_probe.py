@@ -21,6 +21,8 @@ from mesh.model import Address
 CONNECT: Final = 3.0  # seconds
 TRIES: Final = 3
 WAIT: Final = 0.4  # seconds for one answer
+NO_ANSWER: Final = "no answer"
+NOBODY: Final = "nobody listens"
 LEAST: Final = {4: 576, 6: 1280}  # bytes that every path carries: RFC 791, RFC 8200
 _HEADERS: Final = {4: 28, 6: 48}  # IP and UDP
 _TAG: Final = bytes(10)
@@ -52,11 +54,16 @@ class PathMtu:
     def black_hole(self) -> bool:
         return 0 < self.mtu < self.device and not self.told
 
+    @property
+    def obstacle(self) -> str:
+        """Why no datagram came back, in the words of `ask_stream`; empty: one did."""
+        return "" if self.mtu else NOBODY if self.refused else NO_ANSWER
+
 
 async def ask_stream(address: Address, port: int) -> str:
     """Whether the peer port takes connections from here; empty: it does, else why not, in words.
 
-    One of: "no answer", "nobody listens", "cut off" or what the system says.
+    One of: NO_ANSWER, NOBODY, "cut off" or what the system says.
     """
     client = bytes(2 * (4 if address.version == 4 else 16) + 4)
     value = _TAG + b"\0"
@@ -72,9 +79,9 @@ async def ask_stream(address: Address, port: int) -> str:
             finally:
                 writer.close()
     except TimeoutError:
-        return "no answer"
+        return NO_ANSWER
     except ConnectionRefusedError:
-        return "nobody listens"
+        return NOBODY
     except ConnectionError:
         return "cut off"
     except OSError as error:

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from mesh.datapath.codec import NETWORK
-from mesh.datapath.peer_probe import answered
+from mesh.datapath.peer_probe import NO_ANSWER, NOBODY, answered
 from mesh.model import Address, Protocol
 
 TRIES: Final = 3
@@ -71,7 +71,7 @@ def _listen(version: int, tunnel_port: int, port: int) -> socket.socket:
 def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
     """Whether a node takes tunnel packets from this one; empty: it does, and the answer came; else why not, in words.
 
-    One of NO_RIGHT (it takes CAP_NET_RAW), "no answer", "nobody listens" or what the system says. Takes up to
+    One of NO_RIGHT (it takes CAP_NET_RAW), NO_ANSWER, NOBODY or what the system says. Takes up to
     TRIES * WAIT seconds.
 
     Args:
@@ -96,7 +96,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
                     return ""
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except ConnectionRefusedError:
-            return "nobody listens"
+            return NOBODY
         except OSError as failed:
             return failed.strerror or str(failed)
-    return os.strerror(error) if error else "no answer"
+    return os.strerror(error) if error else NO_ANSWER

@@ -195,9 +195,9 @@ def _frontend(
         table = _passing(state.options.table_size).transition(_build(state, backends))
         return FrontendEntry(state, table, _named(table, ids))
     if (held.state is state or held.state == state) and ids == set(held.backends):
-        return (
-            held if held.state is state else FrontendEntry(state, held.table, held.backends)
-        )  # seen as same next time
+        if held.state is state:
+            return held
+        return FrontendEntry(state, held.table, held.backends)  # the same state next time, by identity
     alive = {target.backend for target in state.targets}
     stale = [owner for owner in held.backends if owner not in ids]
     gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)

@@ -7,17 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.scale_bodies import field, frame
 from mesh.swarm.announced import Announced, tasks_of
 
 TASK, SERVICE = 4, 2  # of Object
-
-
-def field(number: int, value: bytes) -> bytes:
-    size, head = len(value), bytearray([number << 3 | 2])
-    while size > 127:
-        head.append(size & 127 | 128)
-        size >>= 7
-    return bytes(head) + bytes([size]) + value
 
 
 def event(kind: int, identity: str, padding: int = 300) -> bytes:
@@ -27,10 +20,6 @@ def event(kind: int, identity: str, padding: int = 300) -> bytes:
 
 
 VERSION = field(2, b"\x08\x07")
-
-
-def frame(message: bytes, flag: int = 0) -> bytes:
-    return bytes([flag]) + len(message).to_bytes(4, "big") + message
 
 
 @pytest.mark.parametrize(
