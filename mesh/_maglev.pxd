@@ -42,3 +42,4 @@ cdef class SlotTable:
     cdef uint32_t *interim  # INTERIM owners per slot that noted flows may still have; NULL: none has any
     cdef readonly bint tracked  # some slot needs the flow cache
     cdef uint32_t *remember(self, size_t index) except? NULL nogil
+    cdef list in_order(self)

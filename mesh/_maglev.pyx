@@ -345,16 +345,33 @@ cdef class SlotTable:
                 bool(self.slots[index].previous & MESH_SLOT_TRACKED))
 
     def choices(self, uint32_t hash, int limit=4):
-        """Distinct current owners a flow would be given in turn, the first choice first (bounded search)."""
+        """Distinct current owners a flow would be given in turn, the first choice first: first those that its further
+        hashes draw (a bounded number of them), then all others that have a slot."""
         cdef list found = []
-        cdef uint32_t n, owner
+        cdef list there
+        cdef uint32_t n, owner, turn
         for n in range(8 * limit):
             owner = self.slots[mesh_slot_of(mesh_hash_again(hash, n) if n else hash, self.size)].current
             if owner not in found:
                 found.append(owner)
                 if len(found) == limit:
-                    break
-        return found
+                    return found
+        there = self.in_order()
+        turn = mesh_slot_of(hash, <uint32_t>len(there))
+        return (found + [o for o in there[turn:] + there[:turn] if o not in found])[:limit]
+
+    cdef list in_order(self):
+        """The current owners, NONE excepted, in the order of their first slots."""
+        cdef dict found = {}
+        cdef uint32_t near[NEAR]
+        cdef uint32_t i, owner
+        memset(near, 0, sizeof(near))
+        for i in range(self.size):
+            owner = self.slots[i].current
+            if owner != EMPTY and near[owner % NEAR] != owner:
+                near[owner % NEAR] = owner
+                found[owner] = True
+        return list(found)
 
     def shares(self):
         """Slots by current owner."""

@@ -147,9 +147,12 @@ def settled(table: Sequence[Slot], keep: Iterable[int] = ()) -> list[Slot]:
 
 
 def choices(owners: Sequence[int], first: int, limit: int = 4) -> list[int]:
-    """Distinct owners that a flow would be given in turn; 8 x limit hashes are looked at."""
+    """Distinct owners that a flow would be given in turn: 8 x limit hashes are looked at, then all owners in turn."""
     hashes = [first, *(further_hash(first, n) for n in range(1, 8 * limit))]
-    return list(dict.fromkeys(owners[slot_for(h, len(owners))] for h in hashes))[:limit]
+    drawn = [owners[slot_for(h, len(owners))] for h in hashes]
+    there = [owner for owner in dict.fromkeys(owners) if owner != NONE]
+    turn = slot_for(first, len(there))
+    return list(dict.fromkeys([*drawn, *there[turn:], *there[:turn]]))[:limit]
 
 
 def digest(owners: Sequence[int], names: Mapping[int, str]) -> str:

@@ -75,17 +75,24 @@ cdef inline bint was_tried(const uint32_t *tried, uint32_t count, uint32_t owner
 
 cdef inline target *choose(engine *e, const route *way, uint32_t hash, uint32_t *again, const uint32_t *tried,
                            uint32_t tries, backend **found) noexcept nogil:
-    """The flow's next choice that was not tried: `again` is the n of mesh_hash_again to go on from, 0 for the first.
+    """The flow's next choice that was not tried, as SlotTable.choices has them: `again`, 0 at first, is where to go on:
+    the n of mesh_hash_again, and after the draws the steps of the walk over all targets.
 
-    Returns NULL when nobody is left within the bound of SlotTable.choices.
+    Returns NULL when nobody is left.
     """
+    cdef uint32_t draws = 8 * (e.retries + 1)
     cdef uint32_t n, index
     cdef target *t
     cdef backend *b
-    while again[0] < 8 * (e.retries + 1):
+    while again[0] < draws + way.ordered:
         n = again[0]
         again[0] += 1
-        index = way.slots[mesh_slot_of(mesh_hash_again(hash, n) if n else hash, way.size)]
+        if n == 0:
+            index = way.slots[mesh_slot_of(hash, way.size)]
+        elif n < draws:
+            index = way.slots[mesh_slot_of(mesh_hash_again(hash, n), way.size)]
+        else:
+            index = way.order[(mesh_slot_of(hash, way.ordered) + n - draws) % way.ordered]
         if index == 0:
             continue
         t = &way.targets[index]

@@ -54,6 +54,7 @@ cdef inline void route_free(route *way) noexcept nogil:
         return
     free(way.slots)
     free(way.targets)
+    free(way.order)
     free(way.allow)
     free(way.deny)
     free(way)
@@ -110,13 +111,23 @@ cdef inline prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
 
 cdef inline int route_index(route *way, SlotTable table, uint32_t *index) except -1:
     """Slots as indices into the targets, so that a look-up touches four bytes a slot and owners may be renumbered."""
-    cdef uint32_t i, owner
+    cdef uint32_t i, owner, at
+    cdef uint8_t *met = <uint8_t *>calloc(way.count + 1, 1)
     way.size = table.size
     way.slots = <uint32_t *>malloc(table.size * sizeof(uint32_t))
-    if way.slots is NULL:
+    way.order = <uint32_t *>malloc((way.count + 1) * sizeof(uint32_t))
+    if met is NULL or way.slots is NULL or way.order is NULL:
+        free(met)
         raise MemoryError
+    met[0] = 1
     with nogil:
         for i in range(table.size):
             owner = table.slots[i].current
-            way.slots[i] = index[owner] if owner < BACKENDS else 0
+            at = index[owner] if owner < BACKENDS else 0
+            way.slots[i] = at
+            if not met[at]:
+                met[at] = 1
+                way.order[way.ordered] = at
+                way.ordered += 1
+    free(met)
     return 0

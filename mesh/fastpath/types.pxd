@@ -154,6 +154,8 @@ cdef struct route:  # where the new connections of a frontend go
     uint32_t *slots  # index into targets; 0 is nobody
     target *targets
     uint32_t count
+    uint32_t *order  # indices of the targets that have slots, by their first slots
+    uint32_t ordered
     uint8_t by_client
     uint8_t announce  # PROXY protocol v2
     prefix *allow
@@ -197,7 +199,7 @@ cdef struct conn:
     uint8_t away  # towards another node's agent
     uint8_t eager  # something is to be sent as soon as the backend has answered
     uint8_t tag[TAG]
-    uint32_t again  # next n of mesh_hash_again
+    uint32_t again  # see choose
     uint32_t hash
     uint32_t tried[TRIES_MOST]
     frontend *frontend

@@ -133,11 +133,11 @@ class Served:
         self,
         frontends: Mapping[Frontend, Mapping[str, Where]],
         options: ServiceOptions | None = None,
-        idle: Sequence[str] = (),
+        weights: Mapping[str, int] | None = None,
         via: str = "",
         nodes: Sequence[str] = (),
     ) -> Applied:
-        """Serve exactly these: backends by name; those in `idle` get no slot; with `via` all are on that node."""
+        """Serve exactly these: backends by name; those without a weight have 1; with `via` all are on that node."""
         options = options or ServiceOptions(table_size=1021)
         backends: dict[BackendKey, BackendEntry] = {}
         entries: dict[Frontend, FrontendEntry] = {}
@@ -147,7 +147,7 @@ class Served:
                 key = BackendKey(name, port, int(frontend.protocol))
                 owner = self._ids.setdefault(key, len(self._ids) + 2)
                 away = ip_address(via) if via else None
-                target = Target(name, away or ip_address(host), port, 0 if name in idle else 1, via=away)
+                target = Target(name, away or ip_address(host), port, (weights or {}).get(name, 1), via=away)
                 backends[key] = BackendEntry(owner, key, target)
                 mine.append(backends[key])
             table = SlotTable.build(

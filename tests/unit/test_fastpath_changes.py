@@ -3,22 +3,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 
 import pytest
 
 from mesh.config import Config
 from mesh.datapath.base import Failure
 from mesh.datapath.proxy import ProxyDatapath
-from mesh.model import ServiceOptions
+from mesh.model import Flow, Protocol, ServiceOptions
 from tests.lab.netns import PATIENCE
 from tests.ports import free_port
-from tests.unit.fastpath_bench import Served, TcpServer, ask, call, engine, eventually, read_all, reset, tcp
+from tests.unit.fastpath_bench import (
+    Served,
+    TcpServer,
+    UdpServer,
+    ask,
+    call,
+    engine,
+    eventually,
+    read_all,
+    reset,
+    tcp,
+    udp,
+)
 
 
 def refusing() -> tuple[str, int]:
@@ -44,19 +58,65 @@ def silent() -> Iterator[tuple[str, int]]:
 
 
 def test_a_backend_that_refuses_costs_no_connection() -> None:
-    """A next choice is drawn up to 24 times: with half of the backends gone a healthy one is missed once in 2^24."""
-    servers, front = (TcpServer(), TcpServer()), tcp()
-    here = {f"here{number}": server.where for number, server in enumerate(servers)}
+    server, front = TcpServer(), tcp()
     with engine() as mesh:
-        mesh.serve({front: {"gone": refusing(), "gone2": refusing(), **here}})
+        mesh.serve({front: {"gone": refusing(), "gone2": refusing(), "here": server.where}})
         assert all(ask(front) for _ in range(200))
         now = mesh.quiet(front)
         gone = [mesh.of_backend(front, name) for name in ("gone", "gone2")]
         assert (now.opened, now.failed) == (200, {})
-        assert now.retried == sum(c.failed[Failure.REFUSED] for c in gone) > 50
+        assert now.retried == sum(c.failed[Failure.REFUSED] for c in gone) > 100
         assert all(c.opened == 0 and c.retried == c.failed[Failure.REFUSED] for c in gone)
         bad = {s.backend: s.count for s in mesh.datapath.signals() if not s.ok and s.cause is Failure.REFUSED}
         assert bad == {n: mesh.of_backend(front, n).failed[Failure.REFUSED] for n in ("gone", "gone2")}
+
+
+def test_a_backend_of_hardly_any_slots_is_found_when_the_others_refuse() -> None:
+    """The draws meet it once in 30 connections; the walk after them finds it every time, also for datagrams."""
+    server, front = TcpServer(), tcp()
+    datagrams, fronts = UdpServer("here"), udp()
+    with engine() as mesh:
+        members = {"gone": refusing(), "gone2": refusing()}
+        mesh.serve(
+            {front: {**members, "here": server.where}, fronts: {**members, "here": datagrams.where}},
+            weights={"gone": 300, "gone2": 300},
+        )
+        assert all(ask(front) for _ in range(100))
+        now = mesh.quiet(front)
+        assert (now.opened, now.failed) == (100, {})
+        for _ in range(5):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.connect(("127.0.0.1", fronts.port))
+                sock.settimeout(0.1)
+                eventually(lambda s=sock: answer(s) == b"here:x")
+
+
+def test_lookup_names_the_choices_that_are_tried() -> None:
+    front = tcp()
+    with engine() as mesh:
+        mesh.serve({front: {name: refusing() for name in "abc"}}, weights={"a": 300, "b": 300})
+        for _ in range(10):
+            with socket.socket() as sock, contextlib.suppress(ConnectionError):
+                sock.bind(("127.0.0.1", 0))
+                source = sock.getsockname()
+                sock.connect(("127.0.0.1", front.port))
+                sock.recv(1)
+            flow = Flow(ip_address(source[0]), source[1], ip_address("127.0.0.1"), front.port, Protocol.TCP)
+            choice = mesh.datapath.lookup(flow)
+            assert choice is not None
+            assert choice.backend is not None
+            assert {b.key.backend for b in (choice.backend, *choice.next)} == {"a", "b", "c"}
+        mesh.quiet(front)
+        assert [mesh.of_backend(front, name).failed for name in "abc"] == [{Failure.REFUSED: 10}] * 3
+
+
+def answer(sock: socket.socket) -> bytes:
+    """What comes back for a datagram, b"" for nothing: one that is refused costs the sender an answer."""
+    try:
+        sock.send(b"x")
+        return sock.recv(100)
+    except OSError:
+        return b""
 
 
 def test_what_the_client_said_early_reaches_the_next_choice() -> None:
@@ -154,7 +214,7 @@ def test_weight_zero_keeps_connections_and_gets_none() -> None:
         with call(front) as old:
             eventually(lambda: any(s.accepted for s in servers.values()))
             name = next(n for n, s in servers.items() if s.accepted)
-            mesh.serve({front: backends}, idle=[name])
+            mesh.serve({front: backends}, weights={name: 0})
             assert all(ask(front) for _ in range(20))
             assert servers[name].accepted == 1
             old.sendall(b"x")

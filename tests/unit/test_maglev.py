@@ -52,6 +52,24 @@ def test_choices_equal_the_oracle(amounts, value, limit):
     assert table.choices(value, limit) == reference.choices(owners_of(table), value, limit)
 
 
+@settings(deadline=None, max_examples=40)
+@given(weights.filter(any), st.integers(0, 2**32 - 1))
+def test_choices_leave_out_nobody_who_has_a_slot(amounts, value):
+    """However few its slots are, an owner is met: it may be the only one that answers."""
+    table = SlotTable.build(1021, backends(amounts))
+    assert sorted(table.choices(value, len(amounts))) == sorted(table.shares())
+
+
+def test_choices_after_the_draws_are_spread():
+    """Three owners of a slot each, and one of all others: each of the three is the second choice of many flows."""
+    table = SlotTable.build(1021, backends([1, 1, 1, 1017]))
+    seconds = Counter(table.choices(value << 16, 2)[1] for value in range(1 << 16))
+    heavy = seconds.pop(OWNER_FIRST + 3, 0)
+    assert heavy < (1 << 16) / 100
+    assert len(seconds) == 3
+    assert min(seconds.values()) > (1 << 16) / 5
+
+
 @settings(deadline=None, max_examples=50)
 @given(weights, st.randoms(use_true_random=False))
 def test_order_in_which_backends_were_learned_does_not_matter(amounts, rng):
