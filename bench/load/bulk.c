@@ -4,6 +4,7 @@
  * down: the peer sends for as long as the connection lasts; what arrives inside the window counts.
  * up:   the generator sends until the window ends, then half-closes; the peer answers with the number of bytes it got
  * (8 bytes, little endian), which must be what was sent. What was sent inside the window counts.
+ * A stream that was not connected before the window ended is a time-out; one that was refused is an error of connect.
  */
 #define _GNU_SOURCE
 #include "load.h"
@@ -84,7 +85,7 @@ static void on_confirmation(struct loop *l, struct stream *s)
 	if (n < 0 && errno == EAGAIN)
 		return;
 	if (n <= 0) {
-		fail(l, s, n ? ERROR_reset : ERROR_closed);
+		fail(l, s, n ? cause_of(errno, s->moved > 0) : ERROR_closed);
 		return;
 	}
 	s->answered += (unsigned)n;
@@ -116,6 +117,10 @@ static void half_close(struct loop *l)
 
 		if (!s->open)
 			continue;
+		if (!s->moved) { /* shutdown() would end a socket that still connects with ECONNRESET */
+			fail(l, s, ERROR_timeout);
+			continue;
+		}
 		s->half_closed = true;
 		shutdown(s->fd, SHUT_WR);
 		epoll_ctl(l->epoll, EPOLL_CTL_MOD, s->fd, &event);
@@ -159,9 +164,11 @@ void work_bulk(struct worker *w)
 	}
 	for (unsigned i = 0; i < w->connections; i++) {
 		w->tally->operations += l.streams[i].moved > 0;
-		if (l.streams[i].open && l.up)
+		if (!l.streams[i].open)
+			continue;
+		if (l.up || !l.streams[i].moved)
 			fail(&l, &l.streams[i], ERROR_timeout);
-		else if (l.streams[i].open)
+		else
 			end(&l, &l.streams[i]);
 	}
 	free(l.streams);

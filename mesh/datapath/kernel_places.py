@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import heapq
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ BRIDGE: Final = "mesh_bridge"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 30.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
-ASK_MOST: Final = 256  # questions between two looks: many that nobody answers must not hold up the others
+ASK_MOST: Final = 32  # unanswered at a time: each takes a place in the neighbour table that all namespaces share (1,024)
+ASK_LASTS: Final = 3.5  # seconds until the kernel gives a question up
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Places:
         self._routes: dict[Address, Route | None] = {}
         self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
         self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again, monotonic, and after what pause
-        self._questions = 0  # since the last look
+        self._waiting: dict[Address, float] = {}  # asked for, no answer yet: when the kernel gives up, monotonic
         self._unreached: set[Address] = set()  # to which there was no route
         self.topology = Topology()
 
@@ -63,15 +65,17 @@ class Places:
             self._asked.clear()
         changed = new != self.topology
         self.topology = new
-        self._questions = 0
         self._ports |= new.ports
         self._ports = {k: v for k, v in self._ports.items() if v in new.interfaces and new.interfaces[v].master == k[0]}
         return changed
 
     def open(self) -> frozenset[Address]:
-        """Addresses to find again although nothing changed: without a route, or due to be asked for once more."""
+        """Addresses to find again although nothing changed: without a route, or due to be asked for once more, and of
+        those no more than may be asked for now; first those that were asked for least often."""
         now = time.monotonic()
-        return frozenset(address for address, (due, _) in self._asked.items() if now >= due) | self._unreached
+        due = [(pause, when, address) for address, (when, pause) in self._asked.items() if now >= when]
+        turn = heapq.nsmallest(self._room(now), due, key=lambda entry: entry[:2])
+        return frozenset(address for _, _, address in turn) | self._unreached
 
     def find(self, address: Address) -> Place:
         """Where a backend's address is. Asks for its MAC if nobody has; the answer is seen by a later `refresh`."""
@@ -97,16 +101,24 @@ class Places:
             self._ask(via.index, address, anew=True)
         else:
             self._asked.pop(address, None)
+            self._waiting.pop(address, None)
         return Place(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
+
+    def _room(self, now: float) -> int:
+        """How many more may be asked for."""
+        self._waiting = {address: end for address, end in self._waiting.items() if end > now}
+        return ASK_MOST - len(self._waiting)
 
     def _ask(self, interface: int, address: Address, *, anew: bool = False) -> None:
         first, most = ASK_AGAIN
-        now, (due, pause) = time.monotonic(), self._asked.get(address, (0.0, first))
-        if now >= due and self._questions < ASK_MOST:
-            self._questions += 1
-            self._asked[address] = now + pause, min(2 * pause, most)
-            with contextlib.suppress(OSError):
-                self._netlink.resolve(interface, address, anew=anew)
+        now = time.monotonic()
+        due, pause = self._asked.setdefault(address, (now, first))
+        if now < due or self._room(now) <= 0:
+            return
+        self._asked[address] = now + pause, min(2 * pause, most)
+        self._waiting[address] = now + ASK_LASTS
+        with contextlib.suppress(OSError):
+            self._netlink.resolve(interface, address, anew=anew)
 
     def _port(self, bridge: Interface, mac: bytes) -> Interface | None:
         index = self._ports.get((bridge.index, mac))

@@ -22,7 +22,7 @@ from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel_arena import Ranges
 from mesh.datapath.kernel_beside import needed
 from mesh.datapath.kernel_names import SPARE, Names, NamesFile
-from mesh.datapath.kernel_places import BRIDGE, INGRESS, TASK, Place, Places, wanted
+from mesh.datapath.kernel_places import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, wanted
 from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.preflight import instance, preflight
@@ -283,3 +283,33 @@ def test_what_has_not_changed_is_not_looked_for_again() -> None:
     network.tables = Topology({2: bridge}, neighbours={(2, silent): b"\x02abcde"})
     assert places.refresh()
     assert places.find(silent) == Place(via=2, mac=b"\x02abcde")
+
+
+def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The neighbour table is one for all network namespaces: when it was full of ours, others' packets were lost."""
+    clock = [1000.0]
+    monkeypatch.setattr("mesh.datapath.kernel_places.time.monotonic", lambda: clock[0])
+    addresses = [ipaddress.ip_address(f"10.0.{i // 250}.{1 + i % 250}") for i in range(30 * ASK_MOST)]
+    bridge = Interface(2, "docker_gwbridge", "bridge", True, True, 0)
+    network = _Network(Topology({2: bridge}), {str(a): Route(2, None, False) for a in addresses})
+    places = Places(cast(Netlink, network))
+
+    def asked() -> int:
+        before = len(network.asked)
+        for address in places.open():
+            places.find(address)
+        return len(network.asked) - before
+
+    places.refresh()
+    for address in addresses:
+        places.find(address)
+    assert len(network.asked) == ASK_MOST
+    clock[0] += 1
+    assert asked() == 0  # the kernel still waits for the first ones
+    while len(network.asked) < len(addresses):
+        clock[0] += ASK_LASTS
+        assert asked() == ASK_MOST
+    assert set(network.asked) == set(map(str, addresses))  # nobody twice before all were once
+    network.tables = Topology({2: bridge}, neighbours={(2, a): b"\x02abcde" for a in addresses})
+    assert places.refresh()
+    assert all(places.find(a) == Place(via=2, mac=b"\x02abcde") for a in addresses[:10])
