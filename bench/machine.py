@@ -134,3 +134,15 @@ def describe() -> dict[str, str | int]:
         "congestion_control": CONGESTION_CONTROL,
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # descriptors of one process
     }
+
+
+def neighbours_refused() -> int:
+    """How often so far the kernel had no room for one more neighbour: all network namespaces share one table a family,
+    and packets to whoever is not in it are lost."""
+    refused = 0
+    for name in ("arp_cache", "ndisc_cache"):
+        with contextlib.suppress(OSError, ValueError):
+            head, *rows = (PROC / "net" / "stat" / name).read_text().splitlines()
+            column = head.split().index("table_fulls")
+            refused += sum(int(row.split()[column], 16) for row in rows)  # one of each CPU
+    return refused

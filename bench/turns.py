@@ -61,6 +61,7 @@ class Turns:
         self.foreign_limit = foreign_limit
         self.connections = connections
         self.idle = Idle()
+        self._counted: dict[str, dict[str, int]] = {}  # by side, when it was last looked at
 
     def take(self, side: Side, scenario: Scenario, duration: float, everyone: Sequence[Side]) -> dict[str, Any]:
         """One measurement of `side`, one of those in `everyone`, for so many seconds.
@@ -76,7 +77,7 @@ class Turns:
             argv += ["--connections", str(self.connections)]
         argv += ["--duration", str(duration), "--warmup", str(self.warmup)]
         roots = {process.pid: one.name for one in everyone for process in (*one.processes, *one.lab.backends)}
-        before, began = machine.processes(), time.monotonic()
+        before, began, crowded = machine.processes(), time.monotonic(), machine.neighbours_refused()
         with machine.pinned(moved, cpu), self._beside(side, scenario, duration) as happened:
             done = self._load(side.lab.inside("client", *argv), duration)
         elapsed, after = time.monotonic() - began, machine.processes()
@@ -88,16 +89,25 @@ class Turns:
         stolen = (result["cpu_after"][7] - result["cpu_before"][7]) / result["ticks_per_second"] / capacity
         times = [machine.seconds_below(roots, found) for found in (before, after)]
         idle = self.idle.add(times[0], times[1], side.name, elapsed) / capacity
-        return {
+        crowded = machine.neighbours_refused() - crowded
+        record = {
             "side": side.name,
             "scenario": scenario.name,
             "foreign": round(foreign, 4),
             "stolen": round(stolen, 4),
             "idle": round(idle, 4),
-            "disturbed": foreign > self.foreign_limit or stolen > STOLEN_LIMIT,
+            "neighbours_refused": crowded,
+            "disturbed": foreign > self.foreign_limit or stolen > STOLEN_LIMIT or crowded > 0,
             "happened": happened,
             "result": result,
         }
+        return record | ({"counters": self._count(side)} if result["errors"] else {})
+
+    def _count(self, side: Side) -> dict[str, int]:
+        """What a side's counters have gained since its last turn with errors."""
+        before = self._counted.get(side.name, {})
+        self._counted[side.name] = after = side.counters()
+        return {name: n - before.get(name, 0) for name, n in after.items() if n != before.get(name, 0)}
 
     def _load(self, argv: Sequence[str], duration: float) -> subprocess.CompletedProcess[str]:
         limit = duration + self.warmup + LOAD_GRACE

@@ -70,6 +70,10 @@ class Side:
         """Change the set of backends, the `step`th time."""
         raise NotImplementedError
 
+    def counters(self) -> dict[str, int]:
+        """What became of packets so far, by name, where the side tells: what explains a turn with errors."""
+        return {}
+
     def targets(self, port: int) -> list[str]:
         """Where clients call for one of the lab's ports."""
         return [f"{NODE}:{port}"]

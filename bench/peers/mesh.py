@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -45,6 +47,21 @@ def static_file(idle_services: int = 0, weights: tuple[int, ...] = (1,) * len(BA
 
 # A bpf file system of its own, which goes with the process: the host's may hold another daemon's pins.
 ISOLATE = ("unshare", "--mount", "sh", "-c", 'mount -t bpf bpf "$0" && exec "$@"')
+
+
+VERDICT = re.compile(r'^mesh_verdicts_total\{verdict="(\w+)"\} (\S+)$', re.MULTILINE)
+
+
+def scrape(path: Path) -> str:
+    """A daemon's metrics by its control socket; empty if nobody answers."""
+    try:
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(5)
+            control.connect(str(path))
+            control.sendall(b"GET /metrics HTTP/1.0\r\nHost: mesh\r\n\r\n")
+            return b"".join(iter(lambda: control.recv(65536), b"")).decode()
+    except OSError:
+        return ""
 
 
 class Mesh(Side):
@@ -123,6 +140,14 @@ class Mesh(Side):
         for cgroup in self.cgroups:
             if cgroup.exists():
                 cgroup.rmdir()
+
+    def counters(self) -> dict[str, int]:
+        """The engine's verdicts of all its places."""
+        found: dict[str, int] = {}
+        for place in self.places:
+            for name, number in VERDICT.findall(scrape(self.state(place) / "mesh.sock")):
+                found[name] = found.get(name, 0) + int(float(number))
+        return found
 
     def log(self, place: str) -> str:
         return f"{self.name}-{place}.log"

@@ -21,7 +21,7 @@ BRIDGE: Final = "mesh_bridge"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 30.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
-ASK_MOST: Final = 32  # unanswered at a time: each takes a place in the neighbour table that all namespaces share (1,024)
+ASK_MOST: Final = 32  # unanswered at a time: each takes one of the 1,024 places that all namespaces have together
 ASK_LASTS: Final = 3.5  # seconds until the kernel gives a question up
 
 

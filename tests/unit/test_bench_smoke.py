@@ -360,3 +360,13 @@ def test_announced_tasks_are_read_from_swarms_messages():
     task = part(1, b"t1") + part(9, part(1, b"") + b"\x10\x80\x04") + b"\x50\x80\x05"
     events = part(1, b"\x08\x02" + part(2, part(4, task))) + part(1, part(2, part(1, b"")))
     assert list(announce.tasks(events + part(2, b"\x08\x01"))) == [("t1", announce.RUNNING, 640)]
+
+
+def test_a_full_neighbour_table_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.neighbours_refused() == 0
+    (tmp_path / "net" / "stat").mkdir(parents=True)
+    (tmp_path / "net" / "stat" / "arp_cache").write_text(
+        "entries  allocs   table_fulls\n0000012d 00013ae3 0001b317\n0000012d 00011aeb 0000000a\n"
+    )
+    assert machine.neighbours_refused() == 0x1B317 + 10
