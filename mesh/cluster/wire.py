@@ -35,7 +35,7 @@ class Port(msgspec.Struct, array_like=True, frozen=True):
 
 
 class WireOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """ServiceOptions of a service that is enabled, in words."""
+    """ServiceOptions in words."""
 
     affinity: str = "flow"
     proxy_protocol: str = "off"
@@ -44,6 +44,7 @@ class WireOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
     health: tuple[str, str, float, float, int, int] = ("tcp", "/", 2.0, 1.0, 2, 3)
+    enable: bool = True
 
 
 class WireService(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -217,6 +218,7 @@ def _options_of(options: ServiceOptions) -> WireOptions:
         tuple(map(str, options.allow)),
         tuple(map(str, options.deny)),
         (check.kind.value, check.path, check.interval, check.timeout, check.rise, check.fall),
+        options.enable,
     )
 
 
@@ -225,7 +227,7 @@ def _options(wire: WireOptions) -> ServiceOptions:
     if wire.table_size not in model.TABLE_SIZES:
         raise ValueError(f"table size {wire.table_size}")
     return ServiceOptions(
-        True,
+        wire.enable,
         model.Affinity(wire.affinity),
         model.ProxyProtocol(wire.proxy_protocol),
         model.HealthCheck(model.ProbeKind(kind), path, interval, timeout, rise, fall),

@@ -21,6 +21,14 @@ networks = st.builds(
 )
 options = st.builds(
     model.ServiceOptions,
+    enable=st.booleans(),
+    health=st.builds(
+        model.HealthCheck,
+        kind=st.sampled_from(model.ProbeKind),
+        path=st.sampled_from(["/", "/ready"]),
+        interval=st.sampled_from([0.5, 2.0]),
+        fall=st.integers(1, 100),
+    ),
     affinity=st.sampled_from(model.Affinity),
     proxy_protocol=st.sampled_from(model.ProxyProtocol),
     table_size=st.sampled_from(model.TABLE_SIZES),
