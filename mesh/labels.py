@@ -201,13 +201,28 @@ def service_options(service: str, labels: Mapping[str, str]) -> tuple[ServiceOpt
     return options, [_with_prefix(p) for p in problems]
 
 
+def misplaced(service: str, labels: Mapping[str, str], of_containers: Mapping[str, str]) -> list[Problem]:
+    """Labels for mesh that stand on a service's containers and not on the service: there they mean nothing."""
+    return [
+        Problem(
+            f"service {service}, container label {_cut(label)}",
+            "means nothing on containers, mesh reads the service's labels",
+            "docker service update --label-add, or deploy: labels: in a compose file",
+        )
+        for label in sorted(of_containers)
+        if label.startswith(PREFIX) and label not in labels
+    ]
+
+
 def _with_prefix(problem: Problem) -> Problem:
     if not problem.message.startswith("unknown option"):
         return problem
     label = problem.where.rsplit(" ", 1)[-1]
     if label == NODE_WEIGHT:
         return Problem(problem.where, "is a label of nodes, not of services", "docker node update --label-add")
-    near = nearest(label, [PREFIX + key for key in KEYS])
+    near = nearest(label, [NODE_WEIGHT, *(PREFIX + key for key in KEYS)])
+    if near == NODE_WEIGHT:
+        return Problem(problem.where, "unknown label", f"did you mean {near}? That is a label of nodes, not of services")
     remedy = f"did you mean {near}?" if near else f"known: {', '.join(PREFIX + key for key in KEYS)}"
     return Problem(problem.where, "unknown label", remedy)
 

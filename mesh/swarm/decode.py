@@ -250,9 +250,15 @@ def _services(services: Iterable[schema.Service], problems: list[Problem]) -> tu
                 ports.append(PublishedPort(port.published_port, port.target_port, _PROTOCOLS[port.protocol]))
         if ports:
             options, wrong = labels.service_options(service.spec.name, service.spec.labels or {})
-            problems += wrong
+            problems += wrong + labels.misplaced(service.spec.name, service.spec.labels or {}, _of_containers(service))
             found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options))
     return tuple(found)
+
+
+def _of_containers(service: schema.Service) -> Mapping[str, str]:
+    """Labels that the service's containers get."""
+    template = service.spec.task_template
+    return (template.container_spec.labels if template and template.container_spec else None) or {}
 
 
 def _unseen(tasks: Iterable[schema.Task], local: Local) -> dict[str, str]:

@@ -53,9 +53,18 @@ class Endpoint(_Part, frozen=True):
     ports: list[Port] | None = None
 
 
+class ContainerSpec(_Part, frozen=True):
+    labels: dict[str, str] | None = None
+
+
+class TaskTemplate(_Part, frozen=True):
+    container_spec: ContainerSpec | None = None
+
+
 class ServiceSpec(_Part, frozen=True):
     name: str
     labels: dict[str, str] | None = None
+    task_template: TaskTemplate | None = None
 
 
 class Service(_Part, frozen=True):

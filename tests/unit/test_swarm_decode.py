@@ -115,6 +115,19 @@ def test_only_ingress_ports_as_allocated() -> None:
     assert [p.where for p in inventory.problems] == ["service web, port 82/sctp", "service web, port 84/tcp"]
 
 
+def test_labels_on_containers_are_said_to_mean_nothing() -> None:
+    """`labels:` beside `image:` in a compose file, not under `deploy:`."""
+    of_containers = {"mesh.affinity": "client-ip", "mesh.deny": "10.0.0.1", "other": "x"}
+    template = {"ContainerSpec": {"Labels": of_containers}}
+    spec = {"Name": "web", "Labels": {"mesh.deny": "10.0.0.1"}, "TaskTemplate": template}
+    (problem,) = decode(answers(services=[service(Spec=spec)])).inventory.problems
+    assert problem.where == "service web, container label mesh.affinity"
+    assert "deploy: labels:" in problem.remedy
+    for template in ({}, {"ContainerSpec": None}, {"ContainerSpec": {"Labels": None}}):
+        spec = {"Name": "web", "TaskTemplate": template}
+        assert not decode(answers(services=[service(Spec=spec)])).inventory.problems
+
+
 @pytest.mark.parametrize("endpoint", [None, {}, {"Ports": None}, {"Ports": []}])
 def test_services_that_publish_nothing_are_left_out(endpoint: Any) -> None:
     inventory = decode(answers(services=[service(Endpoint=endpoint)], tasks=[task("t1")], running=["c-t1"])).inventory

@@ -90,6 +90,7 @@ def test_probes(text: str, kind: ProbeKind, path: str) -> None:
         ("mesh.health-interval", "2s", "did you mean mesh.health.interval?"),
         ("mesh.zzz", "1", "known: mesh.enable, mesh.affinity"),
         ("mesh.weight", "1", "label of nodes"),
+        ("mesh.weigth", "1", "did you mean mesh.weight? That is a label of nodes"),
     ],
 )
 def test_a_wrong_label_is_one_message_and_the_default(label: str, value: str, said: str) -> None:
