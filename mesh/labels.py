@@ -222,7 +222,8 @@ def _with_prefix(problem: Problem) -> Problem:
         return Problem(problem.where, "is a label of nodes, not of services", "docker node update --label-add")
     near = nearest(label, [NODE_WEIGHT, *(PREFIX + key for key in KEYS)])
     if near == NODE_WEIGHT:
-        return Problem(problem.where, "unknown label", f"did you mean {near}? That is a label of nodes, not of services")
+        remedy = f"did you mean {near}? That is a label of nodes, not of services"
+        return Problem(problem.where, "unknown label", remedy)
     remedy = f"did you mean {near}?" if near else f"known: {', '.join(PREFIX + key for key in KEYS)}"
     return Problem(problem.where, "unknown label", remedy)
 
