@@ -16,6 +16,7 @@ from bench.effect import PAUSE, delays, failures
 from bench.memory import held_levels
 from bench.peers import SIDES
 from bench.run import blocks, long_blocks, parse, planned
+from bench.scale_bodies import field
 from bench.scenarios import BY_NAME, SCENARIOS, busy_seconds, cpu_per_operation
 from bench.turns import Idle
 
@@ -354,12 +355,9 @@ def test_percentiles_of_changes_are_changes():
 def test_announced_tasks_are_read_from_swarms_messages():
     """WatchMessage{events: [{action, object: {task: {id, status: {state}, desired_state}}}, {object: {node: {}}}]}"""
 
-    def part(number: int, content: bytes) -> bytes:
-        return bytes([number << 3 | 2, len(content)]) + content
-
-    task = part(1, b"t1") + part(9, part(1, b"") + b"\x10\x80\x04") + b"\x50\x80\x05"
-    events = part(1, b"\x08\x02" + part(2, part(4, task))) + part(1, part(2, part(1, b"")))
-    assert list(announce.tasks(events + part(2, b"\x08\x01"))) == [("t1", announce.RUNNING, 640)]
+    task = field(1, b"t1") + field(9, field(1, b"") + b"\x10\x80\x04") + b"\x50\x80\x05"
+    events = field(1, b"\x08\x02" + field(2, field(4, task))) + field(1, field(2, field(1, b"")))
+    assert list(announce.tasks(events + field(2, b"\x08\x01"))) == [("t1", announce.RUNNING, 640)]
 
 
 def test_a_full_neighbour_table_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
