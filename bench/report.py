@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 from bench import bars, plots, readme, scale_report, two_nodes
 from bench.bars import PERCENTILES, Raw, Summary
-from bench.cluster import KINDS
+from bench.cluster import ALL, KINDS
 from bench.lab import OUT
 from bench.memory import HELD
 from bench.peers import SIDES, Side
@@ -278,7 +278,8 @@ def guest(raw: Raw) -> str:
 
 CLUSTER = """\
 A swarm of five nodes on this machine, one change after another: ms from Docker's announcement, as a watcher beside the
-agents hears it, until the last of the five tables has the change. At most 100 at the 99th percentile is asked for.
+agents hears it, until the last of the five tables has the change. At most 100 at the 99th percentile is asked for. A
+new task gets flows once its own node has found that it answers, or after a second: that waits for the task.
 """
 
 
@@ -286,7 +287,7 @@ def cluster(raw: Raw) -> str:
     """How long changes take to the last node's table."""
     rows = []
     for row in raw["cluster"]:
-        what = KINDS.get(row["kind"], "all")
+        what = KINDS.get(row["kind"], ALL)
         rows.append([row["engine"], what, str(row["changes"]), *(number(row[key]) for key in ("p50", "p99", "max"))])
     return table(rows, ["engine", "change", "changes", "ms, p50", "p99", "most"])
 
