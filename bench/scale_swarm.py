@@ -31,6 +31,7 @@ from aiohttp import web
 from bench.scale_bodies import FIRST_PORT, Task, ident, node_body, service_body, task_body, watch_message
 from bench.scale_certificates import Authority
 from mesh.cluster import wire
+from mesh.cluster.pulse import Pulses
 
 DRAIN: Final = 2.0  # seconds from the order to stop a task until its container ends
 PROBE: Final = 0.05  # seconds from the start of a task until its node's agent has probed it
@@ -65,12 +66,14 @@ class Swarm:
     changes: list[tuple[float, str, str, int]] = field(default_factory=list)  # (when, what, task's id, node)
     changed: set[int] = field(default_factory=set)  # services, since the last report of the agents
     counts: Counter[str] = field(default_factory=Counter)
+    rings: dict[int, asyncio.Event] = field(default_factory=dict)  # by node: its tasks have changed
     watchers: set[asyncio.Queue[Task]] = field(default_factory=set)
     next: int = 0
 
     def __post_init__(self) -> None:
         s = self.settings
         self.random = random.Random(1)
+        self.pulses = Pulses()
         for number in range(s.tasks):
             self._start(number % s.services, number // s.services + 1, number % s.nodes)
         self.services = json.dumps([service_body(i, s.tasks // s.services) for i in range(s.services)]).encode()
@@ -116,6 +119,8 @@ class Swarm:
     def _note(self, task: Task, what: str) -> None:
         self.changes.append((time.time(), what, task.id, task.node))
         self.changed.add(task.service)
+        if task.node in self.rings:
+            self.rings[task.node].set()
         for watcher in self.watchers:
             watcher.put_nowait(task)
 
@@ -219,9 +224,9 @@ class Swarm:
         """Calls the manager, reports every second and soon after its tasks have changed."""
         url = f"https://{self.settings.manager}:{self.settings.port}/v1/relay"
         while True:
-            with contextlib.suppress(OSError, aiohttp.ClientError):
+            with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
                 calling = session.ws_connect(
-                    url, ssl=context, server_hostname="swarm-manager", heartbeat=1.0, max_msg_size=wire.MAX_MESSAGE
+                    url, ssl=context, server_hostname="swarm-manager", autoping=False, max_msg_size=wire.MAX_MESSAGE
                 )
                 async with await asyncio.wait_for(calling, CALL) as socket:
                     await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, "simulated", "proxy")))
@@ -230,26 +235,41 @@ class Swarm:
                     reports = asyncio.create_task(self._report_forever(node, socket))
                     self.counts["agents"] += 1
                     try:
-                        async for message in socket:
-                            self.counts["relay_frames"] += 1
-                            self.counts["relay_bytes"] += len(message.data)
+                        async with asyncio.timeout(None) as patience:
+                            await self._listen(socket, patience)
                     finally:
                         self.counts["agents"] -= 1
                         reports.cancel()
             self.counts["agents_lost"] += 1
             await asyncio.sleep(1.0)
 
+    async def _listen(self, socket: aiohttp.ClientWebSocketResponse, patience: asyncio.Timeout) -> None:
+        """Count what comes, and judge silence as agents do (mesh.cluster.client)."""
+        loop = asyncio.get_running_loop()
+        sock = socket.get_extra_info("socket")
+        pulse = self.pulses.watch(sock, socket.ping, lambda: patience.reschedule(loop.time()))
+        try:
+            async for message in socket:
+                pulse.heard()
+                if message.type is aiohttp.WSMsgType.PING:
+                    await socket.pong(message.data)
+                elif message.type is aiohttp.WSMsgType.BINARY:
+                    self.counts["relay_frames"] += 1
+                    self.counts["relay_bytes"] += len(message.data)
+        finally:
+            pulse.end()
+
     async def _report_forever(self, node: int, socket: aiohttp.ClientWebSocketResponse) -> None:
         await asyncio.sleep(self.random.random() * REPORT)
-        known, told = None, dict[str, str]()
-        due = 0.0
+        told, changed = dict[str, str](), self.rings.setdefault(node, asyncio.Event())
         while True:
-            mine = self.by_node.get(node, {}).keys()
-            now = time.monotonic()
-            if now >= due or known != set(mine):
-                await socket.send_bytes(self.report(node, told))
-                known, told, due = set(mine), dict(self.digests), now + REPORT
-            await asyncio.sleep(PROBE)
+            changed.clear()
+            await socket.send_bytes(self.report(node, told))
+            told = dict(self.digests)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT):
+                    await changed.wait()
+                    await asyncio.sleep(PROBE)
 
     async def digest_forever(self) -> None:
         """What all agents say of their tables: those that have changed are new."""
@@ -267,7 +287,7 @@ async def serving(swarm: Swarm, authority: Authority) -> AsyncIterator[None]:
     directory = Path(swarm.settings.directory)
     servers: list[object] = []  # uvloop closes those that nobody holds
     for node, name in enumerate(("manager", "worker")):
-        runner = web.AppRunner(swarm.engine(node), access_log=None)
+        runner = web.AppRunner(swarm.engine(node), access_log=None, max_line_size=1 << 20)  # as Docker has it
         await runner.setup()
         await web.UnixSite(runner, str(directory / name / "docker.sock")).start()
         servers.append(runner)
@@ -275,7 +295,7 @@ async def serving(swarm: Swarm, authority: Authority) -> AsyncIterator[None]:
     context = authority.server(ident("n", 0))
     context.set_alpn_protocols(["h2"])
     servers.append(await asyncio.start_unix_server(swarm.watch, str(control), ssl=context))
-    tasks = [asyncio.create_task(swarm.digest_forever())]
+    tasks = [asyncio.create_task(swarm.digest_forever()), asyncio.create_task(swarm.pulses.run())]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for node in range(2, 2 + swarm.settings.peers):
             context = authority.client(ident("n", node))

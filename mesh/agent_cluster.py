@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -18,8 +18,9 @@ import structlog
 from mesh import __version__
 from mesh.agent_compare import Row, differences
 from mesh.agent_newcomers import Newcomers
-from mesh.agent_reports import Reports, Soon
+from mesh.agent_reports import Deaths, Reports, Soon
 from mesh.agent_silence import Silence
+from mesh.agent_steady import end, steady
 from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
@@ -31,6 +32,7 @@ from mesh.provider import Provider, ProviderStatus, Publish
 from mesh.swarm import Here, SwarmProvider
 
 BLIND: Final = 3.0  # seconds after which a manager whose Engine does not answer is told by another
+GATHERING: Final = 5.0  # seconds at most for which a manager that can read again waits until all nodes' agents call it
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
 
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
@@ -59,20 +61,6 @@ def manager_addresses(text: str, port: int) -> list[tuple[str, int]]:
     return found
 
 
-def _steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-    """A part that starts again should it ever fail: the others, and the data path, go on without it."""
-
-    async def run() -> None:
-        while True:
-            try:
-                await work()
-            except Exception:
-                log.exception("internal error; this part starts again", part=name)
-            await asyncio.sleep(1.0)
-
-    return asyncio.create_task(run(), name=name)
-
-
 class ClusterProvider:
     """A provider for every node of a swarm; see mesh.provider.Provider.
 
@@ -88,11 +76,16 @@ class ClusterProvider:
         self._here = Here(config, self._on_look)
         self._swarm = SwarmProvider(config)
         self._server: RelayServer | None = None
-        self._relay: RelayProvider | None = None
+        self._relay = RelayProvider(
+            self._credentials, self._managers, on_verdicts=self._on_verdicts, on_link=self._on_link
+        )
         self._publish: Publish = lambda inventory: None
         self._source: Provider = self._swarm
-        self._since = 0.0  # when the role began, monotonic
-        self._inventory: Inventory | None = None  # as it was told
+        self._reads = False  # this node reads the swarm and tells it; else it is told
+        self._since = 0.0  # when that began, monotonic
+        self._can_read: float | None = None  # since when it could read again, while it is told
+        self._read: Inventory | None = None  # as it was read last
+        self._inventory: Inventory | None = None  # as it was read or told
         self._published: Inventory | None = None
         self._reports = Reports(self._merge_health)
         self._pass_on_soon = Soon(self._pass_on)
@@ -106,6 +99,7 @@ class ClusterProvider:
         self._changed = asyncio.Event()  # something to report
         self._role = asyncio.Event()  # the role has changed
         self._report = wire.Report({})  # this node's last
+        self._deaths = Deaths()
         self.engine = ""
         self.tables: Tables = _no_tables
         self.on_health: Callable[[HealthView], None] = lambda view: None
@@ -114,7 +108,7 @@ class ClusterProvider:
 
     async def run(self, publish: Publish) -> None:
         """Follow until cancelled."""
-        self._publish = publish
+        self._publish, self._relay.engine = publish, self.engine
         async with asyncio.TaskGroup() as group:
             group.create_task(self._here.run())
             group.create_task(self._play())
@@ -165,43 +159,59 @@ class ClusterProvider:
     # ---- roles ----
 
     def _on_look(self) -> None:
-        self._check_role()
+        self._role.set()
+        self._relay.look_again()
         self._changed.set()
         self._pass_on()
 
-    def _check_role(self) -> None:
-        if self._is_told() is not (self._relay is not None):
-            self._role.set()
-
-    def _is_told(self) -> bool:
-        """Whether this node's inventory comes from another: on a worker, and on a manager whose Engine is away while
-        the agents of other managers read theirs."""
+    def _may_read(self) -> bool:
+        """Whether this node should read the swarm itself: a manager does, unless its Engine is away while the agents
+        of other managers read theirs. It begins again once it can and the nodes' agents report to it."""
         if self._here.look.worker:
-            return True
-        if self._relay is not None:
-            return bool(self._here.error)
-        status = self._swarm.status()
-        if status.connected or time.monotonic() - self._since < BLIND or (status.age_seconds or BLIND) < BLIND:
             return False
+        status, now = self._swarm.status(), time.monotonic()
+        if not self._reads:
+            if not status.connected or self._read is None:
+                self._can_read = None
+                return False
+            self._can_read = now if self._can_read is None else self._can_read
+            return now - self._can_read >= GATHERING or self._is_called_by_all()
+        if status.connected or now - self._since < BLIND or (status.age_seconds or BLIND) < BLIND:
+            return True
         ages = {node: self._reports.age(node) for node in self._here.look.managers if self._reports.of(node).reads}
-        return any(age is not None and age < BLIND for age in ages.values())
+        return not any(age is not None and age < BLIND for age in ages.values())
+
+    def _is_called_by_all(self) -> bool:
+        """Whether the agents of all nodes that have one, and do not count as down, are connected to this one."""
+        calling = {*(self._server.nodes if self._server else ()), self._here.look.node}
+        return all(n.id in calling for n in (self._inventory or Inventory()).nodes if n.up and n.engine)
 
     async def _play(self) -> None:
         """Be a manager or a worker, until that changes."""
         await self._here.looked.wait()
-        while True:
-            self._role.clear()
-            told, self._since = self._is_told(), time.monotonic()
-            log.info("this node is told of the swarm by a manager" if told else "this node reads the swarm itself")
-            tasks = self._as_worker() if told else self._as_manager()
-            try:
-                await self._role.wait()
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                self._server = None
-                self._silence.forget()
+        self._reads, self._since = not self._here.look.worker, time.monotonic()
+        self._source = self._swarm if self._reads else self._relay
+        self._relay.listen(not self._reads)
+        common = [
+            steady("relay", lambda: self._relay.run(self._on_told)),
+            steady("report", self._report_forever),
+        ]
+        try:
+            while True:
+                worker = self._here.look.worker
+                tasks = self._as_worker() if worker else self._as_manager()
+                log.info("this node is a worker" if worker else "this node is a manager")
+                try:
+                    while self._here.look.worker is worker:
+                        self._role.clear()
+                        self._turn(self._may_read())
+                        await self._role.wait()
+                finally:
+                    await end(tasks)
+                    self._server, self._read = None, None
+                    self._silence.forget()
+        finally:
+            await end(common)
 
     def _as_manager(self) -> list[asyncio.Task[None]]:
         server = self._server = RelayServer(
@@ -211,56 +221,56 @@ class ClusterProvider:
             on_report=self._reports.take,
             on_node=self._silence.on_node,
         )
-        self._source = self._swarm
-        relay = RelayProvider(self._credentials, self._others, engine=self.engine, inventory=False)
-        self._told, self._relay = HealthView(), None
-        return [
-            _steady("swarm", lambda: self._swarm.run(self._take)),
-            _steady("relay server", server.run),
-            _steady("relay", lambda: relay.run(self._ignore)),
-            _steady("report", lambda: self._report_forever(relay)),
-        ]
+        server.tell(self._reads)
+        return [steady("swarm", lambda: self._swarm.run(self._on_read)), steady("relay server", server.run)]
 
     def _as_worker(self) -> list[asyncio.Task[None]]:
-        relay = RelayProvider(
-            self._credentials,
-            self._managers,
-            engine=self.engine,
-            inventory=True,
-            on_verdicts=self._on_verdicts,
-            on_link=self._on_link,
-        )
-        self._source = self._relay = relay
+        self._turn(False)
         self._reports.clear()
         server = RelayServer(self._credentials, self._config.cluster_port, engine=self.engine, manager=False)
-        return [
-            _steady("node server", server.run),
-            _steady("relay", lambda: relay.run(self._take)),
-            _steady("report", lambda: self._report_forever(relay)),
-        ]
+        return [steady("node server", server.run)]
 
-    @staticmethod
-    def _ignore(inventory: Inventory) -> None:
-        """A manager reads for itself."""
+    def _turn(self, reads: bool) -> None:
+        """Read from now on, or be told. What was known is known until the new source has said something."""
+        if reads is self._reads:
+            return
+        log.info("this node reads the swarm itself" if reads else "this node is told of the swarm by a manager")
+        self._told = view_of(self._verdicts()) if self._reads else self._told
+        self._reads, self._since, self._can_read = reads, time.monotonic(), None
+        self._source = self._swarm if reads else self._relay
+        self._relay.listen(not reads)
+        if reads and self._read is not None:
+            self._take(self._read)
+        if self._server is not None:
+            self._server.tell(reads)
+
+    def _on_read(self, inventory: Inventory) -> None:
+        self._read = inventory
+        if self._reads:
+            self._take(inventory)
+        else:
+            self._role.set()
+
+    def _on_told(self, inventory: Inventory) -> None:
+        if not self._reads:
+            self._take(inventory)
 
     async def _managers(self) -> Sequence[tuple[str, int]]:
-        if self._fixed:
-            return self._fixed
-        others = (host for node, host in self._here.look.managers.items() if node != self._here.look.node)
-        return sorted((host, self._config.cluster_port) for host in others)
-
-    async def _others(self) -> Sequence[tuple[str, int]]:
-        own = self._here.look.managers.get(self._here.look.node)
-        return [place for place in await self._managers() if place[0] != own]
+        managers = self._here.look.managers
+        own = managers.get(self._here.look.node)
+        found = self._fixed or sorted((host, self._config.cluster_port) for host in managers.values())
+        return [place for place in found if place[0] != own]
 
     # ---- inventory ----
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
         self._newcomers.take(inventory, hold=self._server is not None)
+        if self._server is not None:
+            self._server.know(inventory)
         self._changed.set()
         self._merge_health()
-        if self._server is None:
+        if not self._reads:
             self._pass_on()
 
     def _pass_on(self, verdicts: dict[str, wire.Verdict] | None = None) -> None:
@@ -269,10 +279,10 @@ class ClusterProvider:
         if self._inventory is None:
             return
         inventory = self._inventory
-        if self._server is None or inventory.source == wire.SOURCE:  # until this manager has read for itself
+        if not self._reads:
             inventory = self._here.local_inventory(inventory)
         inventory = replace(inventory, nodes=self._nodes(inventory))
-        if self._server is not None:
+        if self._reads and self._server is not None:
             self._server.publish(inventory, self._verdicts() if verdicts is None else verdicts)
         if inventory != self._published:
             self._published = inventory
@@ -286,6 +296,8 @@ class ClusterProvider:
             up, engine = node.up and node.id not in self._silence.lost, engines.get(node.id, node.engine)
             known = before.get(node.id)
             if known is None or known[0] is not node or (known[1].up, known[1].engine) != (up, engine):
+                if known is not None and up and not known[1].up:
+                    self._relay.hurry()
                 known = node, replace(node, up=up, engine=engine)
             self._shown[node.id] = known
         nodes = tuple(shown for _, shown in self._shown.values())
@@ -296,6 +308,8 @@ class ClusterProvider:
 
     def _on_link(self, host: str, here: bool) -> None:
         """To a worker: a manager went silent or is back. The last one's silence is told by nobody else."""
+        if self._server is not None:
+            return
         for node in (self._inventory or Inventory()).nodes:
             if host == str(node.address) or host == self._here.look.managers.get(node.id):
                 self._silence.on_node(node.id, here)
@@ -303,8 +317,9 @@ class ClusterProvider:
     # ---- health ----
 
     def _on_verdicts(self, view: HealthView) -> None:
-        self._told = view
-        self._merge_health()
+        if not self._reads:
+            self._told = view
+            self._merge_health()
 
     def _verdicts(self) -> dict[str, wire.Verdict]:
         """All that is known of all backends: what each node says of its own, and who is new."""
@@ -321,7 +336,7 @@ class ClusterProvider:
             for key, health in self._own.verdicts.items()
             if health is not Health.UNKNOWN
         }
-        if self._server is not None:
+        if self._reads:
             return found | {t: wire.Verdict(Health.DOWN.value, why) for t, why in self._swarm.unseen.items()}
         if self._inventory is None:
             return found
@@ -335,7 +350,7 @@ class ClusterProvider:
         return found
 
     def _merge_health(self) -> None:
-        verdicts = None if self._server is None else self._verdicts()
+        verdicts = self._verdicts() if self._reads else None
         others = self._told if verdicts is None else view_of(verdicts)
         told = others.of
         own = {k: v for k, v in self._own.verdicts.items() if v is Health.UP or told(k) is not Health.AWAITED}
@@ -353,10 +368,10 @@ class ClusterProvider:
     def _let_in_later(self) -> None:
         if self._let_in is not None:
             self._let_in.cancel()
-        due = self._newcomers.due
+        due = self._newcomers.due if self._reads else None
         self._let_in = None if due is None else asyncio.get_running_loop().call_later(due, self._merge_health)
 
-    async def _report_forever(self, relay: RelayProvider) -> None:
+    async def _report_forever(self) -> None:
         asked = -REPORT_EVERY
         generation, digests = 0, dict[str, str]()
         while True:
@@ -364,10 +379,11 @@ class ClusterProvider:
             if time.monotonic() - asked >= REPORT_EVERY:  # others wait for verdicts, nobody for digests
                 generation, digests = await self.tables()
                 asked = time.monotonic()
-            reads = self._server is not None and self._swarm.status().connected
-            self._report = wire.Report(self._own_verdicts(), digests, generation, self.engine, reads=reads)
-            self._check_role()
-            await relay.report(self._report)
+            reads = self._reads and self._swarm.status().connected
+            verdicts = self._deaths.keep(self._own_verdicts(), self._inventory)
+            self._report = wire.Report(verdicts, digests, generation, self.engine, reads=reads)
+            self._role.set()  # have it looked at
+            await self._relay.report(self._report)
             await asyncio.sleep(0.02)  # a burst is two reports: the first of it is waited for
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY):

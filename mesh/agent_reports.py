@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from mesh.cluster import wire
+from mesh.model import Health, Inventory
 
 GATHER: Final = 0.005  # seconds for which changes are gathered
+LINGER: Final = 10.0  # seconds for which a dead backend is reported that its node's inventory does not name any more
+_DOWN: Final = Health.DOWN.value
 SHARE: Final = 3.0  # and so many times as long as the work took: at most a quarter of the time goes into it
 
 
@@ -33,6 +36,24 @@ class Soon:
         started = time.monotonic()
         self._work()
         self._took = time.monotonic() - started
+
+
+class Deaths:
+    """A node's word that backends of its own are down, kept for a while after it knows these no more: a manager
+    that has not read so yet would take them for serving again."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._down: dict[str, tuple[wire.Verdict, float]] = {}  # with when it was last true
+
+    def keep(self, verdicts: Mapping[str, wire.Verdict], inventory: Inventory | None) -> dict[str, wire.Verdict]:
+        """What to report, of this node's verdicts and the inventory as it knows it."""
+        now = self._clock()
+        self._down |= {key: (said, now) for key, said in verdicts.items() if said.health == _DOWN}
+        missing = self._down.keys() - verdicts.keys()
+        known = {b.id for b in inventory.backends if b.id in missing} if missing and inventory else set()
+        self._down = {key: held for key, held in self._down.items() if now - held[1] < LINGER and key not in known}
+        return {**{key: said for key, (said, _) in self._down.items()}, **verdicts}
 
 
 class Reports:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,13 +19,16 @@ from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
 from mesh.cluster.memo import Incoming
-from mesh.cluster.server import CLOSED, HEARTBEAT
+from mesh.cluster.pulse import Pulses
+from mesh.cluster.server import CLOSED
 from mesh.errors import MeshError
 from mesh.model import Health, HealthView
 from mesh.provider import ProviderStatus, Publish
 
 _CONNECT_TIMEOUT: Final = 1.5
-_RETRY: Final = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds, the last one repeats
+_RETRY: Final = (0.1, 1.0)  # seconds until a lost link is tried again: first, most; doubled each time, less by chance
+_CALM: Final = 3.0  # seconds for which a link was there, after which its retries begin with the first again
+_CLOSE_TIMEOUT: Final = 0.2  # seconds for which the answer to the last word is waited for
 _REFRESH: Final = 5.0  # seconds between looks at the list of managers
 
 Managers = Callable[[], Awaitable[Sequence[tuple[str, int]]]]
@@ -43,6 +48,7 @@ class _Link:
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._version = wire.OLDEST  # the manager's
         self._told: dict[str, str] | None = None  # digests, on this connection
+        self._hurry = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"relay {host}:{port}")
 
     @property
@@ -66,19 +72,27 @@ class _Link:
             report = wire.Report(report.verdicts, changed, report.generation, report.engine, True, report.reads)
         await self.send(report)
 
+    def hurry(self) -> None:
+        """Try now, if it is lost: there may be somebody again."""
+        self._hurry.set()
+
     async def _run(self) -> None:
-        failures = 0
+        first, most = _RETRY
+        pause = first / 2
         while True:
+            begun = time.monotonic()
             try:
                 await self._talk()
-                failures = 0
             except (OSError, aiohttp.ClientError, TimeoutError, MeshError) as error:
                 self._relay.failed(self, error)
-                failures += 1
             finally:
                 self._socket = None
                 self._relay.lost(self)
-            await asyncio.sleep(_RETRY[min(failures, len(_RETRY) - 1)])
+            pause = first if time.monotonic() - begun > _CALM else min(2 * pause, most)
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):  # noqa: S311 -- jitter
+                    await self._hurry.wait()
 
     async def _talk(self) -> None:
         credentials = self._relay.credentials.current()
@@ -91,8 +105,9 @@ class _Link:
                 url,
                 ssl=credentials.client,
                 server_hostname="swarm-manager",  # a DNS name in managers' certificates only
-                heartbeat=HEARTBEAT,
+                autoping=False,
                 max_msg_size=wire.MAX_MESSAGE,
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_TIMEOUT),
             ) as socket,
         ):
             identity = peer_identity(socket.get_extra_info("peercert") or {})
@@ -106,13 +121,32 @@ class _Link:
             self._version, self._told = first.version, None
             self._socket = socket
             await self._relay.connected(self)
-            async for message in socket:
-                if message.type is aiohttp.WSMsgType.BINARY:
-                    await self._relay.received(self, wire.decode(message.data))
+            try:
+                async with asyncio.timeout(None) as patience:
+                    await self._listen(socket, patience)
+            except TimeoutError:
+                self._relay.on_link(host, False)
+                raise TimeoutError("it says nothing any more") from None
             if socket.close_code not in CLOSED:
                 self._relay.on_link(host, False)
             if isinstance(socket.exception(), Exception):
                 raise ConnectionError(str(socket.exception()))
+
+    async def _listen(self, socket: aiohttp.ClientWebSocketResponse, patience: asyncio.Timeout) -> None:
+        """Take what the manager says until one side ends it; `patience` ends when it is silent."""
+        loop = asyncio.get_running_loop()
+        pulse = self._relay.pulses.watch(
+            socket.get_extra_info("socket"), socket.ping, lambda: patience.reschedule(loop.time())
+        )
+        try:
+            async for message in socket:
+                pulse.heard()
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    await self._relay.received(self, message.data)
+                elif message.type is aiohttp.WSMsgType.PING:
+                    await socket.pong(message.data)
+        finally:
+            pulse.end()
 
 
 class RelayProvider:
@@ -120,6 +154,7 @@ class RelayProvider:
 
     Args:
         managers: the managers' addresses now, asked for every few seconds.
+        inventory: whether it is wanted, at first; see `listen`.
         on_verdicts: all nodes' verdicts, whenever they change.
         on_link: a manager's host, and whether it is here (True) or went silent without closing its connection.
     """
@@ -149,19 +184,26 @@ class RelayProvider:
         self._report = wire.Report({})
         self._heard = 0.0
         self._error = "no manager has answered yet"
+        self._look = asyncio.Event()
+        self.pulses = Pulses()
         self.totals: Counter[str] = Counter()
 
     async def run(self, publish: Publish) -> None:
         """Keep a link to every manager until cancelled."""
         self._publish = publish
+        looking = asyncio.create_task(self.pulses.run())
         try:
             while True:
+                self._look.clear()
                 try:
                     self._follow(await self._managers())
                 except (OSError, MeshError) as error:
                     self._error = str(error)
-                await asyncio.sleep(_REFRESH if self._links else 0.5)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_REFRESH if self._links else 0.5):
+                        await self._look.wait()
         finally:
+            looking.cancel()
             for link in self._links.values():
                 link.task.cancel()
             await asyncio.gather(*(link.task for link in self._links.values()), return_exceptions=True)
@@ -175,6 +217,23 @@ class RelayProvider:
                 link = self._links.pop(address)
                 link.task.cancel()
                 self.lost(link)
+
+    def listen(self, wanted: bool) -> None:
+        """Whether to take the inventory from a manager, from the beginning, or from none. On the event loop."""
+        if wanted is not self._inventory:
+            self._inventory, self._source = wanted, None
+            self._snapshot, self._published = None, None
+            if wanted and (link := self._preferred()) is not None:
+                asyncio.get_running_loop().create_task(self._subscribe(link))
+
+    def look_again(self) -> None:
+        """There may be other managers than before."""
+        self._look.set()
+
+    def hurry(self) -> None:
+        """Call lost managers now: one may be back."""
+        for link in self._links.values():
+            link.hurry()
 
     def reload(self) -> None:
         """Nothing to read again: managers push."""
@@ -197,6 +256,8 @@ class RelayProvider:
             await self._subscribe(self._preferred())
 
     async def _subscribe(self, link: _Link | None) -> None:
+        if not self._inventory:
+            return
         self._source = link
         if link is not None:
             log.info("inventory comes from", manager=link.address[0])
@@ -216,7 +277,7 @@ class RelayProvider:
             self._source = None
             self._heard = time.monotonic()
             self.totals["relay_sources_lost"] += 1
-            other = self._preferred()
+            other = self._preferred() if self._inventory else None
             if other is not None:
                 asyncio.get_running_loop().create_task(self._subscribe(other))
 
@@ -228,9 +289,11 @@ class RelayProvider:
             log.warning("relay link failed", error=text)
         self._error = link.said = text
 
-    async def received(self, link: _Link, message: wire.Message) -> None:
+    async def received(self, link: _Link, data: bytes) -> None:
+        """Take a manager's message; those of others than the source go on after `listen` and are not looked at."""
         if link is not self._source:
             return
+        message = wire.decode(data)
         self._heard = time.monotonic()
         if isinstance(message, wire.Snapshot):
             self._take(message)

@@ -8,7 +8,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from aiohttp import WSMsgType, web
@@ -17,9 +17,11 @@ from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
 from mesh.cluster.memo import Outgoing
+from mesh.cluster.pulse import Pulses
 from mesh.model import Inventory
 
-HEARTBEAT: Final = 1.0  # seconds between pings; a pong is due within half of that
+EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
+SHARE: Final = 2.0  # so many times as long as that takes, until the next change is told: at most a third of the time
 QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a snapshot instead
 LARGE: Final = 1 << 16  # bytes; larger frames go to LARGE_AT_ONCE nodes at a time, so that pings are answered meanwhile
 LARGE_AT_ONCE: Final = 4
@@ -39,8 +41,10 @@ class _Peer:
     identity: Identity
     address: str
     hello: wire.Hello
+    socket: web.WebSocketResponse
     queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(QUEUE))
     subscribed: bool = False
+    silent: bool = False
     digests: dict[str, str] = field(default_factory=dict)  # as it last told
     early: wire.Report | None = None  # its last report, if that speaks of backends that are not known here yet
 
@@ -59,7 +63,8 @@ class RelayServer:
     Args:
         credentials: this node's.
         port: TCP port, all addresses; 0 lets the kernel choose (tests).
-        manager: serve inventory too; a worker only says who it is, which `mesh check --cluster` asks.
+        manager: take reports, and serve inventory after `tell`; a worker only says who it is, which
+            `mesh check --cluster` asks.
         on_report: a node's verdicts over its own backends, whole, whenever they change.
         on_node: a node went silent without closing its connection (False) or is back (True).
     """
@@ -83,10 +88,15 @@ class RelayServer:
         self._peers: set[_Peer] = set()
         self._owners: dict[str, str] = {}  # backend -> node
         self._outgoing = Outgoing()
-        self._published: Inventory | None = None
+        self._known: object = None  # the backends that are in `_owners`
         self._snapshot = wire.Snapshot(0, wire.Content())
+        self._next: tuple[Inventory, dict[str, wire.Verdict]] | None = None  # to be told soon
+        self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._pulses = Pulses()
+        self._tells = True
+        self._closing: set[asyncio.Task[bool]] = set()
         self._silent: set[str] = set()
         self.engines: dict[str, str] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
@@ -97,23 +107,54 @@ class RelayServer:
         """Connected nodes and their mesh versions."""
         return {peer.identity.node: peer.hello.mesh for peer in self._peers}
 
-    def publish(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> None:
-        """Hand a new state to all subscribers: one encoding, however many there are."""
-        content = self._outgoing.content(inventory, verdicts)
-        if content == self._snapshot.content:
-            return
-        old, self._snapshot = self._snapshot, wire.Snapshot(self._snapshot.generation + 1, content)
-        if self._published is None or inventory.backends is not self._published.backends:
-            before, self._owners = self._owners, {backend.id: backend.node for backend in inventory.backends}
-            new = self._owners.keys() - before.keys()
-            for peer in self._peers:
-                if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
-                    self._report(peer, peer.early)
-        self._published = inventory
-        frame = wire.encode(wire.diff(old, self._snapshot))
-        for peer in self._peers:
+    def tell(self, tells: bool) -> None:
+        """Whether to serve inventory. Who does not sends subscribers away, to other managers, and takes reports."""
+        self._tells = tells
+        for peer in self._peers if not tells else ():
             if peer.subscribed:
+                self._send_away(peer)
+
+    def _send_away(self, peer: _Peer) -> None:
+        closing = asyncio.create_task(peer.socket.close(code=1001, message=b"it tells nobody now"))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def know(self, inventory: Inventory) -> None:
+        """Learn whose backends are whose, which says who may report what."""
+        if inventory.backends is self._known:
+            return
+        self._known = inventory.backends
+        before, self._owners = self._owners, {backend.id: backend.node for backend in inventory.backends}
+        new = self._owners.keys() - before.keys()
+        for peer in self._peers:
+            if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
+                self._report(peer, peer.early)
+
+    def publish(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> None:
+        """Hand a new state to all subscribers: at once, or with what comes meanwhile when they have time for it."""
+        self.know(inventory)
+        self._next = inventory, verdicts
+        if self._pause is None:
+            self._publish_next()
+
+    def _publish_next(self) -> None:
+        self._pause = None
+        if self._next is None:
+            return
+        (inventory, verdicts), self._next = self._next, None
+        old = self._snapshot
+        new = wire.Snapshot(old.generation + 1, self._outgoing.content(inventory, verdicts))
+        delta = wire.diff(old, new)
+        if delta.empty:
+            return
+        self._snapshot = new
+        subscribers = [peer for peer in self._peers if peer.subscribed]
+        if subscribers:
+            frame = wire.encode(delta)
+            for peer in subscribers:
                 self._offer(peer, frame)
+            pause = SHARE * EACH * len(subscribers)
+            self._pause = asyncio.get_running_loop().call_later(pause, self._publish_next)
 
     def _offer(self, peer: _Peer, frame: bytes) -> None:
         try:
@@ -141,6 +182,7 @@ class RelayServer:
         site: web.TCPSite | None = None
         server = None
         said = ""
+        looking = asyncio.create_task(self._pulses.run())
         try:
             while True:
                 try:
@@ -161,6 +203,14 @@ class RelayServer:
                         log.error("relay cannot listen", error=said, port=self.port)
                 await asyncio.sleep(_ROTATION_CHECK)
         finally:
+            looking.cancel()
+            if self._pause is not None:
+                self._pause.cancel()
+                self._pause = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    leaving = [peer.socket.close(code=1001, message=b"it ends") for peer in self._peers]
+                    await asyncio.gather(*leaving, return_exceptions=True)
             await runner.cleanup()
 
     def _refuse(self, request: web.Request, reason: str, text: str) -> web.Response:
@@ -194,14 +244,20 @@ class RelayServer:
         identity = self._admit(request)
         if isinstance(identity, web.Response):
             return identity
-        socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=wire.MAX_MESSAGE, compress=False)
+        socket = web.WebSocketResponse(autoping=False, max_msg_size=wire.MAX_MESSAGE, compress=False)
         await socket.prepare(request)
         peer: _Peer | None = None
         sender: asyncio.Task[None] | None = None
         try:
             peer = await self._greet(socket, identity, request.remote or "")
-            sender = asyncio.create_task(self._send(socket, peer))
-            await self._receive(socket, peer)
+            sender = asyncio.create_task(self._send(peer))
+            async with asyncio.timeout(None) as patience:
+                await self._receive(peer, patience)
+        except TimeoutError:
+            if peer is not None:
+                peer.silent = True
+            if request.transport is not None:
+                request.transport.abort()
         except wire.WireError as error:
             self.refused["message"] += 1
             log.warning("relay closed a connection", node=identity.node, reason=str(error))
@@ -212,7 +268,7 @@ class RelayServer:
                 with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                     await sender
             if peer is not None:
-                self._leave(socket, peer)
+                self._leave(peer)
         return socket
 
     async def _greet(self, socket: web.WebSocketResponse, identity: Identity, address: str) -> _Peer:
@@ -222,7 +278,7 @@ class RelayServer:
         if not isinstance(hello, wire.Hello):
             raise wire.WireError("the first message is not a hello", where="relay")
         wire.check_version(hello)
-        peer = _Peer(identity, address, hello)
+        peer = _Peer(identity, address, hello, socket)
         self._peers.add(peer)
         self.engines[identity.node] = hello.engine
         if identity.node in self._silent:
@@ -231,7 +287,8 @@ class RelayServer:
         log.info("node connected", node=identity.node, address=address, mesh=hello.mesh)
         return peer
 
-    async def _send(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
+    async def _send(self, peer: _Peer) -> None:
+        socket = peer.socket
         while True:
             frame = await peer.queue.get()
             self.totals["relay_bytes_sent"] += len(frame)
@@ -241,20 +298,35 @@ class RelayServer:
                 async with self._large:
                     await socket.send_bytes(frame)
 
-    async def _receive(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
-        async for message in socket:
-            if message.type is WSMsgType.ERROR:  # the connection broke
-                return
-            if message.type is not WSMsgType.BINARY:
-                raise wire.WireError(f"a frame of type {message.type.name}", where="relay")
-            received: Any = wire.decode(message.data)
-            if isinstance(received, wire.Subscribe):
-                peer.subscribed = True
-                self._offer(peer, self._whole())
-            elif isinstance(received, wire.Report):
-                self._report(peer, received)
-            else:
-                raise wire.WireError(f"{type(received).__name__} is not for managers", where="relay")
+    async def _receive(self, peer: _Peer, patience: asyncio.Timeout) -> None:
+        """Take what a node says until one side ends it; `patience` ends when it is silent."""
+        socket, loop = peer.socket, asyncio.get_running_loop()
+        sock = socket.get_extra_info("socket")
+        pulse = self._pulses.watch(sock, socket.ping, lambda: patience.reschedule(loop.time()))
+        try:
+            async for message in socket:
+                pulse.heard()
+                if message.type is WSMsgType.BINARY:
+                    self._take(peer, wire.decode(message.data))
+                elif message.type is WSMsgType.PING:
+                    await socket.pong(message.data)
+                elif message.type is WSMsgType.ERROR:  # the connection broke
+                    return
+                elif message.type is not WSMsgType.PONG:
+                    raise wire.WireError(f"a frame of type {message.type.name}", where="relay")
+        finally:
+            pulse.end()
+
+    def _take(self, peer: _Peer, message: wire.Message) -> None:
+        if isinstance(message, wire.Report):
+            self._report(peer, message)
+        elif not isinstance(message, wire.Subscribe):
+            raise wire.WireError(f"{type(message).__name__} is not for managers", where="relay")
+        elif self._tells:
+            peer.subscribed = True
+            self._offer(peer, self._whole())
+        else:
+            self._send_away(peer)
 
     def _report(self, peer: _Peer, report: wire.Report) -> None:
         """Take a node's word for its own backends only; for those that another manager knew first, once they are known
@@ -276,10 +348,10 @@ class RelayServer:
         whole = wire.Report(own, peer.digests, report.generation, report.engine, reads=reads)
         self._on_report(peer.identity.node, whole)
 
-    def _leave(self, socket: web.WebSocketResponse, peer: _Peer) -> None:
+    def _leave(self, peer: _Peer) -> None:
         self._peers.discard(peer)
         node = peer.identity.node
-        silent = socket.close_code not in CLOSED
+        silent = peer.silent or peer.socket.close_code not in CLOSED
         log.info("node disconnected", node=node, silent=silent)
         if silent and all(other.identity.node != node for other in self._peers):
             self._silent.add(node)

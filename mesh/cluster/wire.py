@@ -118,6 +118,13 @@ class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
     drop_nodes: tuple[str, ...] = ()
     drop_verdicts: tuple[str, ...] = ()
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has changed."""
+        put = self.put
+        dropped = (self.drop_services, self.drop_backends, self.drop_nodes, self.drop_verdicts)
+        return not any((put.services, put.backends, put.nodes, put.verdicts, *dropped))
+
 
 class Report(msgspec.Struct, tag="report", frozen=True):
     """A node's verdicts over its own backends, whole, and what it says of its tables."""

@@ -27,7 +27,6 @@ from mesh.swarm.overlay import Overlay
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
 _QUIET: Final = 0.05  # seconds between two looks
 _RETRY: Final = 0.5
-_SETTLED: Final = ("active", "inactive", "")
 
 log = structlog.get_logger()
 
@@ -36,8 +35,8 @@ log = structlog.get_logger()
 class Look:
     """One look at the local Engine. `managers` by node id, as host.
 
-    `settled`: the Engine has taken up, or given up, its part in a swarm; while it starts, or has an error, it knows
-    neither its role nor the managers.
+    `settled`: the Engine plays its part in a swarm; while it starts or ends, or has an error, it knows neither its role
+    nor the managers. One that ends calls itself inactive, as one does that has left its swarm.
     """
 
     node: str = ""
@@ -58,7 +57,7 @@ def decode_look(answers: Answers) -> Look:
     containers = parse(answers.containers, list[schema.Container], "GET /containers/json")
     return Look(
         node=swarm.node_id,
-        settled=swarm.local_node_state in _SETTLED,
+        settled=swarm.local_node_state == "active",
         worker=swarm.local_node_state == "active" and not swarm.control_available,
         managers={m.node_id: m.addr.rpartition(":")[0].strip("[]") for m in swarm.remote_managers or () if m.addr},
         local=local_of(swarm.node_id, answers),

@@ -44,11 +44,7 @@ def parted(one: list[Node], other: list[Node]) -> Iterator[None]:
 
 @pytest.mark.later("kernel")
 def test_engines_restart(cluster5: Cluster) -> None:
-    """dockerd ends, and its tasks with it, announced to nobody; it starts again.
-
-    With the kernel engine on each node, and some refusals are allowed: a manager whose Engine is just back is not told
-    by all nodes yet, so for up to two seconds it does not hear that the next Engine's tasks end.
-    """
+    """dockerd ends, and its tasks with it, announced to nobody; it starts again, and the next one ends."""
     swarm = cluster5.swarm
     swarm.create("web", "--stop-grace-period=10s", replicas=10, publish=[f"{WEB}:8080"])
     cluster5.agree("web", 10)
@@ -60,11 +56,7 @@ def test_engines_restart(cluster5: Cluster) -> None:
             cluster5.agree("web", 10, timeout=120)
         swarm.asked = 0
         reports = loads.stop()
-    if cluster5.engine == "proxy":
-        assert failures(reports) == {}
-    for report in reports.values():
-        assert {cause for cause, *_ in report.failures} <= {"connect: ECONNREFUSED"}
-        assert report.ok > report.failed <= 16, report.failures
+    assert failures(reports) == {}
 
 
 def test_agents_restart_on_each_node(cluster5: Cluster) -> None:

@@ -166,6 +166,25 @@ async def test_a_lost_manager_is_replaced(swarm3: Swarm) -> None:
                 assert not stays.silent  # a closed connection is no lost node
 
 
+async def test_a_manager_that_tells_nobody_is_still_told(swarm3: Swarm) -> None:
+    """Its Engine is away: those who listened go to another, reports come in on the same connection as ever."""
+    first, worker, _ = swarm3.nodes
+    node = load(files_of(worker)).identity.node
+    async with manager(first) as away, agent(worker, away) as (provider, seen):
+        away.server.publish(inventory(node), {})
+        await until(lambda: bool(seen), "the snapshot")
+        away.server.tell(False)
+        await until(lambda: not provider.status().connected, "sent away")
+        await until(lambda: node in away.server.nodes, "it calls again")
+        await provider.report(wire.Report({f"t-{node}": wire.Verdict("up")}, generation=7))
+        await until(lambda: away.reports[node].generation == 7, "the report")
+        away.server.know(inventory(node, "b"))
+        away.server.publish(inventory(node, "b"), {})
+        away.server.tell(True)
+        await until(lambda: seen[-1] == inventory(node, "b"), "it tells again")
+        assert not away.silent
+
+
 async def test_only_this_swarm_is_served(swarm3: Swarm, swarm1: Swarm) -> None:
     ours, theirs = swarm3.manager, swarm1.manager
     async with manager(ours) as made, agent(theirs, made) as (provider, seen):

@@ -1,24 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node tells the others of its own tasks."""
+"""What a node tells the others of its own tasks, and when it reads the swarm itself."""
 
 from __future__ import annotations
 
+import ipaddress
+import time
 from typing import Any
 
+import pytest
+
+from mesh import agent_cluster
 from mesh.agent_cluster import ClusterProvider
-from mesh.cluster.wire import Verdict
+from mesh.cluster.wire import Report, Verdict
 from mesh.config import Config
-from mesh.model import Health, HealthView
+from mesh.model import Backend, Health, HealthView, Inventory, Node
+from mesh.provider import ProviderStatus
 from mesh.swarm.decode import decode
+from mesh.swarm.here import Look
 from tests.unit.test_swarm_decode import answers, event, task
 
 
 def test_a_manager_tells_the_others_what_its_own_engine_knows() -> None:
     """They read from swarm that the task runs, seconds longer than its node knows better."""
     provider: Any = ClusterProvider(Config())
-    provider._server = object()  # a manager
+    provider._reads = True  # a manager
     provider._swarm._read = decode(answers(tasks=[task("t1"), task("t2")], running=["c-t1", "c-t2"]))
     provider.own_health(HealthView({"t1": Health.UP, "t2": Health.UP}))
     assert provider._own_verdicts() == {"t1": Verdict("up"), "t2": Verdict("up")}
     provider._swarm._overlay.hear(event("die"), 1)
     assert provider._own_verdicts() == {"t1": Verdict("down", "no container runs"), "t2": Verdict("up")}
+
+
+class Server:
+    """What a manager's relay server is asked and told."""
+
+    def __init__(self, *nodes: str) -> None:
+        self.nodes, self.engines = dict.fromkeys(nodes, ""), dict[str, str]()
+        self.tells: list[bool] = []
+        self.told: list[dict[str, Verdict]] = []
+
+    def tell(self, tells: bool) -> None:
+        self.tells.append(tells)
+
+    def know(self, inventory: Inventory) -> None:
+        pass
+
+    def publish(self, inventory: Inventory, verdicts: dict[str, Verdict]) -> None:
+        self.told.append(verdicts)
+
+
+NODES = tuple(Node(n, n, ipaddress.ip_address(f"10.0.0.{i}"), engine="proxy") for i, n in enumerate("abc", 1))
+BACKENDS = tuple(Backend(f"t-{n}", "s", n, None, local=False) for n in "abc")
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(agent_cluster, "time", clock)
+    return clock
+
+
+async def test_a_manager_whose_engine_is_back_reads_once_all_nodes_report_to_it(clock: Clock) -> None:
+    """Else it would not hear of what ends on those that have not called it yet."""
+    provider: Any = ClusterProvider(Config())
+    provider._here.look = Look("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
+    engine = ProviderStatus("swarm", connected=True)
+    provider._swarm.status = lambda: engine
+    server = provider._server = Server("b")
+    provider._reads, provider._since = True, clock.now
+    read = Inventory((), BACKENDS, NODES, source="swarm")
+    provider._on_read(read)
+    provider._reports.take("b", Report({"t-b": Verdict("down", "refused")}, reads=True))
+    assert provider._may_read()
+
+    engine = ProviderStatus("swarm", connected=False, age_seconds=0.0)
+    assert provider._may_read()  # a moment's silence
+    clock.now += agent_cluster.BLIND
+    engine = ProviderStatus("swarm", connected=False, age_seconds=agent_cluster.BLIND)
+    provider._reports._heard["b"] = time.monotonic()
+    assert not provider._may_read()
+    provider._turn(False)
+    assert server.tells == [False]
+    assert provider._told.of("t-b") is Health.DOWN  # nothing is forgotten until another manager says otherwise
+    provider._on_told(Inventory((), BACKENDS, NODES, source="relay"))
+    told = len(server.told)
+
+    assert not provider._may_read()
+    engine = ProviderStatus("swarm", connected=True)
+    assert not provider._may_read()  # c is up, has an agent, and has not called
+    provider._on_read(Inventory((), BACKENDS[:2], NODES, source="swarm"))
+    assert (provider._inventory.source, len(server.told)) == ("relay", told)
+    server.nodes["c"] = ""
+    assert provider._may_read()
+    provider._turn(True)
+    assert (provider._inventory.backends, server.tells) == (BACKENDS[:2], [False, True])
+    assert server.told[-1] == {"t-b": Verdict("down", "refused")}
+
+
+async def test_a_manager_does_not_wait_for_agents_that_are_not_there(clock: Clock) -> None:
+    provider: Any = ClusterProvider(Config())
+    provider._here.look = Look("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
+    provider._swarm.status = lambda: ProviderStatus("swarm", connected=True)
+    provider._server = Server("b")
+    provider._on_told(Inventory((), BACKENDS, NODES, source="relay"))
+    provider._on_read(Inventory((), BACKENDS, NODES, source="swarm"))
+    assert not provider._may_read()
+    clock.now += agent_cluster.GATHERING
+    assert provider._may_read()

@@ -133,6 +133,9 @@ class Server:
         self.engines: dict[str, str] = {}
         self.told: list[dict[str, Verdict]] = []
 
+    def know(self, inventory: Inventory) -> None:
+        pass
+
     def publish(self, inventory: Inventory, verdicts: dict[str, Verdict]) -> None:
         self.told.append(verdicts)
 
@@ -145,7 +148,7 @@ async def until(condition: Any) -> None:
 
 async def test_a_manager_tells_the_others_who_is_awaited() -> None:
     provider: Any = ClusterProvider(Config())
-    provider._server = server = Server("n2")
+    provider._server, provider._reads = (server := Server("n2")), True
     seen: list[HealthView] = []
     published: list[Inventory] = []
     provider.on_health, provider._publish = seen.append, published.append

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 
-from mesh.agent_reports import Reports
+from mesh.agent_reports import LINGER, Deaths, Reports
 from mesh.cluster.wire import Report, Verdict
+from mesh.model import Backend, Inventory
 
 UP, DOWN = Verdict("up"), Verdict("down", "refused")
 
@@ -31,3 +32,24 @@ async def test_verdicts_of_all_nodes_are_one_and_told_once_for_many() -> None:
     assert age is not None and 0 <= age < 60
     reports.clear()
     assert not reports.verdicts
+
+
+def test_a_death_is_told_longer_than_its_node_knows_the_backend() -> None:
+    """Another manager that has not read yet that it is gone would use it again; seen when an Engine was just back."""
+    now = 0.0
+    deaths = Deaths(clock=lambda: now)
+
+    def inventory(*names: str) -> Inventory:
+        return Inventory((), tuple(Backend(name, "s", "n", None) for name in names))
+
+    assert deaths.keep({"a": UP, "b": DOWN, "c": DOWN}, inventory("a", "b", "c")) == {"a": UP, "b": DOWN, "c": DOWN}
+    now = 1.0
+    assert deaths.keep({"a": UP}, inventory("a", "c")) == {
+        "a": UP,
+        "b": DOWN,
+    }  # nothing is known of c now: it may serve
+    now = 1.0 + LINGER / 2
+    assert deaths.keep({}, inventory()) == {"b": DOWN}
+    assert deaths.keep({"b": UP}, inventory("b")) == {"b": UP}
+    now = LINGER
+    assert deaths.keep({}, inventory()) == {}

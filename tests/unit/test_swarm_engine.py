@@ -249,7 +249,9 @@ async def test_who_follows_again_is_told_again(peer: Peer) -> None:
         await asyncio.wait([running])
 
 
-def test_an_engine_that_starts_does_not_know_its_role() -> None:
+def test_an_engine_that_starts_or_ends_does_not_know_its_role() -> None:
+    """One that ends called itself inactive, and its worker's agent took itself for a manager, whose Engine is away."""
+
     def look(state: str, control: bool) -> Look:
         swarm = {"NodeID": "n1" if control else "", "LocalNodeState": state, "ControlAvailable": control}
         info = json.dumps({"Swarm": swarm}).encode()
@@ -258,6 +260,7 @@ def test_an_engine_that_starts_does_not_know_its_role() -> None:
     worker = Look("n1", worker=True, managers={"m": "192.0.2.9"})
     starting = keep_role(look("pending", False), worker)
     assert (starting.node, starting.worker, starting.managers) == ("n1", True, {"m": "192.0.2.9"})
+    assert keep_role(look("inactive", False), worker) == starting
     promoted = keep_role(look("active", True), worker)
     assert (promoted.node, promoted.worker, promoted.managers) == ("n1", False, {})
 
