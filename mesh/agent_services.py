@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,14 +14,17 @@ import msgspec
 
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
-from mesh.model import Backend, Frontend, FrontendState, Health, Node, Service, ServiceOptions, Target
+from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, ServiceOptions, Target
 from mesh.reconcile.compose import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
-from mesh.reconcile.plan import key_of
 
 AT_ONCE: Final = 64  # tables that are summed while the caller waits; more are summed in the background
 
+GONE: Final = (None, None)
+NOT_KNOWN: Final = (Health.UNKNOWN, "")
+
 Shown = dict[str, Any]
+_Health = tuple[Health, str]  # verdict and reason
 _Kept = dict[str, tuple[tuple[object, ...], Shown]]  # by backend: what its target was made of, and as what it is shown
 
 
@@ -30,7 +33,7 @@ class _Summary:
     """What is shown of a table, computed once for each."""
 
     table: SlotTable
-    shares: Mapping[int, int]
+    shares: Mapping[str, int]  # slots by backend
     tracked: int
     digest: str
 
@@ -46,7 +49,16 @@ class _Input:
     backends: tuple[Backend, ...]
     nodes: tuple[Node | None, ...]  # by backend
     drained: Drained
-    health: tuple[tuple[Health, str], ...]  # verdict and reason, by target
+    health: tuple[_Health, ...]  # by target
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One service's part, what it was made of, and what is kept of its frontends for the next time."""
+
+    given: _Input
+    shown: Shown
+    kept: Mapping[Frontend, tuple[str, _Kept]]  # as text, and its targets
 
 
 def way_of(target: Target, engine: str) -> str:
@@ -79,7 +91,8 @@ class Services:
         self._summing: Future[None] | None = None
         self._summed: Applied | None = None  # whose tables all have a summary
         self._seen: tuple[object, ...] = ()
-        self._made: dict[str, tuple[_Input, Shown, dict[Frontend, _Kept]]] = {}
+        self._told: tuple[HealthView | None, Mapping[str, _Health]] = (None, {})
+        self._made: dict[str, _Made] = {}
         self._shown: list[Shown] = []
 
     def shown(self, picture: Picture, applied: Applied) -> list[Shown]:
@@ -102,34 +115,37 @@ class Services:
         backends: dict[str, list[Backend]] = defaultdict(list)
         for backend in picture.inventory.backends:
             backends[backend.service].append(backend)
-        verdicts, reasons = picture.health.verdicts, picture.health.reasons
-        made: dict[str, tuple[_Input, Shown, dict[Frontend, _Kept]]] = {}
+        health = self._health_of(picture.health)
+        made: dict[str, _Made] = {}
         changed = self._made.keys() != states.keys()
         for service, its in states.items():
+            fronts = [state.frontend for state in its]
             new = _Input(
                 services.get(service),
                 tuple(its),
-                tuple(applied.frontends.get(state.frontend) for state in its),
-                tuple(self._summaries.get(state.frontend) for state in its),
+                tuple([applied.frontends.get(frontend) for frontend in fronts]),
+                tuple([self._summaries.get(frontend) for frontend in fronts]),
                 tuple(backends[service]),
-                tuple(nodes.get(backend.node) for backend in backends[service]),
+                tuple([nodes.get(backend.node) for backend in backends[service]]),
                 picture.drained,
-                tuple(
-                    (verdicts.get(t.backend, Health.UNKNOWN), reasons.get(t.backend, ""))
-                    for state in its
-                    for t in state.targets
-                ),
+                tuple([health.get(target.backend, NOT_KNOWN) for state in its for target in state.targets]),
             )
             known = self._made.get(service)
-            if known is not None and _same(known[0], new):
+            if known is not None and _same(known.given, new):
                 made[service] = known
             else:
                 changed = True
-                kept = known[2] if known is not None else {}
-                made[service] = new, _service(service, new, picture, applied, self._engine, kept), kept
+                made[service] = _service(service, new, self._engine, known)
         self._made = made
         if changed:
-            self._shown = sorted((shown for _, shown, _ in made.values()), key=lambda s: (s["name"], s["id"]))
+            self._shown = sorted([each.shown for each in made.values()], key=lambda s: (s["name"], s["id"]))
+
+    def _health_of(self, view: HealthView) -> Mapping[str, _Health]:
+        """Verdict and reason by backend: the same objects for the same view."""
+        if view is not self._told[0]:
+            names = view.verdicts.keys() | view.reasons.keys()
+            self._told = view, {name: (view.of(name), view.reasons.get(name, "")) for name in names}
+        return self._told[1]
 
     def _summarize(self, applied: Applied) -> None:
         """Bring the summaries up to date: a few at once, many in the background, so that nobody waits for them."""
@@ -164,80 +180,88 @@ def _same(a: _Input, b: _Input) -> bool:
     )
 
 
-def _service(
-    service: str, given: _Input, picture: Picture, applied: Applied, engine: str, kept: dict[Frontend, _Kept]
-) -> Shown:
+def _service(service: str, given: _Input, engine: str, old: _Made | None) -> _Made:
+    """`old`: what was made of an earlier state of it."""
+    backends = {b.id: (b, node) for b, node in zip(given.backends, given.nodes, strict=True)}
+    kept: dict[Frontend, tuple[str, _Kept]] = {}
+    frontends = []
+    health = iter(given.health)
+    for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True):
+        name, before = (old.kept.get(state.frontend) if old else None) or (str(state.frontend), {})
+        if old and old.given.drained is not given.drained:
+            before = {}
+        after: _Kept = {}
+        shares = summary.shares if summary and entry else {}
+        frontends.append(
+            {
+                "frontend": name,
+                "table_size": state.options.table_size,
+                "tracked_slots": summary.tracked if summary and entry else 0,
+                "digest": summary.digest if summary and entry else "",
+                "panic": state.panic,
+                "served": entry is not None,
+                "targets": _targets(state.targets, health, backends, shares, given.drained, engine, before, after),
+            }
+        )
+        kept[state.frontend] = name, after
+    return _Made(given, _about(service, given, old) | {"frontends": frontends}, kept)
+
+
+def _about(service: str, given: _Input, old: _Made | None) -> Shown:
+    """What does not depend on targets."""
+    if old and given.service is not None and given.service is old.given.service:
+        return {key: old.shown[key] for key in ("id", "name", "ports", "options")}
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
-    backends = {b.id: (b, node) for b, node in zip(given.backends, given.nodes, strict=True)}
     ports = sorted({port.frontend for port in known.ports}) if isinstance(known, Service) else []
-    frontends = [
-        _frontend(state, entry, summary, backends, picture, applied, engine, kept.setdefault(state.frontend, {}))
-        for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True)
-    ]
-    for gone in kept.keys() - {state.frontend for state in given.states}:
-        del kept[gone]
-    return {
-        "id": service,
-        "name": name,
-        "ports": [str(port) for port in ports],
-        "options": _options(known.options),
-        "frontends": frontends,
-    }
+    return {"id": service, "name": name, "ports": [str(port) for port in ports], "options": _options(known.options)}
 
 
-def _frontend(
-    state: FrontendState,
-    entry: FrontendEntry | None,
-    summary: _Summary | None,
-    backends: Mapping[str, tuple[Backend, Node | None]],
-    picture: Picture,
-    applied: Applied,
+def _targets(
+    targets: Sequence[Target],
+    health: Iterator[_Health],
+    backends: Mapping[str, tuple[Backend | None, Node | None]],
+    shares: Mapping[str, int],
+    drained: Drained,
     engine: str,
-    kept: _Kept,
-) -> Shown:
-    """`kept`: what the last call made of each target, brought up to date; where only its slots differ it is copied."""
-    summary = summary if entry else None
-    shares: Mapping[int, int] = summary.shares if summary else {}
-    verdicts, reasons = picture.health.verdicts, picture.health.reasons
-    targets = []
-    before = kept.copy()
-    kept.clear()
-    for target in state.targets:
+    before: _Kept,
+    after: _Kept,
+) -> list[Shown]:
+    """One frontend's targets.
+
+    Args:
+        health: of the next targets; as many are taken as there are.
+        before: what the last call made of each, under the same `drained`; where only its slots differ it is copied.
+        after: filled with the same of this call.
+    """
+    found = []
+    for target, verdict in zip(targets, health, strict=False):
         name = target.backend
-        backend, node = backends.get(name, (None, None))
-        held = applied.backends.get(key_of(state, target)) if entry else None
-        slots = shares.get(held.id, 0) if held else 0
-        verdict, reason = verdicts.get(name, Health.UNKNOWN), reasons.get(name, "")
-        given = (target, backend, node, verdict, reason, picture.drained)
+        backend, node = backends.get(name, GONE)
+        slots = shares.get(name, 0)
+        given = (target, backend, node, verdict)
         known = before.get(name)
         if known is None or known[0] != given:
-            shown = _target(target, backend, node, verdict, reason, picture.drained, slots, engine)
+            shown = _target(target, backend, node, verdict, drained, slots, engine)
+        elif known[1]["slots"] == slots:
+            shown = known[1]
         else:
-            shown = known[1] if known[1]["slots"] == slots else {**known[1], "slots": slots}
-        kept[name] = given, shown
-        targets.append(shown)
-    return {
-        "frontend": str(state.frontend),
-        "table_size": state.options.table_size,
-        "tracked_slots": summary.tracked if summary else 0,
-        "digest": summary.digest if summary else "",
-        "panic": state.panic,
-        "served": entry is not None,
-        "targets": targets,
-    }
+            shown = {**known[1], "slots": slots}
+        after[name] = given, shown
+        found.append(shown)
+    return found
 
 
 def _target(
     target: Target,
     backend: Backend | None,
     node: Node | None,
-    verdict: Health,
-    reason: str,
+    health: _Health,
     drained: Drained,
     slots: int,
     engine: str,
 ) -> Shown:
+    verdict, reason = health
     return {
         "backend": target.backend,
         "name": backend.name if backend else "",
@@ -265,7 +289,8 @@ def _summaries(applied: Applied, frontends: Sequence[Frontend]) -> dict[Frontend
 def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Summary:
     names = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
     table = entry.table
-    return _Summary(table, table.shares(), table.tracked_slots(), table.digest(names))
+    shares = {names[owner]: slots for owner, slots in table.shares().items() if owner in names}
+    return _Summary(table, shares, table.tracked_slots(), table.digest(names))
 
 
 def _options(options: ServiceOptions) -> Shown:

@@ -145,8 +145,11 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.DRAINED, len(state["drained"]["nodes"]), kind="node")
 
 
-_Lines = list[str]
-_Kept = dict[tuple[str, str, int], tuple[Json, _Lines]]  # a target and its lines, by frontend, backend and port
+_Lines = tuple[str, str, str, str, str]  # a target's, in the order of _OF_TARGET
+_Target = tuple[Json, str, _Lines]  # itself, its labels and lines
+_Kept = dict[int, _Target]  # of one frontend, by the target's id(), which is its own as long as it is held here
+_OF_FRONTEND: Final = (f.SERVED, f.PANIC, f.TARGETS, f.ELIGIBLE, f.TABLE, f.TRACKED)
+_OF_TARGET: Final = (f.BACKEND_WEIGHT, f.BACKEND_SLOTS, f.BACKEND_INFO, f.BACKEND_HEALTHY, f.BACKEND_DRAINING)
 
 
 class _Services:
@@ -156,7 +159,7 @@ class _Services:
     def __init__(self) -> None:
         self.names: Mapping[str, str] = {}  # a service's name by frontend
         self._shown: Sequence[Json] | None = None
-        self._made: dict[str, tuple[Json, Rows, _Kept]] = {}
+        self._made: dict[str, tuple[Json, Rows, dict[str, _Kept]]] = {}
         self._blocks: Blocks = {}
 
     def blocks(self, services: Sequence[Json]) -> Blocks:
@@ -179,68 +182,79 @@ class _Services:
         return self._blocks
 
 
-def _service(service: Json, before: _Kept) -> tuple[Rows, _Kept]:
-    """Lines by family; and those of each target, for the next time."""
+def _service(service: Json, before: Mapping[str, _Kept]) -> tuple[Rows, dict[str, _Kept]]:
+    """Lines by family; and what is kept of each frontend's targets, for the next time."""
     lines: Rows = defaultdict(list)
-    name = service["name"]
+    name = escape(service["name"])
     backends: set[str] = set()
-    kept: _Kept = {}
-    of_target = [lines[family] for family in _OF_TARGET]
+    kept: dict[str, _Kept] = {}
     for frontend in service["frontends"]:
         key = frontend["frontend"]
-        labels = labelled(frontend=key, service=name, protocol=key.rpartition("/")[2])
+        prefix = f'frontend="{escape(key)}",service="{name}"'
+        labels = f'{prefix},protocol="{escape(key.rpartition("/")[2])}"'
         targets = frontend["targets"]
-        for family, value in (
-            (f.SERVED, int(frontend["served"])),
-            (f.PANIC, int(frontend["panic"])),
-            (f.TARGETS, len(targets)),
-            (f.ELIGIBLE, sum(1 for t in targets if t["weight"] > 0)),
-            (f.TABLE, frontend["table_size"]),
-            (f.TRACKED, frontend["tracked_slots"]),
-        ):
-            lines[family].append(_line(family, labels, value))
-        prefix = f'frontend="{escape(key)}",service="{escape(name)}"'
-        for target in targets:
-            place = key, target["backend"], target["port"]
-            known = before.get(place)
-            if known is None or known[0] is not target:
-                old = known[1] if known is not None and _differs_in_slots(known[0], target) else None
-                known = target, _target(prefix, escape(name), target, old)
-            kept[place] = known
-            first = target["backend"] not in backends  # else a backend of a service that publishes several ports
-            backends.add(target["backend"])
-            for block, line in zip(of_target if first else of_target[:2], known[1], strict=False):
-                block.append(line)
-    return {family: found for family, found in lines.items() if found}, kept
-
-
-_OF_TARGET: Final = (f.BACKEND_WEIGHT, f.BACKEND_SLOTS, f.BACKEND_INFO, f.BACKEND_HEALTHY, f.BACKEND_DRAINING)
+        values = (
+            int(frontend["served"]),
+            int(frontend["panic"]),
+            len(targets),
+            sum([t["weight"] > 0 for t in targets]),
+            frontend["table_size"],
+            frontend["tracked_slots"],
+        )
+        for family, value in zip(_OF_FRONTEND, values, strict=True):
+            lines[family].append(f"{family.name}{{{labels}}} {value}")
+        kept[key] = _targets(targets, before.get(key, {}), prefix, name)
+        found = [of_target for _, _, of_target in kept[key].values()]
+        ids = [target["backend"] for target in targets]
+        fresh = found
+        if not backends.isdisjoint(ids):  # of a service that publishes several ports
+            fresh = [of_target for of_target, backend in zip(found, ids, strict=True) if backend not in backends]
+        backends.update(ids)
+        columns = (*list(zip(*found, strict=True))[:2], *list(zip(*fresh, strict=True))[2:])
+        for family, column in zip(_OF_TARGET, columns, strict=False):
+            lines[family] += column
+    return lines, kept
 
 
 _OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "address")
 
 
-def _differs_in_slots(old: Json, new: Json) -> bool:
-    """Whether the rest that is shown of a target is as it was."""
-    return bool(_OTHERS(old) == _OTHERS(new))
+def _targets(targets: Sequence[Json], before: _Kept, prefix: str, service: str) -> _Kept:
+    """The lines of a frontend's targets, made anew where they are not the same objects as before.
+
+    Args:
+        prefix: first labels of all.
+        service: as a label's value.
+    """
+    kept: _Kept = {}
+    old: dict[tuple[str, int], _Target] | None = None
+    for target in targets:
+        known = before.get(id(target))
+        if known is None:
+            if old is None:
+                old = {(entry[0]["backend"], entry[0]["port"]): entry for entry in before.values()}
+            known = _target(target, old.get((target["backend"], target["port"])), prefix, service)
+        kept[id(target)] = known
+    return kept
 
 
-def _target(prefix: str, service: str, target: Json, old: _Lines | None) -> _Lines:
-    """Its lines, in the order of _OF_TARGET. `old`: those that it had with other slots."""
+def _target(target: Json, old: _Target | None, prefix: str, service: str) -> _Target:
+    """What is kept of a target. `old`: the same of an earlier state of it, of which all may hold but the slots."""
+    if old is not None and _OTHERS(old[0]) == _OTHERS(target):
+        _, labels, (weight, _, info, healthy, draining) = old
+        return target, labels, (weight, f"mesh_backend_slots{{{labels}}} {target['slots']}", info, healthy, draining)
     backend = escape(target["backend"])
     labels = f'{prefix},backend="{backend}",port="{target["port"]}"'
-    slots = f"mesh_backend_slots{{{labels}}} {target['slots']}"
-    if old is not None:
-        return [old[0], slots, *old[2:]]
     one = f'backend="{backend}",service="{service}"'
-    return [
+    lines = (
         f"mesh_backend_weight{{{labels}}} {target['weight']}",
-        slots,
+        f"mesh_backend_slots{{{labels}}} {target['slots']}",
         f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{escape(target["node"])}",'
         f'address="{target["address"]}"}} 1',
         f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}",
         f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}",
-    ]
+    )
+    return target, labels, lines
 
 
 def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> list[str]:
@@ -251,11 +265,13 @@ def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> lis
 def _backend_labels(order: Sequence[tuple[Frontend, BackendKey]], names: Mapping[str, str]) -> list[str]:
     labels: list[str] = []
     last, prefix = None, ""
-    for frontend, backend in order:
+    plain = [name for _, (name, _, _) in order]
+    named = plain if escape(joined := "".join(plain)) is joined else [escape(name) for name in plain]
+    for name, (frontend, (_, port, _)) in zip(named, order, strict=True):
         if frontend is not last:
             key = str(frontend)
-            last, prefix = frontend, f'frontend="{escape(key)}",service="{escape(names.get(key, ""))}"'
-        labels.append(f'{prefix},backend="{escape(backend.backend)}",port="{backend.port}"')
+            last, prefix = frontend, f'frontend="{escape(key)}",service="{escape(names.get(key, ""))}",backend="'
+        labels.append(f'{prefix}{name}",port="{port}"')
     return labels
 
 

@@ -82,12 +82,24 @@ class Series(Generic[_Key]):
         return (self._templates[family] % tuple(numbers)).encode()
 
     def _made(self) -> dict[Family, str]:
-        labels = [label.replace("%", "%%") for label in self._labels]
-        made = {family: "\n".join([f"{family.name}{{{label}}} %d" for label in labels]) for family in self._single}
+        """By joining only: it takes a fraction of the time that a format per row does."""
+        labels = self._labels
+        if "%" in "".join(labels):
+            labels = [label.replace("%", "%%") for label in labels]
+        if not labels:
+            return dict.fromkeys((*self._single, *self._double), "")
+        made = {}
+        for family in self._single:
+            name = f"{family.name}{{"
+            made[family] = name + f"}} %d\n{name}".join(labels) + "} %d"
+        pieces = [""] * (4 * len(labels))
+        pieces[0::4] = pieces[2::4] = labels
         for family, (_, _, sparse) in self._double.items():
             if not sparse:
-                ends = f'{family.name}{{%s,direction="in"}} %%d\n{family.name}{{%s,direction="out"}} %%d'
-                made[family] = "\n".join([ends % (label, label) for label in labels])
+                name = f"{family.name}{{"
+                pieces[1::4] = [f',direction="in"}} %d\n{name}'] * len(labels)
+                pieces[3::4] = [f',direction="out"}} %d\n{name}'] * len(labels)
+                made[family] = name + "".join(pieces).removesuffix(f"\n{name}")
         return made
 
     def _moved(self, family: Family, pairs: Iterable[tuple[int, int]]) -> Iterable[str]:
