@@ -8,7 +8,10 @@ from typing import Any
 
 logging.getLogger("scapy.runtime").setLevel(logging.ERROR)
 
-from scapy.all import IP, TCP, UDP, Ether, IPv6, Packet, Raw  # noqa: E402
+from scapy.layers.inet import IP, TCP, UDP  # noqa: E402
+from scapy.layers.inet6 import IPv6  # noqa: E402
+from scapy.layers.l2 import Ether  # noqa: E402
+from scapy.packet import Packet, Raw  # noqa: E402
 
 __all__ = [
     "CLIENT4",

@@ -6,13 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from scapy.all import (
-    ICMP,
-    ICMPv6DestUnreach,
-    ICMPv6EchoRequest,
-    ICMPv6PacketTooBig,
-    ICMPv6TimeExceeded,
-)
+from scapy.layers.inet import ICMP
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, ICMPv6PacketTooBig, ICMPv6TimeExceeded
 
 from tests.bpf.frames import (
     CLIENT4,

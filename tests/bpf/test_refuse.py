@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 import pytest
-from scapy.all import ICMP, ICMPv6DestUnreach, ICMPv6TimeExceeded
+from scapy.layers.inet import ICMP
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6TimeExceeded
 
 from tests.bpf.frames import (
     CLIENT4,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scapy.all import ICMP, ICMPv6PacketTooBig, ICMPv6TimeExceeded
+from scapy.layers.inet import ICMP
+from scapy.layers.inet6 import ICMPv6PacketTooBig, ICMPv6TimeExceeded
 
 from tests.bpf.frames import (
     CLIENT4,

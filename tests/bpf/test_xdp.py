@@ -12,7 +12,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from scapy.all import ARP, Dot1Q, ICMPv6EchoRequest, IPv6ExtHdrFragment, Packet
+from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6ExtHdrFragment
+from scapy.layers.l2 import ARP, Dot1Q
+from scapy.packet import Packet
 
 from mesh import _bpf
 from mesh.datapath import kernel_xdp
