@@ -39,7 +39,7 @@ from mesh.datapath.kernel_beside import Beside, Listeners
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_nodes import Ids, Nodes, node_config, seed_of
-from mesh.datapath.kernel_places import Place, Places, is_held, misplaced, wanted
+from mesh.datapath.kernel_places import Place, Places, is_held, keepers, misplaced, wanted
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
@@ -261,7 +261,7 @@ class KernelDatapath:
         programs = wanted(topology, self._places.values(), self._patterns, self._nodes.interfaces)
         problems = self._attach.sync(programs) + self._xdp.sync(topology.interfaces, programs)
         group = Path(self._config.cgroup) if self._config.cgroup else cgroup_root()
-        self._problems = problems + self._attach.sync_sockets(group)
+        self._problems = problems + self._attach.sync_sockets(group) + keepers(topology.interfaces, programs)
 
     def _switch(self) -> None:
         """Tables are published: attach; take over from builds with another contract, and remove their pins."""

@@ -161,6 +161,13 @@ def wanted(
     return found
 
 
+def keepers(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> list[str]:
+    """One sentence for each interface whose frames the programs leave alone, because of their tags. Pure."""
+    found = [interfaces[index] for index in programs if index in interfaces and interfaces[index].keeps_tags]
+    change = "ip link set {0} type vlan reorder_hdr on"
+    return [f"interface {i.name} is not served: it leaves VLAN tags in frames ({change.format(i.name)})" for i in found]
+
+
 def _outer(interface: Interface, outward: Collection[int]) -> str:
     return INGRESS if interface.kind != "bridge" or interface.index in outward else BRIDGE
 

@@ -31,7 +31,8 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 22, 26, 28, 29, 30
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
-IFLA_INFO_KIND, IFLA_INFO_PORT_KIND = 1, 4
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_PORT_KIND = 1, 2, 4
+IFLA_VLAN_FLAGS, VLAN_FLAG_REORDER_HDR = 2, 0x1  # linux/if_link.h, linux/if_vlan.h
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 NDA_DST, NDA_LLADDR = 1, 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
@@ -47,7 +48,10 @@ GROUPS: Final = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # links, neighbours, ad
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """A network interface. `kind` is that of `ip link` ("veth", "bridge"), empty for hardware. `mtu` in bytes."""
+    """A network interface. `kind` is that of `ip link` ("veth", "bridge"), empty for hardware. `mtu` in bytes.
+
+    `keeps_tags`: a VLAN's that hands frames up with their tags (reorder_hdr off).
+    """
 
     index: int
     name: str
@@ -56,6 +60,7 @@ class Interface:
     ethernet: bool
     master: int  # index of the bridge or bond that it is a port of; 0: none
     mtu: int = 1500
+    keeps_tags: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +164,18 @@ class Netlink:
             _, hardware, index, flags, _ = IFINFO.unpack_from(body)
             attrs = attributes(body, IFINFO.size)
             info = attributes(attrs.get(IFLA_LINKINFO, b""), 0)
+            kind = info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace")
+            vlan = attributes(info.get(IFLA_INFO_DATA, b""), 0)
             yield Interface(
                 index=index,
                 name=attrs.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
-                kind=info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace"),
+                kind=kind,
                 up=bool(flags & IFF_UP),
                 ethernet=hardware == ARPHRD_ETHER,
                 master=struct.unpack("=I", attrs[IFLA_MASTER])[0] if IFLA_MASTER in attrs else 0,
                 mtu=struct.unpack("=I", attrs[IFLA_MTU])[0],
+                keeps_tags=kind == "vlan"  # no flags at all are left out
+                and not struct.unpack_from("=I", vlan.get(IFLA_VLAN_FLAGS, bytes(4)))[0] & VLAN_FLAG_REORDER_HDR,
             )
 
     def _addresses(self) -> Iterator[Address]:

@@ -22,7 +22,7 @@ from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel_arena import Ranges
 from mesh.datapath.kernel_beside import needed
 from mesh.datapath.kernel_names import SPARE, Names, NamesFile
-from mesh.datapath.kernel_places import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, wanted
+from mesh.datapath.kernel_places import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, keepers, wanted
 from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.preflight import instance, preflight
@@ -210,6 +210,16 @@ def test_programs_go_where_they_belong() -> None:
     assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 10: INGRESS}
     assert 3 in wanted(topology, [])
     assert wanted(topology, [Place(via=1, own=True)]) == wanted(topology, [])
+
+
+def test_a_vlan_that_leaves_tags_in_frames_is_named() -> None:
+    plain = interfaces((2, "eth0", "", 0), (3, "eth0.5", "vlan", 0))
+    odd = dataclasses.replace(plain.interfaces[3], keeps_tags=True)
+    programs = wanted(plain, [])
+    assert keepers(plain.interfaces, programs) == []
+    (line,) = keepers({2: plain.interfaces[2], 3: odd}, programs)
+    assert line.startswith("interface eth0.5 is not served: ") and "ip link set eth0.5 type vlan reorder_hdr on" in line
+    assert keepers({3: odd}, {2: INGRESS}) == []
 
 
 def test_a_veth_by_which_a_backend_is_reached_is_a_tasks() -> None:
