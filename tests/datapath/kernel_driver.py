@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import ipaddress
 import json
 import subprocess
@@ -84,6 +85,14 @@ class Served:
             "frontends": {str(f): e.state.service_name for f, e in self.applied.frontends.items()},
             "backends": {key.backend: entry.id for key, entry in self.applied.backends.items()},
         }
+
+    def again(self, **changes: Any) -> dict[str, Any]:
+        """As the next process does, with another configuration."""
+        self.engine.close(release=False)
+        self.config = dataclasses.replace(self.config, **changes)
+        self.engine = type(self.engine)(self.config)
+        gc.collect()  # what the one before held open ends with it
+        return self.open()
 
     def serve(self, services: list[dict[str, Any]], nodes: Sequence[str] = ()) -> dict[str, Any]:
         """services: name, published, protocol, backends {name: [address, port, weight]}, options, address, engine.

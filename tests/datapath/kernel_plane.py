@@ -113,7 +113,7 @@ class Plane:
 
 
 def serve(namespace: Namespace, name: str, port: int) -> subprocess.Popen[Any]:
-    process: subprocess.Popen[Any] = namespace.popen(sys.executable, "-c", SERVER, name, str(port))
+    process: subprocess.Popen[Any] = namespace.popen(sys.executable, "-I", "-S", "-c", SERVER, name, str(port))
     wait_for(lambda: f":{port} " in namespace.run("ss", "-Htln").stdout, f"server {name}")
     return process
 

@@ -37,7 +37,14 @@ MODULES = [
     "ip_tables",
     "vxlan",
     "dummy",
+    "8021q",
+    "act_vlan",
+    "cls_matchall",
+    "virtio_net",
+    "e1000",
 ]
+
+CARDS = ("virtio-net-pci", "virtio-net-pci", "e1000")  # on one wire, which leads nowhere else
 
 INIT = """#!/bin/busybox sh
 bb=/bin/busybox
@@ -167,6 +174,9 @@ def run_in_guest(
         *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
     ]
+    for number, card in enumerate(CARDS):
+        argv += ["-netdev", f"hubport,id=port{number},hubid=0"]
+        argv += ["-device", f"{card},netdev=port{number},mac=52:54:00:00:00:{number:02x},romfile="]
     try:
         done = subprocess.run(
             argv,
