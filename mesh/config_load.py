@@ -120,7 +120,7 @@ def _value(name: str, given: Any, where: str) -> Any:
         raise ConfigError(f"{name} must be {_KINDS[kind]}, not {given!r}", where=where) from error
     if choices and value not in choices:
         raise ConfigError(f"{name} is {given!r}, which is none of {', '.join(choices)}", where=where)
-    if kind != "str" and not 0 <= value <= (most if most is not None else 10**9):
-        bounds = f"between 0 and {most:g}" if most is not None else "0 or more"
-        raise ConfigError(f"{name} must be {bounds}, not {given!r}", where=where)
+    most = 10**9 if most is None else most
+    if kind != "str" and not 0 <= value <= most:
+        raise ConfigError(f"{name} must be between 0 and {most}, not {given!r}", where=where)
     return value

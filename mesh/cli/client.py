@@ -27,7 +27,7 @@ def daemon_options(function: _Function) -> _Function:
     function = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
     return click.option(
         "--state-dir",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=click.Path(path_type=Path, file_okay=False, readable=False),
         envvar="MESH_STATE_DIR",
         default=DEFAULT_STATE_DIR,
         show_default=True,
