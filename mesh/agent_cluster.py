@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -76,6 +76,7 @@ class ClusterProvider:
         self._here = Here(config, self._on_look)
         self._swarm = SwarmProvider(config)
         self._server: RelayServer | None = None
+        self._listener: RelayServer | None = None  # the same, on a worker what answers `mesh check --cluster`
         self._relay = RelayProvider(
             self._credentials, self._managers, on_verdicts=self._on_verdicts, on_link=self._on_link
         )
@@ -119,7 +120,15 @@ class ClusterProvider:
 
     def status(self) -> ProviderStatus:
         """How the source of the inventory is doing."""
-        return replace(self._source.status(), node_id=self._here.look.node or self._swarm.status().node_id)
+        node = self._here.look.node or self._swarm.status().node_id
+        return replace(self._source.status(), node_id=node, problems=tuple(self._problems()))
+
+    def _problems(self) -> Iterator[str]:
+        if (listener := self._listener) and listener.problem:
+            lost = "other nodes cannot check this one" if self._server is None else "workers are told nothing from here"
+            yield f"cluster_port {listener.port}: {lost}: {listener.problem}"
+        if (said := self._credentials.problem()) and (listener is None or said != listener.problem):
+            yield said
 
     def own_health(self, view: HealthView) -> None:
         """Take what this node's probes say."""
@@ -208,13 +217,13 @@ class ClusterProvider:
                         await self._role.wait()
                 finally:
                     await end(tasks)
-                    self._server, self._read = None, None
+                    self._server = self._listener = self._read = None
                     self._silence.forget()
         finally:
             await end(common)
 
     def _as_manager(self) -> list[asyncio.Task[None]]:
-        server = self._server = RelayServer(
+        server = self._server = self._listener = RelayServer(
             self._credentials,
             self._config.cluster_port,
             engine=self.engine,
@@ -227,8 +236,9 @@ class ClusterProvider:
     def _as_worker(self) -> list[asyncio.Task[None]]:
         self._turn(False)
         self._reports.clear()
-        server = RelayServer(self._credentials, self._config.cluster_port, engine=self.engine, manager=False)
-        return [steady("node server", server.run)]
+        port = self._config.cluster_port
+        self._listener = RelayServer(self._credentials, port, engine=self.engine, manager=False)
+        return [steady("node server", self._listener.run)]
 
     def _turn(self, reads: bool) -> None:
         """Read from now on, or be told. What was known is known until the new source has said something."""

@@ -94,7 +94,7 @@ class View:
             "guard": {"holds": loop.guard_holds, "held": len(loop.held)},
             "probes": dict(self._monitor.counts),
             "node": {"id": status.node_id, "name": _node_name(picture.inventory, status.node_id)},
-            "problems": [*(str(p) for p in picture.desired.problems), *loop.problems, *ways],
+            "problems": [*(str(p) for p in picture.desired.problems), *loop.problems, *status.problems, *ways],
             "ways_failed": len(ways),
             "services": self._services.shown(picture, applied),
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},

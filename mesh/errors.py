@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a person can act on: each says what was wrong, where, and what to do about it."""
 
+import os
+import socket
+import ssl
+
 
 class MeshError(Exception):
     """Base of all errors this package raises on purpose.
@@ -38,3 +42,16 @@ class BpfError(DatapathError):
     """A bpf(2) or libbpf call failed; the message has the call, the object and the errno's name."""
 
     errno: int = 0
+
+
+def plain(error: BaseException) -> str:
+    """What an error of a connection says, in the system's or OpenSSL's words: no class names, no objects' addresses."""
+    cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+    if isinstance(cause, ssl.SSLError):
+        said = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
+        return f"no TLS: {said.replace('_', ' ').lower()}"
+    if isinstance(cause, OSError) and cause.errno and not isinstance(cause, socket.gaierror):
+        return os.strerror(cause.errno)
+    if isinstance(cause, TimeoutError):
+        return "no answer in time"
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -21,6 +21,7 @@ class ProviderStatus:
     age_seconds: float | None = None  # since the last good read; None: there was none yet
     error: str = ""  # why the last attempt failed, with place and remedy; empty when it was good
     doorbell: str = ""  # what announces changes: "watch" | "events" | "poll"
+    problems: tuple[str, ...] = ()  # what else is wrong around it, with place and remedy; what was read stands
     node_id: str = ""  # this node, by the inventory's id of it; empty while unknown, or where there are no nodes
 
 

@@ -16,7 +16,7 @@ from mesh.cli.client import call
 from mesh.cli.facts import Finding, Verdict
 from mesh.config import Config
 from mesh.datapath.preflight import preflight
-from mesh.errors import MeshError
+from mesh.errors import MeshError, plain
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
 _DOCKER: Final = ("dockerd", "docker-proxy")
@@ -36,7 +36,7 @@ def check_docker(config: Config) -> Iterator[Finding]:
         yield Finding("Docker", missing, f"no permission for {config.docker_host}", "run as root or in group docker")
         return
     except (OSError, ValueError, TimeoutError, aiohttp.ClientError) as error:
-        found = f"{config.docker_host}: {str(error) or type(error).__name__}"
+        found = f"{config.docker_host}: {plain(error)}"
         yield Finding("Docker", missing, found, "start Docker, or set docker_host to its socket")
         return
     yield Finding("Docker", Verdict.OK, f"Engine {version.get('Version')}, API {version.get('ApiVersion')}")

@@ -21,7 +21,7 @@ from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_id
 from mesh.cluster.memo import Incoming
 from mesh.cluster.pulse import Pulses
 from mesh.cluster.server import CLOSED
-from mesh.errors import MeshError
+from mesh.errors import MeshError, plain
 from mesh.model import Health, HealthView
 from mesh.provider import ProviderStatus, Publish
 
@@ -284,7 +284,10 @@ class RelayProvider:
     def failed(self, link: _Link, error: Exception) -> None:
         if isinstance(error, aiohttp.WSServerHandshakeError) and error.status == 404:
             error = MeshError("it tells nobody now: its own Engine is away, or it is no manager any more")
-        text = f"manager {link.address[0]}:{link.address[1]}: {error or type(error).__name__}"
+        said = str(error) if isinstance(error, MeshError) else plain(error)
+        if isinstance(error, aiohttp.ClientSSLError):
+            said += " (`mesh check --cluster` shows the certificates; are both nodes' clocks right?)"
+        text = f"manager {link.address[0]}:{link.address[1]}: {said}"
         if text != link.said:
             log.warning("relay link failed", error=text)
         self._error = link.said = text

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from mesh.config import Config
-from mesh.errors import MeshError
+from mesh.errors import MeshError, plain
 
 MANAGER: Final = "swarm-manager"
 WORKER: Final = "swarm-worker"
@@ -29,6 +29,9 @@ _REMEDY_AUTOLOCK: Final = (
     "the swarm is autolocked, so its key is encrypted: give this node a certificate of the swarm's CA "
     "with cluster_certificate, cluster_key and cluster_ca"
 )
+_REMEDY_BROKEN: Final = "restore the file; a node that has lost it has to leave the swarm and join again"
+_REMEDY_EXPIRED: Final = "swarm should have renewed it: is dockerd here in reach of a manager, TCP 2377?"
+_REMEDY_EARLY: Final = "is this node's clock right?"
 
 
 class CredentialsError(MeshError):
@@ -103,7 +106,7 @@ def load(files: Files) -> Credentials:
     """
     try:
         certificate, key = files.certificate.read_bytes(), files.key.read_bytes()
-        ca = files.ca.read_text()
+        ca = files.ca.read_text("ascii", errors="ignore")
     except OSError as error:
         raise CredentialsError(
             f"cannot be read: {error.strerror}",
@@ -112,15 +115,23 @@ def load(files: Files) -> Credentials:
         ) from error
     if b"ENCRYPTED" in key:
         raise CredentialsError("the key is encrypted", where=str(files.key), remedy=_REMEDY_AUTOLOCK)
+    if b" PRIVATE KEY-----" not in key:
+        raise CredentialsError("is no private key in PEM", where=str(files.key), remedy=_REMEDY_BROKEN)
     try:
         parsed = x509.load_pem_x509_certificate(certificate)
+    except ValueError:
+        raise CredentialsError(
+            "is no certificate in PEM", where=str(files.certificate), remedy=_REMEDY_BROKEN
+        ) from None
+    try:
         identity = Identity(
             _subject(parsed, NameOID.COMMON_NAME),
             _subject(parsed, NameOID.ORGANIZATIONAL_UNIT_NAME),
             _subject(parsed, NameOID.ORGANIZATION_NAME),
         )
-    except (ValueError, IndexError) as error:
-        raise CredentialsError(f"is not a node certificate: {error}", where=str(files.certificate)) from error
+    except (ValueError, IndexError):
+        said = "is not a node's certificate: it lacks the node, its role or the cluster"
+        raise CredentialsError(said, where=str(files.certificate), remedy=_REMEDY_BROKEN) from None
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.verify_mode = ssl.CERT_REQUIRED
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the name, which is the role: see Relay's client
@@ -129,9 +140,15 @@ def load(files: Files) -> Credentials:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_verify_locations(cadata=ca)
+        except (ssl.SSLError, ValueError):
+            raise CredentialsError("is no certificate in PEM", where=str(files.ca), remedy=_REMEDY_BROKEN) from None
+        try:
             _load_chain(context, chain)
         except (ssl.SSLError, ValueError) as error:
-            raise CredentialsError(f"OpenSSL refuses it: {error}", where=f"{files.certificate}, {files.key}") from error
+            said = f"OpenSSL cannot use it: {plain(error)}"
+            if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+                said = f"is not the key of {files.certificate}"
+            raise CredentialsError(said, where=str(files.key), remedy=_REMEDY_BROKEN) from error
     return Credentials(identity, parsed.not_valid_before_utc, parsed.not_valid_after_utc, server, client)
 
 
@@ -189,6 +206,17 @@ class CredentialsWatch:
                     raise
         return self._current
 
-    def seconds_left(self) -> float:
-        """Until the certificate expires."""
-        return (self.current().expires - datetime.now(UTC)).total_seconds()
+    def problem(self) -> str:
+        """What is wrong with the certificate that is used, or why newer ones are not; empty: nothing."""
+        if self._current is None:  # who needs them says so
+            return ""
+        if self.error:
+            return self.error
+        now, where = datetime.now(UTC), str(self._files.certificate)
+        if now > self._current.expires:
+            said = f"expired on {self._current.expires:%Y-%m-%d %H:%M} UTC, other nodes refuse it"
+            return str(CredentialsError(said, where=where, remedy=_REMEDY_EXPIRED))
+        if now < self._current.begins:
+            said = f"is not valid before {self._current.begins:%Y-%m-%d %H:%M} UTC, and here it is {now:%Y-%m-%d %H:%M}"
+            return str(CredentialsError(said, where=where, remedy=_REMEDY_EARLY))
+        return ""

@@ -18,6 +18,7 @@ from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
 from mesh.cluster.memo import Outgoing
 from mesh.cluster.pulse import Pulses
+from mesh.errors import plain
 from mesh.model import Inventory
 
 EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
@@ -83,6 +84,7 @@ class RelayServer:
         self._manager = manager
         self._engine = engine
         self.port = port
+        self.problem = ""  # why it does not listen
         self._on_report = on_report
         self._on_node = on_node
         self._peers: set[_Peer] = set()
@@ -181,7 +183,6 @@ class RelayServer:
         await runner.setup()
         site: web.TCPSite | None = None
         server = None
-        said = ""
         looking = asyncio.create_task(self._pulses.run())
         try:
             while True:
@@ -196,10 +197,11 @@ class RelayServer:
                         self.port = int(runner.addresses[0][1])
                         server = context
                         log.info("relay listens", port=self.port)
-                    said = ""
+                    self.problem = ""
                 except (CredentialsError, OSError) as error:
-                    if str(error) != said:
-                        said = str(error)
+                    said = str(error) if isinstance(error, CredentialsError) else plain(error)
+                    if said != self.problem:
+                        self.problem = said
                         log.error("relay cannot listen", error=said, port=self.port)
                 await asyncio.sleep(_ROTATION_CHECK)
         finally:

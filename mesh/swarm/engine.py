@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
-from mesh.errors import ConfigError, ProviderError
+from mesh.errors import ConfigError, ProviderError, plain
 from mesh.swarm import schema
 from mesh.swarm.decode import NO_GATEWAY, TASK_LABEL, Answers, parse
 
@@ -25,7 +25,9 @@ _REQUEST_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 3.0
 _INFO_SECONDS: Final = 1.5  # how old /info may be: it takes the Engine several times as long as all the rest
 _FAILURES: Final = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
-_AWAY: Final = "is dockerd running, and may this user read the socket?"
+_DOWN: Final = "is dockerd running?"
+_ELSE: Final = "is docker_host a Docker Engine?"
+_DENIED: Final = "run as root or in group docker"
 
 _EVENTS: Final = {
     "type": ["container", "service", "node"],
@@ -158,14 +160,15 @@ class Engine:
                 body = await reply.content.read(BODY_LIMIT) if reply.status >= 400 else await _whole(reply, where)
                 status = reply.status
         except TimeoutError:
-            raise ProviderError("the Engine does not answer in time", where=where, remedy=_AWAY) from None
+            raise ProviderError("the Engine does not answer in time", where=where, remedy=_DOWN) from None
         except _FAILURES as error:
-            raise ProviderError(f"{type(error).__name__}: {error}", where=where, remedy=_AWAY) from None
+            raise _away(error, where) from None
         if status == 404 and name.startswith("/networks/"):
             return NO_GATEWAY  # no task has run here yet
         if status != 200:
-            said = body[:200].decode(errors="replace").strip()
-            raise ProviderError(f"the Engine answers {status}: {said}", where=where)
+            raise ProviderError(
+                f"the Engine answers {status}: {_said(body)}", where=where, remedy=_ELSE * (status == 404)
+            )
         return body
 
     async def events(self) -> AsyncGenerator[schema.Event | None, None]:
@@ -185,7 +188,7 @@ class Engine:
                 async for line in reply.content:
                     yield parse(line, schema.Event, where)
         except _FAILURES as error:
-            raise ProviderError(f"{type(error).__name__}: {error}", where=where, remedy=_AWAY) from None
+            raise _away(error, where) from None
         raise ProviderError("the stream has ended", where=where)
 
 
@@ -196,6 +199,20 @@ async def _whole(reply: aiohttp.ClientResponse, where: str) -> bytes:
         if len(parts) > BODY_LIMIT:
             raise ProviderError(f"the answer is longer than {BODY_LIMIT >> 20} MiB", where=where)
     return bytes(parts)
+
+
+def _away(error: Exception, where: str) -> ProviderError:
+    """Why nobody, or nothing that can be used, answered."""
+    cause = getattr(error, "os_error", error)
+    remedy = _DENIED if isinstance(cause, PermissionError) else _DOWN if isinstance(cause, OSError) else _ELSE
+    return ProviderError(plain(error), where=where, remedy=remedy)
+
+
+def _said(body: bytes) -> str:
+    """The message of an Engine's error; of another program's the beginning, in one line."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(body)["message"])
+    return " ".join(body[:200].decode(errors="replace").split())[:80]
 
 
 def _number(version: str) -> tuple[int, int]:
