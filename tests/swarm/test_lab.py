@@ -152,11 +152,12 @@ def test_server_understands_proxy_v2(server: tuple[Namespace, subprocess.Popen[b
 
 def test_server_finishes_what_is_in_flight(server: tuple[Namespace, subprocess.Popen[bytes]]) -> None:
     host, process = server
-    with connect(host) as idle, connect(host) as busy:
+    with connect(host) as idle, connect(host) as fresh, connect(host) as busy:
         assert ask(idle, b"GET / HTTP/1.1\r\n\r\n").read()
         reply = ask(busy, b"GET /slow?seconds=1 HTTP/1.1\r\n\r\n")
         process.send_signal(signal.SIGTERM)
         assert idle.recv(1) == b""
+        assert ask(fresh, b"GET / HTTP/1.1\r\n\r\n").read()  # made before the end, asked after it
         assert len(reply.read()) == 80
     assert process.wait(PATIENCE) == 0
 

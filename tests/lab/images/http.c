@@ -165,6 +165,7 @@ static bool serve_request(struct connection *c, char *end)
 	char saved = *end;
 	bool close_after, ok;
 
+	c->served = true;
 	*end = 0;
 	sscanf(c->buffer, "%7s %255s", method, path);
 	close_after = strcasestr(c->buffer, "\r\nconnection: close") || strstr(c->buffer, " HTTP/1.0\r\n");
@@ -188,13 +189,17 @@ static bool serve_request(struct connection *c, char *end)
 	return ok && !close_after && !stopping;
 }
 
-/* More bytes into the buffer. False: end of file, error, or idle while the server stops. */
+/* More bytes into the buffer. False: end of file, error, or idle while the server stops. A connection that has had no
+ * answer yet is not idle: its request may be on the way, for a while. */
 static bool fill(struct connection *c)
 {
 	struct pollfd p[2] = {{.fd = c->fd, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
 
 	while (poll(p, c->length == 0 ? 2 : 1, -1) < 0)
 		;
+	if (!p[0].revents && !c->served)
+		while (poll(p, 1, FIRST_REQUEST) < 0)
+			;
 	if (!p[0].revents)
 		return false;
 	ssize_t n = recv(c->fd, c->buffer + c->length, sizeof(c->buffer) - 1 - c->length, 0);

@@ -7,11 +7,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#define BLOCK 65536
+#define BLOCK         65536
+#define FIRST_REQUEST 3000 /* ms that a connection without a request outlives SIGTERM */
 
 struct connection {
 	int fd;
-	bool raw;
+	bool raw, served;
 	char peer[80], proxied[80];
 	char buffer[BLOCK];
 	size_t length;
