@@ -293,7 +293,7 @@ class RelayServer:
         socket = peer.socket
         while True:
             frame = await peer.queue.get()
-            self.totals["relay_bytes_sent"] += len(frame)
+            self.totals["relay_sent_bytes"] += len(frame)
             if len(frame) < LARGE:
                 await socket.send_bytes(frame)
             else:

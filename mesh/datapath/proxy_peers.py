@@ -125,5 +125,5 @@ class Peers:
     def totals(self) -> dict[str, int]:
         """Counters of what was handed over, by metric name without prefix and suffix."""
         rows = [front.handed() for front in list(self._fronts.values())]
-        named = {"peer_opened": 2, "peer_bytes_in": 6, "peer_bytes_out": 7}
+        named = {"peer_opened": 2, "peer_received_bytes": 6, "peer_sent_bytes": 7}
         return {name: sum(row[index] for row in rows) for name, index in named.items()}  # type: ignore[misc]

@@ -228,14 +228,14 @@ ENGINE: Final = {
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
         (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for backends of this one."),
         (Kind.COUNTER, "peer_opened", "Connections and UDP sessions that other nodes handed over and a backend took."),
-        (Kind.COUNTER, "peer_bytes_in", "Bytes from clients of other nodes."),
-        (Kind.COUNTER, "peer_bytes_out", "Bytes to clients of other nodes."),
+        (Kind.COUNTER, "peer_received_bytes", "Bytes from clients of other nodes."),
+        (Kind.COUNTER, "peer_sent_bytes", "Bytes to clients of other nodes."),
         (Kind.COUNTER, "peer_foreign", "Callers of the peer port that are no node of the cluster, cut off."),
         (Kind.COUNTER, "peer_malformed", "Callers of the peer port that sent no header, or none in time."),
         (Kind.COUNTER, "peer_unknown", "Flows handed over for a backend that is not here."),
         (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager it got its services from."),
         (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Whole inventories sent because a worker fell behind."),
-        (Kind.COUNTER, "relay_bytes_sent", "Bytes that this manager's relay sent to workers."),
+        (Kind.COUNTER, "relay_sent_bytes", "Bytes that this manager's relay sent to workers."),
     )
 }
 """What engines report themselves, by name in Stats.gauges (gauges) or Stats.totals (counters)."""

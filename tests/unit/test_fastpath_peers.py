@@ -95,7 +95,7 @@ def test_connections_reach_backends_of_the_other_node() -> None:
         ]
         eventually(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
         assert (nodes.total("peer_connections"), nodes.total("peer_opened")) == (100, 100)
-        assert nodes.total("peer_bytes_in") == 500
+        assert nodes.total("peer_received_bytes") == 500
 
 
 def test_streams_are_whole_and_halves_close_alone() -> None:

@@ -120,6 +120,14 @@ def test_exported_families_are_the_declared_ones() -> None:
     assert set(collect(Snapshot(counted, shown, True))) == set(families.FAMILIES)
 
 
+def test_units_stand_last_in_names() -> None:
+    for family in (*families.FAMILIES, *families.ENGINE.values()):
+        bare = family.name.removesuffix("_total")
+        assert (bare == family.name) is (family.kind is not families.Kind.COUNTER), family.name
+        for unit in ("bytes", "packets", "seconds"):
+            assert unit not in bare.split("_")[:-1], family.name
+
+
 @pytest.mark.parametrize("size", [(0, 0), (2, 3), (50, 10)])
 def test_promtool_finds_nothing_to_object_to(size: tuple[int, int]) -> None:
     body, _ = render(snapshot(*size))
