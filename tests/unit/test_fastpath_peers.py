@@ -250,8 +250,9 @@ def test_datagrams_reach_backends_of_the_other_node(datagrams: Pair) -> None:
     datagrams.owner.serve({udp(): {n: s.where for n, s in servers.items()}}, nodes=(HERE, THERE))
     datagrams.ingress.serve({datagrams.front: {n: s.where for n, s in servers.items()}}, via=THERE)
     answered = []
-    for i in range(30):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with contextlib.ExitStack() as stack:  # all open to the end: a port that is used again is the same session
+        for i in range(30):
+            sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             sock.settimeout(PATIENCE)
             first = asked(datagrams, b"x%d" % i, sock)
             answered.append(first[:1])
