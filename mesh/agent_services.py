@@ -188,7 +188,7 @@ def _service(service: str, given: _Input, engine: str, old: _Made | None) -> _Ma
     health = iter(given.health)
     for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True):
         name, before = (old.kept.get(state.frontend) if old else None) or (str(state.frontend), {})
-        if old and old.given.drained is not given.drained:
+        if old and old.given.drained != given.drained:
             before = {}
         after: _Kept = {}
         shares = summary.shares if summary and entry else {}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import IPv4Address
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from mesh.config import Config
 from mesh.datapath.base import Applied, Counters, Stats
 from mesh.datapath.memory import MemoryDatapath
 from mesh.metrics.collector import Exposition, Snapshot
-from mesh.model import HealthView, Inventory
+from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
 from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
@@ -45,3 +46,32 @@ def test_a_scrape_says_what_the_first_one_would(history: list[tuple[Inventory, H
                 Snapshot(counted(applied), sample(0, 0) | {"services": which}, ready=True) for which in (shown, fresh)
             )
             assert exposition.collect(now) == Exposition().collect(first)
+
+
+def test_targets_that_stay_are_shown_by_the_same_objects() -> None:
+    """Also where the drained ones are told anew, as long as they are the same ones."""
+    published = (PublishedPort(8080, 80, Protocol.TCP),)
+    backends = tuple(Backend(f"b{n}", "s", "n", IPv4Address(f"172.18.0.{n + 2}")) for n in range(3))
+    before = Inventory((Service("s", "web", published),), backends, (Node("n", "n"),), source="static")
+    after = replace(before, backends=(*backends[1:], replace(backends[0], id="new")))
+    engine, applied, cache = MemoryDatapath(), Applied(), ComposeCache()
+    services = Services("proxy")
+    shown = []
+    for inventory, drained in (
+        (before, frozenset({"b1"})),
+        (after, frozenset({"b1"})),
+        (after, frozenset({"b2"})),
+    ):
+        picture = Picture(
+            inventory,
+            HealthView(),
+            Drained(drained),
+            compose(inventory, HealthView(), Drained(drained), Config(), cache),
+        )
+        applied = engine.apply(plan(applied, picture.desired))
+        (service,) = services.shown(picture, applied)
+        shown.append({target["backend"]: target for target in service["frontends"][0]["targets"]})
+    same = ("b1", "b2")
+    assert shown[0].keys() == {"b0", *same} and shown[1].keys() == {"new", *same}
+    assert shown[1]["b1"] is shown[0]["b1"]
+    assert [shown[2][name]["taking"] for name in same] == ["yes", "no: drained"]
