@@ -332,7 +332,9 @@ class Agent:
             new = await asyncio.to_thread(self._reload_config)
         except ConfigError as error:
             log.error("configuration not used; the one before stays", error=str(error))
+            self._view.refused = str(error)
         else:
+            self._view.refused = ""
             self._take_config(new)
         self._provider.reload()
         self._notifier.ready(self._status())

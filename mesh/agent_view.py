@@ -69,6 +69,7 @@ class View:
         self._services = Services(facts.engine)
         self._explainer = Explainer(reconciler)
         self.stopping = False
+        self.refused = ""  # why the configuration that SIGHUP read is not used
         self.drained = _load_drained(facts.state_dir / DRAINED_FILE)
 
     def state(self) -> Json:
@@ -94,7 +95,11 @@ class View:
             "guard": {"holds": loop.guard_holds, "held": len(loop.held)},
             "probes": dict(self._monitor.counts),
             "node": {"id": status.node_id, "name": _node_name(picture.inventory, status.node_id)},
-            "problems": [*(str(p) for p in picture.desired.problems), *loop.problems, *status.problems, *ways],
+            "problems": [
+                *([f"configuration not used, the one before stays: {self.refused}"] if self.refused else []),
+                *(str(p) for p in picture.desired.problems),
+                *(*loop.problems, *status.problems, *ways),
+            ],
             "ways_failed": len(ways),
             "services": self._services.shown(picture, applied),
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},

@@ -253,6 +253,10 @@ def test_sighup_takes_new_values_and_refuses_broken_ones(world: World) -> None:
     process.send_signal(signal.SIGHUP)
     wait_for(lambda: "did you mean panic_threshold?" in world.log(), "refusal")
     assert world.call() in {"a", "b", "c"}
+    wait_for(lambda: any("did you mean panic_threshold?" in said for said in world.state()["problems"]), "status")
+    world.configure(panic_threshold=0.8)
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: not world.state()["problems"], "the mended file")
 
 
 def test_sigterm_waits_for_connections_within_the_bound(world: World) -> None:
