@@ -69,6 +69,10 @@ def test_wrong_environment_and_flags_say_where(tmp_path: Path) -> None:
         load({"connect_timeout": "soon"}, {})
     with pytest.raises(ConfigError, match="--udp-max-sessions: udp_max_sessions must be between 0 and 1000000000, not"):
         load({"udp_max_sessions": 10**10}, {})
+    with pytest.raises(ConfigError, match=r"cluster_port and peer_port are both 9552 .*each needs its own"):
+        load({"cluster_port": 9552}, {})
+    with pytest.raises(ConfigError, match="tunnel_port and peer_port are both 6084"):
+        load({}, {"MESH_PEER_PORT": "6084"})
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
         load({"config": tmp_path / "none.toml"}, {})
 
