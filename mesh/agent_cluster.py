@@ -26,7 +26,7 @@ from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
 from mesh.cluster.server import RelayServer
 from mesh.config import Config
-from mesh.errors import ConfigError, MeshError
+from mesh.errors import MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.provider import Provider, ProviderStatus, Publish
 from mesh.swarm import Here, SwarmProvider
@@ -44,23 +44,6 @@ async def _no_tables() -> tuple[int, dict[str, str]]:
     return 0, {}
 
 
-def manager_addresses(text: str, port: int) -> list[tuple[str, int]]:
-    """`cluster_managers` as addresses.
-
-    Raises:
-        ConfigError: an entry is neither host nor host:port.
-    """
-    found = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        host, colon, number = entry.rpartition(":")
-        if not colon or (":" in host and not host.endswith("]")):
-            host, number = entry, str(port)
-        if not number.isdigit() or not 0 < int(number) < 65536:
-            raise ConfigError(f"{entry!r} is not host or host:port", where="cluster_managers")
-        found.append((host.strip("[]"), int(number)))
-    return found
-
-
 class ClusterProvider:
     """A provider for every node of a swarm; see mesh.provider.Provider.
 
@@ -71,7 +54,7 @@ class ClusterProvider:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._fixed = manager_addresses(config.cluster_managers, config.cluster_port)
+        self._fixed = config.managers
         self._credentials = CredentialsWatch(Files.of(config))
         self._here = Here(config, self._on_look)
         self._swarm = SwarmProvider(config)

@@ -108,3 +108,20 @@ class Config:
             return frozenset(ipaddress.ip_address(part.strip()) for part in self.vips.split(",") if part.strip())
         except ValueError as error:
             raise ConfigError(str(error), where="vips", remedy="addresses without prefix length, by commas") from error
+
+    @property
+    def managers(self) -> list[tuple[str, int]]:
+        """`cluster_managers` as host and port.
+
+        Raises:
+            ConfigError: an entry is neither host nor host:port.
+        """
+        found = []
+        for entry in filter(None, (part.strip() for part in self.cluster_managers.split(","))):
+            host, colon, number = entry.rpartition(":")
+            if not colon or (":" in host and not host.endswith("]")):
+                host, number = entry, str(self.cluster_port)
+            if not number.isdigit() or not 0 < int(number) < 65536:
+                raise ConfigError(f"{entry!r} is not host or host:port", where="cluster_managers")
+            found.append((host.strip("[]"), int(number)))
+        return found

@@ -73,7 +73,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> 
         if name in KEYS and text is not None:
             values[name] = _value(name, text, f"--{name.replace('_', '-')}")
     config = Config(**values)
-    _ = config.floating  # refuses what cannot be used
+    _ = config.floating, config.managers  # refuses what cannot be used
     for name in ("cluster_port", "tunnel_port"):
         if 0 != getattr(config, name) == config.peer_port:
             said = f"{name} and peer_port are both {config.peer_port}"

@@ -71,6 +71,13 @@ def test_wrong_environment_and_flags_say_where(tmp_path: Path) -> None:
         load({"udp_max_sessions": 10**10}, {})
     with pytest.raises(ConfigError, match=r"cluster_port and peer_port are both 9552 .*each needs its own"):
         load({"cluster_port": 9552}, {})
+    with pytest.raises(ConfigError, match="cluster_managers: 'm1:95510' is not host or host:port"):
+        load({"cluster_managers": "m0, m1:95510"}, {})
+    assert load({"cluster_managers": "m0, [fd00::1]:7, fd00::2"}, {}).managers == [
+        ("m0", 9551),
+        ("fd00::1", 7),
+        ("fd00::2", 9551),
+    ]
     with pytest.raises(ConfigError, match="tunnel_port and peer_port are both 6084"):
         load({}, {"MESH_PEER_PORT": "6084"})
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
