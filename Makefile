@@ -85,7 +85,7 @@ bench-cluster: bench-deps
 	$(BIN)/python -m bench.cluster $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report
 
-# Two agents in a simulated swarm of 1,000 nodes, and in larger ones (5 minutes). After `make bench`, whose report gets it.
+# Two agents in a simulated swarm of 1,000 nodes, and in larger ones (5 minutes, at most 8). After `make bench`, whose report gets it.
 bench-scale: bench-deps
 	$(BIN)/python -m bench.scale $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report

@@ -9,6 +9,7 @@ control. Nothing outside the namespaces is changed, and everything is gone when 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, ClassVar, Final, Self
@@ -72,6 +73,29 @@ def run(*argv: str, check: bool = True, stdin: str | None = None) -> str:
     if check and done.returncode:
         raise LabError(f"{' '.join(argv)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Bound what happens inside, waits of any kind too. In the main thread.
+
+    Raises:
+        LabError: it takes longer.
+    """
+
+    def late(signum: int, frame: object) -> None:
+        raise LabError("it did not end within the time for the whole run")
+
+    if seconds <= 0:
+        raise LabError("the time for the whole run is over")
+    before = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def remove_stale() -> None:

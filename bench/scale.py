@@ -32,7 +32,7 @@ from typing import Any, Final
 from tabulate import tabulate
 
 from bench import machine
-from bench.lab import OUT, LabError, run
+from bench.lab import OUT, LabError, run, within
 from bench.peers.mesh import ISOLATE, MESH
 from bench.scale_report import HEADERS, ROLES, rows
 from bench.scale_swarm import Settings
@@ -51,6 +51,7 @@ RATE: Final = 50.0  # changes a second
 WINDOW: Final = 20.0  # seconds that are measured
 WARM: Final = 3.0  # seconds of churn before that
 READY: Final = 60.0  # seconds until both agents serve
+LIMIT: Final = 420.0  # seconds for all parts; what is not measured by then is told as such
 LATE: Final = 3.0  # seconds after the window in which what was changed in it may still arrive
 SCRAPE: Final = 4.0  # seconds between scrapes
 WORDS: Final = {"backend gone": "gone", "backend draining": "draining"}  # all else about a new backend: it serves
@@ -306,10 +307,11 @@ def places(tasks: int) -> Iterator[dict[str, Place]]:
             place.remove()
 
 
-def measure(size: Size, engine: str, window: float) -> dict[str, Any]:
-    """Both agents with an engine, through a window of churn."""
+def measure(size: Size, engine: str, window: float, patience: float) -> dict[str, Any]:
+    """Both agents with an engine, through a window of churn. Ends within `patience` seconds, and those to clean up."""
     own = size.tasks // size.nodes
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, places(own) as found, contextlib.ExitStack() as stack:
+    files = tempfile.TemporaryDirectory(prefix=PREFIX)
+    with files as name, places(own) as found, contextlib.ExitStack() as stack, within(patience):
         directory = Path(name)
         settings = Settings(
             name, size.nodes, size.services, size.tasks, size.peers, ADDRESSES["manager"], ADDRESSES["worker"], PORT
@@ -372,25 +374,26 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rate", type=float, default=RATE, help="changes a second; if not the default, nothing else")
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds")
     parser.add_argument("--peers", type=int, default=SIZE.peers, help="other nodes whose agents call the manager")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all of it")
     parser.add_argument("--raw", type=Path, help="write raw JSON here")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     size = dataclasses.replace(SIZE.times(options.factor), peers=options.peers, rate=options.rate)
     usual = (options.factor, options.rate, options.peers) == (1.0, RATE, SIZE.peers)
-    engines = options.engine or ENGINES
-    found = [measure(size, engine, options.window) for engine in engines]
-    for beyond in TENFOLD if usual else ():
+    engines, end = options.engine or ENGINES, time.monotonic() + options.limit
+    found: list[dict[str, Any]] = []
+    for part, engine in [(size, each) for each in engines] + [(beyond, engines[0]) for beyond in TENFOLD if usual]:
         try:
-            found.append(measure(beyond, engines[0], options.window))
+            found.append(measure(part, engine, options.window, end - time.monotonic()))
         except LabError as error:  # that something gives way is a result, too
-            found.append({"engine": engines[0], "size": dataclasses.asdict(beyond), "failed": str(error)[:200]})
+            found.append({"engine": engine, "size": dataclasses.asdict(part), "failed": str(error)[:200]})
     print(tabulate(rows(found), HEADERS))
     if (OUT / "latest.json").exists() and usual:
         latest = json.loads((OUT / "latest.json").read_text())
         (OUT / "latest.json").write_text(json.dumps(latest | {"scale": found}, indent=1))
     if options.raw:
         options.raw.write_text(json.dumps(found, indent=1))
-    return 0
+    return int(any("failed" in row for row in found[: len(engines)]))
 
 
 if __name__ == "__main__":

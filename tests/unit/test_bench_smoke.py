@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from bench import announce, bars, cluster, machine, readme, report, two_nodes
 from bench.effect import PAUSE, delays, failures
+from bench.lab import LabError, within
 from bench.memory import held_levels
 from bench.peers import SIDES
 from bench.run import blocks, long_blocks, parse, planned
@@ -89,6 +91,20 @@ def raw(*runs: dict[str, Any]) -> dict[str, Any]:
         ],
         "effects": [{"side": "mesh-kernel", "change": "file", "seconds": [0.01, 0.03, 0.02], "errors": {}}],
     }
+
+
+def test_a_wait_that_would_never_end_is_bounded() -> None:
+    """A simulated swarm that hangs held `make bench-scale` for ever."""
+    ours, theirs = os.pipe()
+    with (
+        os.fdopen(ours) as silent,
+        os.fdopen(theirs, "w"),
+        pytest.raises(LabError, match="did not end"),
+        within(0.05),
+    ):
+        silent.readline()
+    with pytest.raises(LabError, match="is over"), within(-1.0):
+        pytest.fail("it began")
 
 
 def test_recorded_result_is_understood():
