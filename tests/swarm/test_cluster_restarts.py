@@ -42,7 +42,6 @@ def parted(one: list[Node], other: list[Node]) -> Iterator[None]:
             node.namespace.run("nft", "delete", "table", "inet", "parted")
 
 
-@pytest.mark.later("kernel")
 def test_engines_restart(cluster5: Cluster) -> None:
     """dockerd ends, and its tasks with it, announced to nobody; it starts again, and the next one ends."""
     swarm = cluster5.swarm
