@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -343,7 +344,7 @@ class RelayServer:
             peer.digests = {}
         for frontend, digest in report.digests.items():
             if digest:
-                peer.digests[frontend] = digest
+                peer.digests[sys.intern(frontend)] = sys.intern(digest)  # one text for all nodes, which mostly agree
             else:
                 peer.digests.pop(frontend, None)
         reads = report.reads and peer.identity.is_manager

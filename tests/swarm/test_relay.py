@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +132,7 @@ async def test_a_report_may_come_before_the_manager_knows_its_backends(swarm3: S
 
 
 async def test_digests_are_told_by_what_has_changed(swarm3: Swarm) -> None:
-    """The manager has them whole after every report, and after a new connection."""
+    """The manager has them whole after every report, and after a new connection; each text once for all nodes."""
     first, worker, _ = swarm3.nodes
     node = load(files_of(worker)).identity.node
     steps = ({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}, {"c": "4"}, {"c": "4"})
@@ -144,9 +145,11 @@ async def test_digests_are_told_by_what_has_changed(swarm3: Swarm) -> None:
                 await until(lambda g=generation: made.reports[node].generation == g, "the report")  # type: ignore[misc]
                 assert made.reports[node].digests == digests
         async with agent(worker, made) as (provider, _):
-            await provider.report(wire.Report({}, {"d": "5"}, 9))
+            last = {"*:80/tcp": "445f4a004f964b7a"}
+            await provider.report(wire.Report({}, last, 9))
             await until(lambda: made.reports[node].generation == 9, "the report after a new connection")
-            assert made.reports[node].digests == {"d": "5"}
+            assert made.reports[node].digests == last
+            assert all(text is sys.intern(text) for pair in made.reports[node].digests.items() for text in pair)
 
 
 async def test_a_lost_manager_is_replaced(swarm3: Swarm) -> None:
