@@ -80,8 +80,12 @@ def ensure_bpf_fs(path: Path) -> None:
 
 
 def no_bpf_fs(path: Path) -> str | None:
-    """Why there is no bpf file system at `path` and none can be mounted; changes nothing."""
-    if is_bpf_fs(path) or CAP_SYS_ADMIN in capabilities():
+    """Why there is no bpf file system at `path` to write to and none can be mounted; changes nothing."""
+    if is_bpf_fs(path):
+        if os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+            return None
+        return f"{path}: the bpf file system there cannot be written to (mount -o remount,rw {path}, or set bpf_fs)"
+    if CAP_SYS_ADMIN in capabilities():
         return None
     return f"{path}: no bpf file system is mounted there, and CAP_SYS_ADMIN to mount one is missing"
 

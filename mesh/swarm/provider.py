@@ -262,10 +262,17 @@ async def detect(config: Config) -> bool:
         return False
     try:
         return (await engine.info()).swarm.local_node_state == "active"
-    except ProviderError:
+    except ProviderError as error:
+        if _is_there(config.docker_host):
+            log.warning("whether there is a swarm is not known: Docker cannot be asked", error=str(error))
         return False
     finally:
         await engine.close()
+
+
+def _is_there(docker_host: str) -> bool:
+    """Whether an Engine is expected there: any address but a socket that does not exist."""
+    return not docker_host.startswith("unix://") or Path(docker_host.removeprefix("unix://")).exists()
 
 
 def _nowhere(inventory: Inventory) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from mesh.config import Config
 from mesh.errors import ConfigError, ProviderError
@@ -286,7 +287,12 @@ async def test_detect_is_false_for_garbage(peer: Peer) -> None:
     config = Config(docker_host=f"unix://{peer.path}")
     assert await detect(config)
     peer.answer = lambda _: BAD["no JSON"]
-    assert not await detect(config)
+    with structlog.testing.capture_logs() as said:
+        assert not await detect(config)
+    assert [entry["event"] for entry in said] == ["whether there is a swarm is not known: Docker cannot be asked"]
+    with structlog.testing.capture_logs() as said:
+        assert not await detect(Config(docker_host=f"unix://{peer.path}.none"))
+    assert said == []
 
 
 def test_watch_request_is_what_swarm_expects() -> None:
