@@ -68,7 +68,7 @@ class Answer:
 def check_cluster(config: Config) -> Findings:
     """Findings about this node's certificate, then about each other node, node by node."""
     try:
-        known, engine = call(Path(config.state_dir), "/nodes"), call(Path(config.state_dir), "/state")["engine"]
+        known, state = call(Path(config.state_dir), "/nodes"), call(Path(config.state_dir), "/state")
     except MeshError as error:
         yield Finding("nodes", Verdict.FAIL, str(MeshError(error.message, where=error.where)), error.remedy)
         return
@@ -78,12 +78,16 @@ def check_cluster(config: Config) -> Findings:
         for n in known["nodes"]
         if n["id"] != known["node"]
     ]
-    if own is None:
-        found = "this daemon serves one node only" if not known["nodes"] else "this node is not among those it knows"
-        yield Finding("nodes", Verdict.FAIL, found, "provider = swarm, on a node of a swarm; `mesh status` says more")
+    if own is None and state["provider"]["kind"] not in ("swarm", "relay"):
+        found = "this daemon serves one node only"
+        yield Finding("nodes", Verdict.FAIL, found, "provider = swarm, on a node of a swarm")
         return
-    found = f"this is {own['name']} at {own['address'] or 'no known address'}, with {len(others)} others"
-    yield Finding("nodes", Verdict.OK, found)
+    if own is None:
+        found = "this node is not among those it knows" if known["nodes"] else "it has not been told of any node yet"
+        yield Finding("nodes", Verdict.FAIL, found, "`mesh status` says what it waits for")
+    else:
+        found = f"this is {own['name']} at {own['address'] or 'no known address'}, with {len(others)} others"
+        yield Finding("nodes", Verdict.OK, found)
     try:
         credentials = load(Files.of(config))
     except CredentialsError as error:
@@ -91,7 +95,9 @@ def check_cluster(config: Config) -> Findings:
         return
     yield expiry("own certificate", credentials.begins, credentials.expires, credentials.identity.role)
     yield Finding("clock", Verdict.OK, CLOCK)
-    here = Own(_address(own["address"]), engine)
+    if own is None:
+        return
+    here = Own(_address(own["address"]), state["engine"])
     for findings in asyncio.run(_all(config, here, others, credentials.client)):
         yield from findings
 

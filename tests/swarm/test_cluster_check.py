@@ -15,7 +15,7 @@ import pytest
 from tests.cluster import ENGINES, Cluster
 from tests.daemon import Daemon
 from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import run, wait_for
+from tests.lab.netns import Lab, run, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -163,3 +163,18 @@ def test_a_node_without_an_agent_and_a_command_without_a_daemon(cluster: Cluster
     code, findings = check_until(cluster.daemons[0], lambda bad: bad == {"nodes"}, f"--state-dir={tmp_path}")
     assert code == 1
     assert "mesh run" in findings["nodes"]["remedy"]
+
+
+def test_a_node_that_knows_no_other_yet_looks_at_its_own_certificate(tmp_path: Path) -> None:
+    with Lab() as lab:
+        engine = f"unix://{tmp_path}/none.sock"
+        alone = {"provider": "swarm", "engine": "proxy", "docker_host": engine, "docker_data_root": tmp_path}
+        daemon = Daemon(lab.host("alone"), tmp_path / "mesh", wait=False, **alone)
+        try:
+            wait_for((tmp_path / "mesh" / "state" / "mesh.sock").exists, "the daemon")
+            code, findings = check(daemon)
+        finally:
+            daemon.kill()
+    assert code == 1
+    assert findings["nodes"]["found"] == "it has not been told of any node yet"
+    assert "swarm-node.crt: cannot be read" in findings["own certificate"]["found"]
