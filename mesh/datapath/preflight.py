@@ -110,7 +110,8 @@ def preflight(config: Config) -> str | None:
             kernel_maps.probe()
             kernel_attach.probe()
         except _bpf.BpfError as error:
-            reason = f"the kernel refuses: {str(error).splitlines()[0]}"
+            remedy = " (raise LimitNOFILE= or ulimit -Hn)" if error.errno == errno.EMFILE else ""
+            reason = f"the kernel refuses: {str(error).splitlines()[0]}{remedy}"
         except (DatapathError, OSError) as error:
             reason = str(error)
     return reason

@@ -214,6 +214,8 @@ def test_kernels_before_6_6_get_a_clsact_filter(plane: Plane) -> None:
 def test_preflight_says_why_not(plane: Plane) -> None:
     driver = plane.driver(("setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"))
     assert "CAP_NET_ADMIN" in driver.preflight()
+    driver = plane.driver(("prlimit", "--nofile=24"))
+    assert "EMFILE (Too many open files) (raise LimitNOFILE= or ulimit -Hn)" in driver.preflight()
     read_only = 'mount -o remount,bind,ro "$0" && exec "$@"'
     driver = plane.driver(("unshare", "--mount", "sh", "-c", read_only, str(plane.bpffs)))
     assert f"{plane.bpffs}: the bpf file system there cannot be written to" in driver.preflight()
