@@ -9,7 +9,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from mesh.agent_cluster import ClusterProvider
 from mesh.agent_handover import HandOver
 from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
+from mesh.agent_steady import end, steady
 from mesh.agent_view import Facts, View
 from mesh.agent_ways import Ways
 from mesh.config import Config
@@ -231,14 +232,11 @@ class Agent:
         self._monitor.watch(replace(self._inventory, backends=(*self._inventory.backends, *lost)))
 
     def _spawn(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._tasks[name] = asyncio.create_task(_keep(name, work), name=name)
+        self._tasks[name] = steady(name, work)
 
     async def _cancel(self, *names: str) -> None:
         """Cancel these tasks, or all, and wait until they have ended."""
-        tasks = [self._tasks.pop(name) for name in names or list(self._tasks) if name in self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([self._tasks.pop(name) for name in names or list(self._tasks) if name in self._tasks])
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -369,15 +367,3 @@ class Agent:
 
     async def _handed_over(self) -> None:
         self._stopping.set()
-
-
-async def _keep(name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Run a part of the daemon; should it ever fail, say so and start it again: the data path needs none of them."""
-    while True:
-        try:
-            await work()
-        except Exception:
-            log.exception("internal error; this part starts again", part=name)
-            await asyncio.sleep(1.0)
-        else:
-            return

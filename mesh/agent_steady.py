@@ -9,11 +9,11 @@ from typing import Any
 
 import structlog
 
-log = structlog.get_logger("mesh.cluster")
+log = structlog.get_logger("mesh")
 
 
 def steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-    """A part that starts again should it ever fail: the others, and the data path, go on without it."""
+    """A part that starts again should it ever fail, and says so: the others, and the data path, go on without it."""
 
     async def run() -> None:
         while True:
@@ -21,7 +21,9 @@ def steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.
                 await work()
             except Exception:
                 log.exception("internal error; this part starts again", part=name)
-            await asyncio.sleep(1.0)
+                await asyncio.sleep(1.0)
+            else:
+                return
 
     return asyncio.create_task(run(), name=name)
 
