@@ -33,31 +33,37 @@ class Authority:
     def __init__(self) -> None:
         self._own, self._key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
         self._issuer = name("swarm-ca", "swarm-ca")
-        made = self._builder(self._issuer, self._own)
+        made = self._builder(self._issuer, self._own, *self._life())
         made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         self.root = made.sign(self._own, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         self.key = self._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    @staticmethod
+    def _life() -> tuple[datetime.datetime, datetime.datetime]:
         now = datetime.datetime.now(datetime.UTC)
-        made = x509.CertificateBuilder(self._issuer, subject, key.public_key(), x509.random_serial_number())
-        return made.not_valid_before(now - LIFE).not_valid_after(now + LIFE)
+        return now - LIFE, now + LIFE
 
-    def certificate(self, node: str, role: str) -> bytes:
-        """A node's, as PEM."""
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, begins: datetime.datetime, ends: datetime.datetime
+    ) -> x509.CertificateBuilder:
+        made = x509.CertificateBuilder(self._issuer, subject, key.public_key(), x509.random_serial_number())
+        return made.not_valid_before(begins).not_valid_after(ends)
+
+    def certificate(self, node: str, role: str, *life: datetime.datetime) -> bytes:
+        """A node's, as PEM. `life`: when it begins and ends; else it is valid now."""
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         names = x509.SubjectAlternativeName([x509.DNSName(role), x509.DNSName(node)])
-        made = self._builder(name(node, role), self._key).add_extension(usage, critical=False)
+        made = self._builder(name(node, role), self._key, *(life or self._life())).add_extension(usage, critical=False)
         signed = made.add_extension(names, critical=False).sign(self._own, hashes.SHA256())
         return signed.public_bytes(serialization.Encoding.PEM)
 
-    def write(self, directory: Path, node: str, role: str) -> None:
-        """The files of a node."""
+    def write(self, directory: Path, node: str, role: str, *life: datetime.datetime) -> None:
+        """The files of a node; see `certificate`."""
         directory.mkdir(parents=True)
         (directory / "swarm-root-ca.crt").write_bytes(self.root)
-        (directory / "swarm-node.crt").write_bytes(self.certificate(node, role))
+        (directory / "swarm-node.crt").write_bytes(self.certificate(node, role, *life))
         (directory / "swarm-node.key").write_bytes(self.key)
 
     def _context(self, protocol: int, node: str, role: str) -> ssl.SSLContext:

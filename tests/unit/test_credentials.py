@@ -14,11 +14,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from bench import scale_certificates
 from mesh.agent_cluster import ClusterProvider
 from mesh.cluster.client import RelayProvider
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
@@ -32,39 +29,15 @@ NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
 
 
-class Authority:
-    """A swarm's CA, and the files that it gives to nodes."""
+class Authority(scale_certificates.Authority):
+    """A swarm's CA, and managers' files as Swarm lays them out, each in a directory of its own."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self.directory = directory
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "swarm-ca")])
-        self.certificate = self._signed(self.name, self.key, NOW - DAY, NOW + 365 * DAY, ca=True)
 
-    def _signed(
-        self, name: x509.Name, key: ec.EllipticCurvePrivateKey, begins: datetime, ends: datetime, *, ca: bool = False
-    ) -> x509.Certificate:
-        builder = x509.CertificateBuilder().subject_name(name).issuer_name(self.name).public_key(key.public_key())
-        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(begins).not_valid_after(ends)
-        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        if not ca:
-            builder = builder.add_extension(
-                x509.SubjectAlternativeName([x509.DNSName("swarm-manager")]), critical=False
-            )
-        return builder.sign(self.key, hashes.SHA256())
-
-    def node(self, name: str, begins: datetime = NOW - DAY, ends: datetime = NOW + 90 * DAY) -> Files:
-        """A manager's files, in a directory of its own as Swarm lays them out."""
-        base = self.directory / name / "swarm" / "certificates"
-        base.mkdir(parents=True)
-        key = ec.generate_private_key(ec.SECP256R1())
-        parts = ((NameOID.COMMON_NAME, name), (NameOID.ORGANIZATIONAL_UNIT_NAME, "swarm-manager"))
-        subject = x509.Name([x509.NameAttribute(oid, text) for oid, text in (*parts, (NameOID.ORGANIZATION_NAME, "c"))])
-        pem = serialization.Encoding.PEM
-        raw = serialization.PrivateFormat.TraditionalOpenSSL
-        (base / "swarm-node.key").write_bytes(key.private_bytes(pem, raw, serialization.NoEncryption()))
-        (base / "swarm-node.crt").write_bytes(self._signed(subject, key, begins, ends).public_bytes(pem))
-        (base / "swarm-root-ca.crt").write_bytes(self.certificate.public_bytes(pem))
+    def node(self, name: str, *life: datetime) -> Files:
+        self.write(self.directory / name / "swarm" / "certificates", name, "swarm-manager", *life)
         return Files.of(Config(docker_data_root=str(self.directory / name)))
 
 
@@ -86,9 +59,9 @@ def test_a_broken_file_is_named_with_the_way_out(authority: Authority, broken: s
     assert "leave the swarm and join again" in caught.value.remedy
 
 
-def test_a_key_of_another_node_is_named(authority: Authority) -> None:
-    files, other = authority.node("n1"), authority.node("n2")
-    files.key.write_bytes(other.key.read_bytes())
+def test_a_key_of_another_node_is_named(authority: Authority, tmp_path: Path) -> None:
+    files = authority.node("n1")
+    files.key.write_bytes(Authority(tmp_path).key)
     with pytest.raises(CredentialsError) as caught:
         load(files)
     assert (caught.value.where, caught.value.message) == (str(files.key), f"is not the key of {files.certificate}")
@@ -161,7 +134,7 @@ async def test_a_manager_out_of_its_time_is_told_in_plain_words(
 async def test_a_manager_whose_relay_cannot_listen_says_so(authority: Authority) -> None:
     """An autolocked swarm: without this its workers' agents learn nothing, and `mesh status` calls all well."""
     files = authority.node("n1")
-    files.key.write_bytes(files.key.read_bytes().replace(b"BEGIN EC", b"BEGIN ENCRYPTED"))
+    files.key.write_bytes(files.key.read_bytes().replace(b"BEGIN PRIVATE", b"BEGIN ENCRYPTED PRIVATE"))
     config = Config(
         docker_data_root=str(files.key.parents[2]),
         docker_host=f"unix://{authority.directory}/none.sock",
