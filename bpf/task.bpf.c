@@ -41,6 +41,8 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mes
 	if (unlikely(rewrite(skb, p, &to)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_REPLY);
+	if (likely(!peer))
+		return send_packet(skb, p, &to.source, &to.destination, ifindex);
 	return hand_back(skb, ifindex, peer);
 }
 

@@ -171,7 +171,7 @@ static __noinline int arrive_reply(struct __sk_buff *skb, struct packet *p, stru
 	if (((p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, tunnel_mtu(&from->node))) || hop(skb, p))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_TUNNEL_REPLY);
-	return (int)bpf_redirect_neigh(ifindex, NULL, 0, 0);
+	return send_packet(skb, p, &p->flow.source, &p->flow.destination, ifindex);
 }
 
 /* Whether this packet for an unknown task comes again; if not, it is noted as seen, under a key that no entry has. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The only maps. User space pins them by name and has the three objects and the next agent use the same ones. Maps
- * marked mmap are written by plain stores into a shared mapping.
+/* The maps that are shared. User space pins them by name and has the three objects and the next agent use the same
+ * ones. Maps marked mmap are written by plain stores into a shared mapping.
  *
  * Publishing, agent side (make before break; no step needs a system call per element, none exposes half a state):
  *   1. backends: write the mesh_backend, `state` last. An id that is reused gets epoch + 1 first.
@@ -175,6 +175,15 @@ struct {
 /* The current stamp, as of the last packet of this object that had to look at the time: a look costs as much as a
  * quarter of all the rest. Entries are lost to new ones only, and every packet that makes one looks. */
 volatile __u32 mesh_now;
+
+/* How often routes, rules, addresses or interfaces have changed (mmap, agent writes). */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} mesh_routes SEC(".maps");
 
 /* Ports of fragmented datagrams (programs write). */
 struct {

@@ -6,6 +6,7 @@
 #define MESH_LIB_TUNNEL_H
 
 #include "count.h"
+#include "next_hop.h"
 #include "refuse.h"
 #include "select.h"
 
@@ -258,6 +259,7 @@ struct tunnel_head {
 /* Wrap a packet of this IP version up and send it to a node. Returns an action; what it counts are failures. */
 static __noinline int tunnel_send(struct __sk_buff *skb, struct tunnel_to *to, __u32 version)
 {
+	struct sending by = {.protocol = IPPROTO_UDP};
 	struct tunnel_head head = {};
 	struct mesh_config *node = config();
 	struct mesh_node *way = to ? bpf_map_lookup_elem(&mesh_nodes, &to->node) : NULL;
@@ -283,7 +285,11 @@ static __noinline int tunnel_send(struct __sk_buff *skb, struct tunnel_to *to, _
 	    bpf_skb_store_bytes(skb, L3 + room - TUNNEL_HEADERS, &head, sizeof(head), BPF_F_RECOMPUTE_CSUM) ||
 	    (v4 ? outer_v4(skb, to, way, length) : outer_v6(skb, to, way, length)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
-	return (int)bpf_redirect_neigh(way->ifindex, NULL, 0, 0);
+	by.source = &way->source;
+	by.destination = &to->node;
+	by.ifindex = way->ifindex;
+	by.version = v4 ? 4 : 6;
+	return send_out(skb, &by);
 }
 
 #endif /* MESH_LIB_TUNNEL_H */

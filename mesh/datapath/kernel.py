@@ -40,6 +40,7 @@ from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_nodes import Ids, Nodes, node_config, seed_of
 from mesh.datapath.kernel_places import Place, Places, is_held, keepers, misplaced, wanted
+from mesh.datapath.kernel_routes import RouteWatch
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
@@ -89,12 +90,10 @@ class KernelDatapath:
         ensure_bpf_fs(Path(self._config.bpf_fs))
         Path(self._config.state_dir).mkdir(parents=True, exist_ok=True)
         home = self._home / instance(self._config)
-        directory = home / f"{ABI_VERSION}-{ABI_DIGEST}"
+        directory = self._directory = home / f"{ABI_VERSION}-{ABI_DIGEST}"
         self._others = [p for p in home.glob("*") if p.name != directory.name]
         sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
-        self._directory = directory
-        more = [kernel_xdp.OBJECT] if self._config.xdp == "on" else []
-        self._programs, maps = kernel_maps.load(directory, sizes, more)
+        self._programs, maps = kernel_maps.load(directory, sizes, kernel_xdp.objects(self._config))
         self._maps = KernelMaps(maps, directory)
         kernel_adopt.check_hash(self._programs["mesh_explain"])
         self._order: kernel_stats.Order | None = None  # of what stats() last read
@@ -123,6 +122,7 @@ class KernelDatapath:
             self._owner.write_text(self._token)
         except OSError:  # no room: the lock of the state directory has to do
             self._owner.unlink(missing_ok=True)
+        self._routes = RouteWatch(maps["mesh_routes"])
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
         self._sweeper = Sweeper(self._maps.reverse, self._is_owner)
@@ -301,8 +301,7 @@ class KernelDatapath:
             return True
 
     def _wait_for(self) -> float:
-        now = time.monotonic()
-        return max(0.0, min([LOOK, *(until - now for until in self._holding.values())]))
+        return max(0.0, min([LOOK, *(until - time.monotonic() for until in self._holding.values())]))
 
     def _release_holds(self) -> None:
         now = time.monotonic()
@@ -369,6 +368,7 @@ class KernelDatapath:
         if self._follower is not None:
             self._follower.join()
             self._sweeper.close()
+            self._routes.close()
             self._beside.close()
             self._monitor.close()
             self._netlink.close()

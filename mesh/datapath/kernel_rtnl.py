@@ -223,14 +223,14 @@ class Netlink:
 
 
 class Monitor:
-    """Says when anything of a Topology may have changed."""
+    """Says when anything of a Topology, or of other `groups` (RTMGRP_* of linux/rtnetlink.h), may have changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = GROUPS) -> None:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
         )
         try:
-            self._socket.bind((0, GROUPS))
+            self._socket.bind((0, groups))
         except OSError as error:
             self._socket.close()
             raise DatapathError(f"cannot follow network changes: {error.strerror}", where="rtnetlink") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh import _bpf
+from mesh.config import Config
 from mesh.datapath.kernel_places import INGRESS
 from mesh.datapath.kernel_rtnl import Interface
 from mesh.errors import BpfError
@@ -29,6 +30,11 @@ REASONS: Final = {
     errno.EEXIST: "it has another XDP program",
     errno.EINVAL: "its driver refuses the program (is the MTU too large for native XDP?)",
 }
+
+
+def objects(config: Config) -> tuple[str, ...]:
+    """What is to be loaded for it."""
+    return (OBJECT,) if config.xdp == "on" else ()
 
 
 def candidates(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> tuple[list[Interface], list[str]]:

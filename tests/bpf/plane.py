@@ -47,6 +47,7 @@ SHARED: Final = (
     "mesh_nodes",
     "mesh_ways",
     "mesh_ids",
+    "mesh_routes",
 )
 LARGE: Final = {
     "mesh_flows",
@@ -108,6 +109,8 @@ class Plane:
                 self.maps[array_of_programs] = item.map(array_of_programs)
             for shared in own & set(SHARED):
                 self.maps.setdefault(shared, item.map(shared))
+            if name == "task":
+                self.hops = item.map("next_hops")
             self.recent += [_bpf.Mapping(item.map(known)) for known in own & {"mesh_recent"}]
             for program in item.programs():
                 self.programs[program] = item.program(program)
@@ -142,7 +145,14 @@ class Plane:
         for recent in self.recent:
             recent.write(0, bytes(recent.size))
         self.free = 0
+        self.reroute()
         self.configure()
+
+    def reroute(self) -> None:
+        """Say that routes have changed."""
+        held = self.maps["mesh_routes"].lookup(u32(0))
+        assert held
+        self.maps["mesh_routes"].update(u32(0), u32(struct.unpack("=I", held)[0] + 1))
 
     def configure(self, cookie: int = 0, *, settings: int = 0, error_rate: int = 0) -> None:
         value = struct.pack("=Q16s16sI", cookie, packed(HAIRPIN), packed(HAIRPIN6), settings)

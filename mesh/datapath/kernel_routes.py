@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells the programs that routes have changed: what they remember of next hops is over (bpf/lib/next_hop.h)."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+import structlog
+
+from mesh import _bpf
+from mesh.datapath.kernel_rtnl import Monitor
+
+# links; addresses, routes and rules of both versions; next hop objects: bit n - 1 of RTNLGRP_* n (linux/rtnetlink.h)
+GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000 | 0x80000000
+FOREVER: Final = 3600.0  # seconds
+AGAIN: Final = 1.0  # seconds after which to try again what failed
+
+log = structlog.get_logger(__name__)
+
+
+class RouteWatch:
+    """A thread of its own, which waits for nothing else: until it has spoken, replies may take the old way.
+
+    Args:
+        routes: mesh_routes, of which it is the only writer. It counts changes, and starts as one: nobody may have
+            followed them before.
+
+    Raises:
+        DatapathError: rtnetlink does not say what changes.
+    """
+
+    def __init__(self, routes: _bpf.Map) -> None:
+        self._count = _bpf.Mapping(routes)
+        self._monitor = Monitor(GROUPS)
+        self._changed()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mesh-kernel-routes", daemon=True)
+        self._thread.start()
+
+    def _changed(self) -> None:
+        self._count.store32(0, (self._count.load32(0) + 1) & 0xFFFFFFFF)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                if self._monitor.wait(FOREVER):
+                    self._changed()
+            except OSError as error:  # whatever changed meanwhile counts by then
+                log.warning("route changes not followed", error=str(error))
+                self._changed()
+                self._stop.wait(AGAIN)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._monitor.wake()
+        self._thread.join()
+        self._monitor.close()
