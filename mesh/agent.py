@@ -17,7 +17,7 @@ from typing import Any, Final
 import structlog
 import uvloop
 
-from mesh import __version__, agent_log
+from mesh import __version__, agent_log, agent_remains
 from mesh.agent_cluster import ClusterProvider
 from mesh.agent_handover import HandOver
 from mesh.agent_http import Servers
@@ -159,6 +159,9 @@ class Agent:
             self._spawn("health", self._monitor.run)
             self._spawn("provider", lambda: self._provider.run(self._publish))
             self._spawn("ways", ways.run)
+            self._spawn("strangers", lambda: agent_remains.watch(self._config, self._obstructed))
+            if self.engine == "proxy" and successor is None:  # else the process before takes its own off
+                self._spawn("remains", lambda: agent_remains.clear(self._config, lambda: self._reconciler.in_step))
             self._spawn("signals", self._listen_to_traffic)
             self._spawn("tick", self._tick)
             if successor:
@@ -218,6 +221,9 @@ class Agent:
         if lost != self._lost:
             self._lost = lost
             self._watch()
+
+    def _obstructed(self, by: Sequence[str]) -> None:
+        self._view.obstacles = by
 
     def _nodes(self) -> tuple[str, Sequence[Node]]:
         return self._provider.status().node_id, self._inventory.nodes

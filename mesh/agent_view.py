@@ -70,6 +70,7 @@ class View:
         self._explainer = Explainer(reconciler)
         self.stopping = False
         self.refused = ""  # why the configuration that SIGHUP read is not used
+        self.obstacles: Sequence[str] = ()  # what other daemons have in the kernel
         self.drained = _load_drained(facts.state_dir / DRAINED_FILE)
 
     def state(self) -> Json:
@@ -98,7 +99,7 @@ class View:
             "problems": [
                 *([f"configuration not used, the one before stays: {self.refused}"] if self.refused else []),
                 *(str(p) for p in picture.desired.problems),
-                *(*loop.problems, *status.problems, *ways),
+                *(*loop.problems, *self.obstacles, *status.problems, *ways),
             ],
             "ways_failed": len(ways),
             "services": self._services.shown(picture, applied),

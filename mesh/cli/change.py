@@ -11,6 +11,8 @@ import click
 
 from mesh.cli.client import Json, call, daemon_options, echo_json
 from mesh.cli.main import DaemonUnreachableError, Exit
+from mesh.config_load import load
+from mesh.takeover import Lock
 
 KIND = click.Choice(["backend", "node"])
 
@@ -68,11 +70,21 @@ def _set_drained(path: str, kind: str, name: str, state_dir: Path, as_json: bool
 def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bool) -> None:
     """Stop the daemon as SIGTERM does: accept nothing new, let connections end (at most drain_timeout), leave.
 
+    What the kernel engine has in the kernel forwards on without a daemon, by the tables of that moment. --release takes
+    it off, also where no daemon runs any more: flows that start are left to whoever serves the ports besides at once,
+    those under way are waited for.
+
     \b
     Exit code: 0 it is gone (or going, with --no-wait); 1 still there after --timeout.
     Example:   mesh stop --release
     """
-    answer = call(state_dir, "/stop", body={"release": release})
+    try:
+        answer = call(state_dir, "/stop", body={"release": release})
+    except DaemonUnreachableError as error:
+        if not release:
+            raise
+        _clear(state_dir, timeout if wait else 0.0, as_json, error)
+        return
     gone = not wait or _wait_gone(state_dir, timeout)
     if as_json:
         echo_json({**answer, "gone": gone if wait else None})
@@ -82,6 +94,36 @@ def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bo
     else:
         click.echo(f"daemon {answer['pid']} is stopping")
     if not gone:
+        sys.exit(Exit.NOT_READY)
+
+
+def _clear(state_dir: Path, seconds: float, as_json: bool, unreachable: DaemonUnreachableError) -> None:
+    """Take off what a kernel engine has left whose daemon is gone."""
+    try:
+        from mesh.datapath.kernel_remains import Remains  # noqa: PLC0415 -- absent where it was built without libbpf
+    except ImportError:
+        raise unreachable from None
+    config = load({"state_dir": str(state_dir)})
+    remains = Remains(config)
+    if not state_dir.is_dir() or not (remains.programs or remains.table):
+        raise unreachable
+    lock = Lock.acquire(state_dir)
+    try:
+        remains.drop_table()
+        remains.hand_back()
+        flows = remains.wait(seconds)
+        if remains.programs and not flows:
+            remains.take_off()
+    finally:
+        remains.close()
+        lock.close()
+    if as_json:
+        echo_json({"pid": None, "flows": flows, "gone": not flows})
+    elif flows:
+        click.echo(f"no daemon ran; the ports are handed back, but {flows} flows still go through the programs it left")
+    else:
+        click.echo("no daemon ran; what it had left in the kernel is taken off")
+    if flows:
         sys.exit(Exit.NOT_READY)
 
 

@@ -146,6 +146,13 @@ class NftTable:
         done = subprocess.run(["nft", "list", "tables"], capture_output=True, check=False, timeout=10)
         return done.returncode == 0
 
+    def exists(self) -> bool:
+        """Whether it is there, whoever made it; False also where nft cannot be used."""
+        if shutil.which("nft") is None:
+            return False
+        done = subprocess.run(["nft", "list", "table", "inet", self.name], capture_output=True, check=False, timeout=10)
+        return done.returncode == 0
+
     def replace(self, ports: Mapping[Frontend, int]) -> None:
         """Redirect exactly these frontends to these ports. None: the hooks stay, so that established flows go on.
 
@@ -234,8 +241,8 @@ class Interceptor:
         self._changed = False  # what is opened, since the last `commit`
         self._yielded = False
         self.notes: dict[Frontend, str] = {}
-        if self._can_nft and not any(self._is_redirected(f, s) for f, s in self._inherited.items()):
-            self._table.delete()  # left behind by a process that was killed
+        if not any(self._is_redirected(f, s) for f, s in self._inherited.items()) and self._table.exists():
+            self._table.delete()  # left behind by a process that was killed, and leads nowhere
 
     def listen(self, frontend: Frontend) -> Opened:
         """The sockets of a frontend, opened now if they are not open yet. Redirection begins with `commit`.

@@ -23,7 +23,6 @@ from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
 from mesh.config import Config
 from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats, kernel_xdp
 from mesh.datapath.base import (
-    OWNER_PASS,
     Applied,
     BackendEntry,
     Choice,
@@ -40,6 +39,7 @@ from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_nodes import Ids, Nodes, node_config, seed_of
 from mesh.datapath.kernel_places import Place, Places, is_held, keepers, misplaced, wanted
+from mesh.datapath.kernel_remains import hand_back
 from mesh.datapath.kernel_routes import RouteWatch
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
@@ -361,7 +361,8 @@ class KernelDatapath:
         all is taken off once the flows under way have ended. Where some last longer than `drain_timeout`, the programs
         stay for them, and go with the next `mesh stop --release` or reboot."""
         if release:
-            self._hand_back()
+            with self._lock:
+                hand_back(self._maps)
         self._stopping.set()
         with contextlib.suppress(AttributeError):
             self._monitor.wake()
@@ -383,13 +384,6 @@ class KernelDatapath:
             if self._statistics is not None:
                 self._statistics.close()
             self._maps.close()
-
-    def _hand_back(self) -> None:
-        with self._lock:
-            self._maps.arenas.reserve(entry.table.size for entry in self._applied.frontends.values())
-            for entry in self._applied.frontends.values():
-                table = entry.table.transition(SlotTable.uniform(entry.table.size, OWNER_PASS))
-                self._put_frontend(FrontendEntry(entry.state, table, entry.backends))
 
     def _live_until(self, deadline: float) -> int:
         while (live := self.live_flows()) and time.monotonic() < deadline:

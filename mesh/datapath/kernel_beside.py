@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mesh.config import Config
 from mesh.datapath.base import COLUMNS, Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats, Table
+from mesh.datapath.intercept import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
 
@@ -94,6 +95,9 @@ class Beside:
         self._sources: dict[Frontend, FrontendEntry] = {}
         self._peers: tuple[object, ...] = ()
         self._problem = ""
+        table = NftTable(table_name(config.state_dir))
+        if not inherited and table.exists():  # of a proxy that was killed: leads nowhere
+            table.delete()
 
     def apply(self, applied: Applied, addresses: Iterable[Address]) -> None:
         """Serve what `applied` needs on these addresses of the node. What fails is told by `problems`."""

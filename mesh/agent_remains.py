@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands before this daemon in the kernel: programs that earlier or other daemons have left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+
+from mesh.config import Config
+
+EVERY: Final = 10.0  # seconds between two looks for strangers
+POLL: Final = 1.0  # seconds in which a thread waits for flows at a time
+
+OBSTACLE: Final = (
+    "programs of a daemon with another state directory are attached here too, and may serve flows by tables of "
+    "its own: `mesh stop --release` with its --state-dir, or, if that is gone, rm -r {}"
+)
+
+log = structlog.get_logger("mesh")
+
+
+async def clear(config: Config, serving: Callable[[], bool]) -> None:
+    """Once the proxy engine serves: take off what the kernel engine has left in the same state directory.
+
+    Flows that start are the proxy's from then on; those under way go on, and the programs go with the last.
+    """
+    try:
+        from mesh.datapath.kernel_remains import Remains  # noqa: PLC0415 -- absent where it was built without libbpf
+    except ImportError:
+        return
+    remains = Remains(config)
+    if not await asyncio.to_thread(lambda: remains.programs):
+        return
+    while not serving():  # noqa: ASYNC110 -- any cause, polled for moments
+        await asyncio.sleep(0.05)
+    flows = await asyncio.to_thread(remains.hand_back)
+    log.info("the kernel engine served here before: its programs go with the flows under way", flows=flows)
+    while await asyncio.to_thread(remains.wait, POLL):
+        pass
+    await asyncio.to_thread(remains.take_off)
+    log.info("the kernel engine's programs are taken off")
+
+
+async def watch(config: Config, tell: Callable[[Sequence[str]], None]) -> None:
+    """Tell of other daemons' programs in this network namespace, until cancelled."""
+    try:
+        from mesh.datapath.kernel_remains import strangers  # noqa: PLC0415 -- likewise
+    except ImportError:
+        return
+    known: list[str] = []
+    while True:
+        found = [OBSTACLE.format(path) for path in await asyncio.to_thread(strangers, config)]
+        if found != known:
+            tell(found)
+            for line in found:
+                log.warning(line)
+            known = found
+        await asyncio.sleep(EVERY)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an agent leaves when it goes: the kernel engine's programs forward on by tables which nobody keeps in step, and
+where a proxy was killed its nftables table leads to sockets that are no more.
+
+The next agent with the kernel engine adopts the programs. For those who want none there is the way to take them off.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from mesh import _bpf
+from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
+from mesh.config import Config
+from mesh.datapath import kernel_stats
+from mesh.datapath.base import OWNER_PASS
+from mesh.datapath.intercept import NftTable, table_name
+from mesh.datapath.kernel_attach import Attachments
+from mesh.datapath.kernel_maps import KernelMaps
+from mesh.datapath.kernel_names import NamesFile
+from mesh.datapath.kernel_rtnl import Netlink
+from mesh.datapath.kernel_xdp import XdpStage
+from mesh.datapath.preflight import instance, netns_cookie, remove_pins
+
+CONTRACT: Final = f"{ABI_VERSION}-{ABI_DIGEST}"  # name of a pin directory below an instance's
+
+
+class Remains:
+    """Those of one state directory, of an agent that is gone. The caller has the lock of the state directory."""
+
+    def __init__(self, config: Config) -> None:
+        self._home = Path(config.bpf_fs) / "mesh" / instance(config)
+        self._state = Path(config.state_dir)
+        self._table = NftTable(table_name(config.state_dir))
+        self._maps: KernelMaps | None = None
+
+    @property
+    def programs(self) -> bool:
+        """Whether a kernel engine has left any."""
+        return any(self._home.glob("*/mesh_ports"))
+
+    @property
+    def table(self) -> bool:
+        """Whether there is a proxy's nftables table; a proxy that runs has one, too."""
+        return self._table.exists()
+
+    def drop_table(self) -> None:
+        """Take it away."""
+        if self.table:
+            self._table.delete()
+
+    def hand_back(self) -> int:
+        """Leave flows that start to the kernel, hence to whoever serves the ports besides.
+
+        Returns:
+            Flows that are under way and go on as before. 0 also where another build left the tables: it cannot tell.
+        """
+        directory = self._home / CONTRACT
+        if directory.is_dir() and self._maps is None:
+            pins = [pin for pin in directory.iterdir() if pin.name.startswith("mesh_")]
+            self._maps = KernelMaps({pin.name: _bpf.Map.open(str(pin)) for pin in pins}, directory)
+            hand_back(self._maps)
+        return self.flows()
+
+    def flows(self) -> int:
+        """Those under way."""
+        return kernel_stats.live_flows(self._maps) if self._maps else 0
+
+    def wait(self, seconds: float) -> int:
+        """Wait until none is under way, at most so long. Returns how many are."""
+        deadline = time.monotonic() + seconds
+        while (left := self.flows()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
+
+    def take_off(self) -> None:
+        """Take the programs off and remove the pins; flows that are under way end."""
+        self.close()
+        netlink = Netlink()
+        try:
+            interfaces = netlink.topology().interfaces
+        finally:
+            netlink.close()
+        for directory in [pin.parent for pin in self._home.glob("*/mesh_ports")]:
+            attached = Attachments({}, directory / "links")
+            attached.adopt(interfaces)
+            XdpStage(None, directory / "links").detach()
+            attached.detach()
+        remove_pins(self._home)
+        NamesFile(self._state / "kernel-names.json").remove()
+        (self._state / "kernel-owner").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the maps."""
+        if self._maps is not None:
+            self._maps.close()
+            self._maps = None
+
+
+def hand_back(maps: KernelMaps) -> None:
+    """Have flows that start left to the kernel; those under way stay where they are."""
+    sizes = {frontend: served.table.size for frontend, served in maps.served.items()}
+    maps.arenas.reserve(sizes.values())
+    for frontend, size in sizes.items():
+        table = SlotTable.from_slots(maps.read_table(frontend)).transition(SlotTable.uniform(size, OWNER_PASS))
+        maps.put_frontend(frontend, table.to_bytes(), maps.served[frontend].flags, None)
+
+
+def strangers(config: Config) -> list[Path]:
+    """Pins of daemons with other state directories that have programs in this network namespace: what is attached first
+    serves a flow, whatever this one's tables say."""
+    own, here, found = instance(config), netns_cookie().to_bytes(8, "little"), []
+    try:
+        for pin in sorted((Path(config.bpf_fs) / "mesh").glob("*/*/mesh_config")):
+            if pin.parent.parent.name == own or not any((pin.parent / "links").glob("*")):
+                continue
+            held = _bpf.Map.open(str(pin))
+            if (held.lookup(bytes(4)) or b"")[:8] == here:
+                found.append(pin.parent.parent)
+            held.close()
+    except OSError:  # no right to look: nor have we one to be in the way
+        return []
+    return found
