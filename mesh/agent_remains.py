@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 
 from mesh.config import Config
+from mesh.errors import MeshError
 
 EVERY: Final = 10.0  # seconds between two looks for strangers
 POLL: Final = 1.0  # seconds in which a thread waits for flows at a time
@@ -28,20 +29,23 @@ async def clear(config: Config, serving: Callable[[], bool]) -> None:
     Flows that start are the proxy's from then on; those under way go on, and the programs go with the last.
     """
     try:
-        from mesh.datapath.kernel_remains import Remains  # noqa: PLC0415 -- absent where it was built without libbpf
+        from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
     except ImportError:
         return
-    remains = Remains(config)
-    if not await asyncio.to_thread(lambda: remains.programs):
+    remains = kernel_remains.find(config)
+    if remains is None or not remains.programs:
         return
     while not serving():  # noqa: ASYNC110 -- any cause, polled for moments
         await asyncio.sleep(0.05)
-    flows = await asyncio.to_thread(remains.hand_back)
-    log.info("the kernel engine served here before: its programs go with the flows under way", flows=flows)
-    while await asyncio.to_thread(remains.wait, POLL):
-        pass
-    await asyncio.to_thread(remains.take_off)
-    log.info("the kernel engine's programs are taken off")
+    try:
+        flows = await asyncio.to_thread(remains.hand_back)
+        log.info("the kernel engine served here before: its programs go with the flows under way", flows=flows)
+        while await asyncio.to_thread(remains.wait, POLL):
+            pass
+        await asyncio.to_thread(remains.take_off)
+        log.info("the kernel engine's programs are taken off")
+    except MeshError as error:
+        log.warning("the kernel engine's programs of before are in the way: mesh stop --release", error=str(error))
 
 
 async def watch(config: Config, tell: Callable[[Sequence[str]], None]) -> None:

@@ -100,12 +100,11 @@ def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bo
 def _clear(state_dir: Path, seconds: float, as_json: bool, unreachable: DaemonUnreachableError) -> None:
     """Take off what a kernel engine has left whose daemon is gone."""
     try:
-        from mesh.datapath.kernel_remains import Remains  # noqa: PLC0415 -- absent where it was built without libbpf
+        from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
     except ImportError:
         raise unreachable from None
-    config = load({"state_dir": str(state_dir)})
-    remains = Remains(config)
-    if not state_dir.is_dir() or not (remains.programs or remains.table):
+    remains = kernel_remains.find(load({"state_dir": str(state_dir)}))
+    if not state_dir.is_dir() or remains is None or not (remains.programs or remains.table):
         raise unreachable
     lock = Lock.acquire(state_dir)
     try:

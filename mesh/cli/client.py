@@ -16,6 +16,8 @@ from tabulate import tabulate
 
 from mesh.cli.main import DaemonRefusedError, DaemonUnreachableError
 from mesh.config import DEFAULT_STATE_DIR
+from mesh.config_load import load
+from mesh.errors import ConfigError
 
 Json = dict[str, Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -84,7 +86,21 @@ def _unreachable(socket: Path, error: Exception) -> DaemonUnreachableError:
         message, remedy = "no permission to talk to the daemon", "run this as root"
     else:
         message, remedy = "no daemon answers there", "start it with `mesh run`, or name its directory by --state-dir"
+        if _forwards(socket.parent):
+            message += ", but what it has in the kernel forwards on, by the tables of before"
+            remedy = "`mesh run` keeps them in step again, `mesh stop --release` takes it off"
     return DaemonUnreachableError(message, where=str(socket), remedy=remedy)
+
+
+def _forwards(state_dir: Path) -> bool:
+    """Whether a kernel engine's programs are there, as far as this user may see."""
+    try:
+        from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
+
+        remains = kernel_remains.find(load({"state_dir": str(state_dir)}))
+    except (ImportError, ConfigError):
+        return False
+    return remains is not None and remains.programs
 
 
 def echo_json(value: object) -> None:

@@ -23,8 +23,17 @@ from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_rtnl import Netlink
 from mesh.datapath.kernel_xdp import XdpStage
 from mesh.datapath.preflight import instance, netns_cookie, remove_pins
+from mesh.errors import BpfError
 
 CONTRACT: Final = f"{ABI_VERSION}-{ABI_DIGEST}"  # name of a pin directory below an instance's
+
+
+def find(config: Config) -> Remains | None:
+    """What there may be; None where the kernel is too old for the kernel engine."""
+    try:
+        return Remains(config)
+    except OSError:
+        return None
 
 
 class Remains:
@@ -110,16 +119,26 @@ def hand_back(maps: KernelMaps) -> None:
 
 def strangers(config: Config) -> list[Path]:
     """Pins of daemons with other state directories that have programs in this network namespace: what is attached first
-    serves a flow, whatever this one's tables say."""
-    own, here, found = instance(config), netns_cookie().to_bytes(8, "little"), []
+    serves a flow, whatever this one's tables say. What this process may not see is left out."""
+    found = []
     try:
+        own, here = instance(config), netns_cookie().to_bytes(8, "little")
         for pin in sorted((Path(config.bpf_fs) / "mesh").glob("*/*/mesh_config")):
-            if pin.parent.parent.name == own or not any((pin.parent / "links").glob("*")):
-                continue
-            held = _bpf.Map.open(str(pin))
-            if (held.lookup(bytes(4)) or b"")[:8] == here:
-                found.append(pin.parent.parent)
-            held.close()
-    except OSError:  # no right to look: nor have we one to be in the way
+            home = pin.parent.parent
+            if home.name != own and any((pin.parent / "links").glob("*")) and _cookie(pin) == here:
+                found.append(home)
+    except OSError:
         return []
     return found
+
+
+def _cookie(pin: Path) -> bytes:
+    """Of the network namespace that a pinned mesh_config is about; empty if it went meanwhile."""
+    try:
+        held = _bpf.Map.open(str(pin))
+    except BpfError:
+        return b""
+    try:
+        return (held.lookup(bytes(4)) or b"")[:8]
+    finally:
+        held.close()

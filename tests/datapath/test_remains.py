@@ -28,12 +28,14 @@ def engine(serving: Driver) -> Driver:
     return serving
 
 
+def mesh(plane: Plane, *command: str) -> subprocess.CompletedProcess[str]:
+    """`mesh COMMAND`, with nobody to ask."""
+    line = (str(Path(sys.executable).with_name("mesh")), *command, "--state-dir", str(plane.state))
+    return plane.node.run(*line, check=False, env=os.environ | {"MESH_BPF_FS": str(plane.bpffs)})
+
+
 def stop(plane: Plane, seconds: float) -> subprocess.CompletedProcess[str]:
-    """`mesh stop --release`, with nobody to ask."""
-    how = ("--release", "--timeout", str(seconds), "--state-dir", str(plane.state))
-    command = (str(Path(sys.executable).with_name("mesh")), "stop", *how)
-    environment = os.environ | {"MESH_BPF_FS": str(plane.bpffs)}
-    return plane.node.run(*command, check=False, env=environment, timeout=PATIENCE)
+    return mesh(plane, "stop", "--release", "--timeout", str(seconds))
 
 
 def serving_static(plane: Plane, name: str, **config: object) -> contextlib.AbstractContextManager[Daemon]:
@@ -60,6 +62,8 @@ def test_released_without_a_daemon(plane: Plane, engine: Driver) -> None:
     connection = Connection(plane.client, plane.node.address)
     engine.kill()
     assert set(plane.calls(60)) == {"b1", "b2", "b3"}
+    done = mesh(plane, "status")
+    assert done.returncode == 3 and "forwards on" in done.stderr and "mesh stop --release" in done.stderr, done
     done = stop(plane, 0.5)
     assert done.returncode == 1 and "1 flows still go" in done.stdout, done
     assert refused(plane.client, plane.node.address)  # handed back: nobody else serves here
