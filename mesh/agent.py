@@ -160,8 +160,7 @@ class Agent:
             self._spawn("provider", lambda: self._provider.run(self._publish))
             self._spawn("ways", ways.run)
             self._spawn("strangers", lambda: agent_remains.watch(self._config, self._obstructed))
-            if self.engine == "proxy" and successor is None:  # else the process before takes its own off
-                self._spawn("remains", lambda: agent_remains.clear(self._config, lambda: self._reconciler.in_step))
+            self._clear_remains()
             self._spawn("signals", self._listen_to_traffic)
             self._spawn("tick", self._tick)
             if successor:
@@ -221,6 +220,10 @@ class Agent:
         if lost != self._lost:
             self._lost = lost
             self._watch()
+
+    def _clear_remains(self) -> None:
+        if self.engine == "proxy":
+            self._spawn("remains", lambda: agent_remains.clear(self._config, lambda: self._reconciler.in_step))
 
     def _obstructed(self, by: Sequence[str]) -> None:
         self._view.obstacles = by
@@ -355,10 +358,11 @@ class Agent:
             log.warning("these keys take effect at the next start (mesh run --take-over)", keys=waiting)
 
     async def pause(self) -> None:
-        await self._cancel("reconcile")
+        await self._cancel("reconcile", "remains")
 
     async def resume(self) -> None:
         self._spawn("reconcile", self._reconciler.run)
+        self._clear_remains()
 
     async def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         listeners: Callable[[], Mapping[Frontend, Sequence[int]]] = getattr(self._datapath, "listeners", dict)

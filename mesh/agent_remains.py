@@ -5,22 +5,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
 from mesh.config import Config
 from mesh.errors import MeshError
 
+GRACE: Final = 5.0  # seconds in which the other nodes learn that this one has another engine now
 EVERY: Final = 10.0  # seconds between two looks for strangers
 POLL: Final = 1.0  # seconds in which a thread waits for flows at a time
 
 OBSTACLE: Final = (
-    "programs of a daemon with another state directory are attached here too, and may serve flows by tables of "
-    "its own: `mesh stop --release` with its --state-dir, or, if that is gone, rm -r {}"
+    "a daemon with another state directory has programs here too, which may serve flows by tables of its own: "
+    "`mesh stop --release` with its --state-dir; if that is forgotten, rm -r {} and, before kernel 6.6, a reboot"
 )
 
+T = TypeVar("T")
 log = structlog.get_logger("mesh")
+
+
+async def _thread(work: Callable[..., T], *arguments: object) -> T:
+    """In a thread, to its end: who is cancelled waits for it, for the next process may change the same things."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def clear(config: Config, serving: Callable[[], bool]) -> None:
@@ -35,16 +47,19 @@ async def clear(config: Config, serving: Callable[[], bool]) -> None:
     remains = kernel_remains.find(config)
     if remains is None or not remains.programs:
         return
-    while not serving():  # noqa: ASYNC110 -- any cause, polled for moments
-        await asyncio.sleep(0.05)
+    while not serving() or remains.owned:  # noqa: ASYNC110 -- any cause, polled
+        await asyncio.sleep(0.2)
+    if not remains.programs:
+        return
     try:
-        flows = await asyncio.to_thread(remains.hand_back)
+        flows = await _thread(remains.hand_back)
         log.info("the kernel engine served here before: its programs go with the flows under way", flows=flows)
-        while await asyncio.to_thread(remains.wait, POLL):
+        await asyncio.sleep(GRACE)
+        while await _thread(remains.wait, POLL):
             pass
-        await asyncio.to_thread(remains.take_off)
+        await _thread(remains.take_off)
         log.info("the kernel engine's programs are taken off")
-    except MeshError as error:
+    except (MeshError, OSError, ValueError, KeyError) as error:
         log.warning("the kernel engine's programs of before are in the way: mesh stop --release", error=str(error))
 
 

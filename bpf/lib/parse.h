@@ -19,7 +19,7 @@
 #define IP_DF       0x4000
 #define IP_MORE     0x2000
 #define IP_OFFSET   0x1fff
-#define TOS_DSCP    0xfc /* of the type of service, or traffic class */
+#define TOS_DSCP    0xfc /* of the type of service: all but the ECN bits */
 #define TCP_FIN     0x01
 #define TCP_SYN     0x02
 #define TCP_RST     0x04
@@ -65,7 +65,7 @@ struct packet {
 	__be16 fragment_id;
 	__sum16 check; /* of the IPv4 header */
 	__u8 dont_fragment;
-	__u8 tos;  /* or traffic class, without the ECN bits */
+	__u8 tos;  /* IPv4: without the ECN bits */
 	__u16 mtu; /* that it is larger than, where it is refused as too big */
 	__u16 pad2[3];
 };
@@ -165,7 +165,6 @@ INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32
 	p->version = 6;
 	p->dont_fragment = 1;
 	p->ttl = ip->hop_limit;
-	p->tos = (__u8)(bpf_ntohl(*(__be32 *)ip) >> 20) & TOS_DSCP;
 	p->l4 = (__u16)(L3 + sizeof(*ip));
 	if (unlikely(ip->version != 6 || p->length > available))
 		return PARSE_OTHER;

@@ -285,11 +285,12 @@ static __noinline int tunnel_send(struct __sk_buff *skb, struct tunnel_to *to, _
 	    bpf_skb_store_bytes(skb, L3 + room - TUNNEL_HEADERS, &head, sizeof(head), BPF_F_RECOMPUTE_CSUM) ||
 	    (v4 ? outer_v4(skb, to, way, length) : outer_v6(skb, to, way, length)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
-	by.source = &way->source;
-	by.destination = &to->node;
+	if (!v4)
+		return (int)bpf_redirect_neigh(way->ifindex, NULL, 0, 0);
+	by.source = way->source.words[3];
+	by.destination = to->node.words[3];
 	by.ifindex = way->ifindex;
-	by.version = v4 ? 4 : 6;
-	return send_out(skb, &by);
+	return send_v4(skb, &by);
 }
 
 #endif /* MESH_LIB_TUNNEL_H */

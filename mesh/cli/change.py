@@ -64,15 +64,17 @@ def _set_drained(path: str, kind: str, name: str, state_dir: Path, as_json: bool
 
 @click.command(short_help="Stop the daemon, optionally hand the ports back.")
 @click.option("--release", is_flag=True, help="Also hand the ports back to Docker's own mesh.")
+@click.option("--now", is_flag=True, help="With --release, where no daemon runs: do not wait for connections.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the daemon is gone.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait, seconds.")
 @daemon_options
-def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bool) -> None:
+def stop(release: bool, now: bool, wait: bool, timeout: float, state_dir: Path, as_json: bool) -> None:
     """Stop the daemon as SIGTERM does: accept nothing new, let connections end (at most drain_timeout), leave.
 
     What the kernel engine has in the kernel forwards on without a daemon, by the tables of that moment. --release takes
     it off, also where no daemon runs any more: flows that start are left to whoever serves the ports besides at once,
-    those under way are waited for.
+    those under way are waited for, unless it is to be --now. (Where they are pinned, bpf_fs, is as configured for
+    `mesh run` by the default file or MESH_BPF_FS.)
 
     \b
     Exit code: 0 it is gone (or going, with --no-wait); 1 still there after --timeout.
@@ -83,7 +85,7 @@ def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bo
     except DaemonUnreachableError as error:
         if not release:
             raise
-        _clear(state_dir, timeout if wait else 0.0, as_json, error)
+        _clear(state_dir, timeout if wait and not now else 0.0, now, as_json, error)
         return
     gone = not wait or _wait_gone(state_dir, timeout)
     if as_json:
@@ -97,7 +99,7 @@ def stop(release: bool, wait: bool, timeout: float, state_dir: Path, as_json: bo
         sys.exit(Exit.NOT_READY)
 
 
-def _clear(state_dir: Path, seconds: float, as_json: bool, unreachable: DaemonUnreachableError) -> None:
+def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachable: DaemonUnreachableError) -> None:
     """Take off what a kernel engine has left whose daemon is gone."""
     try:
         from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
@@ -110,7 +112,7 @@ def _clear(state_dir: Path, seconds: float, as_json: bool, unreachable: DaemonUn
     try:
         remains.drop_table()
         remains.hand_back()
-        flows = remains.wait(seconds)
+        flows = 0 if now else remains.wait(seconds)
         if remains.programs and not flows:
             remains.take_off()
     finally:
@@ -119,7 +121,9 @@ def _clear(state_dir: Path, seconds: float, as_json: bool, unreachable: DaemonUn
     if as_json:
         echo_json({"pid": None, "flows": flows, "gone": not flows})
     elif flows:
-        click.echo(f"no daemon ran; the ports are handed back, but {flows} flows still go through the programs it left")
+        click.echo(
+            f"no daemon ran; the ports are handed back; {flows} flows still go through the programs (--now cuts them)"
+        )
     else:
         click.echo("no daemon ran; what it had left in the kernel is taken off")
     if flows:

@@ -17,7 +17,10 @@ import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+import structlog
 
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
@@ -31,6 +34,8 @@ IP_PKTINFO: Final = 8
 IP_FREEBIND: Final = 15
 IPV6_FREEBIND: Final = 78
 
+log = structlog.get_logger(__name__)
+
 
 @dataclass(slots=True)
 class Opened:
@@ -43,7 +48,7 @@ class Opened:
 
 def table_name(state_dir: str) -> str:
     """The nftables table of this instance: one state directory, one daemon, one table."""
-    return f"mesh_{hashlib.sha256(state_dir.encode()).hexdigest()[:8]}"
+    return f"mesh_{hashlib.sha256(str(Path(state_dir).resolve()).encode()).hexdigest()[:8]}"
 
 
 def listening_socket(frontend: Frontend, port: int, *, floating: bool = False) -> socket.socket:
@@ -150,8 +155,19 @@ class NftTable:
         """Whether it is there, whoever made it; False also where nft cannot be used."""
         if shutil.which("nft") is None:
             return False
-        done = subprocess.run(["nft", "list", "table", "inet", self.name], capture_output=True, check=False, timeout=10)
-        return done.returncode == 0
+        command = ["nft", "list", "table", "inet", self.name]
+        try:
+            return subprocess.run(command, capture_output=True, check=False, timeout=10).returncode == 0
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+
+    def sweep(self) -> None:
+        """Take away what a process that was killed has left: it leads nowhere. What fails is logged."""
+        try:
+            if self.exists():
+                self.delete()
+        except DatapathError as error:
+            log.warning("a table of before is in the way", error=str(error))
 
     def replace(self, ports: Mapping[Frontend, int]) -> None:
         """Redirect exactly these frontends to these ports. None: the hooks stay, so that established flows go on.
@@ -211,7 +227,7 @@ class Interceptor:
         docker_host: dockerd runs here, so that its own rules and sockets may have the ports.
         threads: sockets per frontend at least.
         table: name of the nftables table.
-        inherited: sockets of an earlier process; ownership passes to the interceptor.
+        inherited: sockets of a process that is taken over from, maybe none; ownership passes to the interceptor.
         floating: addresses that the node may get later.
     """
 
@@ -241,8 +257,8 @@ class Interceptor:
         self._changed = False  # what is opened, since the last `commit`
         self._yielded = False
         self.notes: dict[Frontend, str] = {}
-        if not any(self._is_redirected(f, s) for f, s in self._inherited.items()) and self._table.exists():
-            self._table.delete()  # left behind by a process that was killed, and leads nowhere
+        if inherited is None:  # else the process that we take over from still needs its table
+            self._table.sweep()
 
     def listen(self, frontend: Frontend) -> Opened:
         """The sockets of a frontend, opened now if they are not open yet. Redirection begins with `commit`.

@@ -62,7 +62,7 @@ class KernelDatapath:
 
     def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
         self._config = config
-        self._beside = Beside(config, inherited or {}, docker_host=docker_host)
+        self._beside = Beside(config, inherited, docker_host=docker_host)
         self.listeners, self.stop_accepting = self._beside.listeners, self._beside.stop_accepting
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._home = Path(config.bpf_fs) / "mesh"
@@ -98,7 +98,7 @@ class KernelDatapath:
         kernel_adopt.check_hash(self._programs["mesh_explain"])
         self._order: kernel_stats.Order | None = None  # of what stats() last read
         self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
-        self._monitor = Monitor()
+        self._monitor, self._routes = Monitor(), RouteWatch(maps["mesh_routes"])
         self._netlink = Netlink()
         self._finder = Places(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")
@@ -122,7 +122,6 @@ class KernelDatapath:
             self._owner.write_text(self._token)
         except OSError:  # no room: the lock of the state directory has to do
             self._owner.unlink(missing_ok=True)
-        self._routes = RouteWatch(maps["mesh_routes"])
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
         self._sweeper = Sweeper(self._maps.reverse, self._is_owner)
@@ -365,11 +364,11 @@ class KernelDatapath:
                 hand_back(self._maps)
         self._stopping.set()
         with contextlib.suppress(AttributeError):
+            self._routes.close()
             self._monitor.wake()
         if self._follower is not None:
             self._follower.join()
             self._sweeper.close()
-            self._routes.close()
             self._beside.close()
             self._monitor.close()
             self._netlink.close()

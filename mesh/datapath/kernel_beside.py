@@ -86,18 +86,17 @@ def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | N
 class Beside:
     """A ProxyDatapath that is started when the first frontend needs it, or the second node is known."""
 
-    def __init__(self, config: Config, inherited: Listeners, *, docker_host: bool) -> None:
+    def __init__(self, config: Config, inherited: Listeners | None, *, docker_host: bool) -> None:
         self._config = dataclasses.replace(config, threads=config.threads or 1)
         self._docker_host = docker_host
-        self._inherited = inherited  # listening sockets of the proxy beside an earlier process
+        self._inherited = inherited or {}  # listening sockets of the proxy beside an earlier process
         self._proxy: ProxyDatapath | None = None
         self._applied = Applied()
         self._sources: dict[Frontend, FrontendEntry] = {}
         self._peers: tuple[object, ...] = ()
         self._problem = ""
-        table = NftTable(table_name(config.state_dir))
-        if not inherited and table.exists():  # of a proxy that was killed: leads nowhere
-            table.delete()
+        if inherited is None:  # else the process that we take over from may need its table
+            NftTable(table_name(config.state_dir)).sweep()
 
     def apply(self, applied: Applied, addresses: Iterable[Address]) -> None:
         """Serve what `applied` needs on these addresses of the node. What fails is told by `problems`."""

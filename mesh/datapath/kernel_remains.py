@@ -7,7 +7,9 @@ The next agent with the kernel engine adopts the programs. For those who want no
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -40,6 +42,7 @@ class Remains:
     """Those of one state directory, of an agent that is gone. The caller has the lock of the state directory."""
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         self._home = Path(config.bpf_fs) / "mesh" / instance(config)
         self._state = Path(config.state_dir)
         self._table = NftTable(table_name(config.state_dir))
@@ -47,8 +50,20 @@ class Remains:
 
     @property
     def programs(self) -> bool:
-        """Whether a kernel engine has left any."""
-        return any(self._home.glob("*/mesh_ports"))
+        """Whether a kernel engine has left any, as far as this process may see."""
+        try:
+            return any(self._home.glob("*/mesh_ports"))
+        except OSError:
+            return False
+
+    @property
+    def owned(self) -> bool:
+        """Whether the process that has them lives, and lets go of them by itself (a take-over)."""
+        try:
+            pid = int((self._state / "kernel-owner").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return False
+        return pid != os.getpid() and Path(f"/proc/{pid}").exists()
 
     @property
     def table(self) -> bool:
@@ -67,7 +82,7 @@ class Remains:
             Flows that are under way and go on as before. 0 also where another build left the tables: it cannot tell.
         """
         directory = self._home / CONTRACT
-        if directory.is_dir() and self._maps is None:
+        if (directory / "mesh_config").exists() and self._maps is None:
             pins = [pin for pin in directory.iterdir() if pin.name.startswith("mesh_")]
             self._maps = KernelMaps({pin.name: _bpf.Map.open(str(pin)) for pin in pins}, directory)
             hand_back(self._maps)
@@ -78,20 +93,27 @@ class Remains:
         return kernel_stats.live_flows(self._maps) if self._maps else 0
 
     def wait(self, seconds: float) -> int:
-        """Wait until none is under way, at most so long. Returns how many are."""
+        """Wait until none is under way, at most so long. Returns how many are.
+
+        A count takes as long as there are many: what it takes is a small part of the time.
+        """
         deadline = time.monotonic() + seconds
-        while (left := self.flows()) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        return left
+        while True:
+            began = time.monotonic()
+            left = self.flows()
+            now = time.monotonic()
+            if not left or now >= deadline:
+                return left
+            time.sleep(min(max(0.2, 20 * (now - began)), deadline - now))
 
     def take_off(self) -> None:
-        """Take the programs off and remove the pins; flows that are under way end."""
+        """Take the programs off and remove the pins; flows that are under way end.
+
+        Filters, of kernels without tcx, say nothing of whose they are, and an interface has one: where another daemon
+        is, it is that one's.
+        """
         self.close()
-        netlink = Netlink()
-        try:
-            interfaces = netlink.topology().interfaces
-        finally:
-            netlink.close()
+        interfaces = {} if strangers(self._config) else self._interfaces()
         for directory in [pin.parent for pin in self._home.glob("*/mesh_ports")]:
             attached = Attachments({}, directory / "links")
             attached.adopt(interfaces)
@@ -100,6 +122,14 @@ class Remains:
         remove_pins(self._home)
         NamesFile(self._state / "kernel-names.json").remove()
         (self._state / "kernel-owner").unlink(missing_ok=True)
+
+    @staticmethod
+    def _interfaces() -> Mapping[int, object]:
+        netlink = Netlink()
+        try:
+            return netlink.topology().interfaces
+        finally:
+            netlink.close()
 
     def close(self) -> None:
         """Let go of the maps."""
@@ -110,11 +140,15 @@ class Remains:
 
 def hand_back(maps: KernelMaps) -> None:
     """Have flows that start left to the kernel; those under way stay where they are."""
-    sizes = {frontend: served.table.size for frontend, served in maps.served.items()}
-    maps.arenas.reserve(sizes.values())
-    for frontend, size in sizes.items():
-        table = SlotTable.from_slots(maps.read_table(frontend)).transition(SlotTable.uniform(size, OWNER_PASS))
-        maps.put_frontend(frontend, table.to_bytes(), maps.served[frontend].flags, None)
+    maps.arenas.reserve(served.table.size for served in maps.served.values())
+    for frontend, served in list(maps.served.items()):
+        try:
+            table = SlotTable.from_slots(maps.read_table(frontend))
+        except ValueError:  # makes no sense: nor has anybody been served by it
+            maps.drop_frontend(frontend)
+            continue
+        table = table.transition(SlotTable.uniform(table.size, OWNER_PASS))
+        maps.put_frontend(frontend, table.to_bytes(), served.flags, None)
 
 
 def strangers(config: Config) -> list[Path]:
@@ -136,9 +170,9 @@ def _cookie(pin: Path) -> bytes:
     """Of the network namespace that a pinned mesh_config is about; empty if it went meanwhile."""
     try:
         held = _bpf.Map.open(str(pin))
+        try:
+            return (held.lookup(bytes(4)) or b"")[:8]
+        finally:
+            held.close()
     except BpfError:
         return b""
-    try:
-        return (held.lookup(bytes(4)) or b"")[:8]
-    finally:
-        held.close()

@@ -46,7 +46,7 @@ class RouteWatch:
             try:
                 if self._monitor.wait(FOREVER):
                     self._changed()
-            except OSError as error:  # whatever changed meanwhile counts by then
+            except Exception as error:  # whatever changed meanwhile counts by then
                 log.warning("route changes not followed", error=str(error))
                 self._changed()
                 self._stop.wait(AGAIN)

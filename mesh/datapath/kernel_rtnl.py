@@ -235,10 +235,13 @@ class Monitor:
             self._socket.close()
             raise DatapathError(f"cannot follow network changes: {error.strerror}", where="rtnetlink") from error
         self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll = select.poll()
+        for each in (self._socket.fileno(), self._wake_out):
+            self._poll.register(each, select.POLLIN)
 
     def wait(self, seconds: float) -> bool:
         """Block until a change, `wake` or the time is over. Returns whether there was a change."""
-        ready, _, _ = select.select([self._socket.fileno(), self._wake_out], [], [], seconds)
+        ready = [fd for fd, _ in self._poll.poll(seconds * 1000)]
         if self._wake_out in ready:
             os.read(self._wake_out, 4096)
         if self._socket.fileno() not in ready:

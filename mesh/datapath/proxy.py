@@ -73,7 +73,9 @@ class ProxyDatapath:
         docker_host: bool = False,
     ) -> None:
         self._config = config
-        self._inherited = {f: fds for f, fds in (inherited or {}).items() if not is_peers(f, config)}
+        self._inherited = (
+            {f: fds for f, fds in inherited.items() if not is_peers(f, config)} if inherited is not None else None
+        )
         self._docker_host = docker_host
         self._threads = config.threads or len(os.sched_getaffinity(0))
         self._books = Books()

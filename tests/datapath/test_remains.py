@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from mesh.config import Config
-from mesh.datapath.kernel_remains import strangers
+from mesh.datapath.intercept import Interceptor, NftTable, table_name
+from mesh.datapath.kernel_beside import Beside
+from mesh.datapath.kernel_remains import find, strangers
+from mesh.model import Frontend, Protocol
 from tests.daemon import Daemon
 from tests.datapath.kernel_driver import Driver
 from tests.datapath.kernel_plane import PORT, TARGET, Connection, Plane, refused
@@ -54,7 +58,13 @@ name = "{name}"
 address = "{plane.namespaces[name].address}"
 """
     )
-    options = {"provider": "static", "static_file": file, "bpf_fs": plane.bpffs, "drain_timeout": 0} | config
+    options = {
+        "provider": "static",
+        "static_file": file,
+        "bpf_fs": plane.bpffs,
+        "drain_timeout": 0,
+        "guard_hold": 0,
+    } | config
     return contextlib.closing(Daemon(plane.node, plane.lab.directory / "daemon", **options))
 
 
@@ -75,6 +85,27 @@ def test_released_without_a_daemon(plane: Plane, engine: Driver) -> None:
     assert "mesh_" not in plane.node.run("bpftool", "net").stdout
     done = stop(plane, 0)
     assert done.returncode and "no daemon answers there" in done.stderr, done
+
+
+def test_flows_whose_client_is_gone_need_not_be_waited_for(plane: Plane, engine: Driver) -> None:
+    connection = Connection(plane.client, plane.node.address)
+    engine.kill()
+    done = mesh(plane, "stop", "--release", "--now")
+    assert done.returncode == 0 and "taken off" in done.stdout, done
+    assert plane.pins() == []
+    connection.close()
+
+
+def test_who_may_not_look_finds_nothing(plane: Plane, engine: Driver) -> None:
+    config = Config(state_dir=str(plane.state), bpf_fs=str(plane.bpffs))
+    plane.bpffs.chmod(0o700)
+    with plane.node.entered():
+        assert (remains := find(config)) and remains.programs
+        os.seteuid(65534)
+        try:
+            assert not remains.programs and strangers(config) == []
+        finally:
+            os.seteuid(0)
 
 
 def test_of_another_build(plane: Plane, engine: Driver) -> None:
@@ -118,6 +149,60 @@ def test_a_killed_proxys_redirection_is_taken_away(plane: Plane, engine_next: st
             daemon.start()
             assert set(plane.calls(20)) == {"b1"}
         assert "table inet mesh_" not in tables()
+
+
+def test_a_take_over_leaves_the_redirection_alone(plane: Plane) -> None:
+    """The process that is taken over from serves by it until the other one does."""
+    with plane.node.entered():
+        table = NftTable(table_name(str(plane.state)))
+        config = Config(state_dir=str(plane.state), intercept="nft")
+        frontend = Frontend(ipaddress.ip_address("::"), PORT, Protocol.TCP)
+        table.replace({frontend: 40000})
+        Interceptor("nft", docker_host=False, threads=1, table=table.name, inherited={})
+        Beside(config, {}, docker_host=False)
+        assert table.exists()
+        Beside(config, None, docker_host=False)
+        assert not table.exists()
+
+
+def test_the_next_engines_programs_stay(plane: Plane, engine: Driver) -> None:
+    """A proxy that waits for flows of a kernel engine before it, and is taken over from by another kernel engine."""
+    old = Connection(plane.client, plane.node.address)
+    engine.kill()
+    with serving_static(plane, "b2", engine="proxy", state_dir=plane.state, drain_timeout=60) as daemon:
+        wait_for(lambda: "its programs go with the flows" in daemon.tail(), "found and handed back")
+        proxied = Connection(plane.client, plane.node.address)
+        process = daemon.process
+        daemon.config["engine"] = "kernel"
+        daemon.start("--take-over")
+        old.close()  # the first process has nothing to wait for but its own connection
+        proxied.echo()
+        proxied.close()
+        process.wait(PATIENCE)
+        assert plane.pins() and set(plane.calls(20)) == {"b2"}
+        assert daemon.state()["engine"] == "kernel"
+
+
+def test_filters_of_another_daemon_stay(plane: Plane, engine: Driver) -> None:
+    """Kernels before 6.6: an interface has one filter, and the other daemon has replaced the one of before."""
+    engine.close(release=True)
+    engine.end()
+    first = plane.driver()
+    first.pretend_kernel(major=6, minor=1)
+    first.open()
+    first.serve(services=[plane.web("b1")])
+    first.kill()
+    other = plane.driver(state_dir=plane.lab.directory / "another")
+    other.pretend_kernel(major=6, minor=1)
+    other.open()
+    other.serve(services=[plane.web("b2")])
+    assert set(plane.calls(20)) == {"b2"}
+    done = stop(plane, PATIENCE)
+    assert done.returncode == 0 and "taken off" in done.stdout, done
+    assert set(plane.calls(20)) == {"b2"}
+    other.close(release=True)
+    other.end()
+    assert "mesh_" not in plane.node.run("bpftool", "net").stdout
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 from functools import partial
 from pathlib import Path
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mesh import _bpf
+from mesh.datapath.kernel_rtnl import Monitor
 from tests.datapath.kernel_driver import Driver
 from tests.datapath.kernel_plane import Connection, Plane
-from tests.lab.netns import Namespace, veth, wait_for
+from tests.lab.netns import PATIENCE, Namespace, veth, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -107,3 +110,19 @@ def test_without_an_agent_replies_follow_all_the_same(detour: Detour, engine: Dr
     detour.lead(1)
     connection.echo(200_000)
     connection.close()
+
+
+def test_changes_are_seen_with_many_descriptors_open(plane: Plane) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with plane.node.entered():
+            monitor = Monitor()
+        plane.node.ip("address", "add", "203.0.113.9/32", "dev", "eth0")
+        assert monitor.wait(PATIENCE)
+        monitor.close()
+    finally:
+        for each in held:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
