@@ -236,6 +236,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--engine", action="append", choices=ENGINES, help="default: one after the other")
     parser.add_argument("--each", action="store_true", help="print each change too")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
     try:
         rows = [row for engine in options.engine or ENGINES for row in measured(engine, options)]
     except LabError as error:
