@@ -106,11 +106,12 @@ def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachabl
     except ImportError:
         raise unreachable from None
     remains = kernel_remains.find(load({"state_dir": str(state_dir)}))
-    if not state_dir.is_dir() or remains is None or not (remains.programs or remains.table):
+    if not state_dir.is_dir() or remains is None or not (remains.programs or remains.table.exists()):
         raise unreachable
     lock = Lock.acquire(state_dir)
     try:
-        remains.drop_table()
+        if remains.table.exists():
+            remains.table.delete()
         remains.hand_back()
         flows = 0 if now else remains.wait(seconds)
         if remains.programs and not flows:

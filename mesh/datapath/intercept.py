@@ -313,10 +313,6 @@ class Interceptor:
             with contextlib.suppress(DatapathError):
                 self._table.delete()
 
-    @staticmethod
-    def _is_redirected(frontend: Frontend, sockets: Sequence[socket.socket]) -> bool:
-        return bool(sockets) and sockets[0].getsockname()[1] != frontend.port
-
     def _adopt(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)
         if not sockets:

@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 
 from mesh import _bpf
-from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
+from mesh._maglev import ABI_VERSION, SlotTable
 from mesh.config import Config
 from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats, kernel_xdp
 from mesh.datapath.base import (
@@ -44,7 +44,16 @@ from mesh.datapath.kernel_routes import RouteWatch
 from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
-from mesh.datapath.preflight import ensure_bpf_fs, instance, netns_cookie, preflight, remove_pins
+from mesh.datapath.preflight import (
+    CONTRACT,
+    NAMES,
+    OWNER,
+    ensure_bpf_fs,
+    netns_cookie,
+    pin_home,
+    preflight,
+    remove_pins,
+)
 from mesh.model import Affinity, Flow, Frontend, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
@@ -65,10 +74,9 @@ class KernelDatapath:
         self._beside = Beside(config, inherited, docker_host=docker_host)
         self.listeners, self.stop_accepting = self._beside.listeners, self._beside.stop_accepting
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
-        self._home = Path(config.bpf_fs) / "mesh"
         self._lock = threading.RLock()
-        self._names = NamesFile(Path(config.state_dir) / "kernel-names.json")
-        self._owner = Path(config.state_dir) / "kernel-owner"
+        self._names = NamesFile(Path(config.state_dir) / NAMES)
+        self._owner = Path(config.state_dir) / OWNER
         self._token = f"{os.getpid()} {time.monotonic_ns()}"
         self._applied = Applied()
         self._tables: dict[Frontend, SlotTable] = {}
@@ -89,8 +97,8 @@ class KernelDatapath:
         """Load, adopt, attach what was attached. See Datapath.open."""
         ensure_bpf_fs(Path(self._config.bpf_fs))
         Path(self._config.state_dir).mkdir(parents=True, exist_ok=True)
-        home = self._home / instance(self._config)
-        directory = self._directory = home / f"{ABI_VERSION}-{ABI_DIGEST}"
+        home = pin_home(self._config)
+        directory = self._directory = home / CONTRACT
         self._others = [p for p in home.glob("*") if p.name != directory.name]
         sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
         self._programs, maps = kernel_maps.load(directory, sizes, kernel_xdp.objects(self._config))
@@ -351,10 +359,6 @@ class KernelDatapath:
         """Flows in the kernel go on without this process; those of the proxy beside are waited for."""
         return self._beside.drain(seconds)
 
-    def live_flows(self) -> int:
-        """How many flows are under way, as far as can be told: TCP until both ends closed, UDP for a minute."""
-        return kernel_stats.live_flows(self._maps)
-
     def close(self, *, release: bool) -> None:
         """Stop. The data plane lives on; with `release` flows that start are left to who served the ports before, and
         all is taken off once the flows under way have ended. Where some last longer than `drain_timeout`, the programs
@@ -372,7 +376,7 @@ class KernelDatapath:
             self._beside.close()
             self._monitor.close()
             self._netlink.close()
-            if release and self._live_until(time.monotonic() + self._config.drain_timeout) == 0:
+            if release and kernel_stats.wait_for_flows(self._maps, self._config.drain_timeout) == 0:
                 self._xdp.detach()
                 self._attach.detach()
                 remove_pins(self._directory)
@@ -383,11 +387,6 @@ class KernelDatapath:
             if self._statistics is not None:
                 self._statistics.close()
             self._maps.close()
-
-    def _live_until(self, deadline: float) -> int:
-        while (live := self.live_flows()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return live
 
 
 __all__ = ["KernelDatapath", "preflight"]

@@ -8,13 +8,11 @@ The next agent with the kernel engine adopts the programs. For those who want no
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from mesh import _bpf
-from mesh._maglev import ABI_DIGEST, ABI_VERSION, SlotTable
+from mesh._maglev import SlotTable
 from mesh.config import Config
 from mesh.datapath import kernel_stats
 from mesh.datapath.base import OWNER_PASS
@@ -24,10 +22,8 @@ from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
 from mesh.datapath.kernel_rtnl import Netlink
 from mesh.datapath.kernel_xdp import XdpStage
-from mesh.datapath.preflight import instance, netns_cookie, remove_pins
+from mesh.datapath.preflight import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
 from mesh.errors import BpfError
-
-CONTRACT: Final = f"{ABI_VERSION}-{ABI_DIGEST}"  # name of a pin directory below an instance's
 
 
 def find(config: Config) -> Remains | None:
@@ -39,13 +35,17 @@ def find(config: Config) -> Remains | None:
 
 
 class Remains:
-    """Those of one state directory, of an agent that is gone. The caller has the lock of the state directory."""
+    """Those of one state directory, of an agent that is gone. The caller has the lock of the state directory.
+
+    Attributes:
+        table: a proxy's in nftables, may be absent; a proxy that runs has one, too.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._home = Path(config.bpf_fs) / "mesh" / instance(config)
+        self._home = pin_home(config)
         self._state = Path(config.state_dir)
-        self._table = NftTable(table_name(config.state_dir))
+        self.table = NftTable(table_name(config.state_dir))
         self._maps: KernelMaps | None = None
 
     @property
@@ -60,20 +60,10 @@ class Remains:
     def owned(self) -> bool:
         """Whether the process that has them lives, and lets go of them by itself (a take-over)."""
         try:
-            pid = int((self._state / "kernel-owner").read_text().split()[0])
+            pid = int((self._state / OWNER).read_text().split()[0])
         except (OSError, ValueError, IndexError):
             return False
         return pid != os.getpid() and Path(f"/proc/{pid}").exists()
-
-    @property
-    def table(self) -> bool:
-        """Whether there is a proxy's nftables table; a proxy that runs has one, too."""
-        return self._table.exists()
-
-    def drop_table(self) -> None:
-        """Take it away."""
-        if self.table:
-            self._table.delete()
 
     def hand_back(self) -> int:
         """Leave flows that start to the kernel, hence to whoever serves the ports besides.
@@ -86,25 +76,11 @@ class Remains:
             pins = [pin for pin in directory.iterdir() if pin.name.startswith("mesh_")]
             self._maps = KernelMaps({pin.name: _bpf.Map.open(str(pin)) for pin in pins}, directory)
             hand_back(self._maps)
-        return self.flows()
-
-    def flows(self) -> int:
-        """Those under way."""
         return kernel_stats.live_flows(self._maps) if self._maps else 0
 
     def wait(self, seconds: float) -> int:
-        """Wait until none is under way, at most so long. Returns how many are.
-
-        A count takes as long as there are many: what it takes is a small part of the time.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            began = time.monotonic()
-            left = self.flows()
-            now = time.monotonic()
-            if not left or now >= deadline:
-                return left
-            time.sleep(min(max(0.2, 20 * (now - began)), deadline - now))
+        """Wait until none is under way, at most so long. Returns how many are."""
+        return kernel_stats.wait_for_flows(self._maps, seconds) if self._maps else 0
 
     def take_off(self) -> None:
         """Take the programs off and remove the pins; flows that are under way end.
@@ -120,8 +96,8 @@ class Remains:
             XdpStage(None, directory / "links").detach()
             attached.detach()
         remove_pins(self._home)
-        NamesFile(self._state / "kernel-names.json").remove()
-        (self._state / "kernel-owner").unlink(missing_ok=True)
+        NamesFile(self._state / NAMES).remove()
+        (self._state / OWNER).unlink(missing_ok=True)
 
     @staticmethod
     def _interfaces() -> Mapping[int, object]:

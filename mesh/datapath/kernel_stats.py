@@ -154,6 +154,21 @@ def live_flows(maps: KernelMaps) -> int:
     )
 
 
+def wait_for_flows(maps: KernelMaps, seconds: float) -> int:
+    """Wait until no flow is under way, at most so long. Returns how many are.
+
+    A count takes as long as there are many: what it takes is a small part of the time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        began = time.monotonic()
+        left = live_flows(maps)
+        now = time.monotonic()
+        if not left or now >= deadline:
+            return left
+        time.sleep(min(max(0.2, 20 * (now - began)), deadline - now))
+
+
 def _packet(flow: Flow) -> bytes:
     """The first packet of a flow, as it comes in; checksums are not looked at."""
     if flow.protocol is Protocol.TCP:

@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
+from mesh._maglev import ABI_DIGEST, ABI_VERSION
 from mesh.config import Config
 from mesh.errors import DatapathError
 
@@ -21,6 +22,8 @@ BPF_FS_MAGIC: Final = 0xCAFE4A11
 CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 21, 38, 39
 CAPABILITIES: Final = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON"}
 SO_NETNS_COOKIE: Final = 71
+CONTRACT: Final = f"{ABI_VERSION}-{ABI_DIGEST}"  # name of this build's directory below `pin_home`
+NAMES, OWNER = "kernel-names.json", "kernel-owner"  # files in the state directory
 
 
 def netns_cookie() -> int:
@@ -33,6 +36,11 @@ def instance(config: Config) -> str:
     """Name of this daemon's pins: one for each state directory in each network namespace."""
     text = f"{Path(config.state_dir).resolve()}\0{netns_cookie()}"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def pin_home(config: Config) -> Path:
+    """Where this daemon's pins are, a directory for each contract."""
+    return Path(config.bpf_fs) / "mesh" / instance(config)
 
 
 def capabilities() -> set[int]:
