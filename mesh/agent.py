@@ -22,7 +22,6 @@ from mesh.agent_cluster import ClusterProvider
 from mesh.agent_handover import HandOver
 from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
-from mesh.agent_steady import end, steady
 from mesh.agent_view import Facts, View
 from mesh.agent_ways import Ways
 from mesh.config import Config
@@ -33,6 +32,7 @@ from mesh.model import Backend, Frontend, HealthView, Inventory, Node
 from mesh.notify import Notifier
 from mesh.provider import Provider
 from mesh.reconcile.loop import Picture, Reconciler
+from mesh.supervisor import end, steady
 from mesh.takeover import SERVING_TIMEOUT, Lock, Successor, TakeoverError, close_all
 
 LIVE_KEYS: Final = frozenset(

@@ -20,7 +20,6 @@ from mesh.agent_compare import Row, differences
 from mesh.agent_newcomers import Newcomers
 from mesh.agent_reports import Deaths, Reports, Soon
 from mesh.agent_silence import Silence
-from mesh.agent_steady import end, steady
 from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
@@ -29,6 +28,7 @@ from mesh.config import Config
 from mesh.errors import MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.provider import Provider, ProviderStatus, Publish
+from mesh.supervisor import end, steady
 from mesh.swarm import Here, SwarmProvider
 
 BLIND: Final = 3.0  # seconds after which a manager whose Engine does not answer is told by another
