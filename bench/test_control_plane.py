@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from mesh._bpf import map_work
 from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
 from mesh.agent_services import Services
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath import kernel_maps
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan, Table
 from mesh.datapath.codec import BACKEND_ACTIVE, BackendSlot

@@ -16,7 +16,7 @@ from bench.lab import BACKENDS, CLIENTS, FLOOD_NETWORK, NODE, Lab
 from bench.peers.base import Side, first_line
 from bench.peers.mesh import Mesh, static_file
 from bench.peers.nft import TIMEOUTS
-from mesh.config import Config
+from mesh.config.keys import Config
 
 FAR: Final = "10.90.0.254"
 CLIENT_NETWORK: Final = "10.90.0.0/27"

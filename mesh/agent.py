@@ -24,7 +24,7 @@ from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
 from mesh.agent_view import Facts, View
 from mesh.agent_ways import Ways
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor

@@ -24,7 +24,7 @@ from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider, view_of
 from mesh.cluster.credentials import CredentialsWatch, Files
 from mesh.cluster.server import RelayServer
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.provider import Provider, ProviderStatus, Publish

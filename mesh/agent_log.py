@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Backend, FrontendState, Health
 from mesh.reconcile.compose import SERVING, standing
 from mesh.reconcile.loop import Picture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.agent_cluster import ClusterProvider
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Datapath
 from mesh.errors import ConfigError, DatapathError
 from mesh.model import Frontend

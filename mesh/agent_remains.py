@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import MeshError
 
 GRACE: Final = 5.0  # seconds in which the other nodes learn that this one has another engine now

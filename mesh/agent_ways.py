@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.peer_probe import LEAST, NOBODY, ask_stream, path_mtu
 from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.model import Node, Problem

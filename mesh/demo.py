@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from mesh.config import DEFAULT_STATE_DIR, Config
+from mesh.config.keys import DEFAULT_STATE_DIR, Config
 from mesh.errors import ProviderError
 from mesh.model import Backend, Inventory, Node, Protocol, PublishedPort, Service
 from mesh.provider import ProviderStatus, Publish

@@ -43,7 +43,7 @@ from typing import Annotated, Any, Final, Literal
 import structlog
 from msgspec import Meta, Struct, ValidationError, convert
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.labels import KEYS, nearest, parse_options
 from mesh.model import (

@@ -11,7 +11,7 @@ import click
 
 from mesh.cli.client import Json, call, daemon_options, echo_json
 from mesh.cli.main import DaemonUnreachableError, Exit
-from mesh.config_load import load
+from mesh.config.load import load
 from mesh.takeover import Lock
 
 KIND = click.Choice(["backend", "node"])

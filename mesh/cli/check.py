@@ -17,8 +17,8 @@ from mesh.cli.facts import Finding, Verdict, check_host
 from mesh.cli.firewall_facts import check_firewall
 from mesh.cli.main import Exit
 from mesh.cli.swarm_facts import check_docker
-from mesh.config import Config
-from mesh.config_load import config_options, load
+from mesh.config.keys import Config
+from mesh.config.load import config_options, load
 from mesh.errors import ConfigError, MeshError
 
 

@@ -15,8 +15,8 @@ import msgspec
 from tabulate import tabulate
 
 from mesh.cli.main import DaemonRefusedError, DaemonUnreachableError
-from mesh.config import DEFAULT_STATE_DIR
-from mesh.config_load import load
+from mesh.config.keys import DEFAULT_STATE_DIR
+from mesh.config.load import load
 from mesh.errors import ConfigError
 
 Json = dict[str, Any]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh.cli.client import call
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.preflight import preflight
 from mesh.errors import MeshError
 

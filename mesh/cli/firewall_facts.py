@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mesh.cli.facts import Finding, Verdict
-from mesh.config import Config
+from mesh.config.keys import Config
 
 WHAT: Final = "firewall"
 CHAIN: Final = "DOCKER-USER"

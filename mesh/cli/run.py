@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mesh.config_load import config_options, load
+from mesh.config.load import config_options, load
 
 
 @click.command(short_help="The daemon.")

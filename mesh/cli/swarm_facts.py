@@ -14,7 +14,7 @@ import msgspec
 
 from mesh.cli.client import call
 from mesh.cli.facts import Finding, Verdict
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.preflight import preflight
 from mesh.errors import MeshError, plain
 

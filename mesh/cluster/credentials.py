@@ -20,7 +20,7 @@ from typing import Any, Final
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import MeshError, plain
 
 MANAGER: Final = "swarm-manager"

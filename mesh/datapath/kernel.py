@@ -20,7 +20,7 @@ import structlog
 
 from mesh import _bpf
 from mesh._maglev import ABI_VERSION, SlotTable
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats, kernel_xdp
 from mesh.datapath.base import (
     Applied,

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import COLUMNS, Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats, Table
 from mesh.datapath.intercept import NftTable, table_name
 from mesh.errors import DatapathError

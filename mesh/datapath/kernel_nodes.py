@@ -10,7 +10,7 @@ from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import backend_seed
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath import codec
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.codec import ConfigSlot, NodeSlot

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mesh import _bpf
 from mesh._maglev import SlotTable
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath import kernel_stats
 from mesh.datapath.base import OWNER_PASS
 from mesh.datapath.intercept import NftTable, table_name

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh import _bpf
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.kernel_places import INGRESS
 from mesh.datapath.kernel_rtnl import Interface
 from mesh.errors import BpfError

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh._maglev import ABI_DIGEST, ABI_VERSION
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import DatapathError
 
 KERNEL: Final = (5, 15)

@@ -14,7 +14,7 @@ from typing import Final
 
 from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable, hash_client, hash_flow, slot_of
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import (
     OWNER_NONE,
     Applied,

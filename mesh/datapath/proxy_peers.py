@@ -10,7 +10,7 @@ from typing import Final
 
 from mesh._fastpath import Engine, Front
 from mesh._maglev import backend_seed
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.intercept import listening_sockets, why
 from mesh.datapath.proxy_books import sixteen

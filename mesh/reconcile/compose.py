@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import (
     TABLE_SIZES,
     WEIGHT_MAX,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Health, HealthView, Target
 
 FOREVER: Final = float("inf")

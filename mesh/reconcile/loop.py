@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath, Plan
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Frontend, HealthView, Inventory

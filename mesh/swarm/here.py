@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import ProviderError
 from mesh.model import Backend, Inventory
 from mesh.swarm import schema

@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Inventory
 from mesh.provider import ProviderStatus, Publish

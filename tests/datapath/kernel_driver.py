@@ -53,7 +53,7 @@ class Served:
     """The process' side."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from mesh.config import Config
+        from mesh.config.keys import Config
         from mesh.datapath.base import Applied
         from mesh.datapath.kernel import KernelDatapath
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.intercept import Interceptor, NftTable, table_name
 from mesh.datapath.kernel_beside import Beside
 from mesh.datapath.kernel_remains import find, strangers

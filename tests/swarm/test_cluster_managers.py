@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mesh.cluster.credentials import Files
-from mesh.config import Config
+from mesh.config.keys import Config
 from tests import peers
 from tests.cluster import WEB, Cluster, failures
 from tests.lab.dockerd import Node, Swarm

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.swarm import SwarmProvider, detect

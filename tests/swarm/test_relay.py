@@ -16,7 +16,7 @@ from mesh.cluster import wire
 from mesh.cluster.client import RelayProvider
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
 from mesh.cluster.server import RelayServer
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
 from tests.lab.dockerd import Node, Swarm
 from tests.lab.netns import PATIENCE

@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from mesh._maglev import SlotTable, backend_seed
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Counters, FrontendEntry, Plan
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target

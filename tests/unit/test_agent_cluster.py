@@ -12,7 +12,7 @@ import pytest
 from mesh import agent_cluster
 from mesh.agent_cluster import ClusterProvider
 from mesh.cluster.wire import Report, Verdict
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Node
 from mesh.provider import ProviderStatus
 from mesh.swarm.decode import decode

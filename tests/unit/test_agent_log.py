@@ -10,7 +10,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from mesh import agent_log
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Backend, Inventory, Node, Service
 from mesh.reconcile.loop import Picture
 

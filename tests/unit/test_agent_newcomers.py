@@ -11,7 +11,7 @@ from typing import Any
 from mesh.agent_cluster import ClusterProvider
 from mesh.agent_newcomers import HOLD, Newcomers
 from mesh.cluster.wire import Report, Verdict
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import (
     Backend,
     Health,

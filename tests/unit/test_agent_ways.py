@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import cast
 
 from mesh.agent_ways import Ways
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import Node
 from tests.ports import free_port
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import (
     Backend,
     DesiredState,

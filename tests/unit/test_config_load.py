@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mesh.config import Config
-from mesh.config_load import config_options, load
+from mesh.config.keys import Config
+from mesh.config.load import config_options, load
 from mesh.errors import ConfigError
 
 

@@ -20,7 +20,7 @@ from mesh.agent_cluster import ClusterProvider
 from mesh.cluster.client import RelayProvider
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
 from mesh.cluster.server import RelayServer
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import plain
 from tests.lab.netns import PATIENCE
 from tests.ports import free_port

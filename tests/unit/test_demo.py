@@ -9,7 +9,7 @@ import socket
 import aiohttp
 import pytest
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.demo import BACKENDS, DemoProvider
 from mesh.model import Inventory
 

@@ -14,8 +14,8 @@ import pytest
 
 from mesh.agent import LIVE_KEYS
 from mesh.cli.main import Exit, main
-from mesh.config import Config
-from mesh.config_load import load
+from mesh.config.keys import Config
+from mesh.config.load import load
 from mesh.datapath.base import Failure
 from mesh.labels import KEYS
 from mesh.metrics import families

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.agent_view import Facts, View
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.memory import MemoryDatapath
 from mesh.demo import DemoProvider
 from mesh.health.monitor import Monitor

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import BackendKey
 from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
 from mesh.datapath.proxy import ProxyDatapath

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.model import DesiredState, Health, HealthView, Intent, Inventory
 from mesh.reconcile.compose import Drained, compose
 from mesh.reconcile.guard import FOREVER, Guarded, guard

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.intercept import Interceptor, NftTable, table_name
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.errors import DatapathError

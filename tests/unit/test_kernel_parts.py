@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh._maglev import SlotTable
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
 from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel_arena import Ranges

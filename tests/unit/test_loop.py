@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Plan
 from mesh.datapath.memory import MemoryDatapath
 from mesh.errors import DatapathError

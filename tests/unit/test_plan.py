@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh._maglev import SLOT_TRACKED, SlotTable, backend_seed
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import OWNER_FIRST, OWNER_PASS, Applied, Plan
 from mesh.datapath.memory import MemoryDatapath
 from mesh.errors import DatapathError

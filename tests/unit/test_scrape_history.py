@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.agent_services import Services
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Counters, Stats
 from mesh.datapath.memory import MemoryDatapath
 from mesh.metrics.collector import Exposition, Snapshot

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Affinity, Intent, Inventory, ProbeKind, Protocol, PublishedPort
 from mesh.static import StaticProvider, parse_static

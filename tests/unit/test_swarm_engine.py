@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 import structlog
 
-from mesh.config import Config
+from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Inventory
 from mesh.swarm import SwarmProvider, detect

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's configuration: every key, its default, its meaning. Loaded by mesh.config_load."""
+"""The daemon's configuration: every key, its default, its meaning. Loaded by mesh.config.load."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from mesh.config import DEFAULT_CONFIG_FILE, Config
+from mesh.config.keys import DEFAULT_CONFIG_FILE, Config
 from mesh.errors import ConfigError
 
 KEYS: Final[Mapping[str, Field[Any]]] = {field.name: field for field in fields(Config)}
