@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from mesh.errors import ProviderError
-from mesh.swarm.watch import frames
+from mesh.providers.swarm.watch import frames
 from tests.lab.dockerd import Node
 
 RUNNING: Final = 512  # TaskState

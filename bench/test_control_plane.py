@@ -29,11 +29,11 @@ from mesh.datapath.kernel_nodes import Ids
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.metrics.collector import Exposition, Snapshot, render
 from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
+from mesh.providers.swarm.decode import Answers, decode
 from mesh.reconcile.compose import ComposeCache, Drained, compose
 from mesh.reconcile.guard import guard
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
-from mesh.swarm.decode import Answers, decode
 from tests.unit.metrics_samples import snapshot
 
 BACKENDS = 1000

@@ -30,7 +30,7 @@ from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Frontend, HealthView, Inventory, Node
 from mesh.notify import Notifier
-from mesh.provider import Provider
+from mesh.providers.base import Provider
 from mesh.reconcile.loop import Picture, Reconciler
 from mesh.supervisor import end, steady
 from mesh.takeover import SERVING_TIMEOUT, Lock, Successor, TakeoverError, close_all

@@ -27,9 +27,9 @@ from mesh.cluster.server import RelayServer
 from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node
-from mesh.provider import Provider, ProviderStatus, Publish
+from mesh.providers.base import Provider, ProviderStatus, Publish
+from mesh.providers.swarm import Here, SwarmProvider
 from mesh.supervisor import end, steady
-from mesh.swarm import Here, SwarmProvider
 
 BLIND: Final = 3.0  # seconds after which a manager whose Engine does not answer is told by another
 GATHERING: Final = 5.0  # seconds at most for which a manager that can read again waits until all nodes' agents call it
@@ -45,7 +45,7 @@ async def _no_tables() -> tuple[int, dict[str, str]]:
 
 
 class ClusterProvider:
-    """A provider for every node of a swarm; see mesh.provider.Provider.
+    """A provider for every node of a swarm; see mesh.providers.base.Provider.
 
     Before `run`, set `engine` to how this node forwards, `tables` to what tells the generation that is applied and
     the digests of its tables by frontend, and `on_health` to what takes all nodes' verdicts, this node's among them,

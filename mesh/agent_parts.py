@@ -15,7 +15,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import Datapath
 from mesh.errors import ConfigError, DatapathError
 from mesh.model import Frontend
-from mesh.provider import Provider
+from mesh.providers.base import Provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ async def choose_provider(config: Config) -> tuple[Config, Provider]:
         ConfigError: the provider cannot be used as configured.
     """
     kind = config.provider
-    swarm: Any = importlib.import_module("mesh.swarm")
+    swarm: Any = importlib.import_module("mesh.providers.swarm")
     if kind == "auto":
         kind = "static" if config.static_file else "swarm" if await swarm.detect(config) else "demo"
     config = replace(config, provider=kind)
@@ -42,8 +42,8 @@ async def choose_provider(config: Config) -> tuple[Config, Provider]:
     if kind == "static":
         if not config.static_file:
             raise ConfigError("provider = static needs a file", where="static_file", remedy="set --static-file")
-        return config, importlib.import_module("mesh.static").StaticProvider(config)
-    return config, importlib.import_module("mesh.demo").DemoProvider(config)
+        return config, importlib.import_module("mesh.providers.static").StaticProvider(config)
+    return config, importlib.import_module("mesh.providers.demo").DemoProvider(config)
 
 
 async def choose_engine(config: Config) -> Engine:

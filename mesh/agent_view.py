@@ -24,7 +24,7 @@ from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
 from mesh.metrics.view import Json
 from mesh.model import Flow, Inventory, Locality
-from mesh.provider import Provider
+from mesh.providers.base import Provider
 from mesh.reconcile.compose import Drained
 from mesh.reconcile.loop import Reconciler
 

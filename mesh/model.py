@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The domain in frozen dataclasses: what exists (Inventory), what should be served (DesiredState). Stdlib only, no I/O.
 
-Words are those of docs/ARCHITECTURE.md. *Task* is said in `mesh.swarm` only; everywhere else it is a Backend.
+Words are those of docs/ARCHITECTURE.md. *Task* is said in `mesh.providers.swarm` only; everywhere else it is a Backend.
 """
 
 from __future__ import annotations

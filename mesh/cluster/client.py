@@ -23,7 +23,7 @@ from mesh.cluster.pulse import Pulses
 from mesh.cluster.server import CLOSED
 from mesh.errors import MeshError, plain
 from mesh.model import Health, HealthView
-from mesh.provider import ProviderStatus, Publish
+from mesh.providers.base import ProviderStatus, Publish
 
 _CONNECT_TIMEOUT: Final = 1.5
 _RETRY: Final = (0.1, 1.0)  # seconds until a lost link is tried again: first, most; doubled each time, less by chance

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh.demo import BACKENDS
 from mesh.metrics import families
+from mesh.providers.demo import BACKENDS
 from tests.lab.demo import Demo, get
 from tests.lab.netns import PATIENCE
 

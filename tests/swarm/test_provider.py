@@ -16,7 +16,7 @@ import pytest_asyncio
 from mesh.config.keys import Config
 from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
-from mesh.swarm import SwarmProvider, detect
+from mesh.providers.swarm import SwarmProvider, detect
 from tests.lab.dockerd import Node, Swarm
 from tests.lab.netns import PATIENCE, Lab, wait_for
 

@@ -14,9 +14,9 @@ from mesh.agent_cluster import ClusterProvider
 from mesh.cluster.wire import Report, Verdict
 from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Node
-from mesh.provider import ProviderStatus
-from mesh.swarm.decode import decode
-from mesh.swarm.here import Look
+from mesh.providers.base import ProviderStatus
+from mesh.providers.swarm.decode import decode
+from mesh.providers.swarm.local_node import Look
 from tests.unit.test_swarm_decode import answers, event, task
 
 

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 
 from mesh.config.keys import Config
-from mesh.demo import BACKENDS, DemoProvider
 from mesh.model import Inventory
+from mesh.providers.demo import BACKENDS, DemoProvider
 
 
 async def test_publishes_backends_that_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from mesh.cli.main import Exit, main
 from mesh.config.keys import Config
 from mesh.config.load import load
 from mesh.datapath.base import Failure
-from mesh.labels import KEYS
 from mesh.metrics import families
+from mesh.providers.labels import KEYS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

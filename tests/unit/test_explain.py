@@ -13,7 +13,6 @@ from typing import Any
 from mesh.agent_view import Facts, View
 from mesh.config.keys import Config
 from mesh.datapath.memory import MemoryDatapath
-from mesh.demo import DemoProvider
 from mesh.health.monitor import Monitor
 from mesh.model import (
     Backend,
@@ -29,6 +28,7 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
+from mesh.providers.demo import DemoProvider
 from mesh.reconcile.compose import Drained
 from mesh.reconcile.loop import Reconciler
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from mesh.agent_view import Facts, View
 from mesh.config.keys import Config
 from mesh.datapath.memory import MemoryDatapath
-from mesh.demo import DemoProvider
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Inventory, Protocol, PublishedPort, Service
+from mesh.providers.demo import DemoProvider
 from mesh.reconcile.loop import Reconciler
 from tests.lab.netns import PATIENCE
 

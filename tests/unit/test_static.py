@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Affinity, Intent, Inventory, ProbeKind, Protocol, PublishedPort
-from mesh.static import StaticProvider, parse_static
+from mesh.providers.static import StaticProvider, parse_static
 from tests.lab.netns import PATIENCE
 
 GOOD = """\

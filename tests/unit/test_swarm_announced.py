@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.scale_bodies import field, frame
-from mesh.swarm.announced import Announced, tasks_of
+from mesh.providers.swarm.watch_message import Announced, tasks_of
 
 TASK, SERVICE = 4, 2  # of Object
 

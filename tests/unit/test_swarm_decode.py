@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from mesh.errors import ProviderError
 from mesh.model import Intent, PublishedPort
 from mesh.model import Protocol as Transport
-from mesh.swarm import schema
-from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Answers, Decoder, decode
-from mesh.swarm.overlay import Overlay
+from mesh.providers.swarm import schema
+from mesh.providers.swarm.decode import GONE, TASK_LABEL, UNREADY, Answers, Decoder, decode
+from mesh.providers.swarm.events import Overlay
 
 INFO = {"Name": "n1", "Swarm": {"NodeID": "node1", "LocalNodeState": "active", "ControlAvailable": True}}
 

@@ -19,11 +19,11 @@ import structlog
 from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Inventory
-from mesh.swarm import SwarmProvider, detect
-from mesh.swarm.decode import NO_GATEWAY, Answers
-from mesh.swarm.engine import Engine, engine_url
-from mesh.swarm.here import Look, decode_look, keep_role
-from mesh.swarm.watch import plain_key, tls_context, watch, watch_request
+from mesh.providers.swarm import SwarmProvider, detect
+from mesh.providers.swarm.decode import NO_GATEWAY, Answers
+from mesh.providers.swarm.engine import Engine, engine_url
+from mesh.providers.swarm.local_node import Look, decode_look, keep_role
+from mesh.providers.swarm.watch import plain_key, tls_context, watch, watch_request
 from tests.lab.netns import PATIENCE
 
 PORT = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"}
@@ -124,7 +124,7 @@ PATHS = ["/version", "/info", "/services", "/tasks", "/nodes", "/containers/json
 
 async def test_no_answer_is_a_provider_error() -> None:
     """One path of each peer stays without; all at once, for each takes its time."""
-    from mesh.swarm.decode import decode
+    from mesh.providers.swarm.decode import decode
 
     async def ask(path: str, directory: str) -> None:
         async with peer_in(Path(directory)) as peer:
@@ -143,7 +143,7 @@ async def test_no_answer_is_a_provider_error() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("how", BAD)
 async def test_a_bad_answer_is_a_provider_error(peer: Peer, engine: Engine, how: str, path: str) -> None:
-    from mesh.swarm.decode import decode
+    from mesh.providers.swarm.decode import decode
 
     peer.answer = lambda asked: BAD[how] if asked.startswith(path) else peer.good(asked)
     with pytest.raises(ProviderError) as caught:
@@ -152,7 +152,7 @@ async def test_a_bad_answer_is_a_provider_error(peer: Peer, engine: Engine, how:
 
 
 async def test_a_good_answer(peer: Peer, engine: Engine) -> None:
-    from mesh.swarm.decode import decode
+    from mesh.providers.swarm.decode import decode
 
     (backend,) = decode(await engine.read()).inventory.backends
     assert (backend.id, str(backend.address)) == ("t1", "172.18.0.3")
@@ -168,7 +168,7 @@ async def test_an_engine_over_tcp(peer: Peer) -> None:
 
 
 async def test_no_gateway_network_yet(peer: Peer, engine: Engine) -> None:
-    from mesh.swarm.decode import decode
+    from mesh.providers.swarm.decode import decode
 
     def answer(path: str) -> bytes:
         return http(b'{"message": "no such network"}', status="404 X") if "gwbridge" in path else peer.good(path)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.labels import KEYS, node_weight, parse_options, service_options
 from mesh.model import Affinity, HealthCheck, Locality, ProbeKind, ProxyProtocol, ServiceOptions
+from mesh.providers.labels import KEYS, node_weight, parse_options, service_options
 
 
 def test_no_labels_are_the_defaults() -> None:

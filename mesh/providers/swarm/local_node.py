@@ -19,10 +19,10 @@ import structlog
 from mesh.config.keys import Config
 from mesh.errors import ProviderError
 from mesh.model import Backend, Inventory
-from mesh.swarm import schema
-from mesh.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
-from mesh.swarm.engine import Engine
-from mesh.swarm.overlay import Overlay
+from mesh.providers.swarm import schema
+from mesh.providers.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
+from mesh.providers.swarm.engine import Engine
+from mesh.providers.swarm.events import Overlay
 
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
 _QUIET: Final = 0.05  # seconds between two looks

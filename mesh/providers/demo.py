@@ -19,7 +19,7 @@ from aiohttp import web
 from mesh.config.keys import DEFAULT_STATE_DIR, Config
 from mesh.errors import ProviderError
 from mesh.model import Backend, Inventory, Node, Protocol, PublishedPort, Service
-from mesh.provider import ProviderStatus, Publish
+from mesh.providers.base import ProviderStatus, Publish
 
 BACKENDS: Final = 5
 FIRST_PORT: Final = 8080
@@ -27,7 +27,7 @@ PORTS_TRIED: Final = 100
 SERVICE: Final = "demo"
 ADDRESSES: Final = tuple(ipaddress.IPv4Address("127.0.9.1") + i for i in range(BACKENDS))
 
-log = structlog.get_logger("mesh.demo")
+log = structlog.get_logger("mesh.providers.demo")
 
 
 class DemoProvider:

@@ -19,11 +19,11 @@ import structlog
 from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Inventory
-from mesh.provider import ProviderStatus, Publish
-from mesh.swarm.decode import Decoder, Read
-from mesh.swarm.engine import Engine, engine_url
-from mesh.swarm.overlay import Overlay
-from mesh.swarm.watch import watch
+from mesh.providers.base import ProviderStatus, Publish
+from mesh.providers.swarm.decode import Decoder, Read
+from mesh.providers.swarm.engine import Engine, engine_url
+from mesh.providers.swarm.events import Overlay
+from mesh.providers.swarm.watch import watch
 
 _QUIET_SECONDS: Final = 0.02  # at least so long between the end of a read and the next
 _QUIET_SHARE: Final = 1.0  # and so many times as long as the read took, so that a slow Engine is not swamped
@@ -66,7 +66,7 @@ class _Bell:
 
 
 class SwarmProvider:
-    """Source of the inventory on a swarm manager; see mesh.provider.Provider for the contract.
+    """Source of the inventory on a swarm manager; see mesh.providers.base.Provider for the contract.
 
     Raises:
         ConfigError: docker_host is no address of an Engine.

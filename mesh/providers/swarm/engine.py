@@ -15,8 +15,8 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
 from mesh.errors import ConfigError, ProviderError, plain
-from mesh.swarm import schema
-from mesh.swarm.decode import NO_GATEWAY, TASK_LABEL, Answers, parse
+from mesh.providers.swarm import schema
+from mesh.providers.swarm.decode import NO_GATEWAY, TASK_LABEL, Answers, parse
 
 API_NEWEST: Final = (1, 51)
 """The newest version whose answers were checked against what is read of them."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mesh.model import Inventory
-from mesh.swarm import schema
-from mesh.swarm.decode import GONE, TASK_LABEL, UNREADY, Read
+from mesh.providers.swarm import schema
+from mesh.providers.swarm.decode import GONE, TASK_LABEL, UNREADY, Read
 
 _HEALTH: Final = {"health_status: healthy": True, "health_status: unhealthy": False}
 _SURE_DEATH: Final = ("9", "SIGKILL", "KILL")

@@ -11,11 +11,11 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from mesh import labels
 from mesh.errors import ProviderError
 from mesh.model import Address, Backend, Intent, Inventory, Node, Problem, PublishedPort, Service
 from mesh.model import Protocol as Transport
-from mesh.swarm import schema
+from mesh.providers import labels
+from mesh.providers.swarm import schema
 
 T = TypeVar("T")
 

@@ -45,7 +45,6 @@ from msgspec import Meta, Struct, ValidationError, convert
 
 from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
-from mesh.labels import KEYS, nearest, parse_options
 from mesh.model import (
     ANY_ADDRESS,
     WEIGHT_MAX,
@@ -59,7 +58,8 @@ from mesh.model import (
     PublishedPort,
     Service,
 )
-from mesh.provider import ProviderStatus, Publish
+from mesh.providers.base import ProviderStatus, Publish
+from mesh.providers.labels import KEYS, nearest, parse_options
 
 _POLL_SECONDS: Final = 0.25
 _PROTOCOLS: Final = {"tcp": Protocol.TCP, "udp": Protocol.UDP}
@@ -311,7 +311,7 @@ def _options(raw: dict[str, Any], path: _Path) -> Any:
 
 
 class StaticProvider:
-    """Source of the inventory from `static_file`; see mesh.provider.Provider for the contract.
+    """Source of the inventory from `static_file`; see mesh.providers.base.Provider for the contract.
 
     Raises:
         ConfigError: no file is configured.

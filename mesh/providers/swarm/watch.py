@@ -23,7 +23,7 @@ import h2.events
 import h2.exceptions
 
 from mesh.errors import ProviderError
-from mesh.swarm.announced import Announced
+from mesh.providers.swarm.watch_message import Announced
 
 KINDS: Final = ("task", "service", "node")
 _ACTIONS: Final = 0x07  # create | update | remove
