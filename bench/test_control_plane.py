@@ -22,8 +22,9 @@ from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
 from mesh.agent_services import Services
 from mesh.config.keys import Config
 from mesh.datapath import kernel_maps
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan, Table
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
 from mesh.datapath.codec import BACKEND_ACTIVE, BackendSlot
+from mesh.datapath.counters import Table
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_nodes import Ids
 from mesh.datapath.proxy import ProxyDatapath

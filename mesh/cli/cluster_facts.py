@@ -20,7 +20,7 @@ from mesh.cli.client import call
 from mesh.cli.facts import Finding, Verdict
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config.keys import Config
-from mesh.datapath.kernel_rtnl import Netlink
+from mesh.datapath.netlink import Netlink
 from mesh.datapath.peer_probe import NO_ANSWER, NOBODY, PathMtu, ask_stream, path_mtu
 from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.errors import MeshError

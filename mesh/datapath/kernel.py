@@ -41,9 +41,9 @@ from mesh.datapath.kernel_nodes import Ids, Nodes, node_config, seed_of
 from mesh.datapath.kernel_places import Place, Places, is_held, keepers, misplaced, wanted
 from mesh.datapath.kernel_remains import hand_back
 from mesh.datapath.kernel_routes import RouteWatch
-from mesh.datapath.kernel_rtnl import Monitor, Netlink
 from mesh.datapath.kernel_rules import compile_rules
 from mesh.datapath.kernel_sweep import Sweeper
+from mesh.datapath.netlink import Monitor, Netlink
 from mesh.datapath.preflight import (
     CONTRACT,
     NAMES,

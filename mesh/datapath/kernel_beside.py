@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from mesh.config.keys import Config
-from mesh.datapath.base import COLUMNS, Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats, Table
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats
+from mesh.datapath.counters import COLUMNS, Table
 from mesh.datapath.intercept import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend

@@ -14,7 +14,7 @@ from mesh.config.keys import Config
 from mesh.datapath import codec
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.codec import ConfigSlot, NodeSlot
-from mesh.datapath.kernel_rtnl import Netlink, Topology
+from mesh.datapath.netlink import Netlink, Topology
 from mesh.model import Address, Frontend, Protocol
 
 AGAIN: Final = 4.0  # seconds after which routes are asked for again: they change by more than interfaces and addresses

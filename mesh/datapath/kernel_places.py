@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh.datapath.base import BackendEntry
-from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
+from mesh.datapath.netlink import Interface, Netlink, Route, Topology
 from mesh.model import Address, Frontend, Protocol
 
 INGRESS: Final = "mesh_ingress"

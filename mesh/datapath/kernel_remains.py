@@ -20,8 +20,8 @@ from mesh.datapath.intercept import NftTable, table_name
 from mesh.datapath.kernel_attach import Attachments
 from mesh.datapath.kernel_maps import KernelMaps
 from mesh.datapath.kernel_names import NamesFile
-from mesh.datapath.kernel_rtnl import Netlink
 from mesh.datapath.kernel_xdp import XdpStage
+from mesh.datapath.netlink import Netlink
 from mesh.datapath.preflight import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
 from mesh.errors import BpfError
 

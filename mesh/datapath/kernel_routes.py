@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from mesh import _bpf
-from mesh.datapath.kernel_rtnl import Monitor
+from mesh.datapath.netlink import Monitor
 
 # links; addresses, routes and rules of both versions; next hop objects: bit n - 1 of RTNLGRP_* n (linux/rtnetlink.h)
 GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000 | 0x80000000

@@ -11,7 +11,8 @@ from typing import Final
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath import codec
-from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats, Table
+from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats
+from mesh.datapath.counters import Table
 from mesh.datapath.kernel_maps import KernelMaps, Served
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mesh._fastpath import Engine, Front, Pair, read_columns
-from mesh.datapath.base import COLUMNS, PLAIN, BackendKey, Failure, FrontendEntry, Signal, Table
+from mesh.datapath.base import BackendKey, FrontendEntry, Signal
+from mesh.datapath.counters import COLUMNS, PLAIN, Failure, Table
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
 if TYPE_CHECKING:

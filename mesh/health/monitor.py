@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from mesh.datapath.base import Failure, Signal
+from mesh.datapath.base import Signal
+from mesh.datapath.counters import Failure
 from mesh.health.damping import Damping
 from mesh.health.probe import ProbeError, probe
 from mesh.model import (

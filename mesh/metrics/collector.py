@@ -18,7 +18,8 @@ from typing import Final
 import prometheus_client
 from prometheus_client.exposition import choose_encoder
 
-from mesh.datapath.base import BackendKey, Stats, Table
+from mesh.datapath.base import BackendKey, Stats
+from mesh.datapath.counters import Table
 from mesh.metrics import families as f
 from mesh.metrics import rows
 from mesh.metrics.families import Family, Kind

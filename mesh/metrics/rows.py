@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Final, Generic, TypeVar
 
-from mesh.datapath.base import CONNECT_BUCKETS, PLAIN, Failure, Table
+from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, Failure, Table
 from mesh.metrics.families import Family
 
 Blocks = dict[Family, bytes]  # sample lines by family, without the last newline

@@ -19,7 +19,7 @@ from scapy.packet import Packet
 from mesh import _bpf
 from mesh.datapath import kernel_xdp
 from mesh.datapath.kernel_places import INGRESS, TASK
-from mesh.datapath.kernel_rtnl import Interface, Netlink
+from mesh.datapath.netlink import Interface, Netlink
 from mesh.errors import BpfError
 from tests.bpf.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
 from tests.bpf.plane import ALLOW_RULE, CLIENT, DENY, DENY_RULE, SHOT, UDP, Plane

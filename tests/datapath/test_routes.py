@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mesh import _bpf
-from mesh.datapath.kernel_rtnl import Monitor
+from mesh.datapath.netlink import Monitor
 from tests.datapath.kernel_driver import Driver
 from tests.datapath.kernel_plane import Connection, Plane
 from tests.lab.netns import PATIENCE, Namespace, veth, wait_for

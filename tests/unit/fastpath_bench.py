@@ -16,7 +16,8 @@ from typing import Any
 
 from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, Counters, FrontendEntry, Plan
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
+from mesh.datapath.counters import Counters
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
 from tests.lab.netns import PATIENCE

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from mesh.agent_compare import Row, differences
-from mesh.datapath.base import CONNECT_BUCKETS, BackendKey, Counters, Failure, Stats
+from mesh.datapath.base import BackendKey, Stats
+from mesh.datapath.counters import CONNECT_BUCKETS, Counters, Failure
 from mesh.errors import MeshError
 from mesh.metrics.collector import Snapshot
 from mesh.metrics.view import Json

@@ -16,7 +16,7 @@ from mesh.agent import LIVE_KEYS
 from mesh.cli.main import Exit, main
 from mesh.config.keys import Config
 from mesh.config.load import load
-from mesh.datapath.base import Failure
+from mesh.datapath.counters import Failure
 from mesh.metrics import families
 from mesh.providers.labels import KEYS
 

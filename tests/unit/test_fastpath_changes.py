@@ -15,7 +15,7 @@ from ipaddress import ip_address
 import pytest
 
 from mesh.config.keys import Config
-from mesh.datapath.base import Failure
+from mesh.datapath.counters import Failure
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.model import Flow, Protocol, ServiceOptions
 from tests.lab.netns import PATIENCE

@@ -12,7 +12,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from mesh.datapath.base import Failure
+from mesh.datapath.counters import Failure
 from mesh.model import Affinity, Flow, Protocol, ProxyProtocol, ServiceOptions
 from tests.lab.netns import PATIENCE
 from tests.unit.fastpath_bench import TcpServer, call, echo, engine, eventually, read_all, reset, tcp

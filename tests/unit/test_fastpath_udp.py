@@ -10,7 +10,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from mesh.datapath.base import Failure
+from mesh.datapath.counters import Failure
 from mesh.model import Affinity, Frontend, ServiceOptions
 from tests.lab.netns import PATIENCE
 from tests.ports import free_port

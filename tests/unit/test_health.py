@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.datapath.base import Failure, Signal
+from mesh.datapath.base import Signal
+from mesh.datapath.counters import Failure
 from mesh.health import monitor as monitors
 from mesh.health.damping import Damping
 from mesh.health.monitor import Monitor

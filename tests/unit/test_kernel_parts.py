@@ -23,8 +23,8 @@ from mesh.datapath.kernel_arena import Ranges
 from mesh.datapath.kernel_beside import needed
 from mesh.datapath.kernel_names import SPARE, Names, NamesFile
 from mesh.datapath.kernel_places import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, keepers, wanted
-from mesh.datapath.kernel_rtnl import Interface, Netlink, Route, Topology
 from mesh.datapath.kernel_rules import compile_rules
+from mesh.datapath.netlink import Interface, Netlink, Route, Topology
 from mesh.datapath.preflight import instance, preflight
 from mesh.errors import MeshError
 from mesh.model import (

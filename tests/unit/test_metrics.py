@@ -15,7 +15,8 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from mesh.datapath.base import COLUMNS, PLAIN, BackendKey, Counters, Failure, Table
+from mesh.datapath.base import BackendKey
+from mesh.datapath.counters import COLUMNS, PLAIN, Counters, Failure, Table
 from mesh.datapath.kernel_beside import added
 from mesh.metrics import families
 from mesh.metrics.collector import Exposition, Snapshot, collect, render

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mesh.agent_services import Services
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Counters, Stats
+from mesh.datapath.base import Applied, Stats
+from mesh.datapath.counters import Counters
 from mesh.datapath.memory import MemoryDatapath
 from mesh.metrics.collector import Exposition, Snapshot
 from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
