@@ -36,7 +36,7 @@ from bench.lab import OUT, LabError, run, within
 from bench.peers.mesh import ISOLATE, MESH
 from bench.scale_report import HEADERS, ROLES, rows
 from bench.scale_swarm import Settings
-from mesh.datapath.kernel_attach import cgroup_root
+from mesh.datapath.kernel.attach import cgroup_root
 
 PREFIX: Final = "meshscale"
 ENGINES: Final = ("proxy", "kernel")

@@ -21,12 +21,12 @@ from mesh._bpf import map_work
 from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
 from mesh.agent_services import Services
 from mesh.config.keys import Config
-from mesh.datapath import kernel_maps
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
-from mesh.datapath.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.counters import Table
-from mesh.datapath.kernel_maps import KernelMaps
-from mesh.datapath.kernel_nodes import Ids
+from mesh.datapath.kernel import maps as kernel_maps
+from mesh.datapath.kernel.codec import BACKEND_ACTIVE, BackendSlot
+from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.tunnel import Ids
 from mesh.datapath.proxy import ProxyDatapath
 from mesh.metrics.collector import Exposition, Snapshot, render
 from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target

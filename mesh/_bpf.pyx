@@ -4,7 +4,7 @@
 
 Every call that enters the kernel runs without the GIL. Every failure is a `mesh.errors.BpfError` that names the call,
 the object and the errno; a failed load carries the end of the verifier's log. Sizes are bytes, values are raw bytes:
-`mesh.datapath.codec` gives them their meaning.
+`mesh.datapath.kernel.codec` gives them their meaning.
 """
 
 import errno as errnos

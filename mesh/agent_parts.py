@@ -64,8 +64,8 @@ async def choose_engine(config: Config) -> Engine:
 
 def _kernel_obstacle(config: Config) -> str | None:
     try:
-        preflight: Any = importlib.import_module("mesh.datapath.preflight")
-        importlib.import_module("mesh.datapath.kernel")
+        preflight: Any = importlib.import_module("mesh.datapath.kernel.preflight")
+        importlib.import_module("mesh.datapath.kernel.engine")
     except ImportError as error:
         return f"this build has none ({error})"
     obstacle: str | None = preflight.preflight(config)
@@ -80,7 +80,7 @@ def make_engine(engine: Engine, config: Config, inherited: Mapping[Frontend, Seq
     """
     make: Callable[..., Datapath]
     if engine.name == "kernel":
-        make = importlib.import_module("mesh.datapath.kernel").KernelDatapath
+        make = importlib.import_module("mesh.datapath.kernel.engine").KernelDatapath
         return make(config, inherited=inherited, docker_host=is_docker_host(config))
     make = importlib.import_module("mesh.datapath.proxy").ProxyDatapath
     return make(config, inherited=inherited, docker_host=is_docker_host(config))

@@ -41,10 +41,10 @@ async def clear(config: Config, serving: Callable[[], bool]) -> None:
     Flows that start are the proxy's from then on; those under way go on, and the programs go with the last.
     """
     try:
-        from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
+        from mesh.datapath.kernel import cleanup  # noqa: PLC0415 -- absent where it was built without libbpf
     except ImportError:
         return
-    remains = kernel_remains.find(config)
+    remains = cleanup.find(config)
     if remains is None or not remains.programs:
         return
     while not serving() or remains.owned:  # noqa: ASYNC110 -- any cause, polled
@@ -66,7 +66,7 @@ async def clear(config: Config, serving: Callable[[], bool]) -> None:
 async def watch(config: Config, tell: Callable[[Sequence[str]], None]) -> None:
     """Tell of other daemons' programs in this network namespace, until cancelled."""
     try:
-        from mesh.datapath.kernel_remains import strangers  # noqa: PLC0415 -- likewise
+        from mesh.datapath.kernel.cleanup import strangers  # noqa: PLC0415 -- likewise
     except ImportError:
         return
     known: list[str] = []

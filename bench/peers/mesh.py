@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from bench.lab import BACKENDS, ECHO_PORT, SINK_PORT, SOURCE_PORT, Lab, LabError
 from bench.peers.base import Side
-from mesh.datapath.kernel_attach import cgroup_root
+from mesh.datapath.kernel.attach import cgroup_root
 
 PORTS = ((ECHO_PORT, "tcp"), (ECHO_PORT, "udp"), (SOURCE_PORT, "tcp"), (SINK_PORT, "tcp"))
 CALM = 1.0  # seconds

@@ -102,10 +102,10 @@ def stop(release: bool, now: bool, wait: bool, timeout: float, state_dir: Path, 
 def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachable: DaemonUnreachableError) -> None:
     """Take off what a kernel engine has left whose daemon is gone."""
     try:
-        from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
+        from mesh.datapath.kernel import cleanup  # noqa: PLC0415 -- absent where it was built without libbpf
     except ImportError:
         raise unreachable from None
-    remains = kernel_remains.find(load({"state_dir": str(state_dir)}))
+    remains = cleanup.find(load({"state_dir": str(state_dir)}))
     if not state_dir.is_dir() or remains is None or not (remains.programs or remains.table.exists()):
         raise unreachable
     lock = Lock.acquire(state_dir)

@@ -95,9 +95,9 @@ def _unreachable(socket: Path, error: Exception) -> DaemonUnreachableError:
 def _forwards(state_dir: Path) -> bool:
     """Whether a kernel engine's programs are there, as far as this user may see."""
     try:
-        from mesh.datapath import kernel_remains  # noqa: PLC0415 -- absent where it was built without libbpf
+        from mesh.datapath.kernel import cleanup  # noqa: PLC0415 -- absent where it was built without libbpf
 
-        remains = kernel_remains.find(load({"state_dir": str(state_dir)}))
+        remains = cleanup.find(load({"state_dir": str(state_dir)}))
     except (ImportError, ConfigError):
         return False
     return remains is not None and remains.programs

@@ -18,7 +18,7 @@ from typing import Final
 
 from mesh.cli.client import call
 from mesh.config.keys import Config
-from mesh.datapath.preflight import preflight
+from mesh.datapath.kernel.preflight import preflight
 from mesh.errors import MeshError
 
 FILES_WANTED: Final = 65536

@@ -15,7 +15,7 @@ import msgspec
 from mesh.cli.client import call
 from mesh.cli.facts import Finding, Verdict
 from mesh.config.keys import Config
-from mesh.datapath.preflight import preflight
+from mesh.datapath.kernel.preflight import preflight
 from mesh.errors import MeshError, plain
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)

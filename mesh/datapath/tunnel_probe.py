@@ -16,7 +16,7 @@ import struct
 from contextlib import ExitStack
 from typing import Final
 
-from mesh.datapath.codec import NETWORK
+from mesh.datapath.kernel.codec import NETWORK
 from mesh.datapath.peer_probe import NO_ANSWER, NOBODY, answered
 from mesh.model import Address, Protocol
 

@@ -17,8 +17,8 @@ from scapy.layers.l2 import ARP, Dot1Q
 from scapy.packet import Packet
 
 from mesh import _bpf
-from mesh.datapath import kernel_xdp
-from mesh.datapath.kernel_places import INGRESS, TASK
+from mesh.datapath.kernel import xdp
+from mesh.datapath.kernel.locator import INGRESS, TASK
 from mesh.datapath.netlink import Interface, Netlink
 from mesh.errors import BpfError
 from tests.bpf.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
@@ -149,7 +149,7 @@ def test_which_interfaces_qualify() -> None:
     interfaces = {i: card(kind, f"if{i}", i) for i, kind in enumerate(kinds, 2)}
     interfaces[9] = card("", "lo", 9, ethernet=False)
     programs = dict.fromkeys(interfaces, INGRESS) | {7: TASK, 99: INGRESS}
-    found, problems = kernel_xdp.candidates(interfaces, programs)
+    found, problems = xdp.candidates(interfaces, programs)
     assert [interface.name for interface in found] == ["if2", "if3"]
     assert [line.partition(" has ")[0] for line in problems] == ["interface if6"]
 
@@ -193,7 +193,7 @@ def links(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def all_qualify(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let veths and bridges take part: the test's packets have complete checksums."""
-    monkeypatch.setattr(kernel_xdp, "candidates", lambda interfaces, _: (list(interfaces.values()), []))
+    monkeypatch.setattr(xdp, "candidates", lambda interfaces, _: (list(interfaces.values()), []))
 
 
 def interfaces_of(node: str, *names: str) -> dict[int, Interface]:
@@ -231,7 +231,7 @@ def test_native_on_a_real_interface(node: str, links: Path, plane: Plane) -> Non
     plane.rule(3, "192.0.2.10/32", DENY_RULE)
     plane.frontend(6, 84, [(1, 1)], acl=3)
     interfaces = interfaces_of(node, "eth0")
-    stage = kernel_xdp.XdpStage(plane.programs["mesh_xdp"], links)
+    stage = xdp.XdpStage(plane.programs["mesh_xdp"], links)
     with inside(node):
         assert stage.sync(interfaces, {}) == []
     assert attached(node) == ("xdp", plane.programs["mesh_xdp"].id)
@@ -252,16 +252,16 @@ def test_the_next_process_adopts_replaces_and_takes_off(node: str, links: Path, 
     interfaces = interfaces_of(node, "eth0")
     new = Plane(("xdp",)).programs["mesh_xdp"]
     with inside(node):
-        first = kernel_xdp.XdpStage(plane.programs["mesh_xdp"], links)
+        first = xdp.XdpStage(plane.programs["mesh_xdp"], links)
         assert first.sync(interfaces, {}) == []
         del first
-        second = kernel_xdp.XdpStage(new, links)
+        second = xdp.XdpStage(new, links)
         second.adopt()
         assert attached(node) == ("xdp", plane.programs["mesh_xdp"].id)
         assert second.sync(interfaces, {}) == []
         assert attached(node) == ("xdp", new.id)
         del second
-        off = kernel_xdp.XdpStage(None, links)
+        off = xdp.XdpStage(None, links)
         off.adopt()
         assert off.sync(interfaces, {}) == []
     assert attached(node) == ("", 0)
@@ -272,7 +272,7 @@ def test_the_next_process_adopts_replaces_and_takes_off(node: str, links: Path, 
 def test_an_interface_that_is_gone_is_forgotten(node: str, links: Path, plane: Plane) -> None:
     interfaces = interfaces_of(node, "eth0")
     with inside(node):
-        stage = kernel_xdp.XdpStage(plane.programs["mesh_xdp"], links)
+        stage = xdp.XdpStage(plane.programs["mesh_xdp"], links)
         assert stage.sync(interfaces, {}) == []
         sh(f"ip -n {node} link del eth0")
         assert stage.sync(interfaces, {}) == []  # still listed: it went in between
@@ -283,7 +283,7 @@ def test_an_interface_that_is_gone_is_forgotten(node: str, links: Path, plane: P
 @pytest.mark.usefixtures("all_qualify")
 def test_no_native_driver_is_refused_once_with_one_line(node: str, links: Path, plane: Plane) -> None:
     interfaces = interfaces_of(node, "br0", "eth0")
-    stage = kernel_xdp.XdpStage(plane.programs["mesh_xdp"], links)
+    stage = xdp.XdpStage(plane.programs["mesh_xdp"], links)
     with inside(node):
         for _ in range(2):
             (line,) = stage.sync(interfaces, {})
@@ -297,19 +297,19 @@ def test_no_native_driver_is_refused_once_with_one_line(node: str, links: Path, 
 def test_a_program_of_others_is_left_alone(node: str, links: Path, plane: Plane) -> None:
     (index,) = interfaces = interfaces_of(node, "eth0")
     with inside(node):
-        other = _bpf.Link.create(plane.programs["mesh_xdp"], index, kernel_xdp.XDP, kernel_xdp.DRIVER_MODE)
-        stage = kernel_xdp.XdpStage(Plane(("xdp",)).programs["mesh_xdp"], links)
+        other = _bpf.Link.create(plane.programs["mesh_xdp"], index, xdp.XDP, xdp.DRIVER_MODE)
+        stage = xdp.XdpStage(Plane(("xdp",)).programs["mesh_xdp"], links)
         (line,) = stage.sync(interfaces, {})
         assert "interface eth0 has no XDP stage: it has another XDP program" in line
         assert attached(node) == ("xdp", plane.programs["mesh_xdp"].id)
         other.close()
         with pytest.raises(BpfError):
-            _bpf.Link.create(plane.programs["mesh_ingress"], index, kernel_xdp.XDP, kernel_xdp.DRIVER_MODE)
+            _bpf.Link.create(plane.programs["mesh_ingress"], index, xdp.XDP, xdp.DRIVER_MODE)
 
 
 def test_a_veth_is_refused(node: str, links: Path, plane: Plane) -> None:
     interfaces = interfaces_of(node, "eth0")
-    stage = kernel_xdp.XdpStage(plane.programs["mesh_xdp"], links)
+    stage = xdp.XdpStage(plane.programs["mesh_xdp"], links)
     with inside(node):
         (line,) = stage.sync(interfaces, dict.fromkeys(interfaces, INGRESS))
     assert line.startswith("interface eth0 has no XDP stage: it is a veth")

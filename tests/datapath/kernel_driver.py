@@ -55,7 +55,7 @@ class Served:
     def __init__(self, config: dict[str, Any]) -> None:
         from mesh.config.keys import Config
         from mesh.datapath.base import Applied
-        from mesh.datapath.kernel import KernelDatapath
+        from mesh.datapath.kernel.engine import KernelDatapath
 
         self.config = Config(**config)
         self.engine = KernelDatapath(self.config)
@@ -63,18 +63,18 @@ class Served:
 
     def pretend_kernel(self, major: int, minor: int) -> None:
         """Do as on an older kernel."""
-        from mesh.datapath import kernel_attach
+        from mesh.datapath.kernel import attach
 
-        kernel_attach.kernel_release = lambda: (major, minor)
+        attach.kernel_release = lambda: (major, minor)
 
     def pretend_cards(self) -> None:
         """Take every veth for a network card, as far as XDP is concerned."""
-        from mesh.datapath import kernel_xdp
+        from mesh.datapath.kernel import xdp
 
-        kernel_xdp.CARDS = ("veth",)  # type: ignore[misc]
+        xdp.CARDS = ("veth",)  # type: ignore[misc]
 
     def preflight(self) -> str | None:
-        from mesh.datapath.preflight import preflight
+        from mesh.datapath.kernel.preflight import preflight
 
         return preflight(self.config)
 
@@ -158,7 +158,7 @@ class Served:
         return {str(address): slot.mtu for address, slot in self.engine._nodes.held.items()}
 
     def sweep(self, seconds: float) -> int:
-        from mesh.datapath.kernel_sweep import sweep
+        from mesh.datapath.kernel.gc import sweep
 
         return sweep(self.engine._maps.reverse, seconds)
 
@@ -167,7 +167,7 @@ class Served:
         import socket
 
         from mesh import _bpf
-        from mesh.datapath.kernel_attach import TCX_INGRESS
+        from mesh.datapath.kernel.attach import TCX_INGRESS
 
         if not hasattr(self, "behind"):
             self.counting = _bpf.Statistics()

@@ -7,7 +7,7 @@ import ipaddress
 
 import pytest
 
-from mesh.datapath.kernel_places import ASK_MOST, Places
+from mesh.datapath.kernel.locator import ASK_MOST, Places
 from mesh.datapath.netlink import Netlink
 from tests.datapath.kernel_plane import Plane
 from tests.lab.netns import wait_for

@@ -15,8 +15,8 @@ import pytest
 
 from mesh.config.keys import Config
 from mesh.datapath.intercept import Interceptor, NftTable, table_name
-from mesh.datapath.kernel_beside import Beside
-from mesh.datapath.kernel_remains import find, strangers
+from mesh.datapath.kernel.cleanup import find, strangers
+from mesh.datapath.kernel.fallback import Beside
 from mesh.model import Frontend, Protocol
 from tests.daemon import Daemon
 from tests.datapath.kernel_driver import Driver

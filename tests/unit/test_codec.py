@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mesh.datapath.codec: every struct there and back, and network order against bytes written by hand."""
+"""mesh.datapath.kernel.codec: every struct there and back, and network order against bytes written by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh import _bpf
-from mesh.datapath import codec
+from mesh.datapath.kernel import codec
 from mesh.model import Flow, Frontend, Protocol
 
 u32 = st.integers(0, 2**32 - 1)

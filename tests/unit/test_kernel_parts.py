@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
-from mesh.datapath.codec import ACL_ALLOW, ACL_DENY, pack_address
-from mesh.datapath.kernel_arena import Ranges
-from mesh.datapath.kernel_beside import needed
-from mesh.datapath.kernel_names import SPARE, Names, NamesFile
-from mesh.datapath.kernel_places import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, keepers, wanted
-from mesh.datapath.kernel_rules import compile_rules
+from mesh.datapath.kernel.acl import compile_rules
+from mesh.datapath.kernel.arenas import Ranges
+from mesh.datapath.kernel.codec import ACL_ALLOW, ACL_DENY, pack_address
+from mesh.datapath.kernel.fallback import needed
+from mesh.datapath.kernel.journal import SPARE, Names, NamesFile
+from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, keepers, wanted
+from mesh.datapath.kernel.pins import instance
+from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.netlink import Interface, Netlink, Route, Topology
-from mesh.datapath.preflight import instance, preflight
 from mesh.errors import MeshError
 from mesh.model import (
     ANY_ADDRESS,
@@ -298,7 +299,7 @@ def test_what_has_not_changed_is_not_looked_for_again() -> None:
 def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The neighbour table is one for all network namespaces: when it was full of ours, others' packets were lost."""
     clock = [1000.0]
-    monkeypatch.setattr("mesh.datapath.kernel_places.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("mesh.datapath.kernel.locator.time.monotonic", lambda: clock[0])
     addresses = [ipaddress.ip_address(f"10.0.{i // 250}.{1 + i % 250}") for i in range(30 * ASK_MOST)]
     bridge = Interface(2, "docker_gwbridge", "bridge", True, True, 0)
     network = _Network(Topology({2: bridge}), {str(a): Route(2, None, False) for a in addresses})

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from mesh.datapath.base import BackendKey
 from mesh.datapath.counters import COLUMNS, PLAIN, Counters, Failure, Table
-from mesh.datapath.kernel_beside import added
+from mesh.datapath.kernel.fallback import added
 from mesh.metrics import families
 from mesh.metrics.collector import Exposition, Snapshot, collect, render
 from tests.unit.metrics_samples import frontend, snapshot, state, stats

@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 
 from mesh import _bpf
-from mesh.datapath import codec
+from mesh.datapath.kernel import codec
 
 AGE: Final = 60.0  # seconds since the client was last heard
 INTERVAL: Final = 30.0  # seconds between two sweeps

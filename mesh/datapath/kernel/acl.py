@@ -7,7 +7,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Final
 
-from mesh.datapath.codec import ACL_ALLOW, ACL_DENY
+from mesh.datapath.kernel.codec import ACL_ALLOW, ACL_DENY
 from mesh.model import Network
 
 ALL_V4: Final = ipaddress.ip_network("0.0.0.0/0")

@@ -15,7 +15,7 @@ from typing import Final
 
 from mesh import _bpf
 from mesh.config.keys import Config
-from mesh.datapath.kernel_places import INGRESS
+from mesh.datapath.kernel.locator import INGRESS
 from mesh.datapath.netlink import Interface
 from mesh.errors import BpfError
 

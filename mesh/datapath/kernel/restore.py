@@ -8,11 +8,11 @@ from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import SlotTable, backend_seed, hash_flow
-from mesh.datapath import codec, kernel_stats
 from mesh.datapath.base import OWNER_FIRST, Applied, BackendEntry, BackendKey, FrontendEntry
-from mesh.datapath.kernel_maps import KernelMaps
-from mesh.datapath.kernel_names import Names
-from mesh.datapath.kernel_nodes import seed_of
+from mesh.datapath.kernel import codec, stats
+from mesh.datapath.kernel.journal import Names
+from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.tunnel import seed_of
 from mesh.errors import DatapathError
 from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
 
@@ -78,7 +78,7 @@ def check_hash(program: _bpf.Program) -> None:
     flow = Flow(addresses[0], 40000, addresses[1], 9, Protocol.TCP)
     source, destination = codec.pack_address(flow.source), codec.pack_address(flow.destination)
     expected = hash_flow(source, flow.source_port, destination, flow.destination_port, int(flow.protocol))
-    found = kernel_stats.explain(program, flow)
+    found = stats.explain(program, flow)
     if found.hash != expected:
         raise DatapathError(
             f"the loaded program hashes a known flow to {found.hash:#x}, not {expected:#x}",

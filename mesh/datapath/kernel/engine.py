@@ -21,7 +21,6 @@ import structlog
 from mesh import _bpf
 from mesh._maglev import ABI_VERSION, SlotTable
 from mesh.config.keys import Config
-from mesh.datapath import codec, kernel_adopt, kernel_maps, kernel_stats, kernel_xdp
 from mesh.datapath.base import (
     Applied,
     BackendEntry,
@@ -32,28 +31,23 @@ from mesh.datapath.base import (
     Signal,
     Stats,
 )
-from mesh.datapath.codec import BackendSlot
-from mesh.datapath.kernel_attach import Attachments, cgroup_root
-from mesh.datapath.kernel_beside import Beside, Listeners
-from mesh.datapath.kernel_maps import KernelMaps
-from mesh.datapath.kernel_names import NamesFile
-from mesh.datapath.kernel_nodes import Ids, Nodes, node_config, seed_of
-from mesh.datapath.kernel_places import Place, Places, is_held, keepers, misplaced, wanted
-from mesh.datapath.kernel_remains import hand_back
-from mesh.datapath.kernel_routes import RouteWatch
-from mesh.datapath.kernel_rules import compile_rules
-from mesh.datapath.kernel_sweep import Sweeper
+from mesh.datapath.kernel import codec, restore, xdp
+from mesh.datapath.kernel import maps as kernel_maps
+from mesh.datapath.kernel import stats as kernel_stats
+from mesh.datapath.kernel.acl import compile_rules
+from mesh.datapath.kernel.attach import Attachments, cgroup_root
+from mesh.datapath.kernel.cleanup import hand_back
+from mesh.datapath.kernel.codec import BackendSlot
+from mesh.datapath.kernel.fallback import Beside, Listeners
+from mesh.datapath.kernel.gc import Sweeper
+from mesh.datapath.kernel.journal import NamesFile
+from mesh.datapath.kernel.locator import Place, Places, is_held, keepers, misplaced, wanted
+from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, ensure_bpf_fs, netns_cookie, pin_home, remove_pins
+from mesh.datapath.kernel.preflight import preflight
+from mesh.datapath.kernel.route_monitor import RouteWatch
+from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config, seed_of
 from mesh.datapath.netlink import Monitor, Netlink
-from mesh.datapath.preflight import (
-    CONTRACT,
-    NAMES,
-    OWNER,
-    ensure_bpf_fs,
-    netns_cookie,
-    pin_home,
-    preflight,
-    remove_pins,
-)
 from mesh.model import Affinity, Flow, Frontend, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
@@ -101,23 +95,23 @@ class KernelDatapath:
         directory = self._directory = home / CONTRACT
         self._others = [p for p in home.glob("*") if p.name != directory.name]
         sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
-        self._programs, maps = kernel_maps.load(directory, sizes, kernel_xdp.objects(self._config))
+        self._programs, maps = kernel_maps.load(directory, sizes, xdp.objects(self._config))
         self._maps = KernelMaps(maps, directory)
-        kernel_adopt.check_hash(self._programs["mesh_explain"])
+        restore.check_hash(self._programs["mesh_explain"])
         self._order: kernel_stats.Order | None = None  # of what stats() last read
         self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
         self._monitor, self._routes = Monitor(), RouteWatch(maps["mesh_routes"])
         self._netlink = Netlink()
         self._finder = Places(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")
-        self._xdp = kernel_xdp.XdpStage(self._programs.get(kernel_xdp.PROGRAM), directory / "links")
+        self._xdp = xdp.XdpStage(self._programs.get(xdp.PROGRAM), directory / "links")
         self._nodes, self._ids = Nodes(maps, self._netlink), Ids(maps)
         self._maps.configure(node_config(self._config, netns_cookie()))
         names = self._names.read()
-        self._applied = kernel_adopt.adopted(self._maps, names, self._nodes.all)
+        self._applied = restore.adopted(self._maps, names, self._nodes.all)
         self._tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
         if self._others and not self._maps.served:
-            self._rebuild(kernel_adopt.rebuilt(names))
+            self._rebuild(restore.rebuilt(names))
         self._nodes.learn(self._applied.backends.values())
         self._ids.keep(e.id for e in self._applied.backends.values() if e.target.via is None)
         self._taking_over = not self._maps.served

@@ -14,15 +14,15 @@ from pathlib import Path
 from mesh import _bpf
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
-from mesh.datapath import kernel_stats
 from mesh.datapath.base import OWNER_PASS
 from mesh.datapath.intercept import NftTable, table_name
-from mesh.datapath.kernel_attach import Attachments
-from mesh.datapath.kernel_maps import KernelMaps
-from mesh.datapath.kernel_names import NamesFile
-from mesh.datapath.kernel_xdp import XdpStage
+from mesh.datapath.kernel import stats
+from mesh.datapath.kernel.attach import Attachments
+from mesh.datapath.kernel.journal import NamesFile
+from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
+from mesh.datapath.kernel.xdp import XdpStage
 from mesh.datapath.netlink import Netlink
-from mesh.datapath.preflight import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
 from mesh.errors import BpfError
 
 
@@ -76,11 +76,11 @@ class Remains:
             pins = [pin for pin in directory.iterdir() if pin.name.startswith("mesh_")]
             self._maps = KernelMaps({pin.name: _bpf.Map.open(str(pin)) for pin in pins}, directory)
             hand_back(self._maps)
-        return kernel_stats.live_flows(self._maps) if self._maps else 0
+        return stats.live_flows(self._maps) if self._maps else 0
 
     def wait(self, seconds: float) -> int:
         """Wait until none is under way, at most so long. Returns how many are."""
-        return kernel_stats.wait_for_flows(self._maps, seconds) if self._maps else 0
+        return stats.wait_for_flows(self._maps, seconds) if self._maps else 0
 
     def take_off(self) -> None:
         """Take the programs off and remove the pins; flows that are under way end.

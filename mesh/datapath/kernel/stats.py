@@ -10,10 +10,10 @@ from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
-from mesh.datapath import codec
 from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats
 from mesh.datapath.counters import Table
-from mesh.datapath.kernel_maps import KernelMaps, Served
+from mesh.datapath.kernel import codec
+from mesh.datapath.kernel.maps import KernelMaps, Served
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)

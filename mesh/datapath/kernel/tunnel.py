@@ -11,9 +11,9 @@ from typing import Final
 from mesh import _bpf
 from mesh._maglev import backend_seed
 from mesh.config.keys import Config
-from mesh.datapath import codec
 from mesh.datapath.base import BackendEntry, BackendKey
-from mesh.datapath.codec import ConfigSlot, NodeSlot
+from mesh.datapath.kernel import codec
+from mesh.datapath.kernel.codec import ConfigSlot, NodeSlot
 from mesh.datapath.netlink import Netlink, Topology
 from mesh.model import Address, Frontend, Protocol
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from mesh import _bpf
-from mesh.datapath import codec
-from mesh.datapath.codec import ARENA_SLOTS, SLOT_SIZE, Table
+from mesh.datapath.kernel import codec
+from mesh.datapath.kernel.codec import ARENA_SLOTS, SLOT_SIZE, Table
 from mesh.errors import BpfError, DatapathError
 
 GRACE: Final = 1.0  # seconds; a program runs for microseconds, so nobody reads a range this long after it was replaced
