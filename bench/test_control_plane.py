@@ -27,7 +27,7 @@ from mesh.datapath.kernel import maps as kernel_maps
 from mesh.datapath.kernel.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids
-from mesh.datapath.proxy import ProxyDatapath
+from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.metrics.collector import Exposition, Snapshot, render
 from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
 from mesh.providers.swarm.decode import Answers, decode

@@ -82,7 +82,7 @@ def make_engine(engine: Engine, config: Config, inherited: Mapping[Frontend, Seq
     if engine.name == "kernel":
         make = importlib.import_module("mesh.datapath.kernel.engine").KernelDatapath
         return make(config, inherited=inherited, docker_host=is_docker_host(config))
-    make = importlib.import_module("mesh.datapath.proxy").ProxyDatapath
+    make = importlib.import_module("mesh.datapath.proxy.engine").ProxyDatapath
     return make(config, inherited=inherited, docker_host=is_docker_host(config))
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from mesh.config.keys import Config
-from mesh.datapath.intercept import Interceptor, NftTable, table_name
 from mesh.datapath.kernel.cleanup import find, strangers
 from mesh.datapath.kernel.fallback import Beside
+from mesh.datapath.proxy.listeners import Interceptor
+from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.model import Frontend, Protocol
 from tests.daemon import Daemon
 from tests.datapath.kernel_driver import Driver

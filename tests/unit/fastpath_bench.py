@@ -18,7 +18,7 @@ from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
 from mesh.datapath.counters import Counters
-from mesh.datapath.proxy import ProxyDatapath
+from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
 from tests.lab.netns import PATIENCE
 from tests.ports import free_port

@@ -16,7 +16,7 @@ import pytest
 
 from mesh.config.keys import Config
 from mesh.datapath.counters import Failure
-from mesh.datapath.proxy import ProxyDatapath
+from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.model import Flow, Protocol, ServiceOptions
 from tests.lab.netns import PATIENCE
 from tests.ports import free_port
@@ -354,7 +354,7 @@ def test_counters_of_what_is_gone_are_kept_for_a_while_and_then_released(monkeyp
         opened = mesh.counters(front).opened
         mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
         assert mesh.of_backend(front, "b").opened > 0
-        monkeypatch.setattr("mesh.datapath.proxy_books.KEEP_COUNTERS", 0.0)
+        monkeypatch.setattr("mesh.datapath.proxy.accounting.KEEP_COUNTERS", 0.0)
         mesh.serve({front: {"a": server.where}, other: {"a": server.where}})
         assert {k.backend for (f, k) in mesh.datapath.stats().backends if f == front} == {"a"}
         assert mesh.counters(front).opened == opened  # a frontend forgets nothing

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from mesh.config.keys import Config
-from mesh.datapath.intercept import Interceptor, NftTable, table_name
-from mesh.datapath.proxy import ProxyDatapath
+from mesh.datapath.proxy.engine import ProxyDatapath
+from mesh.datapath.proxy.listeners import Interceptor
+from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
 from tests.lab.netns import PATIENCE, Lab, Namespace

@@ -15,7 +15,6 @@ from mesh import _bpf
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import OWNER_PASS
-from mesh.datapath.intercept import NftTable, table_name
 from mesh.datapath.kernel import stats
 from mesh.datapath.kernel.attach import Attachments
 from mesh.datapath.kernel.journal import NamesFile
@@ -23,6 +22,7 @@ from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
 from mesh.datapath.kernel.xdp import XdpStage
 from mesh.datapath.netlink import Netlink
+from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import BpfError
 
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, TypeVar
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats
 from mesh.datapath.counters import COLUMNS, Table
-from mesh.datapath.intercept import NftTable, table_name
+from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
 
 if TYPE_CHECKING:
-    from mesh.datapath.proxy import ProxyDatapath
+    from mesh.datapath.proxy.engine import ProxyDatapath
 
 
 Listeners = Mapping[Frontend, Sequence[int]]  # descriptors by frontend
@@ -122,7 +122,7 @@ class Beside:
         self, applied: Applied, sources: Mapping[Frontend, FrontendEntry], peers: Mapping[BackendKey, BackendEntry]
     ) -> None:
         if self._proxy is None:
-            from mesh.datapath.proxy import ProxyDatapath  # noqa: PLC0415 -- only where it is needed
+            from mesh.datapath.proxy.engine import ProxyDatapath  # noqa: PLC0415 -- only where it is needed
 
             self._proxy = ProxyDatapath(self._config, inherited=self._inherited, docker_host=self._docker_host)
             self._inherited = {}

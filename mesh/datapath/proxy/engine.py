@@ -25,9 +25,10 @@ from mesh.datapath.base import (
     Signal,
     Stats,
 )
-from mesh.datapath.intercept import Interceptor, table_name
-from mesh.datapath.proxy_books import Books, FrontRecord, sixteen
-from mesh.datapath.proxy_peers import Peers, is_peers, tag_of
+from mesh.datapath.proxy.accounting import Books, FrontRecord, sixteen
+from mesh.datapath.proxy.listeners import Interceptor
+from mesh.datapath.proxy.nft import table_name
+from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 

@@ -12,8 +12,8 @@ from mesh._fastpath import Engine, Front
 from mesh._maglev import backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
-from mesh.datapath.intercept import listening_sockets, why
-from mesh.datapath.proxy_books import sixteen
+from mesh.datapath.proxy.accounting import sixteen
+from mesh.datapath.proxy.listeners import listening_sockets, why
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import ipaddress
-import shutil
 import socket
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import structlog
 
+from mesh.datapath.proxy.nft import NftTable
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
-PRIORITY: Final = -110  # ahead of Docker's chains, which are at dstnat, -100
 BACKLOG: Final = 4096
 RECEIVE_BUFFER: Final = 4 << 20
 KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
@@ -44,11 +40,6 @@ class Opened:
     sockets: list[socket.socket]
     port: int
     redirected: bool
-
-
-def table_name(state_dir: str) -> str:
-    """The nftables table of this instance: one state directory, one daemon, one table."""
-    return f"mesh_{hashlib.sha256(str(Path(state_dir).resolve()).encode()).hexdigest()[:8]}"
 
 
 def listening_socket(frontend: Frontend, port: int, *, floating: bool = False) -> socket.socket:
@@ -134,88 +125,6 @@ def why(frontend: Frontend, error: OSError) -> DatapathError:
             remedy="publish on an address of the node or on all, or name it in vips",
         )
     return DatapathError(f"cannot listen: {error.strerror}", where=where)
-
-
-class NftTable:
-    """Our nftables table. Every change replaces it whole in one transaction."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._rules: tuple[str, ...] | None = None
-
-    @staticmethod
-    def usable() -> bool:
-        """Whether the nft command is there and may list the ruleset."""
-        if shutil.which("nft") is None:
-            return False
-        done = subprocess.run(["nft", "list", "tables"], capture_output=True, check=False, timeout=10)
-        return done.returncode == 0
-
-    def exists(self) -> bool:
-        """Whether it is there, whoever made it; False also where nft cannot be used."""
-        if shutil.which("nft") is None:
-            return False
-        command = ["nft", "list", "table", "inet", self.name]
-        try:
-            return subprocess.run(command, capture_output=True, check=False, timeout=10).returncode == 0
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-
-    def sweep(self) -> None:
-        """Take away what a process that was killed has left: it leads nowhere. What fails is logged."""
-        try:
-            if self.exists():
-                self.delete()
-        except DatapathError as error:
-            log.warning("a table of before is in the way", error=str(error))
-
-    def replace(self, ports: Mapping[Frontend, int]) -> None:
-        """Redirect exactly these frontends to these ports. None: the hooks stay, so that established flows go on.
-
-        Raises:
-            DatapathError: nft refused; what was there before is still there.
-        """
-        rules = tuple(self._rules_of(ports))
-        if rules == self._rules:
-            return
-        chains = "".join(
-            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
-            + "".join(f"    {rule}\n" for rule in rules)
-            + "  }\n"
-            for hook in ("prerouting", "output")
-        )
-        self._run(f"table inet {self.name}\ndelete table inet {self.name}\ntable inet {self.name} {{\n{chains}}}\n")
-        self._rules = rules
-
-    def delete(self) -> None:
-        """Take the table away. Where nobody else uses NAT on this host, flows that it redirected end."""
-        self._run(f"table inet {self.name}\ndelete table inet {self.name}\n")
-        self._rules = None
-
-    @staticmethod
-    def _rules_of(ports: Mapping[Frontend, int]) -> Iterable[str]:
-        for protocol in Protocol:
-            chosen = {f: port for f, port in sorted(ports.items()) if f.protocol is protocol}
-            for frontend, port in chosen.items():
-                if frontend.address != ANY_ADDRESS:
-                    family = "ip6" if frontend.address.version == 6 else "ip"
-                    yield f"{family} daddr {frontend.address} {protocol} dport {frontend.port} dnat to :{port}"
-            pairs = ", ".join(f"{f.port} : {port}" for f, port in chosen.items() if f.address == ANY_ADDRESS)
-            if pairs:
-                yield f"fib daddr type local meta l4proto {protocol} dnat to :{protocol} dport map {{ {pairs} }}"
-
-    def _run(self, script: str) -> None:
-        try:
-            done = subprocess.run(
-                ["nft", "-f", "-"], input=script, text=True, capture_output=True, check=False, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise DatapathError(
-                f"cannot run nft: {error}", remedy='install nftables, or set intercept = "bind"'
-            ) from None
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["no reason given"]
-            raise DatapathError(f"nft refused the table: {lines[0]}", where=f"nftables table inet {self.name}")
 
 
 class Interceptor:
