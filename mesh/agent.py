@@ -23,9 +23,9 @@ from mesh.agent_handover import HandOver
 from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
 from mesh.agent_view import Facts, View
-from mesh.agent_ways import Ways
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
+from mesh.datapath.paths.monitor import Ways
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Frontend, HealthView, Inventory, Node

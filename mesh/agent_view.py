@@ -18,8 +18,8 @@ from mesh import __version__
 from mesh._maglev import ABI_VERSION
 from mesh.agent_explain import Explainer
 from mesh.agent_services import Services
-from mesh.agent_ways import Ways
 from mesh.datapath.base import Stats
+from mesh.datapath.paths.monitor import Ways
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
 from mesh.metrics.view import Json

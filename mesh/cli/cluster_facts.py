@@ -21,8 +21,8 @@ from mesh.cli.facts import Finding, Verdict
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config.keys import Config
 from mesh.datapath.netlink import Netlink
-from mesh.datapath.peer_probe import NO_ANSWER, NOBODY, PathMtu, ask_stream, path_mtu
-from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
+from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, PathMtu, ask_stream, path_mtu
+from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.errors import MeshError
 from mesh.model import Address
 

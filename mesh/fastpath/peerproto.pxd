@@ -9,7 +9,7 @@ the client follow only after PEER_YES, so that the one who hands over can try an
 Datagrams go over one by one, each behind PEER_UDP bytes; a session has a source port of its own, and what the backend
 answers comes back to that port as it is.
 
-A tag of zeros, which no backend has, asks whether anybody is there (mesh/datapath/peer_probe.py): a connection gets
+A tag of zeros, which no backend has, asks whether anybody is there (mesh/datapath/paths/peer_probe.py): a connection gets
 PEER_NO + FAIL_NO_BACKEND, a datagram of any size its first PEER_UDP bytes back, marked, so that no answer is a question.
 """
 

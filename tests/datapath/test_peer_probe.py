@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mesh.datapath.peer_probe import PathMtu, path_mtu
+from mesh.datapath.paths.peer_probe import PathMtu, path_mtu
 from tests.lab.netns import Lab, veth, wait_for
 
 pytestmark = pytest.mark.root

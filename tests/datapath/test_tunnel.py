@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mesh.datapath.tunnel_probe import ask_tunnel
+from mesh.datapath.paths.tunnel_probe import ask_tunnel
 from tests.datapath.kernel_driver import Driver
 from tests.datapath.kernel_plane import PORT, TARGET, Connection, datagram, refused, serve
 from tests.lab.netns import PATIENCE, Lab, Namespace, run, veth, wait_for

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import cast
 
-from mesh.agent_ways import Ways
 from mesh.config.keys import Config
+from mesh.datapath.paths.monitor import Ways
 from mesh.model import Node
 from tests.ports import free_port
 

@@ -20,7 +20,7 @@ import pytest
 
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendKey
-from mesh.datapath.peer_probe import PathMtu, ask_stream, path_mtu
+from mesh.datapath.paths.peer_probe import PathMtu, ask_stream, path_mtu
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.datapath.proxy.peers import tag_of
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions

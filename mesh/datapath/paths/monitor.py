@@ -12,8 +12,8 @@ from typing import Final
 import structlog
 
 from mesh.config.keys import Config
-from mesh.datapath.peer_probe import LEAST, NOBODY, ask_stream, path_mtu
-from mesh.datapath.tunnel_probe import NO_RIGHT, ask_tunnel
+from mesh.datapath.paths.peer_probe import LEAST, NOBODY, ask_stream, path_mtu
+from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.model import Node, Problem
 
 EVERY: Final = 30.0  # seconds between two trials of a node

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from mesh.datapath.kernel.codec import NETWORK
-from mesh.datapath.peer_probe import NO_ANSWER, NOBODY, answered
+from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, answered
 from mesh.model import Address, Protocol
 
 TRIES: Final = 3
