@@ -31,7 +31,7 @@ from aiohttp import web
 from bench.scale_bodies import FIRST_PORT, Task, ident, node_body, service_body, task_body, watch_message
 from bench.scale_certificates import Authority
 from mesh.cluster import wire
-from mesh.cluster.pulse import Pulses
+from mesh.cluster.heartbeat import Pulses
 
 DRAIN: Final = 2.0  # seconds from the order to stop a task until its container ends
 PROBE: Final = 0.05  # seconds from the start of a task until its node's agent has probed it
@@ -244,7 +244,7 @@ class Swarm:
             await asyncio.sleep(1.0)
 
     async def _listen(self, socket: aiohttp.ClientWebSocketResponse, patience: asyncio.Timeout) -> None:
-        """Count what comes, and judge silence as agents do (mesh.cluster.client)."""
+        """Count what comes, and judge silence as agents do (mesh.cluster.relay_client)."""
         loop = asyncio.get_running_loop()
         sock = socket.get_extra_info("socket")
         pulse = self.pulses.watch(sock, socket.ping, lambda: patience.reschedule(loop.time()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mesh.agent_cluster import ClusterProvider
+from mesh.cluster.provider import ClusterProvider
 from mesh.config.keys import Config
 from mesh.datapath.base import Datapath
 from mesh.errors import ConfigError, DatapathError

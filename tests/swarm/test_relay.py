@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from mesh.cluster import wire
-from mesh.cluster.client import RelayProvider
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
-from mesh.cluster.server import RelayServer
+from mesh.cluster.relay_client import RelayProvider
+from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
 from tests.lab.dockerd import Node, Swarm

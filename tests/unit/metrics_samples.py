@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mesh.agent_compare import Row, differences
+from mesh.cluster.agreement import Row, differences
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import CONNECT_BUCKETS, Counters, Failure
 from mesh.errors import MeshError

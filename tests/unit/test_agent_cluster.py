@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mesh import agent_cluster
-from mesh.agent_cluster import ClusterProvider
+from mesh.cluster import provider as agent_cluster
+from mesh.cluster.provider import ClusterProvider
 from mesh.cluster.wire import Report, Verdict
 from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Node

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mesh.agent_compare import Row, differences
+from mesh.cluster.agreement import Row, differences
 
 WEB, DNS = "[*]:80/tcp", "[*]:53/udp"
 ONE = Row("1", "one", "192.0.2.1", True, "proxy", "0.1", 7, 0.0, {WEB: "aa", DNS: "bb"})

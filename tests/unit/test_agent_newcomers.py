@@ -8,8 +8,8 @@ import ipaddress
 from dataclasses import replace
 from typing import Any
 
-from mesh.agent_cluster import ClusterProvider
-from mesh.agent_newcomers import HOLD, Newcomers
+from mesh.cluster.provider import ClusterProvider
+from mesh.cluster.readiness import HOLD, Newcomers
 from mesh.cluster.wire import Report, Verdict
 from mesh.config.keys import Config
 from mesh.model import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
-from mesh.agent_reports import LINGER, Deaths, Reports
+from mesh.cluster.reports import LINGER, Deaths, Reports
 from mesh.cluster.wire import Report, Verdict
 from mesh.model import Backend, Inventory
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mesh.cluster.pulse import DEAD, HUNG, QUIET, Pulses, acknowledged
+from mesh.cluster.heartbeat import DEAD, HUNG, QUIET, Pulses, acknowledged
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ async def test_own_delays_are_nobodys_silence(monkeypatch: pytest.MonkeyPatch) -
     silent: list[bool] = []
     pulses.watch(None, lambda: asyncio.sleep(0), lambda: silent.append(True))
     now = 0.0
-    monkeypatch.setattr("mesh.cluster.pulse.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("mesh.cluster.heartbeat.time", SimpleNamespace(monotonic=lambda: now))
     running = asyncio.create_task(pulses.run())
     await asyncio.sleep(0)
     now = 3600.0

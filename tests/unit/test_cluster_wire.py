@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mesh import model
 from mesh.cluster import wire
 from mesh.cluster.credentials import strip_headers
-from mesh.cluster.memo import Incoming, Outgoing
+from mesh.cluster.translate import Incoming, Outgoing
 
 names = st.text("abcdef0123456789", min_size=1, max_size=6)
 networks = st.builds(

@@ -16,10 +16,10 @@ import aiohttp
 import pytest
 
 from bench import scale_certificates
-from mesh.agent_cluster import ClusterProvider
-from mesh.cluster.client import RelayProvider
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
-from mesh.cluster.server import RelayServer
+from mesh.cluster.provider import ClusterProvider
+from mesh.cluster.relay_client import RelayProvider
+from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.errors import plain
 from tests.lab.netns import PATIENCE

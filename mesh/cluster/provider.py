@@ -16,14 +16,14 @@ from typing import Any, Final
 import structlog
 
 from mesh import __version__
-from mesh.agent_compare import Row, differences
-from mesh.agent_newcomers import Newcomers
-from mesh.agent_reports import Deaths, Reports, Soon
-from mesh.agent_silence import Silence
 from mesh.cluster import wire
-from mesh.cluster.client import RelayProvider, view_of
+from mesh.cluster.agreement import Row, differences
 from mesh.cluster.credentials import CredentialsWatch, Files
-from mesh.cluster.server import RelayServer
+from mesh.cluster.liveness import Silence
+from mesh.cluster.readiness import Newcomers
+from mesh.cluster.relay_client import RelayProvider, view_of
+from mesh.cluster.relay_server import RelayServer
+from mesh.cluster.reports import Deaths, Reports, Soon
 from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node

@@ -17,8 +17,8 @@ from aiohttp import WSMsgType, web
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
-from mesh.cluster.memo import Outgoing
-from mesh.cluster.pulse import Pulses
+from mesh.cluster.heartbeat import Pulses
+from mesh.cluster.translate import Outgoing
 from mesh.errors import plain
 from mesh.model import Inventory
 

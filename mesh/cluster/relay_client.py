@@ -18,9 +18,9 @@ import structlog
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
-from mesh.cluster.memo import Incoming
-from mesh.cluster.pulse import Pulses
-from mesh.cluster.server import CLOSED
+from mesh.cluster.heartbeat import Pulses
+from mesh.cluster.relay_server import CLOSED
+from mesh.cluster.translate import Incoming
 from mesh.errors import MeshError, plain
 from mesh.model import Health, HealthView
 from mesh.providers.base import ProviderStatus, Publish
