@@ -31,7 +31,8 @@ from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.metrics.collector import Exposition, Snapshot, render
 from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
 from mesh.providers.swarm.decode import Answers, decode
-from mesh.reconcile.compose import ComposeCache, Drained, compose
+from mesh.reconcile.compose import ComposeCache, compose
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import guard
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan

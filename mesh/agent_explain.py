@@ -13,7 +13,7 @@ from mesh.agent_services import way_of
 from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Explanation, FrontendEntry
 from mesh.metrics.view import Json
 from mesh.model import Address, Flow, FrontendState, Health, Protocol, ServiceOptions
-from mesh.reconcile.compose import SERVING, standing
+from mesh.reconcile.eligibility import SERVING, standing
 from mesh.reconcile.loop import Reconciler
 
 TRIES: Final = 3  # a plan may be on its way between the two questions

@@ -12,7 +12,7 @@ import structlog
 
 from mesh.config.keys import Config
 from mesh.model import Backend, FrontendState, Health
-from mesh.reconcile.compose import SERVING, standing
+from mesh.reconcile.eligibility import SERVING, standing
 from mesh.reconcile.loop import Picture
 
 MOST: Final = 200  # lines about one kind of thing in one change; what goes beyond is counted in one more

@@ -15,7 +15,7 @@ import msgspec
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
 from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, ServiceOptions, Target
-from mesh.reconcile.compose import SERVING, Drained, standing
+from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
 
 AT_ONCE: Final = 64  # tables that are summed while the caller waits; more are summed in the background

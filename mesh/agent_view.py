@@ -25,7 +25,7 @@ from mesh.health.monitor import Monitor
 from mesh.metrics.view import Json
 from mesh.model import Flow, Inventory, Locality
 from mesh.providers.base import Provider
-from mesh.reconcile.compose import Drained
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
 
 DRAINED_FILE: Final = "drained.json"

@@ -20,7 +20,6 @@ from mesh.model import (
     FrontendState,
     Health,
     HealthView,
-    Intent,
     Inventory,
     Locality,
     Node,
@@ -30,44 +29,7 @@ from mesh.model import (
     ServiceOptions,
     Target,
 )
-
-SERVING: Final = "serving"
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """Ids that the operator has drained, apart from anything the orchestrator wants."""
-
-    backends: frozenset[str] = frozenset()
-    nodes: frozenset[str] = frozenset()
-
-
-def standing(backend: Backend, node: Node | None, health: Health, drained: Drained) -> str:
-    """Why a backend gets no new flows, in a word or two for people; `SERVING` where it does.
-
-    One of: serving, draining, not ready, drained, node drained, node down, node weight 0, weight 0, no address,
-    first probe awaited, down.
-    """
-    reasons = (
-        (backend.intent is Intent.DRAINING, "draining"),
-        (not backend.ready, "not ready"),
-        (backend.id in drained.backends, "drained"),
-        (backend.node in drained.nodes, "node drained"),
-        (node is not None and not node.up, "node down"),
-        (node is not None and node.weight <= 0, "node weight 0"),
-        (backend.weight <= 0, "weight 0"),
-        (_place(backend, node) is None, "no address"),
-        (health is Health.AWAITED, "first probe awaited"),
-        (health is Health.DOWN, "down"),
-    )
-    return next((reason for holds, reason in reasons if holds), SERVING)
-
-
-def _place(backend: Backend, node: Node | None) -> Address | None:
-    """Where flows for a backend are sent: to itself where it is here, else to its node."""
-    if backend.local or backend.address is not None:
-        return backend.address
-    return node.address if node is not None else None
+from mesh.reconcile.eligibility import SERVING, Drained, _place, standing
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath, Plan
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Frontend, HealthView, Inventory
-from mesh.reconcile.compose import ComposeCache, Drained, compose
+from mesh.reconcile.compose import ComposeCache, compose
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import FOREVER, Guarded, Held, guard
 from mesh.reconcile.plan import doubtful, plan, settle
 

@@ -24,7 +24,8 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
-from mesh.reconcile.compose import SERVING, ComposeCache, Drained, compose, standing
+from mesh.reconcile.compose import ComposeCache, compose
+from mesh.reconcile.eligibility import SERVING, Drained, standing
 from tests.unit.inventories import health_views, inventories
 
 CONFIG = Config()

@@ -29,7 +29,7 @@ from mesh.model import (
     ServiceOptions,
 )
 from mesh.providers.demo import DemoProvider
-from mesh.reconcile.compose import Drained
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
 
 ONE, TWO = Node("id-of-one", "one"), Node("id-of-two", "two", weight=0)

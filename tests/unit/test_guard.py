@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mesh.config.keys import Config
 from mesh.model import DesiredState, Health, HealthView, Intent, Inventory
-from mesh.reconcile.compose import Drained, compose
+from mesh.reconcile.compose import compose
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import FOREVER, Guarded, guard
 from tests.unit.inventories import health_views, inventories
 from tests.unit.test_compose import ADDRESS, backend, of, service

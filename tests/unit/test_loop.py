@@ -19,7 +19,8 @@ from mesh.datapath.memory import MemoryDatapath
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Health, HealthView, Inventory
 from mesh.reconcile import loop as loops
-from mesh.reconcile.compose import Drained, compose
+from mesh.reconcile.compose import compose
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture, Reconciler
 from mesh.reconcile.plan import doubtful, key_of, plan
 from tests.lab.netns import PATIENCE

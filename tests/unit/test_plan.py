@@ -17,7 +17,8 @@ from mesh.datapath.memory import MemoryDatapath
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, HealthView, Intent, Inventory
 from mesh.reconcile import plan as plans
-from mesh.reconcile.compose import ComposeCache, Drained, compose
+from mesh.reconcile.compose import ComposeCache, compose
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.plan import doubtful, key_of, plan, settle
 from tests.unit.inventories import inventories
 from tests.unit.test_compose import backend, of

@@ -16,7 +16,8 @@ from mesh.datapath.counters import Counters
 from mesh.datapath.memory import MemoryDatapath
 from mesh.metrics.collector import Exposition, Snapshot
 from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
-from mesh.reconcile.compose import ComposeCache, Drained, compose
+from mesh.reconcile.compose import ComposeCache, compose
+from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
 from tests.unit.inventories import health_views, inventories
