@@ -28,7 +28,7 @@ from mesh.datapath.kernel.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids
 from mesh.datapath.proxy.engine import ProxyDatapath
-from mesh.metrics.collector import Exposition, Snapshot, render
+from mesh.metrics.exposition import Exposition, Snapshot, render
 from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
 from mesh.providers.swarm.decode import Answers, decode
 from mesh.reconcile.compose import ComposeCache, compose

@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import web
 
 from mesh.errors import MeshError
-from mesh.metrics.collector import Exposition, Snapshot
+from mesh.metrics.exposition import Exposition, Snapshot
 from mesh.metrics.view import AgentView
 from mesh.model import Address, Flow, Protocol
 

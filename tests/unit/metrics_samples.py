@@ -12,7 +12,7 @@ from mesh.cluster.agreement import Row, differences
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import CONNECT_BUCKETS, Counters, Failure
 from mesh.errors import MeshError
-from mesh.metrics.collector import Snapshot
+from mesh.metrics.exposition import Snapshot
 from mesh.metrics.view import Json
 from mesh.model import ANY_ADDRESS, Flow, Frontend, Protocol
 

@@ -14,7 +14,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Stats
 from mesh.datapath.counters import Counters
 from mesh.datapath.memory import MemoryDatapath
-from mesh.metrics.collector import Exposition, Snapshot
+from mesh.metrics.exposition import Exposition, Snapshot
 from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained

@@ -21,9 +21,9 @@ from prometheus_client.exposition import choose_encoder
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import Table
 from mesh.metrics import families as f
-from mesh.metrics import rows
+from mesh.metrics import series
 from mesh.metrics.families import Family, Kind
-from mesh.metrics.rows import Blocks, Series, escape, labelled
+from mesh.metrics.series import Blocks, Series, escape, labelled
 from mesh.metrics.view import Json
 from mesh.model import Frontend
 
@@ -55,8 +55,13 @@ class Exposition:
         self._services = _Services()
         self._frontends: Series[Frontend] = Series(
             _frontend_labels,
-            single={f.OPENED: rows.opened, f.CLOSED: rows.closed, f.ACTIVE: rows.active, f.RETRIED: rows.retried},
-            double={f.BYTES: (*rows.BYTES, False), f.PACKETS: (*rows.PACKETS, False)},
+            single={
+                f.OPENED: series.opened,
+                f.CLOSED: series.closed,
+                f.ACTIVE: series.active,
+                f.RETRIED: series.retried,
+            },
+            double={f.BYTES: (*series.BYTES, False), f.PACKETS: (*series.PACKETS, False)},
             failed=f.FAILED,
             connect=f.CONNECT,
             histogram=True,
@@ -64,11 +69,11 @@ class Exposition:
         self._backends: Series[tuple[Frontend, BackendKey]] = Series(
             _backend_labels,
             single={
-                f.BACKEND_OPENED: rows.opened,
-                f.BACKEND_ACTIVE: rows.active,
-                f.BACKEND_RETRIED: rows.retried,
+                f.BACKEND_OPENED: series.opened,
+                f.BACKEND_ACTIVE: series.active,
+                f.BACKEND_RETRIED: series.retried,
             },
-            double={f.BACKEND_BYTES: (*rows.BYTES, False), f.BACKEND_PACKETS: (*rows.PACKETS, True)},
+            double={f.BACKEND_BYTES: (*series.BYTES, False), f.BACKEND_PACKETS: (*series.PACKETS, True)},
             failed=f.BACKEND_FAILED,
             connect=f.BACKEND_CONNECT,
             histogram=False,
