@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from mesh._bpf import map_work
 from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
-from mesh.agent_services import Services
+from mesh.api.services import Services
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
 from mesh.datapath.counters import Table

@@ -19,9 +19,9 @@ import uvloop
 
 from mesh import __version__, agent_log, agent_remains
 from mesh.agent_handover import HandOver
-from mesh.agent_http import Servers
 from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
-from mesh.agent_view import Facts, View
+from mesh.api.server import Servers
+from mesh.api.state import Facts, View
 from mesh.cluster.provider import ClusterProvider
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath

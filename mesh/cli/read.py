@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
+from mesh.api.app import parse_endpoint
 from mesh.cli.client import Json, call, daemon_options, duration, echo_json, echo_table
 from mesh.cli.main import DaemonRefusedError, Exit
 from mesh.errors import MeshError
-from mesh.metrics.http import parse_endpoint
 
 _ID_SHOWN = 12
 LEFT = "mesh.enable=false: left to Docker's own mesh"

@@ -18,13 +18,13 @@ from typing import Final
 import prometheus_client
 from prometheus_client.exposition import choose_encoder
 
+from mesh.api.view import Json
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import Table
 from mesh.metrics import families as f
 from mesh.metrics import series
 from mesh.metrics.families import Family, Kind
 from mesh.metrics.series import Blocks, Series, escape, labelled
-from mesh.metrics.view import Json
 from mesh.model import Frontend
 
 Rows = dict[Family, list[str]]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mesh.api.view import Json
 from mesh.cluster.agreement import Row, differences
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import CONNECT_BUCKETS, Counters, Failure
 from mesh.errors import MeshError
 from mesh.metrics.exposition import Snapshot
-from mesh.metrics.view import Json
 from mesh.model import ANY_ADDRESS, Flow, Frontend, Protocol
 
 

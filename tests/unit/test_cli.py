@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from mesh.api.app import make_app
 from mesh.cli.main import Exit, main
-from mesh.metrics.http import make_app
 from tests.unit.metrics_samples import SampleView
 from tests.unit.test_agent_compare import ONE, TWO
 

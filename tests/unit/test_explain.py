@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from mesh.agent_view import Facts, View
+from mesh.api.state import Facts, View
 from mesh.config.keys import Config
 from mesh.datapath.memory import MemoryDatapath
 from mesh.health.monitor import Monitor

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from mesh.api.app import make_app, parse_endpoint
 from mesh.errors import MeshError
-from mesh.metrics.http import make_app, parse_endpoint
 from tests.lab.netns import PATIENCE
 from tests.unit.metrics_samples import EXPLANATION, SampleView, state
 

@@ -7,7 +7,7 @@ import asyncio
 import ipaddress
 from pathlib import Path
 
-from mesh.agent_view import Facts, View
+from mesh.api.state import Facts, View
 from mesh.config.keys import Config
 from mesh.datapath.memory import MemoryDatapath
 from mesh.health.monitor import Monitor

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.agent_services import Services
+from mesh.api.services import Services
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Stats
 from mesh.datapath.counters import Counters

@@ -1,34 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running agent shows: the implementation of mesh.metrics.view.AgentView over the loop and the provider."""
+"""What a running agent shows: the implementation of mesh.api.view.AgentView over the loop and the provider."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import structlog
 
 from mesh import __version__
 from mesh._maglev import ABI_VERSION
-from mesh.agent_explain import Explainer
-from mesh.agent_services import Services
+from mesh.api.drained import DRAINED_FILE, _find, _load_drained, _save_drained
+from mesh.api.explain import Explainer
+from mesh.api.services import Services
+from mesh.api.view import Json
 from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import Ways
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
-from mesh.metrics.view import Json
 from mesh.model import Flow, Inventory, Locality
 from mesh.providers.base import Provider
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
-
-DRAINED_FILE: Final = "drained.json"
 
 log = structlog.get_logger("mesh")
 
@@ -174,39 +172,3 @@ class View:
 
 def _node_name(inventory: Inventory, node: str) -> str:
     return next((n.name for n in inventory.nodes if n.id == node), "") or socket.gethostname()
-
-
-def _find(kind: str, name: str, things: Mapping[str, str]) -> str:
-    """The id of the one thing that `name` means: an id, a name, or the beginning of an id.
-
-    Raises:
-        MeshError: there is none, or more than one.
-    """
-    if name in things:
-        return name
-    found = [key for key, known in things.items() if known == name]
-    found = found or [key for key in things if key.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise MeshError(f"{name!r} may be any of {', '.join(sorted(found)[:5])}", where=f"{kind} {name}")
-    raise MeshError(f"there is no {kind} {name!r}", remedy=f"`mesh backends` lists {kind}s" if things else "")
-
-
-def _load_drained(file: Path) -> Drained:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Drained)
-    except FileNotFoundError:
-        return Drained()
-    except (OSError, msgspec.DecodeError) as error:
-        log.error("what was drained cannot be read, so nothing is", file=str(file), error=str(error))
-        return Drained()
-
-
-def _save_drained(file: Path, drained: Drained) -> None:
-    try:
-        new = file.with_suffix(".new")
-        new.write_bytes(msgspec.json.encode(drained))
-        new.replace(file)
-    except OSError as error:
-        raise MeshError(f"cannot be written: {error.strerror}", where=str(file)) from error

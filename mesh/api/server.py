@@ -11,9 +11,9 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from mesh.api.app import make_app
+from mesh.api.view import AgentView
 from mesh.errors import ConfigError, MeshError
-from mesh.metrics.http import make_app
-from mesh.metrics.view import AgentView
 
 CONTROL: Final = "mesh.sock"
 SOCKET_PATH: Final = 107  # bytes of a socket's path at most, unix(7)

@@ -9,9 +9,9 @@ import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
-from mesh.agent_services import way_of
+from mesh.api.services import way_of
+from mesh.api.view import Json
 from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Explanation, FrontendEntry
-from mesh.metrics.view import Json
 from mesh.model import Address, Flow, FrontendState, Health, Protocol, ServiceOptions
 from mesh.reconcile.eligibility import SERVING, standing
 from mesh.reconcile.loop import Reconciler

@@ -12,9 +12,9 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
+from mesh.api.view import AgentView
 from mesh.errors import MeshError
 from mesh.metrics.exposition import Exposition, Snapshot
-from mesh.metrics.view import AgentView
 from mesh.model import Address, Flow, Protocol
 
 VIEW: Final = web.AppKey("view", AgentView)
