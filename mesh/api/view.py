@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent shows to the outside: the contract between mesh.agent and the HTTP server, hence the CLI."""
+"""What the agent shows to the outside: the contract between mesh.agent.agent and the HTTP server, hence the CLI."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
+from mesh.agent.lock import Lock
 from mesh.cli.client import Json, call, daemon_options, echo_json
 from mesh.cli.main import DaemonUnreachableError, Exit
 from mesh.config.load import load
-from mesh.takeover import Lock
 
 KIND = click.Choice(["backend", "node"])
 

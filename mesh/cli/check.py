@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mesh.agent_parts import choose_provider
+from mesh.agent.wiring import choose_provider
 from mesh.cli.client import echo_json, echo_table
 from mesh.cli.cluster_facts import check_cluster
 from mesh.cli.facts import Finding, Verdict, check_host

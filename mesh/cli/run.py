@@ -30,6 +30,6 @@ def run(take_over: bool, **flags: Any) -> None:
                mesh run --take-over                       upgrade: no connection is refused
     """
     config = load(flags)
-    from mesh import agent  # noqa: PLC0415 -- late: the engines are not needed by the other commands
+    from mesh.agent import agent  # noqa: PLC0415 -- late: the engines are not needed by the other commands
 
     sys.exit(agent.run(config, reload=lambda: load(flags), take_over=take_over))

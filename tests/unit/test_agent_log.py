@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from mesh import agent_log
+from mesh.agent import changelog
 from mesh.config.keys import Config
 from mesh.model import Backend, Inventory, Node, Service
 from mesh.reconcile.loop import Picture
@@ -23,14 +23,14 @@ def test_lines_name_nodes_by_name() -> None:
     )
     picture = Picture(Inventory((Service("s", "web", ()),), backends, nodes))
     with capture_logs() as lines:
-        agent_log.tell(Picture(), picture)
-        agent_log.tell(picture, Picture())
+        changelog.tell(Picture(), picture)
+        changelog.tell(picture, Picture())
     assert [line["node"] for line in lines if "backend" in line] == ["one", "unheard-of"] * 2
 
 
 def test_a_boolean_has_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        agent_log.configure(Config(log_format="logfmt"))
+        changelog.configure(Config(log_format="logfmt"))
         structlog.get_logger("mesh").info("node disconnected", silent=True)
     finally:
         structlog.reset_defaults()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.agent import LIVE_KEYS
+from mesh.agent.agent import LIVE_KEYS
 from mesh.cli.main import Exit, main
 from mesh.config.keys import Config
 from mesh.config.load import load

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh._maglev import SlotTable
+from mesh.agent.lock import Lock
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
 from mesh.datapath.kernel.acl import compile_rules
@@ -43,7 +44,6 @@ from mesh.model import (
     ServiceOptions,
     Target,
 )
-from mesh.takeover import Lock
 
 
 def networks() -> st.SearchStrategy[Network]:

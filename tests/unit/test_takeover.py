@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from mesh.agent.lock import Lock
+from mesh.agent.systemd import Notifier
+from mesh.agent.takeover import SOCKET, Predecessor, Successor, TakeoverError, close_all
 from mesh.errors import MeshError
 from mesh.model import ANY_ADDRESS, Frontend, Protocol
-from mesh.notify import Notifier
-from mesh.takeover import SOCKET, Lock, Predecessor, Successor, TakeoverError, close_all
 
 WEB = Frontend(ANY_ADDRESS, 8080, Protocol.TCP)
 DNS = Frontend(ipaddress.IPv4Address("192.0.2.1"), 53, Protocol.UDP)

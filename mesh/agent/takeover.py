@@ -18,7 +18,6 @@ A new process that goes away before `serving` leaves the old one as it was.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import json
 import os
@@ -27,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mesh.agent.lock import Lock
 from mesh.errors import MeshError
 from mesh.model import Frontend, Protocol
 
@@ -40,52 +40,6 @@ _LINE_MOST: Final = 8 << 20
 
 class TakeoverError(MeshError):
     """The ports could not be handed over; the daemon that had them keeps them."""
-
-
-class Lock:
-    """The lock of a state directory, held."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    @classmethod
-    def acquire(cls, state_dir: Path) -> Lock:
-        """Take it.
-
-        Raises:
-            MeshError: a running daemon has it (the message has its pid), or the directory cannot be written.
-        """
-        path = state_dir / "lock"
-        try:
-            state_dir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise MeshError(
-                f"cannot be written: {error.strerror}", where=str(state_dir), remedy="run as root, or set --state-dir"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise MeshError(
-                f"a daemon with pid {pid} already uses this state directory",
-                where=str(state_dir),
-                remedy="stop it, take over from it with --take-over, or give this one another --state-dir",
-            ) from None
-        lock = cls(descriptor)
-        lock.sign()
-        return lock
-
-    def sign(self) -> None:
-        """Write this process's pid into it, for messages; where there is no room, nothing."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, f"{os.getpid()}\n".encode(), 0)
-
-    def close(self) -> None:
-        """Give this process's share of it up."""
-        os.close(self.descriptor)
 
 
 def _send(sock: socket.socket, message: Mapping[str, Any]) -> None:

@@ -17,9 +17,13 @@ from typing import Any, Final
 import structlog
 import uvloop
 
-from mesh import __version__, agent_log, agent_remains
-from mesh.agent_handover import HandOver
-from mesh.agent_parts import Engine, choose_engine, choose_provider, make_engine
+from mesh import __version__
+from mesh.agent import changelog, remains
+from mesh.agent.handover import HandOver
+from mesh.agent.lock import Lock
+from mesh.agent.systemd import Notifier
+from mesh.agent.takeover import SERVING_TIMEOUT, Successor, TakeoverError, close_all
+from mesh.agent.wiring import Engine, choose_engine, choose_provider, make_engine
 from mesh.api.server import Servers
 from mesh.api.state import Facts, View
 from mesh.cluster.provider import ClusterProvider
@@ -29,11 +33,9 @@ from mesh.datapath.paths.monitor import Ways
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Frontend, HealthView, Inventory, Node
-from mesh.notify import Notifier
 from mesh.providers.base import Provider
 from mesh.reconcile.loop import Picture, Reconciler
 from mesh.supervisor import end, steady
-from mesh.takeover import SERVING_TIMEOUT, Lock, Successor, TakeoverError, close_all
 
 LIVE_KEYS: Final = frozenset(
     {
@@ -65,7 +67,7 @@ def run(config: Config, *, reload: Callable[[], Config], take_over: bool = False
     Raises:
         MeshError: it cannot start, with what would help.
     """
-    agent_log.configure(config)
+    changelog.configure(config)
     os.umask(0o077)
     return uvloop.run(Agent(config, reload).run(take_over=take_over))
 
@@ -159,7 +161,7 @@ class Agent:
             self._spawn("health", self._monitor.run)
             self._spawn("provider", lambda: self._provider.run(self._publish))
             self._spawn("ways", ways.run)
-            self._spawn("strangers", lambda: agent_remains.watch(self._config, self._obstructed))
+            self._spawn("strangers", lambda: remains.watch(self._config, self._obstructed))
             self._clear_remains()
             self._spawn("signals", self._listen_to_traffic)
             self._spawn("tick", self._tick)
@@ -211,7 +213,7 @@ class Agent:
         self._reconciler.publish(inventory)
 
     def _changed(self, before: Picture, after: Picture) -> None:
-        agent_log.tell(before, after)
+        changelog.tell(before, after)
         if not self._lost and not self._reconciler.held:
             return
         known = self._lost | {backend.id: backend for backend in before.inventory.backends}
@@ -223,7 +225,7 @@ class Agent:
 
     def _clear_remains(self) -> None:
         if self.engine == "proxy":
-            self._spawn("remains", lambda: agent_remains.clear(self._config, lambda: self._reconciler.in_step))
+            self._spawn("remains", lambda: remains.clear(self._config, lambda: self._reconciler.in_step))
 
     def _obstructed(self, by: Sequence[str]) -> None:
         self._view.obstacles = by
@@ -351,7 +353,7 @@ class Agent:
         live = {name: getattr(new, name) for name in changed if name in LIVE_KEYS}
         self._asked = replace(self._asked, **live)
         self._config = replace(self._config, **live)
-        agent_log.configure(self._config)
+        changelog.configure(self._config)
         self._reconciler.set_config(self._config)
         log.info("configuration read again", changed=sorted(live))
         if waiting := sorted(set(changed) - LIVE_KEYS):

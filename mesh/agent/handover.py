@@ -12,9 +12,10 @@ from typing import Protocol
 
 import structlog
 
+from mesh.agent.lock import Lock
+from mesh.agent.takeover import SOCKET, Predecessor, TakeoverError
 from mesh.errors import MeshError
 from mesh.model import Frontend
-from mesh.takeover import SOCKET, Lock, Predecessor, TakeoverError
 
 log = structlog.get_logger("mesh")
 

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import structlog
 
-from mesh.config.keys import Config
 from mesh.model import Backend, FrontendState, Health
 from mesh.reconcile.eligibility import SERVING, standing
 from mesh.reconcile.loop import Picture
@@ -18,32 +15,6 @@ from mesh.reconcile.loop import Picture
 MOST: Final = 200  # lines about one kind of thing in one change; what goes beyond is counted in one more
 
 log = structlog.get_logger("mesh")
-
-
-def configure(config: Config) -> None:
-    """Set level and format for the whole process; may be called again."""
-    kind = config.log_format
-    if kind == "auto":
-        kind = "console" if sys.stderr.isatty() else "logfmt"
-    renderers: dict[str, list[Any]] = {
-        "console": [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
-        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
-        "logfmt": [
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False),
-        ],
-    }
-    level = logging.getLevelNamesMapping()[config.log_level.upper()]
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *renderers[kind],
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=False,
-    )
 
 
 def tell(before: Picture, after: Picture) -> None:
