@@ -12,9 +12,8 @@ from typing import Any, Final, TypeVar
 import aiohttp
 import click
 import msgspec
-from tabulate import tabulate
 
-from mesh.cli.main import DaemonRefusedError, DaemonUnreachableError
+from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError
 from mesh.config.keys import DEFAULT_STATE_DIR
 from mesh.config.load import load
 from mesh.errors import ConfigError
@@ -101,21 +100,3 @@ def _forwards(state_dir: Path) -> bool:
     except (ImportError, ConfigError):
         return False
     return remains is not None and remains.programs
-
-
-def echo_json(value: object) -> None:
-    """Print as indented JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
-def echo_table(rows: list[tuple[object, ...]], *headers: str, empty: str) -> None:
-    """Print rows as a table, or say that there are none."""
-    click.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True) if rows else empty)
-
-
-def duration(seconds: float) -> str:
-    """A duration in the one unit that suits it."""
-    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"

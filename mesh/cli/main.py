@@ -3,32 +3,14 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from importlib import metadata
 from typing import Any
 
 import click
 
+from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
 from mesh.errors import ConfigError, MeshError
-
-
-class Exit(enum.IntEnum):
-    """Exit codes of all commands; docs/OPERATIONS.md lists them."""
-
-    OK = 0
-    NOT_READY = 1
-    USAGE = 2
-    UNREACHABLE = 3
-    REFUSED = 4
-
-
-class DaemonUnreachableError(MeshError):
-    """Nobody answers on the control socket."""
-
-
-class DaemonRefusedError(MeshError):
-    """The daemon answered that it cannot do what was asked."""
 
 
 def _exit_code(error: MeshError) -> Exit:
@@ -82,7 +64,9 @@ def main() -> None:
 
 
 def _register() -> None:
-    from mesh.cli import bench, change, check, read, run, trace  # noqa: PLC0415 -- they import what is above
+    from mesh.cli import change, read, run, trace  # noqa: PLC0415 -- they import what is above
+    from mesh.cli.bench import command as bench  # noqa: PLC0415 -- they import what is above
+    from mesh.cli.check import command as check  # noqa: PLC0415 -- they import what is above
 
     for command in (
         run.run, check.check, read.status, read.services, read.backends, read.explain, trace.trace, bench.bench,

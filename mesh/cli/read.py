@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 from mesh.api.app import parse_endpoint
-from mesh.cli.client import Json, call, daemon_options, duration, echo_json, echo_table
-from mesh.cli.main import DaemonRefusedError, Exit
+from mesh.cli.client import Json, call, daemon_options
+from mesh.cli.exit import DaemonRefusedError, Exit
+from mesh.cli.output import _ID_SHOWN, address_port, duration, echo_json, echo_table, node_shown
 from mesh.errors import MeshError
 
-_ID_SHOWN = 12
 LEFT = "mesh.enable=false: left to Docker's own mesh"
 
 
@@ -229,17 +229,6 @@ def _without(service: Json, source: str) -> str:
         return f"{service['name']}: {LEFT}."
     who = "the static file names none" if source == "static" else f"`docker service ps {service['name']}` says why"
     return f"{service['name']}: no backend that could be reached is known, so new connections fail; {who}."
-
-
-def node_shown(target: Json) -> str:
-    """A target's node by its name, else the beginning of its id."""
-    return str(target.get("node_name") or target["node"][:_ID_SHOWN])
-
-
-def address_port(target: Json) -> str:
-    """ADDRESS:PORT, IPv6 in brackets."""
-    address = str(target["address"])
-    return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
 
 
 def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh.cli.client import call, daemon_options
-from mesh.cli.main import DaemonRefusedError
+from mesh.cli.exit import DaemonRefusedError
 
 if TYPE_CHECKING:
     from mesh.trace.connections import Row

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 import click
 import pytest
 
-from mesh.cli import bench_show
-from mesh.cli.bench_http import HttpAnswer, request
-from mesh.cli.bench_load import OUT_OF_PORTS, Call, End, Kind, Load, Tally, cause_of
-from mesh.cli.bench_target import Behind, Target, connected, parse
+from mesh.cli.bench import report
+from mesh.cli.bench.http import HttpAnswer, request
+from mesh.cli.bench.load import OUT_OF_PORTS, Call, End, Kind, Load, Tally, cause_of
+from mesh.cli.bench.target import Behind, Target, connected, parse
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -186,26 +186,26 @@ async def test_where_a_connection_really_ends_is_read_from_the_kernel() -> None:
 
 def test_percentiles_are_of_what_was_measured() -> None:
     tally = Tally(operations=100, seconds=2.0, latency=[n / 1000 for n in range(1, 101)])
-    shown = bench_show.summary(tally)
+    shown = report.summary(tally)
     assert shown["per_second"] == 50
     assert shown["latency_ms"] == {"p50": 50, "p90": 90, "p99": 99, "p99.9": 100, "max": 100}
-    assert bench_show.summary(Tally())["latency_ms"] == {}
+    assert report.summary(Tally())["latency_ms"] == {}
 
 
 def test_a_histogram_holds_everything_in_bounded_space() -> None:
     sides = {"through": [10 ** (n / 100 - 6) for n in range(600)], "direct": [0.001]}
-    lines = bench_show.histogram(sides)
-    assert len(lines) <= bench_show.ROWS + 4 and max(map(len, lines)) <= 120
+    lines = report.histogram(sides)
+    assert len(lines) <= report.ROWS + 4 and max(map(len, lines)) <= 120
     shares = [float(line.split()[1].rstrip("%")) for line in lines[2:]]
     assert sum(shares) == pytest.approx(100, abs=1)
-    assert bench_show.histogram({"through": []}) == []
+    assert report.histogram({"through": []}) == []
 
 
 def test_a_busy_client_is_said() -> None:
     busy = Tally(seconds=1.0, cpu=0.95)
-    lines = bench_show.advice({"through": busy, "direct": busy})
+    lines = report.advice({"through": busy, "direct": busy})
     assert lines and max(map(len, lines)) <= 120
-    assert not bench_show.advice({"through": Tally(seconds=1.0, cpu=0.5)})
+    assert not report.advice({"through": Tally(seconds=1.0, cpu=0.5)})
 
 
 def test_ipv6_is_written_in_brackets() -> None:

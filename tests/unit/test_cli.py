@@ -18,7 +18,8 @@ import pytest
 from aiohttp import web
 
 from mesh.api.app import make_app
-from mesh.cli.main import Exit, main
+from mesh.cli.exit import Exit
+from mesh.cli.main import main
 from tests.unit.metrics_samples import SampleView
 from tests.unit.test_agent_compare import ONE, TWO
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mesh.agent.agent import LIVE_KEYS
-from mesh.cli.main import Exit, main
+from mesh.cli.exit import Exit
+from mesh.cli.main import main
 from mesh.config.keys import Config
 from mesh.config.load import load
 from mesh.datapath.counters import Failure

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.cli.firewall_facts import GENERAL, remedy_for, rules_of
+from mesh.cli.check.firewall import GENERAL, remedy_for, rules_of
 from tests.lab.netns import Lab, Namespace
 
 SAVED = """\

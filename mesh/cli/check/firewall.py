@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Final
 
-from mesh.cli.facts import Finding, Verdict
+from mesh.cli.check.finding import Finding, Verdict
 from mesh.config.keys import Config
 
 WHAT: Final = "firewall"

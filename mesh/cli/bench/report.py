@@ -13,7 +13,7 @@ from typing import Final
 import click
 from tabulate import tabulate
 
-from mesh.cli.bench_load import Tally
+from mesh.cli.bench.load import Tally
 from mesh.cli.client import Json
 
 MARKS: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}

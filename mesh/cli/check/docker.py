@@ -12,8 +12,8 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
+from mesh.cli.check.finding import Finding, Verdict
 from mesh.cli.client import call
-from mesh.cli.facts import Finding, Verdict
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
 from mesh.errors import MeshError, plain

@@ -17,12 +17,14 @@ from typing import Any, Final
 import click
 import uvloop
 
-from mesh.cli import bench_show, bench_target
-from mesh.cli.bench_http import request
-from mesh.cli.bench_load import Call, End, Kind, Load, Tally, dial
-from mesh.cli.bench_target import Behind, Target
-from mesh.cli.client import Json, daemon_options, echo_json
-from mesh.cli.main import Exit
+from mesh.cli.bench import report
+from mesh.cli.bench import target as bench_target
+from mesh.cli.bench.http import request
+from mesh.cli.bench.load import Call, End, Kind, Load, Tally, dial
+from mesh.cli.bench.target import Behind, Target
+from mesh.cli.client import Json, daemon_options
+from mesh.cli.exit import Exit
+from mesh.cli.output import echo_json
 
 THROUGH, DIRECT = "through", "direct"
 SLICES: Final = 2  # of each phase, the sides in turn, so that what drifts meets both
@@ -120,13 +122,13 @@ def bench(target: str, state_dir: Path, as_json: bool, **options: Any) -> None:
             first = tallies[THROUGH]
             now = bench_target.opened(state_dir, behind) if behind.service else Counter[str]()
             found["distribution"] = distribution(first, call, behind, now - before, sides[THROUGH][0])
-        advice = bench_show.advice(tallies)
+        advice = report.advice(tallies)
         found["phases"].append(
-            {"name": title, "sides": {side: bench_show.summary(tally) for side, tally in tallies.items()}}
+            {"name": title, "sides": {side: report.summary(tally) for side, tally in tallies.items()}}
             | {"notes": advice}
         )
         if not as_json:
-            bench_show.phase(title, tallies)
+            report.phase(title, tallies)
             click.echo("\n".join(["", *advice, ""]) if advice else "", nl=False)
     if as_json:
         echo_json(found)
@@ -237,7 +239,7 @@ def _introduce(target: Target, behind: Behind, sides: dict[str, list[End]]) -> N
 def _print_distribution(found: Json, behind: Behind) -> None:
     if found["how"]:
         known = not found["how"].startswith("by ")
-        bench_show.spread(Counter(found["counts"]), behind.shares if known else {}, found["how"])
+        report.spread(Counter(found["counts"]), behind.shares if known else {}, found["how"])
     else:
         click.echo("\ndistribution over backends: not known here; --by HEADER or --by body lets them say it (http)")
 

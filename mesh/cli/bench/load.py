@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
-from mesh.cli.bench_http import HttpAnswer
+from mesh.cli.bench.http import HttpAnswer
 
 PAUSE: Final = 0.01  # seconds after an exchange that failed
 OUT_OF_PORTS: Final = "no local port left"

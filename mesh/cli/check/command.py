@@ -11,12 +11,13 @@ from typing import Any
 import click
 
 from mesh.agent.wiring import choose_provider
-from mesh.cli.client import echo_json, echo_table
-from mesh.cli.cluster_facts import check_cluster
-from mesh.cli.facts import Finding, Verdict, check_host
-from mesh.cli.firewall_facts import check_firewall
-from mesh.cli.main import Exit
-from mesh.cli.swarm_facts import check_docker
+from mesh.cli.check.cluster import check_cluster
+from mesh.cli.check.docker import check_docker
+from mesh.cli.check.finding import Finding, Verdict
+from mesh.cli.check.firewall import check_firewall
+from mesh.cli.check.host import check_host
+from mesh.cli.exit import Exit
+from mesh.cli.output import echo_json, echo_table
 from mesh.config.keys import Config
 from mesh.config.load import config_options, load
 from mesh.errors import ConfigError, MeshError

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import platform
 import resource
@@ -12,10 +11,10 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mesh.cli.check.finding import Finding, Verdict
 from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
@@ -24,24 +23,6 @@ from mesh.errors import MeshError
 FILES_WANTED: Final = 65536
 TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
 LEAST_MTU: Final = 1228  # what a way with an MTU of 1280 leaves
-
-
-class Verdict(enum.Enum):
-    """What a finding means for the daemon."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One question, its answer, and what to do about it."""
-
-    what: str
-    verdict: Verdict
-    found: str
-    remedy: str = ""
 
 
 def check_host(config: Config) -> Iterator[Finding]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mesh import __version__
+from mesh.cli.check.finding import Finding, Verdict
 from mesh.cli.client import call
-from mesh.cli.facts import Finding, Verdict
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config.keys import Config
 from mesh.datapath.netlink import Netlink

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exit codes of all commands, and the errors that lead to them."""
+
+from __future__ import annotations
+
+import enum
+
+from mesh.errors import MeshError
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of all commands; docs/OPERATIONS.md lists them."""
+
+    OK = 0
+    NOT_READY = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    REFUSED = 4
+
+
+class DaemonUnreachableError(MeshError):
+    """Nobody answers on the control socket."""
+
+
+class DaemonRefusedError(MeshError):
+    """The daemon answered that it cannot do what was asked."""

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands print: JSON, tables, durations, addresses."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+from tabulate import tabulate
+
+from mesh.cli.client import Json
+from mesh.cli.output import duration, echo_json, echo_table
+
+
+def echo_json(value: object) -> None:
+    """Print as indented JSON."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def echo_table(rows: list[tuple[object, ...]], *headers: str, empty: str) -> None:
+    """Print rows as a table, or say that there are none."""
+    click.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True) if rows else empty)
+
+
+def duration(seconds: float) -> str:
+    """A duration in the one unit that suits it."""
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+_ID_SHOWN = 12
+
+
+def node_shown(target: Json) -> str:
+    """A target's node by its name, else the beginning of its id."""
+    return str(target.get("node_name") or target["node"][:_ID_SHOWN])
+
+
+def address_port(target: Json) -> str:
+    """ADDRESS:PORT, IPv6 in brackets."""
+    address = str(target["address"])
+    return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
