@@ -23,7 +23,7 @@ from mesh.api.services import Services
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
 from mesh.datapath.counters import Table
-from mesh.datapath.kernel import maps as kernel_maps
+from mesh.datapath.kernel import loader
 from mesh.datapath.kernel.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids
@@ -261,7 +261,7 @@ def maps(tmp_path: Path) -> Iterator[tuple[KernelMaps, Ids]]:
     """The kernel engine's maps with 1,000 services of 10 backends in them; needs root."""
     subprocess.run(["mount", "-t", "bpf", "bpf", str(tmp_path)], check=True)
     try:
-        _, found = kernel_maps.load(tmp_path / "mesh", {})
+        _, found = loader.load(tmp_path / "mesh", {})
         held = KernelMaps(found, tmp_path / "mesh")
         result = plan(Applied(), compose(inventory(), HealthView(), Drained(), Config())).result
         held.put_backends({entry.id: slot_of(entry) for entry in result.backends.values()})

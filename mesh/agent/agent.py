@@ -18,7 +18,7 @@ import structlog
 import uvloop
 
 from mesh import __version__
-from mesh.agent import changelog, remains
+from mesh.agent import changelog, logging, remains
 from mesh.agent.handover import HandOver
 from mesh.agent.lock import Lock
 from mesh.agent.systemd import Notifier
@@ -67,7 +67,7 @@ def run(config: Config, *, reload: Callable[[], Config], take_over: bool = False
     Raises:
         MeshError: it cannot start, with what would help.
     """
-    changelog.configure(config)
+    logging.configure(config)
     os.umask(0o077)
     return uvloop.run(Agent(config, reload).run(take_over=take_over))
 
@@ -353,7 +353,7 @@ class Agent:
         live = {name: getattr(new, name) for name in changed if name in LIVE_KEYS}
         self._asked = replace(self._asked, **live)
         self._config = replace(self._config, **live)
-        changelog.configure(self._config)
+        logging.configure(self._config)
         self._reconciler.set_config(self._config)
         log.info("configuration read again", changed=sorted(live))
         if waiting := sorted(set(changed) - LIVE_KEYS):

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 
 from mesh.agent.lock import Lock
-from mesh.cli.client import Json, call, daemon_options
+from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import DaemonUnreachableError, Exit
-from mesh.cli.output import echo_json
+from mesh.cli.output import Json, echo_json
 from mesh.config.load import load
 
 KIND = click.Choice(["backend", "node"])

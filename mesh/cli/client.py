@@ -14,11 +14,11 @@ import click
 import msgspec
 
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError
+from mesh.cli.output import Json
 from mesh.config.keys import DEFAULT_STATE_DIR
 from mesh.config.load import load
 from mesh.errors import ConfigError
 
-Json = dict[str, Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _TIMEOUT: Final = 10.0
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 import msgspec
 from tabulate import tabulate
 
-from mesh.cli.client import Json
-from mesh.cli.output import duration, echo_json, echo_table
+Json = dict[str, Any]
 
 
 def echo_json(value: object) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from mesh.api.app import parse_endpoint
-from mesh.cli.client import Json, call, daemon_options
+from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import DaemonRefusedError, Exit
-from mesh.cli.output import _ID_SHOWN, address_port, duration, echo_json, echo_table, node_shown
+from mesh.cli.output import _ID_SHOWN, Json, address_port, duration, echo_json, echo_table, node_shown
 from mesh.errors import MeshError
 
 LEFT = "mesh.enable=false: left to Docker's own mesh"

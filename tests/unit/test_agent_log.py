@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from mesh.agent import changelog
+from mesh.agent import changelog, logging
 from mesh.config.keys import Config
 from mesh.model import Backend, Inventory, Node, Service
 from mesh.reconcile.loop import Picture
@@ -30,7 +30,7 @@ def test_lines_name_nodes_by_name() -> None:
 
 def test_a_boolean_has_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        changelog.configure(Config(log_format="logfmt"))
+        logging.configure(Config(log_format="logfmt"))
         structlog.get_logger("mesh").info("node disconnected", silent=True)
     finally:
         structlog.reset_defaults()

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import rule of docs/ARCHITECTURE.md, read from the syntax trees: imports point one way.
-
-cli -> agent -> {siblings} -> support -> contracts -> foundation. Siblings never import each other.
-"""
+"""The import rule of docs/ARCHITECTURE.md, read from the syntax trees: imports point one way, directory by directory."""
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,32 +12,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mesh"
 
-FOUNDATION = {"mesh", "mesh.model", "mesh.errors", "mesh.config"}
-CONTRACTS = {"mesh._maglev", "mesh.datapath.base", "mesh.provider", "mesh.metrics.view"}
-SIBLINGS = {"swarm", "static", "demo", "cluster", "health", "reconcile", "datapath", "metrics", "trace"}
-ENGINES = {"mesh._bpf", "mesh._fastpath"}
+LAYERS = (
+    {"model", "errors", "netaddr", "_abi", "__init__"},
+    {"config", "supervisor", "incremental", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"},
+    {"providers", "datapath"},
+    {"cluster", "health", "reconcile", "metrics"},
+    {"api"},
+    {"agent"},
+    {"trace"},
+    {"cli"},
+    {"__main__"},
+)
+"""What stands at the same height, from the ground up. A package imports itself and what is below it."""
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+CONTRACTS = {"mesh.providers.base", "mesh.datapath.base", "mesh.datapath.counters", "mesh.api.view"}
+"""Modules that a layer may know of its neighbours, and that `mesh.metrics` may know of `mesh.api`."""
+ENGINES = {"mesh._bpf": "mesh.datapath.kernel", "mesh._fastpath": "mesh.datapath.proxy"}
+EXTENSIONS = {"_abi", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"}
 STDLIB_ONLY = {"mesh.model", "mesh.errors"}
 
 
 def part(module: str) -> str:
-    """What a module belongs to: `mesh.swarm.api` to swarm, `mesh.agent_socket` to agent, `mesh.log` to log."""
+    """The file or package at the top of `mesh` that a module belongs to."""
     names = module.split(".")
-    if names[-1] == "__main__":
-        return names[-1]
-    return re.split(r"(?<=.)_", names[1])[0] if len(names) > 1 else ""
-
-
-def layer(module: str) -> int:
-    if module in FOUNDATION:
-        return 0
-    if module in CONTRACTS:
-        return 1
-    return {"agent": 4, "cli": 5, "__main__": 5}.get(part(module), 3 if part(module) in SIBLINGS else 2)
-
-
-def is_extension(module: str) -> bool:
-    """Of the compiled part: `mesh._bpf`, `mesh._libbpf`, `mesh.fastpath.*`."""
-    return module.split(".")[1:2] == ["fastpath"] or bool(re.match(r"mesh\._[a-z]", module))
+    return names[1] if len(names) > 1 else "__init__"
 
 
 def name_of(path: Path) -> str:
@@ -85,27 +81,29 @@ def inside(pairs):
 
 def breaks(importer: str, module: str) -> str | None:
     """Why an import is against the rule, or None."""
-    if module in ENGINES and part(importer) != "datapath":
-        return "only mesh.datapath imports the engines' extensions"
-    if is_extension(importer):
-        known = layer(module) <= 1 or is_extension(module)
-        return None if known else "extensions know the contracts and one another only"
-    if module in ENGINES:
+    if module in ENGINES and not importer.startswith(ENGINES[module]):
+        return f"only {ENGINES[module]} imports {module}"
+    if part(importer) == part(module):
+        return "a contract knows no implementation" if importer in CONTRACTS and module not in CONTRACTS else None
+    if part(importer) in EXTENSIONS:
+        below = part(module) in EXTENSIONS or RANK[part(module)] == 0
+        return None if below else "extensions know the ground and one another only"
+    if module in CONTRACTS and (RANK[part(module)] <= RANK[part(importer)] or part(importer) == "metrics"):
         return None
-    if part(importer) == part(module) and importer not in CONTRACTS:
-        return None
-    if layer(module) > layer(importer):
-        return "imports point from cli to agent to the parts to the contracts, never back"
-    if layer(module) == layer(importer) == 3:
-        return "siblings do not import each other"
-    if part(module) == "trace" and layer(importer) == 4:
-        return "the agent never imports mesh.trace"
+    if RANK[part(module)] > RANK[part(importer)]:
+        return "imports point from cli to agent, api, the parts, the contracts and the ground, never back"
+    if RANK[part(module)] == RANK[part(importer)] and RANK[part(module)] > 1:
+        return "packages of one layer do not import each other"
     return None
 
 
 def test_there_is_something_to_look_at():
     assert ("mesh.datapath.base", "mesh._maglev") in edges()
-    assert ("mesh.metrics.view", "mesh.datapath.base") in edges()
+    assert ("mesh.api.view", "mesh.datapath.base") in edges()
+
+
+def test_every_part_has_a_layer():
+    assert {part(name_of(path)) for path in PACKAGE.rglob("*.py*") if "__pycache__" not in path.parts} <= set(RANK)
 
 
 def test_imports_point_one_way():
@@ -114,8 +112,6 @@ def test_imports_point_one_way():
 
 
 def test_foundation_needs_the_standard_library_only():
-    import sys
-
     wrong = [
         (a, b) for a, b in edges() if a in STDLIB_ONLY and b.split(".")[0] not in {"mesh", *sys.stdlib_module_names}
     ]
@@ -125,18 +121,19 @@ def test_foundation_needs_the_standard_library_only():
 @pytest.mark.parametrize(
     ("importer", "module"),
     [
-        ("mesh.swarm.api", "mesh.health"),
-        ("mesh.health.monitor", "mesh.datapath.proxy"),
+        ("mesh.providers.swarm.engine", "mesh.health"),
         ("mesh.reconcile.plan", "mesh._fastpath"),
-        ("mesh.agent", "mesh._bpf"),
-        ("mesh.agent", "mesh.cli"),
-        ("mesh.agent", "mesh.trace"),
-        ("mesh.model", "mesh.provider"),
-        ("mesh.datapath.base", "mesh.datapath.proxy"),
-        ("mesh.metrics.view", "mesh.metrics.collector"),
-        ("mesh.static", "mesh.swarm"),
-        ("mesh.log", "mesh.agent"),
-        ("mesh._fastpath", "mesh.datapath.proxy"),
+        ("mesh.datapath.proxy.engine", "mesh._bpf"),
+        ("mesh.agent.agent", "mesh._bpf"),
+        ("mesh.agent.agent", "mesh.cli"),
+        ("mesh.agent.agent", "mesh.trace"),
+        ("mesh.api.state", "mesh.agent.agent"),
+        ("mesh.model", "mesh.providers.base"),
+        ("mesh.datapath.base", "mesh.datapath.proxy.engine"),
+        ("mesh.metrics.series", "mesh.api.state"),
+        ("mesh.cluster.provider", "mesh.health.monitor"),
+        ("mesh.providers.static", "mesh.datapath.lookup"),
+        ("mesh._fastpath", "mesh.datapath.proxy.engine"),
     ],
 )
 def test_the_rule_refuses(importer, module):
@@ -146,16 +143,16 @@ def test_the_rule_refuses(importer, module):
 @pytest.mark.parametrize(
     ("importer", "module"),
     [
-        ("mesh.cli.run", "mesh.agent"),
-        ("mesh.agent", "mesh.swarm"),
-        ("mesh.agent_loop", "mesh.agent"),
-        ("mesh.datapath.kernel", "mesh._bpf"),
+        ("mesh.cli.run", "mesh.agent.agent"),
+        ("mesh.agent.agent", "mesh.providers.swarm"),
+        ("mesh.datapath.kernel.engine", "mesh._bpf"),
         ("mesh.reconcile.plan", "mesh._maglev"),
         ("mesh.reconcile.plan", "mesh.datapath.base"),
         ("mesh._fastpath", "mesh._maglev"),
-        ("mesh.swarm.provider", "mesh.swarm.api"),
-        ("mesh.metrics.http", "mesh.metrics.view"),
-        ("mesh.config_load", "mesh.errors"),
+        ("mesh.providers.swarm.provider", "mesh.providers.swarm.engine"),
+        ("mesh.metrics.exposition", "mesh.api.view"),
+        ("mesh.cluster.provider", "mesh.providers.base"),
+        ("mesh.config.load", "mesh.errors"),
     ],
 )
 def test_the_rule_allows(importer, module):

@@ -22,9 +22,9 @@ from mesh.cli.bench import target as bench_target
 from mesh.cli.bench.http import request
 from mesh.cli.bench.load import Call, End, Kind, Load, Tally, dial
 from mesh.cli.bench.target import Behind, Target
-from mesh.cli.client import Json, daemon_options
+from mesh.cli.client import daemon_options
 from mesh.cli.exit import Exit
-from mesh.cli.output import echo_json
+from mesh.cli.output import Json, echo_json
 
 THROUGH, DIRECT = "through", "direct"
 SLICES: Final = 2  # of each phase, the sides in turn, so that what drifts meets both

@@ -14,7 +14,7 @@ import click
 from tabulate import tabulate
 
 from mesh.cli.bench.load import Tally
-from mesh.cli.client import Json
+from mesh.cli.output import Json
 
 MARKS: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 BUSY: Final = 0.85  # of its core: from here on the client is what limits

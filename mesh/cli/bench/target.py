@@ -21,9 +21,9 @@ import click
 from prometheus_client.parser import text_string_to_metric_families
 
 from mesh.cli.bench.load import End, Kind, cause_of
-from mesh.cli.client import Json, call
+from mesh.cli.client import call
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError
-from mesh.cli.output import address_port
+from mesh.cli.output import Json, address_port
 from mesh.errors import MeshError
 
 SCHEMES: Final = {"http": Kind.HTTP, "https": Kind.HTTP, "tcp": Kind.TCP, "udp": Kind.UDP}

@@ -31,8 +31,7 @@ from mesh.datapath.base import (
     Signal,
     Stats,
 )
-from mesh.datapath.kernel import codec, restore, xdp
-from mesh.datapath.kernel import maps as kernel_maps
+from mesh.datapath.kernel import codec, loader, restore, xdp
 from mesh.datapath.kernel import stats as kernel_stats
 from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.attach import Attachments, cgroup_root
@@ -95,7 +94,7 @@ class KernelDatapath:
         directory = self._directory = home / CONTRACT
         self._others = [p for p in home.glob("*") if p.name != directory.name]
         sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
-        self._programs, maps = kernel_maps.load(directory, sizes, xdp.objects(self._config))
+        self._programs, maps = loader.load(directory, sizes, xdp.objects(self._config))
         self._maps = KernelMaps(maps, directory)
         restore.check_hash(self._programs["mesh_explain"])
         self._order: kernel_stats.Order | None = None  # of what stats() last read

@@ -48,7 +48,7 @@ def preflight(config: Config) -> str | None:
     """Why the kernel engine cannot run here, in one sentence with its remedy; None: it can."""
     try:
         from mesh import _bpf  # noqa: PLC0415 -- absent where it was built without libbpf
-        from mesh.datapath.kernel import attach, maps  # noqa: PLC0415
+        from mesh.datapath.kernel import attach, loader  # noqa: PLC0415
     except ImportError as error:
         return f"this build has no kernel engine: {error}"
     if config.provider == "demo":
@@ -61,7 +61,7 @@ def preflight(config: Config) -> str | None:
     else:
         try:
             reason = no_bpf_fs(Path(config.bpf_fs))
-            maps.probe()
+            loader.probe()
             attach.probe()
         except _bpf.BpfError as error:
             remedy = " (raise LimitNOFILE= or ulimit -Hn)" if error.errno == errno.EMFILE else ""
