@@ -55,9 +55,9 @@ def clang() -> str:
 
 
 def build_objects() -> None:
-    """bpf/*.bpf.c -> mesh/datapath/objects/*.bpf.o, those that are older than a source."""
+    """bpf/*.bpf.c -> mesh/datapath/kernel/objects/*.bpf.o, those that are older than a source."""
     headers = list(Path("bpf").rglob("*.h"))
-    target = Path("mesh/datapath/objects")
+    target = Path("mesh/datapath/kernel/objects")
     target.mkdir(exist_ok=True)
     digest = abi_digest()
     for source in sorted(Path("bpf").glob("*.bpf.c")):

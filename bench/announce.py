@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from mesh.errors import ProviderError
 from mesh.providers.swarm.watch import frames
-from tests.lab.dockerd import Node
+from tests.support.lab.dockerd import Node
 
 RUNNING: Final = 512  # TaskState
 EVENTS, OBJECT, TASK = 1, 2, 4  # WatchMessage.events, .Event.object, Object.task

@@ -25,9 +25,9 @@ from typing import Any, Final
 
 from bench.announce import Announcements
 from bench.lab import OUT, LabError
-from tests.daemon import Daemon
-from tests.lab.dockerd import Node, Swarm, bpf_fs, unavailable
-from tests.lab.netns import Lab, wait_for
+from tests.support.daemon import Daemon
+from tests.support.lab.dockerd import Node, Swarm, bpf_fs, unavailable
+from tests.support.lab.netns import Lab, wait_for
 
 ENGINES: Final = ("proxy", "kernel")
 MANAGERS, WORKERS = 3, 2

@@ -36,7 +36,7 @@ from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import guard
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
-from tests.unit.metrics_samples import snapshot
+from tests.support.metrics_samples import snapshot
 
 BACKENDS = 1000
 SERVICES, REPLICAS = 1000, 10

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bpf.frames import NODE4, NODE6, TASK4, TASK6
 from tests.bpf.plane import UDP, Plane
+from tests.support.frames import NODE4, NODE6, TASK4, TASK6
 
 
 @pytest.fixture

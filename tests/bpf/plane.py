@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 from mesh import _bpf
 
 ROOT: Final = Path(__file__).parents[2]
-OBJECTS: Final = ROOT / "mesh/datapath/objects"
+OBJECTS: Final = ROOT / "mesh/datapath/kernel/objects"
 ABI: Final = (ROOT / "bpf/include/mesh/abi.h").read_text()
 VERDICTS: Final = re.findall(r"X\((\w+),", ABI[ABI.index("define MESH_VERDICTS") : ABI.index("MESH_VERDICT_ENUM")])
 OK, SHOT, REDIRECT = 0xFFFFFFFF, 2, 7  # OK: TC_ACT_UNSPEC

@@ -10,8 +10,8 @@ import struct
 
 import pytest
 
-from tests.bpf.frames import CLIENT4, NODE4, TASK4, segment
 from tests.bpf.plane import REDIRECT, Plane
+from tests.support.frames import CLIENT4, NODE4, TASK4, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.bpf.frames import (
+from tests.bpf.plane import OK, REDIRECT, Plane, explained
+from tests.bpf.plane import TCP as PROTO_TCP
+from tests.oracle.frames import total
+from tests.support.frames import (
     CLIENT4,
     CLIENT6,
     IP,
@@ -23,9 +26,6 @@ from tests.bpf.frames import (
     datagram,
     segment,
 )
-from tests.bpf.plane import OK, REDIRECT, Plane, explained
-from tests.bpf.plane import TCP as PROTO_TCP
-from tests.reference_frames import total
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import reference_state as model
 from tests.bpf.plane import (
     ACTIVE,
     ALLOW_RULE,
@@ -31,9 +30,10 @@ from tests.bpf.plane import (
     Plane,
     packed,
 )
-from tests.reference_frames import ICMP, ICMP6, MAPPED, TCP, UDP, parse, total
-from tests.reference_packets import Model
-from tests.reference_state import Outcome, same
+from tests.oracle import state as model
+from tests.oracle.frames import ICMP, ICMP6, MAPPED, TCP, UDP, parse, total
+from tests.oracle.packets import Model
+from tests.oracle.state import Outcome, same
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.timeout(1800)]
 

@@ -9,7 +9,8 @@ import pytest
 from scapy.layers.inet import ICMP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, ICMPv6PacketTooBig, ICMPv6TimeExceeded
 
-from tests.bpf.frames import (
+from tests.bpf.plane import OK, REDIRECT, Plane
+from tests.support.frames import (
     CLIENT4,
     CLIENT6,
     ETHER,
@@ -25,7 +26,6 @@ from tests.bpf.frames import (
     datagram,
     segment,
 )
-from tests.bpf.plane import OK, REDIRECT, Plane
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

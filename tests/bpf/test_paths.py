@@ -14,7 +14,9 @@ from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdr
 from scapy.layers.l2 import Dot1Q
 
 from mesh.errors import BpfError
-from tests.bpf.frames import (
+from tests.bpf.plane import HAIRPIN, HAIRPIN6, OK, REDIRECT, SHOT, Plane
+from tests.bpf.wires import inside
+from tests.support.frames import (
     CLIENT4,
     CLIENT6,
     ETHER,
@@ -31,8 +33,6 @@ from tests.bpf.frames import (
     datagram,
     segment,
 )
-from tests.bpf.plane import HAIRPIN, HAIRPIN6, OK, REDIRECT, SHOT, Plane
-from tests.bpf.wires import inside
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

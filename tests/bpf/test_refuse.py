@@ -10,7 +10,9 @@ import pytest
 from scapy.layers.inet import ICMP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6TimeExceeded
 
-from tests.bpf.frames import (
+from tests.bpf.plane import REDIRECT, SHOT, Plane
+from tests.bpf.plane import UDP as PROTO_UDP
+from tests.support.frames import (
     CLIENT4,
     CLIENT6,
     IP,
@@ -26,8 +28,6 @@ from tests.bpf.frames import (
     datagram,
     segment,
 )
-from tests.bpf.plane import REDIRECT, SHOT, Plane
-from tests.bpf.plane import UDP as PROTO_UDP
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

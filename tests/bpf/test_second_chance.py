@@ -11,23 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.bpf.frames import (
-    CLIENT4,
-    CLIENT6,
-    NODE4,
-    NODE6,
-    OTHER4,
-    TASK4,
-    TASK6,
-    Ether,
-    become,
-    datagram,
-    segment,
-)
 from tests.bpf.plane import FREE, OK, PASS, REDIRECT, SHOT, TRACKED, Plane, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.test_tunnel import PEER4, SEED, identity
 from tests.bpf.test_tunnel_edges import REPLY, VERSIONS, elsewhere, unwrapped, wrapped  # noqa: F401 (a fixture)
+from tests.support.frames import CLIENT4, CLIENT6, NODE4, NODE6, OTHER4, TASK4, TASK6, Ether, become, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

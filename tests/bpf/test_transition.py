@@ -7,8 +7,6 @@ import struct
 
 import pytest
 
-from tests import reference
-from tests.bpf.frames import CLIENT4, CLIENT6, IP, NODE4, NODE6, Ether, IPv6, datagram, segment
 from tests.bpf.plane import (
     ACTIVE,
     ALLOW_RULE,
@@ -30,6 +28,8 @@ from tests.bpf.plane import (
     explained,
     packed,
 )
+from tests.oracle import selection
+from tests.support.frames import CLIENT4, CLIENT6, IP, NODE4, NODE6, Ether, IPv6, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -196,15 +196,15 @@ def test_slot_is_that_of_the_reference(plane: Plane, flags: int, client: str, no
         frame = segment(client, sport, node, 80)
         _, frontend, value, slot, chosen = explained(plane.run("mesh_explain", bytes(frame)))
         if flags:
-            expected = reference.client_hash(packed(client))
+            expected = selection.client_hash(packed(client))
         else:
-            expected = reference.flow_hash(packed(client), sport, packed(node), 80, 6)
-        assert (frontend, value, slot) == (1, expected, reference.slot_for(expected, size))
+            expected = selection.flow_hash(packed(client), sport, packed(node), 80, 6)
+        assert (frontend, value, slot) == (1, expected, selection.slot_for(expected, size))
         assert chosen == A + slot % 2
 
 
 def test_known_answers_where_no_frontend_is(plane: Plane) -> None:
-    for case in reference.golden()["flows"]:
+    for case in selection.golden()["flows"]:
         source, sport, destination, dport, protocol = case["flow"]
         if protocol not in (6, 17):
             continue
@@ -216,8 +216,8 @@ def test_known_answers_where_no_frontend_is(plane: Plane) -> None:
         assert frame[IPv6].dst == NODE6
         name, frontend, value, slot, _ = explained(plane.run("mesh_explain", bytes(frame)))
         assert (name, frontend) == ("", 0)
-        assert value == reference.flow_hash(packed(CLIENT6), sport, packed(NODE6), 99, 17)
-        assert slot == reference.client_hash(packed(CLIENT6))
+        assert value == selection.flow_hash(packed(CLIENT6), sport, packed(NODE6), 99, 17)
+        assert slot == selection.client_hash(packed(CLIENT6))
 
 
 def test_source_rules(plane: Plane) -> None:

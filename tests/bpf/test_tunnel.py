@@ -8,8 +8,8 @@ import struct
 import pytest
 from scapy.contrib.geneve import GENEVE
 
-from tests.bpf.frames import CLIENT4, ETHER, IP, NODE4, TASK4, TCP, UDP, Ether, become, datagram, segment
 from tests.bpf.plane import DIRECT, OK, REDIRECT, SHOT, Plane, u32
+from tests.support.frames import CLIENT4, ETHER, IP, NODE4, TASK4, TCP, UDP, Ether, become, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -13,7 +13,12 @@ import pytest
 from scapy.layers.inet import ICMP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, ICMPv6TimeExceeded
 
-from tests.bpf.frames import (
+from tests.bpf.plane import OK, REDIRECT, SHOT, Plane, packed, u32
+from tests.bpf.plane import UDP as PROTO_UDP
+from tests.bpf.test_icmp import requoted
+from tests.bpf.test_tunnel import PEER4, PORT, SEED, identity
+from tests.bpf.wires import inside
+from tests.support.frames import (
     CLIENT4,
     CLIENT6,
     ETHER,
@@ -30,11 +35,6 @@ from tests.bpf.frames import (
     datagram,
     segment,
 )
-from tests.bpf.plane import OK, REDIRECT, SHOT, Plane, packed, u32
-from tests.bpf.plane import UDP as PROTO_UDP
-from tests.bpf.test_icmp import requoted
-from tests.bpf.test_tunnel import PEER4, PORT, SEED, identity
-from tests.bpf.wires import inside
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

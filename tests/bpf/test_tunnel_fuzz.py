@@ -12,11 +12,11 @@ from collections import Counter
 
 import pytest
 
-from tests.bpf.frames import CLIENT4, NODE4, TASK4, datagram, segment
 from tests.bpf.plane import OK, PASS, REDIRECT, SHOT, TRACKED, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.test_tunnel import PEER4, PORT, identity
 from tests.bpf.test_tunnel_edges import REPLY, elsewhere, far, wrapped  # noqa: F401 (a fixture)
+from tests.support.frames import CLIENT4, NODE4, TASK4, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

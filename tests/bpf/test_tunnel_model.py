@@ -16,9 +16,9 @@ from tests.bpf.plane import HAIRPIN, HAIRPIN6, PASS, REDIRECT, SHOT, TRACKED, Pl
 from tests.bpf.test_fuzz import Packets
 from tests.bpf.test_tunnel import identity
 from tests.bpf.test_tunnel_edges import REPLY, elsewhere, wrapped  # noqa: F401 (a fixture)
-from tests.reference_frames import TCP, UDP, parse
-from tests.reference_state import Backend, Frontend, same
-from tests.reference_tunnel import Spanning
+from tests.oracle.frames import TCP, UDP, parse
+from tests.oracle.state import Backend, Frontend, same
+from tests.oracle.tunnel import Spanning
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

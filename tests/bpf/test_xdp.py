@@ -21,10 +21,10 @@ from mesh.datapath.kernel import xdp
 from mesh.datapath.kernel.locator import INGRESS, TASK
 from mesh.datapath.netlink import Interface, Netlink
 from mesh.errors import BpfError
-from tests.bpf.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
 from tests.bpf.plane import ALLOW_RULE, CLIENT, DENY, DENY_RULE, SHOT, UDP, Plane
 from tests.bpf.wires import inside
-from tests.lab.netns import PATIENCE
+from tests.support.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
+from tests.support.lab.netns import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

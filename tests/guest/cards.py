@@ -11,8 +11,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.datapath.kernel_plane import Connection
-from tests.lab.netns import PATIENCE, Namespace, run
+from tests.engines.kernel_plane import Connection
+from tests.support.lab.netns import PATIENCE, Namespace, run
 
 _networks = itertools.count(1)
 

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.datapath.kernel_driver import Driver
-from tests.datapath.kernel_plane import PORT, Connection, Plane, refused
-from tests.datapath.test_kernel_engine import (
+from tests.engines.kernel_driver import Driver
+from tests.engines.kernel_plane import PORT, Connection, Plane, refused
+from tests.engines.test_kernel_engine import (
     test_every_backend_answers_and_sees_the_clients_address,
     test_processes_of_the_node_are_connected_straight,
     test_udp,
 )
 from tests.guest import cards
 from tests.guest.cards import Way
-from tests.lab.netns import Lab, wait_for
+from tests.support.lab.netns import Lab, wait_for
 
 __all__ = [
     "test_every_backend_answers_and_sees_the_clients_address",

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 import uvloop
 
-from tests.cluster import ENGINES, Cluster
-from tests.lab.dockerd import Swarm
+from tests.support.cluster import ENGINES, Cluster
+from tests.support.lab.dockerd import Swarm
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests import peers
-from tests.cluster import WEB, Cluster, failures
-from tests.lab.netns import wait_for
+from tests.support import peers
+from tests.support.cluster import WEB, Cluster, failures
+from tests.support.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

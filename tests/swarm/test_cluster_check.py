@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import ENGINES, Cluster
-from tests.daemon import Daemon
-from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import Lab, run, wait_for
+from tests.support.cluster import ENGINES, Cluster
+from tests.support.daemon import Daemon
+from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.netns import Lab, run, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

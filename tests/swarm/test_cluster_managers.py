@@ -12,10 +12,10 @@ import pytest
 
 from mesh.cluster.credentials import Files
 from mesh.config.keys import Config
-from tests import peers
-from tests.cluster import WEB, Cluster, failures
-from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import wait_for
+from tests.support import peers
+from tests.support.cluster import WEB, Cluster, failures
+from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.later("kernel")]
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests import peers
-from tests.cluster import WEB, Cluster, failures
-from tests.daemon import Daemon
-from tests.lab.dockerd import Node
-from tests.lab.netns import run, wait_for
+from tests.support import peers
+from tests.support.cluster import WEB, Cluster, failures
+from tests.support.daemon import Daemon
+from tests.support.lab.dockerd import Node
+from tests.support.lab.netns import run, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests import peers
-from tests.cluster import WEB, Cluster
-from tests.lab.netns import wait_for
+from tests.support import peers
+from tests.support.cluster import WEB, Cluster
+from tests.support.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import peers
-from tests.cluster import WEB, Cluster
-from tests.lab.netns import PATIENCE, Namespace
+from tests.support import peers
+from tests.support.cluster import WEB, Cluster
+from tests.support.lab.netns import PATIENCE, Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 

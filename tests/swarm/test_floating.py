@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests import peers
-from tests.cluster import WEB, Cluster
-from tests.lab.dockerd import Swarm
-from tests.lab.images import pattern
-from tests.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support import peers
+from tests.support.cluster import WEB, Cluster
+from tests.support.lab.dockerd import Swarm
+from tests.support.lab.images import pattern
+from tests.support.lab.netns import PATIENCE, Namespace, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import images
-from tests.lab.dockerd import Swarm
-from tests.lab.netns import NETNS_DIR, PATIENCE, Lab, Namespace, cgroup_directories, run, sweep, wait_for
+from tests.support.lab import images
+from tests.support.lab.dockerd import Swarm
+from tests.support.lab.netns import NETNS_DIR, PATIENCE, Lab, Namespace, cgroup_directories, run, sweep, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -57,8 +57,8 @@ def test_hosts_reach_each_other(lab: Lab) -> None:
 
 CRASH = """
 import os, signal
-from tests.lab.netns import Lab
-from tests.lab.dockerd import Swarm
+from tests.support.lab.netns import Lab
+from tests.support.lab.dockerd import Swarm
 swarm = Swarm(Lab())
 swarm.create("web")
 print(swarm.lab.prefix, *swarm.manager.namespace.pids(), flush=True)

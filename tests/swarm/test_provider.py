@@ -17,8 +17,8 @@ from mesh.config.keys import Config
 from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.providers.swarm import SwarmProvider, detect
-from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import PATIENCE, Lab, wait_for
+from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.netns import PATIENCE, Lab, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -18,8 +18,8 @@ from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
-from tests.lab.dockerd import Node, Swarm
-from tests.lab.netns import PATIENCE
+from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.netns import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests import peers
-from tests.daemon import Daemon, backends_of
-from tests.lab.dockerd import Swarm, bpf_fs
-from tests.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support import peers
+from tests.support.daemon import Daemon, backends_of
+from tests.support.lab.dockerd import Swarm, bpf_fs
+from tests.support.lab.netns import PATIENCE, Namespace, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

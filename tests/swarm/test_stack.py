@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests import peers
-from tests.cluster import ENGINES, Cluster
-from tests.lab import images
-from tests.lab.dockerd import Swarm
-from tests.lab.netns import wait_for
+from tests.support import peers
+from tests.support.cluster import ENGINES, Cluster
+from tests.support.lab import images
+from tests.support.lab.dockerd import Swarm
+from tests.support.lab.netns import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

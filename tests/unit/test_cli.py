@@ -20,8 +20,8 @@ from aiohttp import web
 from mesh.api.app import make_app
 from mesh.cli.exit import Exit
 from mesh.cli.main import main
-from tests.unit.metrics_samples import SampleView
-from tests.unit.test_agent_compare import ONE, TWO
+from tests.support.metrics_samples import SampleView
+from tests.unit.test_agreement import ONE, TWO
 
 
 @dataclass(frozen=True)

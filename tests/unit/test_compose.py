@@ -26,7 +26,7 @@ from mesh.model import (
 )
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import SERVING, Drained, standing
-from tests.unit.inventories import health_views, inventories
+from tests.support.inventories import health_views, inventories
 
 CONFIG = Config()
 ADDRESS = ipaddress.IPv4Address("172.18.0.2")

@@ -22,8 +22,8 @@ from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.errors import plain
-from tests.lab.netns import PATIENCE
-from tests.ports import free_port
+from tests.support.lab.netns import PATIENCE
+from tests.support.ports import free_port
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

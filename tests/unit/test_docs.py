@@ -101,7 +101,7 @@ def test_every_label_exit_code_cause_and_alert_is_explained() -> None:
 
 
 def test_state_keys_are_explained() -> None:
-    from tests.unit.metrics_samples import state
+    from tests.support.metrics_samples import state
 
     shown = state()
     service = shown["services"][0]

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.lab.netns import PATIENCE
-from tests.unit.fastpath_bench import TcpServer, call, engine, eventually, read_all, reset, tcp
+from tests.support.fastpath_bench import TcpServer, call, engine, eventually, read_all, reset, tcp
+from tests.support.lab.netns import PATIENCE
 
 MEGABYTE = 1 << 20
 

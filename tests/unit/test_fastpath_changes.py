@@ -18,9 +18,7 @@ from mesh.config.keys import Config
 from mesh.datapath.counters import Failure
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.model import Flow, Protocol, ServiceOptions
-from tests.lab.netns import PATIENCE
-from tests.ports import free_port
-from tests.unit.fastpath_bench import (
+from tests.support.fastpath_bench import (
     Served,
     TcpServer,
     UdpServer,
@@ -33,6 +31,8 @@ from tests.unit.fastpath_bench import (
     tcp,
     udp,
 )
+from tests.support.lab.netns import PATIENCE
+from tests.support.ports import free_port
 
 
 def refusing() -> tuple[str, int]:

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.unit.fastpath_bench import TcpServer, ask, call, engine, eventually, reset, tcp
+from tests.support.fastpath_bench import TcpServer, ask, call, engine, eventually, reset, tcp
 
 
 def test_more_clients_than_connections_wait() -> None:
@@ -43,7 +43,7 @@ def test_more_clients_than_connections_wait() -> None:
 STARVED = """
 import resource, socket, sys, time
 from mesh.datapath.base import Failure
-from tests.unit.fastpath_bench import TcpServer, call, engine, eventually, tcp
+from tests.support.fastpath_bench import TcpServer, call, engine, eventually, tcp
 
 server = TcpServer()
 front = tcp()

@@ -24,8 +24,7 @@ from mesh.datapath.paths.peer_probe import PathMtu, ask_stream, path_mtu
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.datapath.proxy.peers import tag_of
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
-from tests.lab.netns import PATIENCE
-from tests.unit.fastpath_bench import (
+from tests.support.fastpath_bench import (
     Served,
     TcpServer,
     UdpServer,
@@ -39,6 +38,7 @@ from tests.unit.fastpath_bench import (
     tcp,
     udp,
 )
+from tests.support.lab.netns import PATIENCE
 
 HERE, THERE = "127.0.0.1", "127.0.0.2"
 

@@ -14,8 +14,8 @@ import pytest
 
 from mesh.datapath.counters import Failure
 from mesh.model import Affinity, Flow, Protocol, ProxyProtocol, ServiceOptions
-from tests.lab.netns import PATIENCE
-from tests.unit.fastpath_bench import TcpServer, call, echo, engine, eventually, read_all, reset, tcp
+from tests.support.fastpath_bench import TcpServer, call, echo, engine, eventually, read_all, reset, tcp
+from tests.support.lab.netns import PATIENCE
 
 MEGABYTE = 1 << 20
 

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.unit.fastpath_bench import engine, eventually
+from tests.support.fastpath_bench import engine, eventually
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 LAYOUT = "IIQiIQQQ"  # struct sched_attr, sched_setattr(2)

@@ -12,9 +12,9 @@ import pytest
 
 from mesh.datapath.counters import Failure
 from mesh.model import Affinity, Frontend, ServiceOptions
-from tests.lab.netns import PATIENCE
-from tests.ports import free_port
-from tests.unit.fastpath_bench import Served, UdpServer, engine, eventually, udp
+from tests.support.fastpath_bench import Served, UdpServer, engine, eventually, udp
+from tests.support.lab.netns import PATIENCE
+from tests.support.ports import free_port
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from mesh.model import DesiredState, Health, HealthView, Intent, Inventory
 from mesh.reconcile.compose import compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import FOREVER, Guarded, guard
-from tests.unit.inventories import health_views, inventories
+from tests.support.inventories import health_views, inventories
 from tests.unit.test_compose import ADDRESS, backend, of, service
 
 CONFIG = Config(guard_max_removal=0.5, guard_hold=5.0)

@@ -33,8 +33,8 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
-from tests.lab.netns import PATIENCE
-from tests.ports import free_port
+from tests.support.lab.netns import PATIENCE
+from tests.support.ports import free_port
 
 LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 FAST = HealthCheck(interval=0.02, timeout=5.0, rise=2, fall=3)

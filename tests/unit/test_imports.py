@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import rule of docs/ARCHITECTURE.md, read from the syntax trees: imports point one way, directory by directory."""
+"""The import rule of docs/ARCHITECTURE.md, read from the syntax trees: imports point one way, by directory."""
 
 import ast
 import re

@@ -23,8 +23,8 @@ from mesh.reconcile.compose import compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture, Reconciler
 from mesh.reconcile.plan import doubtful, key_of, plan
-from tests.lab.netns import PATIENCE
-from tests.unit.inventories import inventories
+from tests.support.inventories import inventories
+from tests.support.lab.netns import PATIENCE
 from tests.unit.test_compose import ADDRESS, backend, of
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mesh._maglev import OWNER_FIRST, OWNER_NONE, OWNER_PASS, SlotTable, backend_seed
 from mesh.model import TABLE_SIZES
-from tests import reference
+from tests.oracle import selection
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_hash.json").read_text())
 
@@ -40,7 +40,7 @@ def test_golden_table(vector):
 @given(weights, st.sampled_from([1021, 1021, 4093]))
 def test_table_equals_the_oracle(amounts, size):
     table = SlotTable.build(size, backends(amounts))
-    assert owners_of(table) == reference.maglev(size, backends(amounts))
+    assert owners_of(table) == selection.maglev(size, backends(amounts))
     assert not table.tracked
     assert all(table.slot(i) == (owner, owner, False) for i, owner in enumerate(owners_of(table)))
 
@@ -49,7 +49,7 @@ def test_table_equals_the_oracle(amounts, size):
 @given(weights, st.integers(0, 2**32 - 1), st.integers(1, 6))
 def test_choices_equal_the_oracle(amounts, value, limit):
     table = SlotTable.build(1021, backends(amounts))
-    assert table.choices(value, limit) == reference.choices(owners_of(table), value, limit)
+    assert table.choices(value, limit) == selection.choices(owners_of(table), value, limit)
 
 
 @settings(deadline=None, max_examples=40)
@@ -209,4 +209,4 @@ def test_a_pass_over_a_table_keeps_apart_owners_of_any_number(owners):
     assert table.shares() == Counter(current)
     assert table.owners() == set(owners)
     names = {owner: f"b{owner}" for owner in owners[1:]}
-    assert table.digest(names) == reference.digest(current, names)
+    assert table.digest(names) == selection.digest(current, names)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh._maglev import OWNER_NONE, OWNER_PASS, SLOT_TRACKED, SlotTable, backend_seed
-from tests import reference
+from tests.oracle import selection
 
 SIZE = 1021
 A, B, C, D, E, F = range(2, 8)
-FLOWS = tuple(reference.flow_hash(bytes(15) + b"\1", port, bytes(16), 80, 6) for port in range(1024, 1064))
+FLOWS = tuple(selection.flow_hash(bytes(15) + b"\1", port, bytes(16), 80, 6) for port in range(1024, 1064))
 
 
 def built(*owners, size=SIZE):
@@ -63,9 +63,9 @@ def histories(table, history):
 @given(owner_sets, steps)
 def test_transitions_equal_the_oracle(first, history):
     table = built(*first)
-    oracle = reference.fresh(current(table))
+    oracle = selection.fresh(current(table))
     for after, owners, gone, settled in histories(table, history):
-        oracle = reference.settled(oracle) if settled else reference.transition(oracle, owners, gone)
+        oracle = selection.settled(oracle) if settled else selection.transition(oracle, owners, gone)
         assert slots(after) == oracle_slots(oracle)
         assert after.tracked == any(slot.tracked for slot in oracle)
         assert after.tracked_slots() == sum(slot.tracked for slot in oracle)
@@ -86,7 +86,7 @@ def test_stateless_where_the_owners_agree_and_nothing_was_noted(first, history):
 def test_an_established_flow_never_moves_while_its_backend_lives(first, history, data):
     """Flows start at random moments and stay silent for random times: each packet reaches the flow's own backend."""
     table = built(*first)
-    forwarder = reference.Forwarder(reference.fresh(current(table)))
+    forwarder = selection.Forwarder(selection.fresh(current(table)))
     owner_of, dead = {}, set()
     for members, gone, dice in [(first, frozenset(), 2), *history]:
         target = uniform(OWNER_PASS) if dice == 1 else built(*(members - dead - gone))
@@ -95,7 +95,7 @@ def test_an_established_flow_never_moves_while_its_backend_lives(first, history,
         # The forwarder runs on the table under test, not on the oracle's.
         forwarder.cache = {flow: owner for flow, owner in forwarder.cache.items() if owner not in gone}
         forwarder.table = [
-            reference.Slot(now, before, forgotten=tracked and now == before) for now, before, tracked in slots(table)
+            selection.Slot(now, before, forgotten=tracked and now == before) for now, before, tracked in slots(table)
         ]
         starting = FLOWS[:: data.draw(st.sampled_from([2, 3, 50]))]
         speaking = FLOWS[1 :: data.draw(st.sampled_from([1, 2, 50]))]
@@ -106,7 +106,7 @@ def test_an_established_flow_never_moves_while_its_backend_lives(first, history,
                 assert where == owner_of[flow], f"flow {flow:x} moved"
             else:  # a new flow, or a client that uses its port again
                 owner_of[flow] = forwarder.packet(flow, start=True)
-                assert owner_of[flow] == current(table)[reference.slot_for(flow, SIZE)]
+                assert owner_of[flow] == current(table)[selection.slot_for(flow, SIZE)]
 
 
 def test_first_change_keeps_most_slots_stateless():
@@ -263,6 +263,6 @@ def test_another_size(small, large):
     old, new = built(A, B, C, size=small), built(A, B, C, size=large)
     for before, after in ((old, new), (new, old)):
         table = before.transition(after)
-        oracle = reference.transition(reference.fresh(current(before)), current(after))
+        oracle = selection.transition(selection.fresh(current(before)), current(after))
         assert slots(table) == oracle_slots(oracle)
         assert current(table) == current(after)

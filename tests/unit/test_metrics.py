@@ -20,7 +20,7 @@ from mesh.datapath.counters import COLUMNS, PLAIN, Counters, Failure, Table
 from mesh.datapath.kernel.fallback import added
 from mesh.metrics import families
 from mesh.metrics.exposition import Exposition, Snapshot, collect, render
-from tests.unit.metrics_samples import frontend, snapshot, state, stats
+from tests.support.metrics_samples import frontend, snapshot, state, stats
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 Parser = Callable[[str], Iterable[Metric]]

@@ -20,7 +20,7 @@ from mesh.reconcile import plan as plans
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.plan import doubtful, key_of, plan, settle
-from tests.unit.inventories import inventories
+from tests.support.inventories import inventories
 from tests.unit.test_compose import backend, of
 
 histories = st.lists(inventories(), min_size=1, max_size=4)

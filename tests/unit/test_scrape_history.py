@@ -20,8 +20,8 @@ from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
-from tests.unit.inventories import health_views, inventories
-from tests.unit.metrics_samples import state as sample
+from tests.support.inventories import health_views, inventories
+from tests.support.metrics_samples import state as sample
 
 histories = st.lists(st.tuples(inventories(), health_views(), st.booleans()), min_size=1, max_size=4)
 

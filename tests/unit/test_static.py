@@ -18,7 +18,7 @@ from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Affinity, Intent, Inventory, ProbeKind, Protocol, PublishedPort
 from mesh.providers.static import StaticProvider, parse_static
-from tests.lab.netns import PATIENCE
+from tests.support.lab.netns import PATIENCE
 
 GOOD = """\
 [[services]]

@@ -24,7 +24,7 @@ from mesh.providers.swarm.decode import NO_GATEWAY, Answers
 from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.local_node import Look, decode_look, keep_role
 from mesh.providers.swarm.watch import plain_key, tls_context, watch, watch_request
-from tests.lab.netns import PATIENCE
+from tests.support.lab.netns import PATIENCE
 
 PORT = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"}
 STATUS = {"State": "running", "ContainerStatus": {"ContainerID": "c1"}}

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Flow hash and slot choice, one source for eBPF, Cython and (re-written independently) tests/reference.py.
+/* Flow hash and slot choice, one source for eBPF, Cython and (re-written independently) tests/oracle/selection.py.
  * Contract: docs/HASHING.md and the golden vectors in tests/unit/golden_hash.json. All nodes of a cluster must agree,
  * so nothing here may change without a new MESH_ABI_VERSION.
  */

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two nodes with the kernel engine: flows for the other's tasks go through the tunnel.
+
+client 192.0.2.11 --- switch --- a 192.0.2.12 --- here 172.31.0.11
+                             |    | 10.99.0.1
+                             |    | 10.99.0.2: the link of this network has the MTU of the test
+                             --- b 192.0.2.13 --- there 172.31.0.11, also 172.31.0.12
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+from mesh.datapath.paths.tunnel_probe import ask_tunnel
+from tests.engines.kernel_driver import Driver
+from tests.engines.kernel_plane import PORT, TARGET, Connection, datagram, refused, serve
+from tests.support.lab.netns import PATIENCE, Lab, Namespace, run, veth, wait_for
+from tests.support.peers import Stream, StreamServer
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf]
+
+STREAM, STREAM_TARGET, UDP = 8001, 8081, 8002
+MEGABYTE = 1_000_000
+A, B = "10.99.0.1", "10.99.0.2"
+NODES = (A, B)
+_tags = (f"t{n}" for n in itertools.count())
+
+
+class Pair:
+    """The picture above; the engines are started by `start`."""
+
+    def __init__(self, lab: Lab, **config: object) -> None:
+        self.lab, self.config = lab, config
+        self.client, self.a, self.b = (lab.host(name) for name in ("client", "a", "b"))
+        veth(self.a, "wire", self.b, "wire")
+        self.a.add_address("wire", f"{A}/24")
+        self.b.add_address("wire", f"{B}/24")
+        for node in (self.a, self.b):
+            node.bridge("docker_gwbridge", "172.31.0.1/24")
+            node.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        self.streams: dict[str, StreamServer] = {}
+        self.tasks = {"here": self.task("here", self.a, 1), "there": self.task("there", self.b, 1)}
+        self.bpffs = lab.directory / "bpf"
+        self.bpffs.mkdir()
+        run("mount", "-t", "bpf", "bpf", str(self.bpffs))
+        lab.on_close(lambda: run("umount", "-l", str(self.bpffs), check=False))
+        self.drivers: dict[Namespace, Driver] = {}
+        self.back: dict[Namespace, str] = {}
+
+    def task(self, name: str, node: Namespace, number: int) -> tuple[Namespace, Namespace]:
+        """A task and its node."""
+        task = self.lab.namespace(name)
+        veth(node, f"veth{number}", task, "eth0")
+        node.ip("link", "set", f"veth{number}", "master", "docker_gwbridge")
+        task.add_address("eth0", f"172.31.0.{10 + number}/24")
+        task.ip("route", "add", "default", "via", "172.31.0.1")
+        serve(task, name, TARGET)
+        self.streams[name] = StreamServer(task, STREAM_TARGET, self.lab.directory / f"{name}-streams.log")
+        wait_for(lambda: f":{STREAM_TARGET} " in task.run("ss", "-Hltn").stdout, f"streams of {name}")
+        return task, node
+
+    def start(self, node: Namespace, return_path: str = "tunnel") -> Driver:
+        """An engine on a node; what an earlier one there has left is adopted."""
+        options = {"bpf_fs": self.bpffs, "state_dir": self.lab.directory / node.short, "return_path": return_path}
+        options |= self.config
+        driver = Driver(node, engine="kernel", provider="static", drain_timeout=1.0, **options)
+        self.drivers[node], self.back[node] = driver, return_path
+        self.lab.on_close(lambda: driver.process.poll() is None and driver.kill())
+        driver.open()
+        return driver
+
+    def ensure(self, back: str = "tunnel") -> None:
+        """Both engines run, with this `return_path`."""
+        for node in (self.a, self.b):
+            driver = self.drivers.get(node)
+            if driver is not None and driver.process.poll() is None and self.back[node] == back:
+                continue
+            if driver is not None and driver.process.poll() is None:
+                driver.close(release=False)
+                driver.end()
+            self.start(node, return_path=back)
+
+    def set_mtu(self, mtu: int) -> None:
+        for node in (self.a, self.b):
+            node.ip("link", "set", "wire", "mtu", str(mtu))
+
+    def wait_ways(self, mtu: int) -> None:
+        """Until both engines know how large packets may be between the nodes."""
+        ways = {self.a: {B: mtu}, self.b: {A: mtu}}
+        for node, driver in self.drivers.items():
+            wait_for(lambda node=node, driver=driver: driver.ways() == ways[node], f"MTU {mtu} seen")
+
+    def serve(self, *names: str, drained: tuple[str, ...] = (), nodes: tuple[str, ...] = NODES) -> None:
+        """These tasks, on both nodes."""
+        for node, driver in self.drivers.items():
+            services: list[dict[str, Any]] = []
+            for port, target, protocol in ((PORT, TARGET, "tcp"), (STREAM, STREAM_TARGET, "tcp"), (UDP, TARGET, "udp")):
+                backends = {}
+                for name in names:
+                    task, at = self.tasks[name]
+                    where = task.address if at is node else A if at is self.a else B
+                    backends[name] = [where, target, int(name not in drained)]
+                services.append({"name": f"s{port}", "published": port, "protocol": protocol, "backends": backends})
+            driver.serve(services=services, nodes=list(nodes))
+
+    def stream(self, *options: str) -> tuple[Stream, str]:
+        tag = next(_tags)
+        return Stream(self.client, self.a.address, STREAM, tag, *options), tag
+
+    def ends(self, stream: Stream, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The client's and the server's report."""
+        client = stream.wait()
+
+        def told() -> list[dict[str, Any]]:
+            return [report for server in self.streams.values() for report in server.reports(tag)]
+
+        return client, wait_for(told, f"server's report of {tag}")[0]
+
+    def transfer(self, *options: str, up: int, down: int) -> None:
+        """A checked transfer by way of node a."""
+        stream, tag = self.stream(*options, "-u", str(up), "-d", str(down))
+        client, server = self.ends(stream, tag)
+        assert client == {"tag": tag, "end": "complete", "sent": up, "received": down, "corrupt_at": -1}
+        assert server == {"tag": tag, "end": "complete", "sent": down, "received": up, "corrupt_at": -1}
+
+    def verdicts(self, node: Namespace) -> dict[str, int]:
+        found: dict[str, int] = self.drivers[node].stats()["verdicts"]
+        return {name: n for name, n in found.items() if n and name.startswith("tunnel")}
+
+    def close(self) -> None:
+        for driver in self.drivers.values():
+            if driver.process.poll() is None:
+                driver.close(release=True)
+                driver.end()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Pair]:
+    with Lab() as lab:
+        yield (pair := Pair(lab))
+        pair.close()
+
+
+@pytest.fixture
+def pair(shared: Pair) -> Pair:
+    """Both engines run, nobody drained or lost, the task `there` serves."""
+    for node in (shared.a, shared.b):
+        for device in ("eth0", "wire"):
+            node.ip("link", "set", device, "up")
+    shared.set_mtu(1500)
+    shared.ensure()
+    shared.serve("there")
+    shared.wait_ways(1500)
+    shared.client.ip("route", "flush", "cache")  # what it has learnt of the way to node a
+    return shared
+
+
+@pytest.mark.parametrize("mtu", [1500, 1400, 1280])
+@pytest.mark.parametrize("back", ["direct", "tunnel"])
+def test_streams_through_the_tunnel(pair: Pair, mtu: int, back: str) -> None:
+    """Bulk in both directions at once, ends of either side, resets; the task sees the client's address."""
+    pair.set_mtu(mtu)
+    pair.ensure(back)
+    pair.wait_ways(mtu)
+    before = pair.verdicts(pair.a), pair.verdicts(pair.b)
+    connection = Connection(pair.client, pair.a.address)
+    assert (connection.backend, connection.seen) == ("there", pair.client.address)
+    connection.echo(100_000)
+    connection.close()
+    pair.transfer(up=20 * MEGABYTE, down=20 * MEGABYTE)
+    pair.transfer("-W", up=MEGABYTE, down=3 * MEGABYTE)
+    pair.transfer("-w", up=3 * MEGABYTE, down=MEGABYTE)
+    client, server = pair.ends(*pair.stream("-x", str(MEGABYTE), "-d", str(20 * MEGABYTE)))
+    assert (client["end"], server["end"]) == ("we reset", "reset")
+    client, server = pair.ends(*pair.stream("-X", str(MEGABYTE), "-u", str(20 * MEGABYTE)))
+    assert (client["end"], server["end"]) == ("reset", "we reset")
+    assert datagram(pair.client, pair.a.address, UDP) == f"there {pair.client.address}"
+    grown = [
+        {name for name, count in pair.verdicts(node).items() if count > was.get(name, 0)}
+        for node, was in zip((pair.a, pair.b), before, strict=True)
+    ]
+    if back == "tunnel":
+        assert grown == [{"tunnel_out", "tunnel_reply"}, {"tunnel_in", "tunnel_answer"}]
+    else:
+        assert grown == [{"tunnel_out"}, {"tunnel_in", "tunnel_direct"}]
+    assert pair.drivers[pair.a].problems() == pair.drivers[pair.b].problems() == []
+
+
+def test_checksums_and_segments_are_right_on_the_wire(pair: Pair) -> None:
+    """Nothing is left to offload on the nodes, so that receivers verify what was sent."""
+    devices = [(node, device) for node in (pair.a, pair.b) for device in ("eth0", "wire", "veth1")]
+    switch = ("tx", "tso", "gso")
+    for node, device in devices:
+        node.run("ethtool", "-K", device, *(word for name in switch for word in (name, "off")))
+    try:
+        pair.transfer(up=5 * MEGABYTE, down=5 * MEGABYTE)
+        assert datagram(pair.client, pair.a.address, UDP) == f"there {pair.client.address}"
+    finally:
+        for node, device in devices:
+            node.run("ethtool", "-K", device, *(word for name in switch for word in (name, "on")))
+
+
+def test_shares_of_both_nodes(pair: Pair) -> None:
+    """Both nodes give every flow to the same task."""
+    pair.serve("here", "there")
+    for node in (pair.a, pair.b):
+        connections = [Connection(pair.client, node.address) for _ in range(40)]
+        assert {c.backend for c in connections} == {"here", "there"}
+        assert {c.seen for c in connections} == {pair.client.address}
+        for connection in connections:
+            connection.echo()
+            connection.close()
+
+
+def test_callers_that_the_tunnel_does_not_take(pair: Pair) -> None:
+    """Clients of IPv6, processes of the node and its containers: the proxy engines beside hand their flows over."""
+    local = [(pair.a, "127.0.0.1"), (pair.a, pair.a.address), (pair.tasks["here"][0], pair.a.address)]
+    for caller, address in (*local, (pair.client, pair.a.address6)):
+        for _ in range(3):
+            connection = Connection(caller, address)
+            assert connection.backend == "there"
+            connection.echo(50_000)
+            connection.close()
+    pair.serve("here", "there")
+    for caller, address in (*local, (pair.client, pair.a.address6)):
+        assert {connect(caller, address) for _ in range(30)} == {"here", "there"}
+
+
+def connect(caller: Namespace, address: str) -> str:
+    connection = Connection(caller, address)
+    connection.echo()
+    connection.close()
+    return connection.backend
+
+
+def test_tasks_come_and_go_on_the_other_node(pair: Pair) -> None:
+    if "also" not in pair.tasks:
+        pair.tasks["also"] = pair.task("also", pair.b, 2)
+    pair.serve("here", "there", "also")
+    connections = [Connection(pair.client, pair.a.address) for _ in range(60)]
+    assert {c.backend for c in connections} == {"here", "there", "also"}
+    pair.serve("here", "there", "also", drained=("there",))
+    assert "there" not in {connect(pair.client, pair.a.address) for _ in range(30)}
+    for connection in connections:
+        connection.echo()
+    pair.serve("here", "also")
+    for connection in connections:
+        if connection.backend == "there":
+            with pytest.raises((ConnectionError, AssertionError)):
+                for _ in range(3):
+                    connection.echo()
+        else:
+            connection.echo()
+    assert {connect(pair.client, pair.a.address) for _ in range(30)} == {"here", "also"}
+
+
+def test_a_task_that_its_node_does_not_know_any_more_resets(pair: Pair) -> None:
+    """The caller's node has not heard yet that the task is gone."""
+    connection = Connection(pair.client, pair.a.address)
+    driver = pair.drivers.pop(pair.a)
+    pair.serve("here")
+    pair.drivers[pair.a] = driver
+    with pytest.raises(ConnectionResetError):
+        connection.echo()
+    assert pair.verdicts(pair.b)["tunnel_unknown"] > 0
+
+
+def test_a_node_that_is_lost(pair: Pair) -> None:
+    pair.serve("here", "there")
+    connections = [Connection(pair.client, pair.a.address) for _ in range(40)]
+    pair.b.ip("link", "set", "wire", "down")
+    pair.b.ip("link", "set", "eth0", "down")
+    lost = pair.drivers.pop(pair.b)
+    lost.kill()
+    pair.serve("here", "there", drained=("there",))
+    assert {connect(pair.client, pair.a.address) for _ in range(30)} == {"here"}
+    for connection in connections:
+        if connection.backend == "here":
+            connection.echo()
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_flows_outlive_the_agent_of_either_node(pair: Pair, which: str) -> None:
+    """Killed in the middle of a transfer; what the next one adopts is what the first had applied."""
+    node = getattr(pair, which)
+    connection = Connection(pair.client, pair.a.address)
+    stream, tag = pair.stream("-s", "-u", str(20 * MEGABYTE), "-d", str(20 * MEGABYTE))
+    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_in", 0) > 100, "the transfer is under way")
+    pair.drivers[node].kill()
+    connection.echo()
+    pair.start(node)
+    connection.echo()
+    pair.serve("there")
+    connection.echo()
+    pair.serve("here", "there")
+    connection.echo()
+    stream.resume()
+    client, server = pair.ends(stream, tag)
+    assert (client["end"], client["corrupt_at"]) == (server["end"], server["corrupt_at"]) == ("complete", -1)
+    assert {connect(pair.client, pair.a.address) for _ in range(30)} == {"here", "there"}
+
+
+def test_another_contract_keeps_flows_through_the_tunnel(pair: Pair) -> None:
+    connection = Connection(pair.client, pair.a.address)
+    connection.echo()
+    for node in (pair.a, pair.b):
+        pair.drivers[node].kill()
+    for home in (pair.bpffs / "mesh").iterdir():
+        (old,) = home.iterdir()
+        old.rename(home / f"{old.name.partition('-')[0]}-0123456789abcdef")  # stands for a build with other headers
+    connection.echo()
+    for node in (pair.a, pair.b):
+        pair.start(node)
+        connection.echo()
+    pair.serve("there")
+    connection.echo()
+
+
+def test_only_nodes_of_the_cluster_are_listened_to(pair: Pair) -> None:
+    with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(bytes(100), (pair.b.address, 6084))
+    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_foreign"), "counted")
+    pair.serve("here", nodes=(A,))
+    with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect((pair.a.address, 6084))
+        sock.send(bytes(100))
+        with pytest.raises(ConnectionRefusedError):  # nobody is there, and the port is the host's again
+            sock.recv(100)
+
+
+def test_a_probe_is_answered_through_the_tunnel(pair: Pair) -> None:
+    """Between nodes that know each other, by either IP version; by nobody else, and at no other port."""
+    a6, b6 = "2001:db8:99::1", "2001:db8:99::2"
+    for node, address in ((pair.a, a6), (pair.b, b6)):
+        node.add_address("wire", f"{address}/64")
+    pair.serve("there", nodes=(*NODES, a6, b6))
+    before = pair.verdicts(pair.b)
+    with pair.a.entered():
+        for there, here in ((B, A), (b6, a6)):
+            wait_for(lambda to=there, at=here: not ask_tunnel(ip_address(to), ip_address(at), 6084), f"{there} answers")
+        assert ask_tunnel(ip_address(B), ip_address(pair.a.address), 6084) == "no answer"
+        assert ask_tunnel(ip_address(B), ip_address(A), 6085) == "nobody listens"
+    counted = {name: n - before.get(name, 0) for name, n in pair.verdicts(pair.b).items()}
+    assert {name for name, n in counted.items() if n} == {"tunnel_unknown", "tunnel_foreign"}
+
+
+def test_a_frontend_that_the_tunnel_hides_is_a_problem(pair: Pair) -> None:
+    service = {"name": "hidden", "published": 6084, "protocol": "udp", "backends": {"there": [B, TARGET, 1]}}
+    driver = pair.drivers[pair.a]
+    driver.serve(services=[service], nodes=list(NODES))
+    (line,) = driver.problems()
+    assert line.startswith("*:6084/udp: not served") and "tunnel_port" in line
+    driver.serve(services=[], nodes=list(NODES))
+    assert driver.problems() == []
+
+
+def test_a_smaller_way_is_followed(pair: Pair) -> None:
+    """As routers tell of it, or an operator: the route's MTU counts, not the interface's."""
+    connection = Connection(pair.client, pair.a.address)
+    for node, other in ((pair.a, B), (pair.b, A)):
+        node.ip("route", "replace", f"{other}/32", "dev", "wire", "mtu", "1300")
+    pair.wait_ways(1300)
+    with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER: IP_PMTUDISC_DO
+        sock.connect((pair.a.address, UDP))
+        sock.send(bytes(1260))
+
+        def told() -> bool:
+            return sock.getsockopt(socket.IPPROTO_IP, 14) == 1300 - 52  # IP_MTU
+
+        wait_for(told, "the client is told how much fits")
+    connection.echo(100_000)
+    pair.transfer(up=3 * MEGABYTE, down=3 * MEGABYTE)
+    for node, other in ((pair.a, B), (pair.b, A)):
+        node.ip("route", "del", f"{other}/32", "dev", "wire", "mtu", "1300")
+
+
+def test_nodes_with_the_proxy_engine_get_flows_at_their_peer_port(pair: Pair) -> None:
+    """Here the other node has both; what it is said to have decides."""
+    services = [{"name": "s", "published": PORT, "backends": {"there": [B, TARGET, 1]}, "engine": "proxy"}]
+    before = pair.verdicts(pair.a).get("tunnel_out", 0)
+    pair.drivers[pair.a].serve(services=services, nodes=list(NODES))
+    wait_for(lambda: not refused(pair.client, pair.a.address), "served")
+    assert connect(pair.client, pair.a.address) == "there"
+    assert pair.verdicts(pair.a).get("tunnel_out", 0) == before

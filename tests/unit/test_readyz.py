@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the daemon calls itself ready: not before what it knows is served."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from pathlib import Path
+
+from mesh.api.state import Facts, View
+from mesh.config.keys import Config
+from mesh.datapath.memory import MemoryDatapath
+from mesh.health.monitor import Monitor
+from mesh.model import Backend, Inventory, Protocol, PublishedPort, Service
+from mesh.providers.demo import DemoProvider
+from mesh.reconcile.loop import Reconciler
+from tests.support.lab.netns import PATIENCE
+
+
+async def stop(release: bool) -> None: ...
+
+
+async def test_not_ready_between_the_first_inventory_and_its_apply(tmp_path: Path) -> None:
+    config = Config()
+    reconciler = Reconciler(MemoryDatapath(), config)
+    await reconciler.open()
+    monitor = Monitor(reconciler.set_health)
+    view = View(Facts("memory", "", tmp_path, 0.0), reconciler, DemoProvider(config), monitor, stop)
+    assert not view.ready()[0]
+    reconciler.publish(
+        Inventory(
+            services=(Service("s", "web", (PublishedPort(80, 8080, Protocol.TCP),)),),
+            backends=(Backend("b", "s", "n", ipaddress.ip_address("192.0.2.1")),),
+        )
+    )
+    assert not view.ready()[0]
+    running = asyncio.create_task(reconciler.run())
+    while not reconciler.in_step:
+        assert not view.ready()[0] or reconciler.applied.frontends
+        await asyncio.sleep(0)
+    assert view.ready() == (True, [])
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_ready_with_nothing_to_serve(tmp_path: Path) -> None:
+    reconciler = Reconciler(MemoryDatapath(), Config())
+    await reconciler.open()
+    view = View(Facts("memory", "", tmp_path, 0.0), reconciler, DemoProvider(Config()), Monitor(print), stop)
+    running = asyncio.create_task(reconciler.run())
+    reconciler.publish(Inventory())
+    async with asyncio.timeout(PATIENCE):
+        while not view.ready()[0]:  # noqa: ASYNC110 -- any cause, polled for moments
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
