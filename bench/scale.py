@@ -84,7 +84,7 @@ LARGEST: Final = 6.0  # times SIZE; there is room for 65,534 backends (MESH_MAX_
 TENFOLD: Final = (dataclasses.replace(SIZE, rate=10 * RATE), SIZE.times(LARGEST))
 
 
-class Place:
+class Location:
     """A node: a namespace with an uplink, and a bridge with the addresses of its own tasks."""
 
     def __init__(self, name: str, tasks: int) -> None:
@@ -118,7 +118,7 @@ class Place:
 class Daemon:
     """A real agent: its process, its control socket, its log."""
 
-    def __init__(self, place: Place, engine: str, directory: Path) -> None:
+    def __init__(self, place: Location, engine: str, directory: Path) -> None:
         self.name, self.engine, self._place = place.name, engine, place
         self._directory = directory / place.name
         self.state = self._directory / f"state-{engine}"
@@ -205,7 +205,7 @@ class Daemon:
 class Swarm:
     """The process that simulates it, in the manager's namespace."""
 
-    def __init__(self, place: Place, settings: Settings) -> None:
+    def __init__(self, place: Location, settings: Settings) -> None:
         argv = place.enter(place.namespace, sys.executable, "-m", "bench.scale_swarm")
         argv.append(json.dumps(dataclasses.asdict(settings)))
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -282,13 +282,13 @@ class Scraper(threading.Thread):
 
 
 @contextlib.contextmanager
-def places(tasks: int) -> Iterator[dict[str, Place]]:
+def places(tasks: int) -> Iterator[dict[str, Location]]:
     """Both nodes, joined, each with a process that answers for its tasks."""
-    made: dict[str, Place] = {}
+    made: dict[str, Location] = {}
     answering = []
     try:
         for name in ADDRESSES:
-            made[name] = Place(name, tasks)
+            made[name] = Location(name, tasks)
         ends = [made[name].namespace for name in ADDRESSES]
         run("ip", "-n", ends[0], "link", "add", "up0", "type", "veth", "peer", "name", "up0", "netns", ends[1])
         for name, place in made.items():

@@ -31,7 +31,7 @@ from aiohttp import web
 from bench.scale_bodies import FIRST_PORT, Task, ident, node_body, service_body, task_body, watch_message
 from bench.scale_certificates import Authority
 from mesh.cluster import wire
-from mesh.cluster.heartbeat import Pulses
+from mesh.cluster.heartbeat import Heartbeats
 
 DRAIN: Final = 2.0  # seconds from the order to stop a task until its container ends
 PROBE: Final = 0.05  # seconds from the start of a task until its node's agent has probed it
@@ -73,7 +73,7 @@ class Swarm:
     def __post_init__(self) -> None:
         s = self.settings
         self.random = random.Random(1)
-        self.pulses = Pulses()
+        self.pulses = Heartbeats()
         for number in range(s.tasks):
             self._start(number % s.services, number // s.services + 1, number % s.nodes)
         self.services = json.dumps([service_body(i, s.tasks // s.services) for i in range(s.services)]).encode()

@@ -244,7 +244,7 @@ def test_whole_scrape_after_a_change_of_10000_backends(benchmark: BenchmarkFixtu
 def test_read_10000_backends(benchmark: BenchmarkFixture, tmp_path: Path):
     """The proxy engine's counters, for a scrape."""
     engine = ProxyDatapath(Config(threads=1, intercept="bind", state_dir=str(tmp_path)))
-    books, held = engine._books, plan(Applied(), compose(inventory(), HealthView(), Drained(), Config())).result
+    books, held = engine._accounting, plan(Applied(), compose(inventory(), HealthView(), Drained(), Config())).result
     engine.open()
     try:
         for frontend, entry in held.frontends.items():

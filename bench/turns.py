@@ -78,7 +78,7 @@ class Turns:
         argv += ["--duration", str(duration), "--warmup", str(self.warmup)]
         roots = {process.pid: one.name for one in everyone for process in (*one.processes, *one.lab.backends)}
         before, began, crowded = machine.processes(), time.monotonic(), machine.neighbours_refused()
-        with machine.pinned(moved, cpu), self._beside(side, scenario, duration) as happened:
+        with machine.pinned(moved, cpu), self._fallback(side, scenario, duration) as happened:
             done = self._load(side.lab.inside("client", *argv), duration)
         elapsed, after = time.monotonic() - began, machine.processes()
         if done.returncode:
@@ -117,7 +117,7 @@ class Turns:
             raise LabError(f"{' '.join(argv)}: no answer within {limit} s") from error
 
     @contextlib.contextmanager
-    def _beside(self, side: Side, scenario: Scenario, duration: float) -> Iterator[dict[str, int]]:
+    def _fallback(self, side: Side, scenario: Scenario, duration: float) -> Iterator[dict[str, int]]:
         """What happens while the load runs. Yields what is filled in by its end: {"sent": SYNs} or {"changes": N}."""
         happened: dict[str, int] = {}
         if scenario.beside == "flood":

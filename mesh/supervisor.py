@@ -12,7 +12,7 @@ import structlog
 log = structlog.get_logger("mesh")
 
 
-def steady(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
     """A part that starts again should it ever fail, and says so: the others, and the data path, go on without it."""
 
     async def run() -> None:

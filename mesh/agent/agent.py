@@ -29,13 +29,13 @@ from mesh.api.state import Facts, View
 from mesh.cluster.provider import ClusterProvider
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
-from mesh.datapath.paths.monitor import Ways
+from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Frontend, HealthView, Inventory, Node
 from mesh.providers.base import Provider
 from mesh.reconcile.loop import Picture, Reconciler
-from mesh.supervisor import end, steady
+from mesh.supervisor import end, supervise
 
 LIVE_KEYS: Final = frozenset(
     {
@@ -139,7 +139,7 @@ class Agent:
         if isinstance(self._provider, ClusterProvider):
             self._provider.engine, self._provider.on_health = chosen.name, self._reconciler.set_health
         facts = Facts(chosen.name, chosen.reason, self._state_dir, time.time())
-        ways = Ways(self._config, chosen.name, self._nodes)
+        ways = PathMonitor(self._config, chosen.name, self._nodes)
         self._view = View(facts, self._reconciler, self._provider, self._monitor, self.stop, ways)
         if isinstance(self._provider, ClusterProvider):
             self._provider.tables = self._view.tables
@@ -161,7 +161,7 @@ class Agent:
             self._spawn("health", self._monitor.run)
             self._spawn("provider", lambda: self._provider.run(self._publish))
             self._spawn("ways", ways.run)
-            self._spawn("strangers", lambda: remains.watch(self._config, self._obstructed))
+            self._spawn("foreign_instances", lambda: remains.watch(self._config, self._obstructed))
             self._clear_remains()
             self._spawn("signals", self._listen_to_traffic)
             self._spawn("tick", self._tick)
@@ -243,7 +243,7 @@ class Agent:
         self._monitor.watch(replace(self._inventory, backends=(*self._inventory.backends, *lost)))
 
     def _spawn(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._tasks[name] = steady(name, work)
+        self._tasks[name] = supervise(name, work)
 
     async def _cancel(self, *names: str) -> None:
         """Cancel these tasks, or all, and wait until they have ended."""

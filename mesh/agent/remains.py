@@ -13,7 +13,7 @@ from mesh.config.keys import Config
 from mesh.errors import MeshError
 
 GRACE: Final = 5.0  # seconds in which the other nodes learn that this one has another engine now
-EVERY: Final = 10.0  # seconds between two looks for strangers
+EVERY: Final = 10.0  # seconds between two looks for foreign_instances
 POLL: Final = 1.0  # seconds in which a thread waits for flows at a time
 
 OBSTACLE: Final = (
@@ -66,12 +66,12 @@ async def clear(config: Config, serving: Callable[[], bool]) -> None:
 async def watch(config: Config, tell: Callable[[Sequence[str]], None]) -> None:
     """Tell of other daemons' programs in this network namespace, until cancelled."""
     try:
-        from mesh.datapath.kernel.cleanup import strangers  # noqa: PLC0415 -- likewise
+        from mesh.datapath.kernel.cleanup import foreign_instances  # noqa: PLC0415 -- likewise
     except ImportError:
         return
     known: list[str] = []
     while True:
-        found = [OBSTACLE.format(path) for path in await asyncio.to_thread(strangers, config)]
+        found = [OBSTACLE.format(path) for path in await asyncio.to_thread(foreign_instances, config)]
         if found != known:
             tell(found)
             for line in found:

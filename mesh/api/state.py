@@ -20,7 +20,7 @@ from mesh.api.explain import Explainer
 from mesh.api.services import Services
 from mesh.api.view import Json
 from mesh.datapath.base import Stats
-from mesh.datapath.paths.monitor import Ways
+from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
 from mesh.model import Flow, Inventory, Locality
@@ -56,14 +56,14 @@ class View:
         provider: Provider,
         monitor: Monitor,
         stop: Callable[[bool], Awaitable[None]],
-        ways: Ways | None = None,
+        ways: PathMonitor | None = None,
     ) -> None:
         self._facts = facts
         self._reconciler = reconciler
         self._provider = provider
         self._monitor = monitor
         self._stop = stop
-        self._ways = ways
+        self._paths = ways
         self._services = Services(facts.engine)
         self._explainer = Explainer(reconciler)
         self.stopping = False
@@ -74,7 +74,8 @@ class View:
     def state(self) -> Json:
         loop, facts = self._reconciler, self._facts
         picture, applied, drained = loop.picture, loop.applied, self.drained  # each is replaced whole
-        status, ways = self._provider.status(), [str(problem) for problem in self._ways.problems] if self._ways else []
+        status = self._provider.status()
+        paths = [str(problem) for problem in self._paths.problems] if self._paths else []
         return {
             "version": __version__,
             "abi": ABI_VERSION,
@@ -97,9 +98,9 @@ class View:
             "problems": [
                 *([f"configuration not used, the one before stays: {self.refused}"] if self.refused else []),
                 *(str(p) for p in picture.desired.problems),
-                *(*loop.problems, *self.obstacles, *status.problems, *ways),
+                *(*loop.problems, *self.obstacles, *status.problems, *paths),
             ],
-            "ways_failed": len(ways),
+            "paths_down": len(paths),
             "services": self._services.shown(picture, applied),
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
             "stopping": self.stopping,

@@ -48,7 +48,7 @@ def main() -> None:
     \b
     Start:    mesh check          can it run here, and what would help
               mesh run            the daemon (the local swarm, else a demo with its own backends)
-    Look:     mesh status         is it well
+    LocalView:     mesh status         is it well
               mesh services       what is published
               mesh backends web   who serves it
               mesh explain 192.0.2.7:40000 192.0.2.1:8080    where does this connection go, and why

@@ -33,18 +33,18 @@ def acknowledged(sock: socket.socket | None) -> float:
     return float("inf")
 
 
-class Pulse:
+class Heartbeat:
     """One connection; `heard` is to be called whenever the other end has said anything."""
 
-    def __init__(self, pulses: Pulses, sock: socket.socket | None, ask: Ask, silent: Callable[[], None]) -> None:
-        self._pulses, self._sock, self._ask, self._silent = pulses, sock, ask, silent
+    def __init__(self, pulses: Heartbeats, sock: socket.socket | None, ask: Ask, silent: Callable[[], None]) -> None:
+        self._heartbeats, self._sock, self._ask, self._silent = pulses, sock, ask, silent
         self._heard = pulses.lived
         self._asked: tuple[float, float] | None = None  # when, of lived and of all seconds
         self._asking: asyncio.Task[None] | None = None
 
     def heard(self) -> None:
         """The other end lives."""
-        self._heard, self._asked = self._pulses.lived, None
+        self._heard, self._asked = self._heartbeats.lived, None
 
     def look(self, lived: float) -> None:
         """Ask, wait, or give it up."""
@@ -68,19 +68,19 @@ class Pulse:
 
     def end(self) -> None:
         """Look no more."""
-        self._pulses.drop(self)
+        self._heartbeats.drop(self)
         if self._asking is not None:
             self._asking.cancel()
 
 
-class Pulses:
+class Heartbeats:
     """Looks at many connections while `run` runs. `lived`: the seconds in which this process could have heard them."""
 
     def __init__(self) -> None:
         self.lived = 0.0
-        self._all: dict[Pulse, None] = {}
+        self._all: dict[Heartbeat, None] = {}
 
-    def watch(self, sock: socket.socket | None, ask: Ask, silent: Callable[[], None]) -> Pulse:
+    def watch(self, sock: socket.socket | None, ask: Ask, silent: Callable[[], None]) -> Heartbeat:
         """Look at a connection from now on.
 
         Args:
@@ -88,11 +88,11 @@ class Pulses:
             ask: sends a ping.
             silent: called once, if the other end is taken for dead.
         """
-        pulse = Pulse(self, sock, ask, silent)
+        pulse = Heartbeat(self, sock, ask, silent)
         self._all[pulse] = None
         return pulse
 
-    def drop(self, pulse: Pulse) -> None:
+    def drop(self, pulse: Heartbeat) -> None:
         """Look at it no more."""
         self._all.pop(pulse, None)
 

@@ -37,7 +37,7 @@ async def answers(address: Address, port: int) -> bool:
         return True
 
 
-class Silence:
+class FailureDetector:
     """Watches those that went silent. `lost` are the ids of nodes that do not answer at all.
 
     Args:

@@ -19,8 +19,8 @@ from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.agreement import Row, differences
 from mesh.cluster.credentials import CredentialsWatch, Files
-from mesh.cluster.liveness import Silence
-from mesh.cluster.readiness import Newcomers
+from mesh.cluster.liveness import FailureDetector
+from mesh.cluster.readiness import ReadinessGate
 from mesh.cluster.relay_client import RelayProvider, view_of
 from mesh.cluster.relay_server import RelayServer
 from mesh.cluster.reports import Deaths, Reports, Soon
@@ -28,8 +28,8 @@ from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.providers.base import Provider, ProviderStatus, Publish
-from mesh.providers.swarm import Here, SwarmProvider
-from mesh.supervisor import end, steady
+from mesh.providers.swarm import LocalNode, SwarmProvider
+from mesh.supervisor import end, supervise
 
 BLIND: Final = 3.0  # seconds after which a manager whose Engine does not answer is told by another
 GATHERING: Final = 5.0  # seconds at most for which a manager that can read again waits until all nodes' agents call it
@@ -56,7 +56,7 @@ class ClusterProvider:
         self._config = config
         self._fixed = config.managers
         self._credentials = CredentialsWatch(Files.of(config))
-        self._here = Here(config, self._on_look)
+        self._local = LocalNode(config, self._on_look)
         self._swarm = SwarmProvider(config)
         self._server: RelayServer | None = None
         self._listener: RelayServer | None = None  # the same, on a worker what answers `mesh check --cluster`
@@ -77,9 +77,9 @@ class ClusterProvider:
         self._own = HealthView()
         self._health = HealthView()
         self._shown: dict[str, tuple[Node, Node]] = {}  # a node as it was told, and with what agents say
-        self._newcomers = Newcomers(lambda node: self._server is not None and node in self._server.nodes)
+        self._readiness = ReadinessGate(lambda node: self._server is not None and node in self._server.nodes)
         self._let_in: asyncio.TimerHandle | None = None  # when the next newcomer has been waited for long enough
-        self._silence = Silence(config.cluster_port, self._address_of, self._pass_on_soon.ask)
+        self._liveness = FailureDetector(config.cluster_port, self._address_of, self._pass_on_soon.ask)
         self._changed = asyncio.Event()  # something to report
         self._role = asyncio.Event()  # the role has changed
         self._report = wire.Report({})  # this node's last
@@ -94,7 +94,7 @@ class ClusterProvider:
         """Follow until cancelled."""
         self._publish, self._relay.engine = publish, self.engine
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._here.run())
+            group.create_task(self._local.run())
             group.create_task(self._play())
 
     def reload(self) -> None:
@@ -103,7 +103,7 @@ class ClusterProvider:
 
     def status(self) -> ProviderStatus:
         """How the source of the inventory is doing."""
-        node = self._here.look.node or self._swarm.status().node_id
+        node = self._local.look.node or self._swarm.status().node_id
         return replace(self._source.status(), node_id=node, problems=tuple(self._problems()))
 
     def _problems(self) -> Iterator[str]:
@@ -126,12 +126,12 @@ class ClusterProvider:
             MeshError: this node is a worker, which is told services, but not of other agents.
         """
         if self._server is None or self._published is None:
-            managers = ", ".join(sorted(self._here.look.managers.values()))
+            managers = ", ".join(sorted(self._local.look.managers.values()))
             raise MeshError("only a manager's agent knows all nodes", remedy=f"ask on a manager: {managers or '?'}")
-        versions = {**self._server.nodes, self._here.look.node: __version__}
+        versions = {**self._server.nodes, self._local.look.node: __version__}
         rows = []
         for node in self._published.nodes:
-            own = node.id == self._here.look.node
+            own = node.id == self._local.look.node
             report = self._report if own else self._reports.of(node.id)
             rows.append(
                 Row(
@@ -159,7 +159,7 @@ class ClusterProvider:
     def _may_read(self) -> bool:
         """Whether this node should read the swarm itself: a manager does, unless its Engine is away while the agents
         of other managers read theirs. It begins again once it can and the nodes' agents report to it."""
-        if self._here.look.worker:
+        if self._local.look.worker:
             return False
         status, now = self._swarm.status(), time.monotonic()
         if not self._reads:
@@ -170,38 +170,38 @@ class ClusterProvider:
             return now - self._can_read >= GATHERING or self._is_called_by_all()
         if status.connected or now - self._since < BLIND or (status.age_seconds or BLIND) < BLIND:
             return True
-        ages = {node: self._reports.age(node) for node in self._here.look.managers if self._reports.of(node).reads}
+        ages = {node: self._reports.age(node) for node in self._local.look.managers if self._reports.of(node).reads}
         return not any(age is not None and age < BLIND for age in ages.values())
 
     def _is_called_by_all(self) -> bool:
         """Whether the agents of all nodes that have one, and do not count as down, are connected to this one."""
-        calling = {*(self._server.nodes if self._server else ()), self._here.look.node}
+        calling = {*(self._server.nodes if self._server else ()), self._local.look.node}
         return all(n.id in calling for n in (self._inventory or Inventory()).nodes if n.up and n.engine)
 
     async def _play(self) -> None:
         """Be a manager or a worker, until that changes."""
-        await self._here.looked.wait()
-        self._reads, self._since = not self._here.look.worker, time.monotonic()
+        await self._local.looked.wait()
+        self._reads, self._since = not self._local.look.worker, time.monotonic()
         self._source = self._swarm if self._reads else self._relay
         self._relay.listen(not self._reads)
         common = [
-            steady("relay", lambda: self._relay.run(self._on_told)),
-            steady("report", self._report_forever),
+            supervise("relay", lambda: self._relay.run(self._on_told)),
+            supervise("report", self._report_forever),
         ]
         try:
             while True:
-                worker = self._here.look.worker
+                worker = self._local.look.worker
                 tasks = self._as_worker() if worker else self._as_manager()
                 log.info("this node is a worker" if worker else "this node is a manager")
                 try:
-                    while self._here.look.worker is worker:
+                    while self._local.look.worker is worker:
                         self._role.clear()
                         self._turn(self._may_read())
                         await self._role.wait()
                 finally:
                     await end(tasks)
                     self._server = self._listener = self._read = None
-                    self._silence.forget()
+                    self._liveness.forget()
         finally:
             await end(common)
 
@@ -211,17 +211,17 @@ class ClusterProvider:
             self._config.cluster_port,
             engine=self.engine,
             on_report=self._reports.take,
-            on_node=self._silence.on_node,
+            on_node=self._liveness.on_node,
         )
         server.tell(self._reads)
-        return [steady("swarm", lambda: self._swarm.run(self._on_read)), steady("relay server", server.run)]
+        return [supervise("swarm", lambda: self._swarm.run(self._on_read)), supervise("relay server", server.run)]
 
     def _as_worker(self) -> list[asyncio.Task[None]]:
         self._turn(False)
         self._reports.clear()
         port = self._config.cluster_port
         self._listener = RelayServer(self._credentials, port, engine=self.engine, manager=False)
-        return [steady("node server", self._listener.run)]
+        return [supervise("node server", self._listener.run)]
 
     def _turn(self, reads: bool) -> None:
         """Read from now on, or be told. What was known is known until the new source has said something."""
@@ -249,8 +249,8 @@ class ClusterProvider:
             self._take(inventory)
 
     async def _managers(self) -> Sequence[tuple[str, int]]:
-        managers = self._here.look.managers
-        own = managers.get(self._here.look.node)
+        managers = self._local.look.managers
+        own = managers.get(self._local.look.node)
         found = self._fixed or sorted((host, self._config.cluster_port) for host in managers.values())
         return [place for place in found if place[0] != own]
 
@@ -258,7 +258,7 @@ class ClusterProvider:
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
-        self._newcomers.take(inventory, hold=self._server is not None)
+        self._readiness.take(inventory, hold=self._server is not None)
         if self._server is not None:
             self._server.know(inventory)
         self._changed.set()
@@ -273,7 +273,7 @@ class ClusterProvider:
             return
         inventory = self._inventory
         if not self._reads:
-            inventory = self._here.local_inventory(inventory)
+            inventory = self._local.local_inventory(inventory)
         inventory = replace(inventory, nodes=self._nodes(inventory))
         if self._reads and self._server is not None:
             self._server.publish(inventory, self._verdicts() if verdicts is None else verdicts)
@@ -283,10 +283,10 @@ class ClusterProvider:
 
     def _nodes(self, inventory: Inventory) -> tuple[Node, ...]:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
-        engines = {**(self._server.engines if self._server else {}), self._here.look.node: self.engine}
+        engines = {**(self._server.engines if self._server else {}), self._local.look.node: self.engine}
         before, self._shown = self._shown, {}
         for node in inventory.nodes:
-            up, engine = node.up and node.id not in self._silence.lost, engines.get(node.id, node.engine)
+            up, engine = node.up and node.id not in self._liveness.lost, engines.get(node.id, node.engine)
             known = before.get(node.id)
             if known is None or known[0] is not node or (known[1].up, known[1].engine) != (up, engine):
                 if known is not None and up and not known[1].up:
@@ -304,8 +304,8 @@ class ClusterProvider:
         if self._server is not None:
             return
         for node in (self._inventory or Inventory()).nodes:
-            if host == str(node.address) or host == self._here.look.managers.get(node.id):
-                self._silence.on_node(node.id, here)
+            if host == str(node.address) or host == self._local.look.managers.get(node.id):
+                self._liveness.on_node(node.id, here)
 
     # ---- health ----
 
@@ -319,7 +319,7 @@ class ClusterProvider:
         found = self._reports.verdicts
         known = {b.id for b in self._inventory.backends} if self._inventory else set()
         said = {key: verdict for key, verdict in {**found, **self._own_verdicts()}.items() if key in known}
-        return self._newcomers.apply(said)
+        return self._readiness.apply(said)
 
     def _own_verdicts(self) -> dict[str, wire.Verdict]:
         """This node's word for its own backends; one that the others cannot see to have ended, or to be unready, is
@@ -333,8 +333,8 @@ class ClusterProvider:
             return found | {t: wire.Verdict(Health.DOWN.value, why) for t, why in self._swarm.unseen.items()}
         if self._inventory is None:
             return found
-        node = self._here.look.node
-        mine = {b.id: b for b in self._here.local_inventory(self._inventory).backends if b.node == node}
+        node = self._local.look.node
+        mine = {b.id: b for b in self._local.local_inventory(self._inventory).backends if b.node == node}
         for backend in self._inventory.backends:
             if backend.node == node and backend.ready:
                 here = mine.get(backend.id)
@@ -361,7 +361,7 @@ class ClusterProvider:
     def _let_in_later(self) -> None:
         if self._let_in is not None:
             self._let_in.cancel()
-        due = self._newcomers.due if self._reads else None
+        due = self._readiness.due if self._reads else None
         self._let_in = None if due is None else asyncio.get_running_loop().call_later(due, self._merge_health)
 
     async def _report_forever(self) -> None:

@@ -18,7 +18,7 @@ _UP: Final = Health.UP.value
 _AWAITED: Final = Health.AWAITED.value
 
 
-class Newcomers:
+class ReadinessGate:
     """Which backends are awaited. Those of the first inventory are not: they may have served for long.
 
     Every manager comes to the same answer by itself, within the moments by which they hear of things: all are told of

@@ -18,7 +18,7 @@ import structlog
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
-from mesh.cluster.heartbeat import Pulses
+from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.relay_server import CLOSED
 from mesh.cluster.translate import Incoming
 from mesh.errors import MeshError, plain
@@ -185,7 +185,7 @@ class RelayProvider:
         self._heard = 0.0
         self._error = "no manager has answered yet"
         self._look = asyncio.Event()
-        self.pulses = Pulses()
+        self.pulses = Heartbeats()
         self.totals: Counter[str] = Counter()
 
     async def run(self, publish: Publish) -> None:

@@ -17,7 +17,7 @@ from aiohttp import WSMsgType, web
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
-from mesh.cluster.heartbeat import Pulses
+from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.translate import Outgoing
 from mesh.errors import plain
 from mesh.model import Inventory
@@ -97,7 +97,7 @@ class RelayServer:
         self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._pulses = Pulses()
+        self._heartbeats = Heartbeats()
         self._tells = True
         self._closing: set[asyncio.Task[bool]] = set()
         self._silent: set[str] = set()
@@ -184,7 +184,7 @@ class RelayServer:
         await runner.setup()
         site: web.TCPSite | None = None
         server = None
-        looking = asyncio.create_task(self._pulses.run())
+        looking = asyncio.create_task(self._heartbeats.run())
         try:
             while True:
                 try:
@@ -305,7 +305,7 @@ class RelayServer:
         """Take what a node says until one side ends it; `patience` ends when it is silent."""
         socket, loop = peer.socket, asyncio.get_running_loop()
         sock = socket.get_extra_info("socket")
-        pulse = self._pulses.watch(sock, socket.ping, lambda: patience.reschedule(loop.time()))
+        pulse = self._heartbeats.watch(sock, socket.ping, lambda: patience.reschedule(loop.time()))
         try:
             async for message in socket:
                 pulse.heard()

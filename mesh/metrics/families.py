@@ -47,7 +47,7 @@ PROBLEMS: Final = Family(
     "Settings that cannot be used, ports that cannot be served, ways to nodes that fail; see mesh status.",
 )
 WAYS_FAILED: Final = Family(
-    "mesh_ways_failed",
+    "mesh_paths_down",
     Kind.GAUGE,
     (),
     "Ways to other nodes (tunnel, peer port) by which nothing comes back: connections to tasks there fail.",

@@ -19,7 +19,7 @@ from mesh.config.keys import Config
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Health, HealthView, Target
 
 FOREVER: Final = float("inf")
-Place = tuple[Address, int, str]
+Location = tuple[Address, int, str]
 Held = tuple[str, str]  # a service's id and a backend's, or "" for the whole service
 
 
@@ -147,21 +147,21 @@ def _missing_backends(
     return holding
 
 
-def _place(target: Target) -> Place:
+def _place(target: Target) -> Location:
     """What only one backend has at a time; on another node that is its own id."""
     return target.address, target.port, target.backend if target.via is not None else ""
 
 
-def _owners(desired: DesiredState) -> dict[Place, str]:
+def _owners(desired: DesiredState) -> dict[Location, str]:
     return {_place(target): target.backend for state in desired.frontends.values() for target in state.targets}
 
 
-def _still_its_own(target: Target, owners: Mapping[Place, str]) -> bool:
+def _still_its_own(target: Target, owners: Mapping[Location, str]) -> bool:
     """Whether nobody else has the address of a missing backend now: flows must not reach the wrong service."""
     return owners.get(_place(target), target.backend) == target.backend
 
 
-def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Place, str]) -> bool:
+def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Location, str]) -> bool:
     """Whether a missing backend can be put back: its frontend is still its service's, its address still its own."""
     service, backend = key
     places = [
@@ -175,7 +175,7 @@ def _has_place(key: Held, old: _View, desired: DesiredState, owners: Mapping[Pla
     )
 
 
-def _can_stay(service: str, old: _View, desired: DesiredState, owners: Mapping[Place, str]) -> bool:
+def _can_stay(service: str, old: _View, desired: DesiredState, owners: Mapping[Location, str]) -> bool:
     """Whether a missing service can be put back: some port of it is still free, and some backend on it its own."""
     return any(
         frontend not in desired.frontends and any(t.weight and _still_its_own(t, owners) for t in state.targets)
@@ -184,7 +184,7 @@ def _can_stay(service: str, old: _View, desired: DesiredState, owners: Mapping[P
 
 
 def _put_back(
-    desired: DesiredState, old: _View, holding: Mapping[Held, float], owners: Mapping[Place, str]
+    desired: DesiredState, old: _View, holding: Mapping[Held, float], owners: Mapping[Location, str]
 ) -> DesiredState:
     if not holding:
         return desired

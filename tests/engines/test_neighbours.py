@@ -7,7 +7,7 @@ import ipaddress
 
 import pytest
 
-from mesh.datapath.kernel.locator import ASK_MOST, Places
+from mesh.datapath.kernel.locator import ASK_MOST, Locator
 from mesh.datapath.netlink import Netlink
 from tests.engines.kernel_plane import Plane
 from tests.support.lab.netns import wait_for
@@ -21,7 +21,7 @@ def test_silent_backends_do_not_fill_the_neighbour_table(plane: Plane) -> None:
     with plane.node.entered():
         netlink = Netlink()
         try:
-            places = Places(netlink)
+            places = Locator(netlink)
             places.refresh()
             for address in (*silent, living):  # more than may be asked for at a time
                 places.find(address)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from mesh.config.keys import Config
-from mesh.datapath.kernel.cleanup import find, strangers
-from mesh.datapath.kernel.fallback import Beside
+from mesh.datapath.kernel.cleanup import find, foreign_instances
+from mesh.datapath.kernel.fallback import Fallback
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.model import Frontend, Protocol
@@ -104,7 +104,7 @@ def test_who_may_not_look_finds_nothing(plane: Plane, engine: Driver) -> None:
         assert (remains := find(config)) and remains.programs
         os.seteuid(65534)
         try:
-            assert not remains.programs and strangers(config) == []
+            assert not remains.programs and foreign_instances(config) == []
         finally:
             os.seteuid(0)
 
@@ -160,9 +160,9 @@ def test_a_take_over_leaves_the_redirection_alone(plane: Plane) -> None:
         frontend = Frontend(ipaddress.ip_address("::"), PORT, Protocol.TCP)
         table.replace({frontend: 40000})
         Interceptor("nft", docker_host=False, threads=1, table=table.name, inherited={})
-        Beside(config, {}, docker_host=False)
+        Fallback(config, {}, docker_host=False)
         assert table.exists()
-        Beside(config, None, docker_host=False)
+        Fallback(config, None, docker_host=False)
         assert not table.exists()
 
 
@@ -215,11 +215,11 @@ def neighbour(plane: Plane, engine: Driver) -> Iterator[Daemon]:
 def test_programs_of_another_state_directory_are_named(plane: Plane, engine: Driver, neighbour: Daemon) -> None:
     config = Config(state_dir=str(plane.lab.directory / "another"), bpf_fs=str(plane.bpffs))
     with plane.node.entered():
-        (pins,) = strangers(config)
+        (pins,) = foreign_instances(config)
     (problem,) = wait_for(lambda: [p for p in neighbour.state()["problems"] if "state directory" in p], "said")
     assert str(pins) in problem and "mesh stop --release" in problem
     engine.close(release=True)
     engine.end()
     with plane.node.entered():
-        assert strangers(config) == []
+        assert foreign_instances(config) == []
     assert set(plane.calls(60)) == {"b2"}

@@ -71,7 +71,7 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
         "probes": {"ok": 12, "failed": 1},
         "node": {"id": "n1", "name": "node-a"},
         "problems": [],
-        "ways_failed": 0,
+        "paths_down": 0,
         "services": [
             {
                 "id": f"s{s}",

@@ -16,7 +16,7 @@ from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Node
 from mesh.providers.base import ProviderStatus
 from mesh.providers.swarm.decode import decode
-from mesh.providers.swarm.local_node import Look
+from mesh.providers.swarm.local_node import LocalView
 from tests.unit.test_swarm_decode import answers, event, task
 
 
@@ -70,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 async def test_a_manager_whose_engine_is_back_reads_once_all_nodes_report_to_it(clock: Clock) -> None:
     """Else it would not hear of what ends on those that have not called it yet."""
     provider: Any = ClusterProvider(Config())
-    provider._here.look = Look("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
+    provider._local.look = LocalView("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
     engine = ProviderStatus("swarm", connected=True)
     provider._swarm.status = lambda: engine
     server = provider._server = Server("b")
@@ -106,7 +106,7 @@ async def test_a_manager_whose_engine_is_back_reads_once_all_nodes_report_to_it(
 
 async def test_a_manager_does_not_wait_for_agents_that_are_not_there(clock: Clock) -> None:
     provider: Any = ClusterProvider(Config())
-    provider._here.look = Look("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
+    provider._local.look = LocalView("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
     provider._swarm.status = lambda: ProviderStatus("swarm", connected=True)
     provider._server = Server("b")
     provider._on_told(Inventory((), BACKENDS, NODES, source="relay"))

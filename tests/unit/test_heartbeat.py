@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mesh.cluster.heartbeat import DEAD, HUNG, QUIET, Pulses, acknowledged
+from mesh.cluster.heartbeat import DEAD, HUNG, QUIET, Heartbeats, acknowledged
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ class Watched:
 
     def __init__(self, sock: socket.socket | None) -> None:
         self.asked, self.silent, self._sock = 0, 0, sock
-        self.pulses = Pulses()
+        self.pulses = Heartbeats()
         self.pulse = self.pulses.watch(sock, self._ask, self._end)
 
     async def _ask(self) -> None:
@@ -83,7 +83,7 @@ async def test_a_busy_process_has_time_while_its_kernel_acknowledges(pair: tuple
 
 async def test_own_delays_are_nobodys_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was stopped for long wakes up: it has lived for a moment only."""
-    pulses = Pulses()
+    pulses = Heartbeats()
     silent: list[bool] = []
     pulses.watch(None, lambda: asyncio.sleep(0), lambda: silent.append(True))
     now = 0.0

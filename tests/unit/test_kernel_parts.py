@@ -23,8 +23,8 @@ from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.arenas import Ranges
 from mesh.datapath.kernel.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel.fallback import needed
-from mesh.datapath.kernel.journal import SPARE, Names, NamesFile
-from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Place, Places, keepers, wanted
+from mesh.datapath.kernel.journal import SPARE, Journal, Names
+from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Location, Locator, keepers, wanted
 from mesh.datapath.kernel.pins import instance
 from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.netlink import Interface, Netlink, Route, Topology
@@ -142,15 +142,15 @@ def test_names_come_back(tmp_path: Path) -> None:
     frontend = state(Frontend(ANY_ADDRESS, 8000, Protocol.TCP), target)
     served = FrontendEntry(frontend, SlotTable.uniform(1021, 7), (7,))
     path = tmp_path / "names.json"
-    names = NamesFile(path)
+    names = Journal(path)
     assert names.read().backends == {}
     held = Applied(4)
     names.put(Plan(5, put_backends=(entry,), put_frontends=(served,)), held)
-    found = NamesFile(path).read()
+    found = Journal(path).read()
     assert (found.generation, found.backends, found.frontends) == (5, {7: entry}, {frontend.frontend: frontend})
     changed = dataclasses.replace(entry, target=dataclasses.replace(target, weight=0))
     names.put(step := Plan(6, put_backends=(changed,), drop_frontends=(frontend.frontend,)), held)
-    assert NamesFile(path).read().frontends  # until it is dropped indeed
+    assert Journal(path).read().frontends  # until it is dropped indeed
     names.drop(step)
     assert names.read() == Names(6, {7: changed}, {})
     whole = path.read_bytes()
@@ -163,14 +163,14 @@ def test_names_come_back(tmp_path: Path) -> None:
     assert path.stat().st_size < 2 * SPARE
     nodes = (ipaddress.ip_address("192.0.2.1"), ipaddress.ip_address("2001:db8::1"))
     names.put(Plan(1999, put_nodes=nodes), held)
-    assert NamesFile(path).read() == Names(1999, {7: entry}, {}, nodes)
+    assert Journal(path).read() == Names(1999, {7: entry}, {}, nodes)
     with no_room():
         names.put(Plan(2000, put_backends=(entry,)), held)
         assert "cannot be written" in names.problem and not path.exists()  # no old names beside new maps
         names.put(Plan(2001, put_backends=(changed,)), Applied(2000, nodes=nodes))
     names.put(Plan(1999, put_backends=(entry,)), Applied(2001, nodes=nodes))
     assert names.problem == ""
-    assert NamesFile(path).read() == Names(1999, {7: entry}, {}, nodes)
+    assert Journal(path).read() == Names(1999, {7: entry}, {}, nodes)
     path.unlink()  # by whoever
     names.drop(Plan(2000, drop_backends=(entry,)))
     assert names.read() == Names(2000, nodes=nodes)
@@ -179,7 +179,7 @@ def test_names_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', '{"version": 1, "backends": [[1]]}', "null"])
 def test_damaged_names_are_no_names(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.json").write_text(text)
-    assert NamesFile(tmp_path / "names.json").read().backends == {}
+    assert Journal(tmp_path / "names.json").read().backends == {}
 
 
 def interfaces(*rows: tuple[int, str, str, int]) -> Topology:
@@ -203,14 +203,14 @@ def test_programs_go_where_they_belong() -> None:
         (12, "eth2", "", 11),
         (13, "tap0", "tun", 11),
     )
-    places = [Place(veth=4, via=3)]
+    places = [Location(veth=4, via=3)]
     everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE, 8: INGRESS, 10: INGRESS, 11: INGRESS}
     assert wanted(topology, places) == everywhere
     assert wanted(topology, places, nodes={6}) == everywhere | {6: INGRESS}
     assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 9: INGRESS}
     assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 10: INGRESS}
     assert 3 in wanted(topology, [])
-    assert wanted(topology, [Place(via=1, own=True)]) == wanted(topology, [])
+    assert wanted(topology, [Location(via=1, own=True)]) == wanted(topology, [])
 
 
 def test_a_vlan_that_leaves_tags_in_frames_is_named() -> None:
@@ -225,7 +225,7 @@ def test_a_vlan_that_leaves_tags_in_frames_is_named() -> None:
 
 def test_a_veth_by_which_a_backend_is_reached_is_a_tasks() -> None:
     topology = interfaces((2, "eth0", "", 0), (3, "v0", "veth", 0), (4, "client", "veth", 0))
-    assert wanted(topology, [Place(veth=3, via=3)]) == {2: INGRESS, 3: TASK, 4: INGRESS}
+    assert wanted(topology, [Location(veth=3, via=3)]) == {2: INGRESS, 3: TASK, 4: INGRESS}
 
 
 def test_the_proxy_beside_serves_the_other_version() -> None:
@@ -261,7 +261,7 @@ def test_the_demo_is_not_for_the_kernel_engine() -> None:
 
 
 class _Network:
-    """What `Places` asks of a Netlink: tables that a test sets, and the questions that were put."""
+    """What `Locator` asks of a Netlink: tables that a test sets, and the questions that were put."""
 
     def __init__(self, topology: Topology, ways: dict[str, Route]) -> None:
         self.tables, self.ways, self.asked = topology, ways, list[str]()
@@ -280,11 +280,11 @@ def test_what_has_not_changed_is_not_looked_for_again() -> None:
     """10,000 backends of which many do not answer: an event that changes nothing must not cost a look at all."""
     bridge = Interface(2, "docker_gwbridge", "bridge", True, True, 0)
     network = _Network(Topology({2: bridge}), {"10.0.0.1": Route(2, None, False)})
-    places = Places(cast(Netlink, network))
+    places = Locator(cast(Netlink, network))
     assert places.refresh()
     silent, unreached = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.9.0.1")
-    assert places.find(silent) == Place(via=2)
-    assert places.find(unreached) == Place()
+    assert places.find(silent) == Location(via=2)
+    assert places.find(unreached) == Location()
     assert network.asked == ["10.0.0.1"]
     assert not places.refresh()
     assert places.open() == {unreached}  # the other one has just been asked for
@@ -293,7 +293,7 @@ def test_what_has_not_changed_is_not_looked_for_again() -> None:
     assert places.open() == frozenset()
     network.tables = Topology({2: bridge}, neighbours={(2, silent): b"\x02abcde"})
     assert places.refresh()
-    assert places.find(silent) == Place(via=2, mac=b"\x02abcde")
+    assert places.find(silent) == Location(via=2, mac=b"\x02abcde")
 
 
 def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest
     addresses = [ipaddress.ip_address(f"10.0.{i // 250}.{1 + i % 250}") for i in range(30 * ASK_MOST)]
     bridge = Interface(2, "docker_gwbridge", "bridge", True, True, 0)
     network = _Network(Topology({2: bridge}), {str(a): Route(2, None, False) for a in addresses})
-    places = Places(cast(Netlink, network))
+    places = Locator(cast(Netlink, network))
 
     def asked() -> int:
         before = len(network.asked)
@@ -323,4 +323,4 @@ def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest
     assert set(network.asked) == set(map(str, addresses))  # nobody twice before all were once
     network.tables = Topology({2: bridge}, neighbours={(2, a): b"\x02abcde" for a in addresses})
     assert places.refresh()
-    assert all(places.find(a) == Place(via=2, mac=b"\x02abcde") for a in addresses[:10])
+    assert all(places.find(a) == Location(via=2, mac=b"\x02abcde") for a in addresses[:10])

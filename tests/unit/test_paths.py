@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import cast
 
 from mesh.config.keys import Config
-from mesh.datapath.paths.monitor import Ways
+from mesh.datapath.paths.monitor import PathMonitor
 from mesh.model import Node
 from tests.support.ports import free_port
 
@@ -46,9 +46,9 @@ async def peer_port(port: int) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def trying(port: int, *nodes: Node) -> AsyncIterator[tuple[Ways, list[Node]]]:
+async def trying(port: int, *nodes: Node) -> AsyncIterator[tuple[PathMonitor, list[Node]]]:
     known = [HERE, *nodes]
-    ways = Ways(Config(peer_port=port), "proxy", lambda: ("n1", known), pause=0.001)
+    ways = PathMonitor(Config(peer_port=port), "proxy", lambda: ("n1", known), pause=0.001)
     task = asyncio.create_task(ways.run())
     try:
         yield ways, known

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mesh.cluster.provider import ClusterProvider
-from mesh.cluster.readiness import HOLD, Newcomers
+from mesh.cluster.readiness import HOLD, ReadinessGate
 from mesh.cluster.wire import Report, Verdict
 from mesh.config.keys import Config
 from mesh.model import (
@@ -53,9 +53,9 @@ class Clock:
         return self.now
 
 
-def newcomers() -> tuple[Newcomers, Clock]:
+def newcomers() -> tuple[ReadinessGate, Clock]:
     clock = Clock()
-    return Newcomers(lambda node: node != "deaf", clock=clock), clock
+    return ReadinessGate(lambda node: node != "deaf", clock=clock), clock
 
 
 def test_only_what_is_new_and_will_be_told_of_is_awaited() -> None:

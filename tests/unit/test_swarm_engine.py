@@ -22,7 +22,7 @@ from mesh.model import Inventory
 from mesh.providers.swarm import SwarmProvider, detect
 from mesh.providers.swarm.decode import NO_GATEWAY, Answers
 from mesh.providers.swarm.engine import Engine, engine_url
-from mesh.providers.swarm.local_node import Look, decode_look, keep_role
+from mesh.providers.swarm.local_node import LocalView, decode_local, keep_role
 from mesh.providers.swarm.watch import plain_key, tls_context, watch, watch_request
 from tests.support.lab.netns import PATIENCE
 
@@ -253,12 +253,12 @@ async def test_who_follows_again_is_told_again(peer: Peer) -> None:
 def test_an_engine_that_starts_or_ends_does_not_know_its_role() -> None:
     """One that ends called itself inactive, and its worker's agent took itself for a manager, whose Engine is away."""
 
-    def look(state: str, control: bool) -> Look:
+    def look(state: str, control: bool) -> LocalView:
         swarm = {"NodeID": "n1" if control else "", "LocalNodeState": state, "ControlAvailable": control}
         info = json.dumps({"Swarm": swarm}).encode()
-        return decode_look(Answers(info, b"[]", b"[]", b"[]", b"[]", b"[]", NO_GATEWAY))
+        return decode_local(Answers(info, b"[]", b"[]", b"[]", b"[]", b"[]", NO_GATEWAY))
 
-    worker = Look("n1", worker=True, managers={"m": "192.0.2.9"})
+    worker = LocalView("n1", worker=True, managers={"m": "192.0.2.9"})
     starting = keep_role(look("pending", False), worker)
     assert (starting.node, starting.worker, starting.managers) == ("n1", True, {"m": "192.0.2.9"})
     assert keep_role(look("inactive", False), worker) == starting

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.scale_bodies import field, frame
-from mesh.providers.swarm.watch_message import Announced, tasks_of
+from mesh.providers.swarm.watch_message import WatchMessages, tasks_of
 
 TASK, SERVICE = 4, 2  # of Object
 
@@ -43,12 +43,12 @@ def test_tasks_of_a_message(message: bytes, expected: set[str] | None) -> None:
 def test_any_bytes(data: bytes) -> None:
     found = tasks_of(data)
     assert found is None or all(name.isalnum() for name in found)
-    Announced().hear(data)
+    WatchMessages().hear(data)
 
 
 @given(st.lists(st.integers(min_value=1, max_value=400)))
 def test_pieces_of_any_size(sizes: list[int]) -> None:
-    announced, found = Announced(), set[str]()
+    announced, found = WatchMessages(), set[str]()
     stream = b"".join(frame(event(TASK, f"t{i}")) for i in range(5))
     at = 0
     for size in [*sizes, len(stream)]:
@@ -60,7 +60,7 @@ def test_pieces_of_any_size(sizes: list[int]) -> None:
 
 
 def test_what_is_not_understood_may_be_anything() -> None:
-    announced = Announced()
+    announced = WatchMessages()
     assert announced.hear(frame(event(TASK, "t1")) + frame(b"", flag=1)) is None
     assert announced.hear(frame(event(SERVICE, "s1")) + frame(event(TASK, "t1"))) is None
     assert announced.hear(b"\0\xff\xff\xff\xff") is None

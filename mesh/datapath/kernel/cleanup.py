@@ -17,7 +17,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import OWNER_PASS
 from mesh.datapath.kernel import stats
 from mesh.datapath.kernel.attach import Attachments
-from mesh.datapath.kernel.journal import NamesFile
+from mesh.datapath.kernel.journal import Journal
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
 from mesh.datapath.kernel.xdp import XdpStage
@@ -26,15 +26,15 @@ from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import BpfError
 
 
-def find(config: Config) -> Remains | None:
+def find(config: Config) -> StaleState | None:
     """What there may be; None where the kernel is too old for the kernel engine."""
     try:
-        return Remains(config)
+        return StaleState(config)
     except OSError:
         return None
 
 
-class Remains:
+class StaleState:
     """Those of one state directory, of an agent that is gone. The caller has the lock of the state directory.
 
     Attributes:
@@ -89,14 +89,14 @@ class Remains:
         is, it is that one's.
         """
         self.close()
-        interfaces = {} if strangers(self._config) else self._interfaces()
+        interfaces = {} if foreign_instances(self._config) else self._interfaces()
         for directory in [pin.parent for pin in self._home.glob("*/mesh_ports")]:
             attached = Attachments({}, directory / "links")
             attached.adopt(interfaces)
             XdpStage(None, directory / "links").detach()
             attached.detach()
         remove_pins(self._home)
-        NamesFile(self._state / NAMES).remove()
+        Journal(self._state / NAMES).remove()
         (self._state / OWNER).unlink(missing_ok=True)
 
     @staticmethod
@@ -127,7 +127,7 @@ def hand_back(maps: KernelMaps) -> None:
         maps.put_frontend(frontend, table.to_bytes(), served.flags, None)
 
 
-def strangers(config: Config) -> list[Path]:
+def foreign_instances(config: Config) -> list[Path]:
     """Pins of daemons with other state directories that have programs in this network namespace: what is attached first
     serves a flow, whatever this one's tables say. What this process may not see is left out."""
     found = []

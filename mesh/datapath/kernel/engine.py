@@ -37,10 +37,10 @@ from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.attach import Attachments, cgroup_root
 from mesh.datapath.kernel.cleanup import hand_back
 from mesh.datapath.kernel.codec import BackendSlot
-from mesh.datapath.kernel.fallback import Beside, Listeners
-from mesh.datapath.kernel.gc import Sweeper
-from mesh.datapath.kernel.journal import NamesFile
-from mesh.datapath.kernel.locator import Place, Places, is_held, keepers, misplaced, wanted
+from mesh.datapath.kernel.fallback import Fallback, Listeners
+from mesh.datapath.kernel.gc import Collector
+from mesh.datapath.kernel.journal import Journal
+from mesh.datapath.kernel.locator import Location, Locator, is_held, keepers, misplaced, wanted
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, ensure_bpf_fs, netns_cookie, pin_home, remove_pins
 from mesh.datapath.kernel.preflight import preflight
@@ -64,17 +64,17 @@ class KernelDatapath:
 
     def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
         self._config = config
-        self._beside = Beside(config, inherited, docker_host=docker_host)
-        self.listeners, self.stop_accepting = self._beside.listeners, self._beside.stop_accepting
+        self._fallback = Fallback(config, inherited, docker_host=docker_host)
+        self.listeners, self.stop_accepting = self._fallback.listeners, self._fallback.stop_accepting
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._lock = threading.RLock()
-        self._names = NamesFile(Path(config.state_dir) / NAMES)
+        self._names = Journal(Path(config.state_dir) / NAMES)
         self._owner = Path(config.state_dir) / OWNER
         self._token = f"{os.getpid()} {time.monotonic_ns()}"
         self._applied = Applied()
         self._tables: dict[Frontend, SlotTable] = {}
-        self._places: dict[int, Place] = {}
-        self._placed: dict[int, Place] = {}  # as the maps have them
+        self._locator: dict[int, Location] = {}
+        self._placed: dict[int, Location] = {}  # as the maps have them
         self._problems: list[str] = []
         self._holding: dict[Frontend, float] = {}  # until when, monotonic
         self._others: list[Path] = []  # pins of builds with another contract
@@ -101,7 +101,7 @@ class KernelDatapath:
         self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
         self._monitor, self._routes = Monitor(), RouteWatch(maps["mesh_routes"])
         self._netlink = Netlink()
-        self._finder = Places(self._netlink, self._config.floating)
+        self._finder = Locator(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")
         self._xdp = xdp.XdpStage(self._programs.get(xdp.PROGRAM), directory / "links")
         self._nodes, self._ids = Nodes(maps, self._netlink), Ids(maps)
@@ -118,14 +118,14 @@ class KernelDatapath:
         self._place_all()
         if self._maps.served:
             self._switch()
-            self._beside.apply(self._applied, self._finder.topology.addresses)  # no plan may come
+            self._fallback.apply(self._applied, self._finder.topology.addresses)  # no plan may come
         try:
             self._owner.write_text(self._token)
         except OSError:  # no room: the lock of the state directory has to do
             self._owner.unlink(missing_ok=True)
         self._follower = threading.Thread(target=self._follow, name="mesh-kernel-follow", daemon=True)
         self._follower.start()
-        self._sweeper = Sweeper(self._maps.reverse, self._is_owner)
+        self._collector = Collector(self._maps.reverse, self._is_owner)
         return self._applied
 
     def _rebuild(self, applied: Applied) -> None:
@@ -152,7 +152,7 @@ class KernelDatapath:
                 self._nodes.put(plan.put_nodes)
             self._nodes.learn(plan.put_backends)
             self._refresh()
-            self._places |= self._find(plan.put_backends)
+            self._locator |= self._find(plan.put_backends)
             if not self._others:
                 self._sync()
             self._maps.put_backends({e.id: self._slot(e) for e in plan.put_backends})
@@ -170,16 +170,16 @@ class KernelDatapath:
             self._taking_over = False
             self._names.drop(plan)
             for gone in plan.drop_backends:
-                self._places.pop(gone.id, None)
-            self._placed = dict(self._places)
+                self._locator.pop(gone.id, None)
+            self._placed = dict(self._locator)
             self._switch()
-            self._beside.apply(self._applied, self._finder.topology.addresses)
-            self._beside.drop_inherited()
+            self._fallback.apply(self._applied, self._finder.topology.addresses)
+            self._fallback.drop_inherited()
             self._monitor.wake()
             return self._applied
 
     def _slot(self, entry: BackendEntry) -> BackendSlot:
-        target, place = entry.target, self._places.get(entry.id, Place())
+        target, place = entry.target, self._locator.get(entry.id, Location())
         slot = BackendSlot(
             address=target.via or target.address,
             port=entry.key.port,
@@ -229,7 +229,7 @@ class KernelDatapath:
         self._nodes.refresh(self._finder.topology)
         self._maps.listen(self._config.tunnel_port if self._nodes.held else 0)
 
-    def _find(self, backends: Iterable[BackendEntry]) -> dict[int, Place]:
+    def _find(self, backends: Iterable[BackendEntry]) -> dict[int, Location]:
         return {e.id: self._finder.find(e.target.address) for e in backends if e.target.via is None}
 
     def _look(self) -> bool:
@@ -237,19 +237,19 @@ class KernelDatapath:
         self._refresh()
         backends = self._applied.backends.values()
         if self._moved:
-            self._places = self._find(backends)
+            self._locator = self._find(backends)
             self._moved = False
             return True
         again = self._finder.open()
         found = self._find(e for e in backends if e.target.address in again) if again else {}
-        self._places |= found
+        self._locator |= found
         return bool(found)
 
     def _place_all(self) -> None:
         """Write where backends are, of those that are somewhere else than in the maps."""
-        moved = [e for e in self._applied.backends.values() if self._placed.get(e.id) != self._places.get(e.id)]
+        moved = [e for e in self._applied.backends.values() if self._placed.get(e.id) != self._locator.get(e.id)]
         self._maps.put_backends({e.id: self._slot(e) for e in moved})
-        self._placed = dict(self._places)
+        self._placed = dict(self._locator)
 
     def _sync(self) -> None:
         """Have the programs where they belong."""
@@ -258,7 +258,7 @@ class KernelDatapath:
             self._attach.adopt(topology.interfaces)
             self._xdp.adopt()
             self._attached = True
-        programs = wanted(topology, self._places.values(), self._patterns, self._nodes.interfaces)
+        programs = wanted(topology, self._locator.values(), self._patterns, self._nodes.interfaces)
         problems = self._attach.sync(programs) + self._xdp.sync(topology.interfaces, programs)
         group = Path(self._config.cgroup) if self._config.cgroup else cgroup_root()
         self._problems = problems + self._attach.sync_sockets(group) + keepers(topology.interfaces, programs)
@@ -287,7 +287,7 @@ class KernelDatapath:
                         self._place_all()
                         if self._attached:
                             self._sync()
-                            self._beside.apply(self._applied, self._finder.topology.addresses)
+                            self._fallback.apply(self._applied, self._finder.topology.addresses)
             except Exception as error:  # the next look tries again
                 if not self._stopping.is_set():
                     log.warning("network change not followed", error=str(error))
@@ -315,10 +315,10 @@ class KernelDatapath:
 
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
-        found = misplaced(list(self._applied.backends.values()), self._places)
+        found = misplaced(list(self._applied.backends.values()), self._locator)
         nodes = self._nodes.problems(self._applied.frontends, self._config.tunnel_port)
         names = [self._names.problem] if self._names.problem else []
-        return [*self._problems, *self._beside.problems(), *nodes, *names, *found]
+        return [*self._problems, *self._fallback.problems(), *nodes, *names, *found]
 
     def stats(self) -> Stats:
         """See Datapath.stats."""
@@ -328,11 +328,11 @@ class KernelDatapath:
         stats = kernel_stats.read(self._maps, order)
         if self._statistics is not None:
             stats = dataclasses.replace(stats, totals=kernel_stats.run_time(self._programs))
-        return self._beside.merge(stats, applied)
+        return self._fallback.merge(stats, applied)
 
     def signals(self) -> Sequence[Signal]:
         """Of the proxy beside only: in the kernel a task's refusal goes to the client, and probes tell health."""
-        return self._beside.signals()
+        return self._fallback.signals()
 
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup."""
@@ -350,7 +350,7 @@ class KernelDatapath:
 
     def drain(self, seconds: float) -> int:
         """Flows in the kernel go on without this process; those of the proxy beside are waited for."""
-        return self._beside.drain(seconds)
+        return self._fallback.drain(seconds)
 
     def close(self, *, release: bool) -> None:
         """Stop. The data plane lives on; with `release` flows that start are left to who served the ports before, and
@@ -365,8 +365,8 @@ class KernelDatapath:
             self._monitor.wake()
         if self._follower is not None:
             self._follower.join()
-            self._sweeper.close()
-            self._beside.close()
+            self._collector.close()
+            self._fallback.close()
             self._monitor.close()
             self._netlink.close()
             if release and kernel_stats.wait_for_flows(self._maps, self._config.drain_timeout) == 0:

@@ -84,7 +84,7 @@ def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | N
     return Table(table.order if len(rows) == len(table.order) else tuple(rows), columns)
 
 
-class Beside:
+class Fallback:
     """A ProxyDatapath that is started when the first frontend needs it, or the second node is known."""
 
     def __init__(self, config: Config, inherited: Listeners | None, *, docker_host: bool) -> None:

@@ -57,7 +57,7 @@ def sweep(replies: _bpf.Map, seconds: float = AGE) -> int:
     return gone
 
 
-class Sweeper:
+class Collector:
     """A thread that sweeps every INTERVAL until it is closed, or `may` says no."""
 
     def __init__(self, replies: _bpf.Map, may: Callable[[], bool]) -> None:

@@ -128,7 +128,7 @@ def _backend_in(row: list[Any]) -> BackendEntry:
     return BackendEntry(number, BackendKey(backend, port, protocol), _target_in(target))
 
 
-class NamesFile:
+class Journal:
     """One file: a line with all names, then a line for every change since; written whole again as changes grow."""
 
     def __init__(self, path: Path) -> None:

@@ -26,7 +26,7 @@ ASK_LASTS: Final = 3.5  # seconds until the kernel gives a question up
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """How a packet gets to a backend.
 
     `veth`: host side of its veth, 0: unknown. `via`: interface by which this node reaches it, 0: not at all.
@@ -38,7 +38,7 @@ class Place:
     own: bool = False  # it is an address of this node itself
 
 
-class Places:
+class Locator:
     """Finds backends. Remembers routes until interfaces or addresses change.
 
     Args:
@@ -77,7 +77,7 @@ class Places:
         turn = heapq.nsmallest(self._room(now), due, key=lambda entry: entry[:2])
         return frozenset(address for _, _, address in turn) | self._unreached
 
-    def find(self, address: Address) -> Place:
+    def find(self, address: Address) -> Location:
         """Where a backend's address is. Asks for its MAC if nobody has; the answer is seen by a later `refresh`."""
         if address not in self._routes:
             self._routes[address] = self._netlink.route(address)
@@ -85,24 +85,24 @@ class Places:
         if route is None:
             del self._routes[address]  # there may be one by the next time
             self._unreached.add(address)
-            return Place()
+            return Location()
         self._unreached.discard(address)
         if route.local:
-            return Place(via=route.interface, own=True)
+            return Location(via=route.interface, own=True)
         via = self.topology.interfaces.get(route.interface)
         if via is None or route.gateway is not None:
-            return Place(via=route.interface)
+            return Location(via=route.interface)
         mac = self.topology.neighbours.get((via.index, address))
         if mac is None:
             self._ask(via.index, address)
-            return Place(via=via.index, veth=via.index if via.kind == "veth" else 0)
+            return Location(via=via.index, veth=via.index if via.kind == "veth" else 0)
         port = via if via.kind == "veth" else self._port(via, mac)
         if port is None and via.kind == "bridge":  # a container that is gone had this MAC
             self._ask(via.index, address, anew=True)
         else:
             self._asked.pop(address, None)
             self._waiting.pop(address, None)
-        return Place(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
+        return Location(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
 
     def _room(self, now: float) -> int:
         """How many more may be asked for."""
@@ -125,7 +125,7 @@ class Places:
         return None if index is None else self.topology.interfaces.get(index)
 
 
-def misplaced(backends: Iterable[BackendEntry], places: Mapping[int, Place]) -> Iterator[str]:
+def misplaced(backends: Iterable[BackendEntry], places: Mapping[int, Location]) -> Iterator[str]:
     """One sentence for each backend of this node that cannot be delivered to. Pure."""
     for entry in backends:
         place = places.get(entry.id)
@@ -134,7 +134,7 @@ def misplaced(backends: Iterable[BackendEntry], places: Mapping[int, Place]) -> 
 
 
 def wanted(
-    topology: Topology, places: Iterable[Place], patterns: Sequence[str] = (), nodes: Collection[int] = ()
+    topology: Topology, places: Iterable[Location], patterns: Sequence[str] = (), nodes: Collection[int] = ()
 ) -> Mapping[int, str]:
     """Which program goes on which interface. Pure.
 

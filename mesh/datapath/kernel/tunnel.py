@@ -40,7 +40,7 @@ class Nodes:
 
     def __init__(self, maps: Mapping[str, _bpf.Map], netlink: Netlink) -> None:
         self._nodes = maps["mesh_nodes"]
-        self._ways = maps["mesh_ways"]
+        self._paths = maps["mesh_ways"]
         self._netlink = netlink
         self._engines: dict[Address, str] = {}
         self._seen: tuple[object, ...] = ()
@@ -54,7 +54,7 @@ class Nodes:
         """Read back what is in the maps."""
         held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():
-            self._ways.update(codec.pack_u32(slot.id), codec.pack_address(address))
+            self._paths.update(codec.pack_u32(slot.id), codec.pack_address(address))
         own = {slot.source for slot in held.values()} - {NOWHERE}
         self.all = tuple(sorted({*held, *own}, key=lambda a: (a.version, a.packed)))
         self._next = max((slot.id for slot in held.values()), default=-1) + 1
@@ -109,7 +109,7 @@ class Nodes:
     def _put(self, address: Address, slot: NodeSlot) -> None:
         if self.held.get(address) == slot:
             return
-        self._ways.update(codec.pack_u32(slot.id), codec.pack_address(address))
+        self._paths.update(codec.pack_u32(slot.id), codec.pack_address(address))
         self._nodes.update(codec.pack_address(address), codec.pack_node(slot))
         self.held[address] = slot
 

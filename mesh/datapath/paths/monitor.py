@@ -35,7 +35,7 @@ class _Known:
     problems: dict[str, Problem] = field(default_factory=dict)  # by way
 
 
-class Ways:
+class PathMonitor:
     """The ways from this node to all others that have an agent: the tunnel between kernel engines, the peer port.
 
     Args:

@@ -96,7 +96,7 @@ class _Order:
         )
 
 
-class Books:
+class Accounting:
     """Records of all frontends. Changed from one thread, read from any; `lock` is never held while waiting."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from mesh.datapath.base import (
     Signal,
     Stats,
 )
-from mesh.datapath.proxy.accounting import Books, FrontRecord, sixteen
+from mesh.datapath.proxy.accounting import Accounting, FrontRecord, sixteen
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
@@ -79,7 +79,7 @@ class ProxyDatapath:
         )
         self._docker_host = docker_host
         self._threads = config.threads or len(os.sched_getaffinity(0))
-        self._books = Books()
+        self._accounting = Accounting()
         self._peers = Peers(config, self._threads, inherited)
         self._backends: dict[int, BackendEntry] = {}
         self._applied = Applied()
@@ -145,7 +145,7 @@ class ProxyDatapath:
                 self._put_backend(engine, backend)
         except ValueError as error:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
-        with self._books.lock:
+        with self._accounting.lock:
             self._backends.update({b.id: b for b in plan.put_backends})
         self._peers.apply(engine, plan.result.nodes or (), plan.put_backends)
         for entry in plan.put_frontends:
@@ -174,7 +174,7 @@ class ProxyDatapath:
         if self._problems:
             served = {f: e for f, e in wanted.items() if f not in self._problems}
             self._applied = dataclasses.replace(plan.result, frontends=served)
-        self._books.reap(engine, time.monotonic())
+        self._accounting.reap(engine, time.monotonic())
         return self._applied
 
     def _drop_backend(self, engine: Engine, entry: BackendEntry) -> None:
@@ -183,8 +183,8 @@ class ProxyDatapath:
             return  # its number is somebody else's by now
         engine.drop_backend(entry.id)
         self._peers.drop(entry.id)
-        self._books.leave(entry.key)
-        with self._books.lock:
+        self._accounting.leave(entry.key)
+        with self._accounting.lock:
             self._backends.pop(entry.id)
 
     def _put_backend(self, engine: Engine, entry: BackendEntry) -> None:
@@ -203,9 +203,9 @@ class ProxyDatapath:
         engine, intercept = self._opened()
         state = entry.state
         frontend = state.frontend
-        record = self._books.record(frontend, engine)
+        record = self._accounting.record(frontend, engine)
         known = (self._backends[owner] for owner in entry.backends if owner in self._backends)
-        owners = {backend.id: self._books.pair(record, backend.key, engine) for backend in known}
+        owners = {backend.id: self._accounting.pair(record, backend.key, engine) for backend in known}
         engine.put_route(
             record.front,
             entry.table,
@@ -231,14 +231,14 @@ class ProxyDatapath:
 
     def _drop(self, frontend: Frontend) -> None:
         engine, _ = self._opened()
-        record = self._books.records.get(frontend)
+        record = self._accounting.records.get(frontend)
         if record is None or record.entry is None:
             return
         engine.unlisten(record.front)
         record.descriptors = ()
         self._refuse(record)
         record.entry = None
-        self._books.close(frontend, record)
+        self._accounting.close(frontend, record)
 
     def _refuse(self, record: FrontRecord) -> None:
         """A route to nobody: what still tries to connect finds no further choice."""
@@ -254,7 +254,7 @@ class ProxyDatapath:
     def stats(self) -> Stats:
         if self._engine is None:
             return Stats()
-        frontends, backends = self._books.counters()
+        frontends, backends = self._accounting.counters()
         totals = self._engine.totals()
         return Stats(
             frontends=frontends,
@@ -289,7 +289,7 @@ class ProxyDatapath:
         )
 
     def signals(self) -> Sequence[Signal]:
-        return self._books.signals()
+        return self._accounting.signals()
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """None: a connection's socket, or a session, remembers its backend."""
@@ -329,8 +329,8 @@ class ProxyDatapath:
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's."""
-        with self._books.lock:
-            own = {f: r.descriptors for f, r in self._books.records.items() if r.descriptors}
+        with self._accounting.lock:
+            own = {f: r.descriptors for f, r in self._accounting.records.items() if r.descriptors}
         return {**own, **self._peers.listeners()}
 
     def stop_accepting(self) -> None:
@@ -339,8 +339,8 @@ class ProxyDatapath:
         intercept.yield_table()
         engine.yield_sockets()
         self._peers.yielded()
-        with self._books.lock:
-            for record in self._books.records.values():
+        with self._accounting.lock:
+            for record in self._accounting.records.values():
                 record.descriptors = ()
 
     def drain(self, seconds: float) -> int:
@@ -348,7 +348,7 @@ class ProxyDatapath:
         engine, intercept = self._opened()
         intercept.hand_back()
         self._peers.stop(engine)
-        for frontend, record in list(self._books.records.items()):
+        for frontend, record in list(self._accounting.records.items()):
             if frontend.protocol is Protocol.TCP and record.descriptors:
                 engine.unlisten(record.front)
                 record.descriptors = ()

@@ -53,7 +53,7 @@ class Peers:
         self._fronts: dict[Protocol, Front] = {}
         self._descriptors: dict[Frontend, tuple[int, ...]] = {}  # listening sockets
         self._nodes: tuple[Address, ...] | None = None  # that are admitted; None: to be told anew
-        self._places: dict[int, tuple[bytes, int, int]] = {}  # by owner
+        self._locator: dict[int, tuple[bytes, int, int]] = {}  # by owner
         self._stale = False  # places have come or gone
         self.problem = ""
 
@@ -61,14 +61,14 @@ class Peers:
         """Admit these nodes to those of the backends put so far, and of these, that run here."""
         for entry in backends:
             place = place_of(entry) if entry.target.via is None else None
-            if self._places.get(entry.id) != place:
+            if self._locator.get(entry.id) != place:
                 self.drop(entry.id)
                 if place is not None:
-                    self._places[entry.id] = place
+                    self._locator[entry.id] = place
                 self._stale = True
         if nodes == self._nodes and not self._stale:
             return
-        engine.put_doors([sixteen(address) for address in nodes], sorted(self._places.values()))
+        engine.put_doors([sixteen(address) for address in nodes], sorted(self._locator.values()))
         self._nodes, self._stale = nodes, False
         if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:
@@ -82,7 +82,7 @@ class Peers:
 
     def drop(self, owner: int) -> None:
         """A backend is gone; the engine knows that, so its place is taken out with the next plan."""
-        self._stale = self._places.pop(owner, None) is not None or self._stale
+        self._stale = self._locator.pop(owner, None) is not None or self._stale
 
     def _listen(self, engine: Engine) -> None:
         for protocol in Protocol:

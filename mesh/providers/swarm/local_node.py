@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class LocalView:
     """One look at the local Engine. `managers` by node id, as host.
 
     `settled`: the Engine plays its part in a swarm; while it starts or ends, or has an error, it knows neither its role
@@ -47,7 +47,7 @@ class Look:
     containers: Mapping[str, str] = field(default_factory=dict)  # by task
 
 
-def decode_look(answers: Answers) -> Look:
+def decode_local(answers: Answers) -> LocalView:
     """What the Engine answered.
 
     Raises:
@@ -55,7 +55,7 @@ def decode_look(answers: Answers) -> Look:
     """
     swarm = parse(answers.info, schema.Info, "GET /info").swarm
     containers = parse(answers.containers, list[schema.Container], "GET /containers/json")
-    return Look(
+    return LocalView(
         node=swarm.node_id,
         settled=swarm.local_node_state == "active",
         worker=swarm.local_node_state == "active" and not swarm.control_available,
@@ -65,14 +65,14 @@ def decode_look(answers: Answers) -> Look:
     )
 
 
-def keep_role(look: Look, before: Look) -> Look:
+def keep_role(look: LocalView, before: LocalView) -> LocalView:
     """A look with the role of the one before where it has none of its own yet."""
     if look.settled:
         return look
     return replace(look, node=look.node or before.node, worker=before.worker, managers=before.managers)
 
 
-def merge(inventory: Inventory, look: Look) -> Inventory:
+def merge(inventory: Inventory, look: LocalView) -> Inventory:
     """A manager's inventory with what this node knows of its own tasks; one without a running container is gone."""
 
     def own(backend: Backend) -> Backend | None:
@@ -87,7 +87,7 @@ def merge(inventory: Inventory, look: Look) -> Inventory:
     return replace(inventory, backends=tuple(b for b in backends if b is not None))
 
 
-class Here:
+class LocalNode:
     """Follows the local Engine.
 
     Args:
@@ -100,7 +100,7 @@ class Here:
         self._overlay = Overlay()
         self._begun = 0
         self._ring = asyncio.Event()
-        self.look = Look()
+        self.look = LocalView()
         self.error = ""
         self.looked = asyncio.Event()  # once, with whatever result
 
@@ -125,7 +125,7 @@ class Here:
             pause = _INTERVAL
             try:
                 begun = self._begun
-                look = keep_role(await asyncio.to_thread(decode_look, await engine.read_here()), self.look)
+                look = keep_role(await asyncio.to_thread(decode_local, await engine.read_here()), self.look)
                 self._overlay.settle(begun, look.local.running)
                 self.error = ""
                 if look != self.look:

@@ -23,7 +23,7 @@ import h2.events
 import h2.exceptions
 
 from mesh.errors import ProviderError
-from mesh.providers.swarm.watch_message import Announced
+from mesh.providers.swarm.watch_message import WatchMessages
 
 KINDS: Final = ("task", "service", "node")
 _ACTIONS: Final = 0x07  # create | update | remove
@@ -145,7 +145,7 @@ async def watch(control_socket: Path, certificates: Path) -> AsyncGenerator[froz
         ProviderError: no connection, or it has ended. Connect again; changes may have been missed meanwhile.
     """
     async with contextlib.aclosing(frames(control_socket, certificates)) as pieces:
-        announced = Announced()
+        announced = WatchMessages()
         async for piece in pieces:
             yield announced.hear(piece) if piece else None
 

@@ -17,7 +17,7 @@ _FIXED: Final = {1: 8, 5: 4}  # bytes of a value by wire type
 _VARINT, _BYTES = 0, 2
 
 
-class Announced:
+class WatchMessages:
     """Takes a stream in pieces of any size."""
 
     def __init__(self) -> None:
