@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-HEADERS = [f"bpf/include/mesh/{name}.h" for name in ("abi", "tunnel", "hash")]
+HEADERS = [f"bpf/include/mesh/{name}.h" for name in ("abi", "geneve", "hash")]
 SANITIZE = os.environ.get("MESH_SANITIZE", "")
 
 

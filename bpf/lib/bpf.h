@@ -7,7 +7,7 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
 #include <mesh/abi.h>
-#include <mesh/tunnel.h>
+#include <mesh/geneve.h>
 #include <mesh/hash.h>
 
 #define INLINE static __always_inline

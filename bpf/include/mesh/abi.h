@@ -4,7 +4,7 @@
  *
  * Rules: fixed-width types; explicit, zeroed pads; network byte order is marked by __be types, everything else is host
  * order; an address is always 16 bytes, IPv4 as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2). Sizes and offsets are asserted.
- * Any change of layout or meaning increases MESH_ABI_VERSION; the digest of this file, tunnel.h and hash.h is compiled
+ * Any change of layout or meaning increases MESH_ABI_VERSION; the digest of this file, geneve.h and hash.h is compiled
  * into all artefacts (MESH_ABI_DIGEST) and compared when one opens the other, so a stale build is refused and never
  * half works.
  */
@@ -82,7 +82,7 @@ _Static_assert(sizeof(struct mesh_table) == 8, "mesh_table is 8 bytes");
 
 /* Value of mesh_ports by protocol and port: the id of the frontend with any address (0: none) and this flag. */
 #define MESH_PORT_EXACT    0x80000000u /* some frontend with an address of its own has this port: see mesh_exact */
-#define MESH_PORT_TUNNEL   0x40000000u /* UDP: the tunnel's port (tunnel.h); no frontend may have it */
+#define MESH_PORT_TUNNEL   0x40000000u /* UDP: the tunnel's port (geneve.h); no frontend may have it */
 #define MESH_PORT_FRONTEND 0x3fffffffu
 #define MESH_PORT_TCP      0u     /* index of a TCP port in mesh_ports: MESH_PORT_TCP + port in host order */
 #define MESH_PORT_UDP      65536u /* likewise */
@@ -158,7 +158,7 @@ struct mesh_note {
 	__u32 owner;
 	__u32 epoch;    /* of the owner; 0 for PASS */
 	__u32 stamp;    /* MESH_STAMP_SHIFT */
-	__u32 frontend; /* and MESH_NOTE_ASKED (tunnel.h) */
+	__u32 frontend; /* and MESH_NOTE_ASKED (geneve.h) */
 };
 _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 

@@ -5,8 +5,8 @@
  * packet as the client sent it (destination: what it called), or as the client is to get it (MESH_TUNNEL_REPLY). The
  * outer and the inner IP version need not be the same. The outer source is mesh_node.source: the receiving node has to
  * know this one by it. */
-#ifndef MESH_TUNNEL_H
-#define MESH_TUNNEL_H
+#ifndef MESH_GENEVE_H
+#define MESH_GENEVE_H
 
 #include "abi.h"
 
@@ -70,4 +70,4 @@ _Static_assert(__builtin_offsetof(struct mesh_node, path_mtu) == 28, "mesh_node.
 #define MESH_PATH_LIFE 600u
 #define MESH_MAX_NODES 4096u
 
-#endif /* MESH_TUNNEL_H */
+#endif /* MESH_GENEVE_H */
