@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where clients' packets come in: tc ingress of every Ethernet interface that faces clients. */
-#include "lib/tunnel.h"
+#include "lib/encap.h"
 
 int mesh_tunnel(struct __sk_buff *skb);
 int mesh_leave(struct __sk_buff *skb);
@@ -20,8 +20,8 @@ struct {
 					[GO_AGAIN] = (void *)&mesh_ingress,
 				}};
 
-#include "lib/arrive.h"
-#include "lib/leave.h"
+#include "lib/tunnel_rx.h"
+#include "lib/tunnel_tx.h"
 
 /* ICMP errors from the clients' side, and from the way to other nodes. */
 SEC("tc")

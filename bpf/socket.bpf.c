@@ -4,8 +4,8 @@
  * Source rules do not apply: these processes can reach the tasks without us.
  */
 #include <linux/in.h>
-#include "lib/count.h"
-#include "lib/select.h"
+#include "lib/metrics.h"
+#include "lib/lb.h"
 
 #define ALLOW    1 /* let the call go on */
 #define REJECT   0 /* EPERM */

@@ -2,7 +2,7 @@
 /* Where tasks' packets come out: tc ingress of the host side of every local container's interface. Replies get back the
  * address that the client called; what is no reply may be a call of a port of this node.
  */
-#include "lib/depart.h"
+#include "lib/tunnel_reply.h"
 
 #define MTU_SAFE 1280u /* no interface that carries IPv6 takes less; smaller packets need no look at it */
 

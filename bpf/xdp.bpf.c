@@ -3,8 +3,8 @@
  * It decides nothing else, and nothing differently from mesh_ingress, which stays behind it.
  */
 #include "lib/parse.h"
-#include "lib/count.h"
-#include "lib/select.h"
+#include "lib/metrics.h"
+#include "lib/lb.h"
 
 #define MULTICAST 0x01 /* of the first byte of a MAC address */
 

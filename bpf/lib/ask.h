@@ -7,7 +7,7 @@
 #ifndef MESH_ASK_H
 #define MESH_ASK_H
 
-#include "tunnel.h"
+#include "encap.h"
 
 /* An un-noted flow that does not start now and that `choose` has given to its slot's previous owner: give it to the
  * current one if that one knows it or, being asked, can say so. */

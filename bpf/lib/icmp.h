@@ -6,7 +6,7 @@
 #ifndef MESH_ICMP_H
 #define MESH_ICMP_H
 
-#include "serve.h"
+#include "forward.h"
 
 #define ICMP_CHECK 2u
 

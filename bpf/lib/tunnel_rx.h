@@ -3,10 +3,10 @@
  * this one: the program mesh_tunnel, behind mesh_ingress. Whoever is no node of the cluster is not listened to.
  * Refusals go back the way the packet came.
  */
-#ifndef MESH_ARRIVE_H
-#define MESH_ARRIVE_H
+#ifndef MESH_TUNNEL_RX_H
+#define MESH_TUNNEL_RX_H
 
-#include "back.h"
+#include "second_chance.h"
 #include "icmp.h"
 
 #define AGAIN 64u /* stamps within which a start that was dropped for an unknown task counts as having come before */
@@ -286,4 +286,4 @@ int mesh_tunnel(struct __sk_buff *skb)
 	return IS_REFUSAL(action) ? refuse_back(skb, &p, &from, action) : action;
 }
 
-#endif /* MESH_ARRIVE_H */
+#endif /* MESH_TUNNEL_RX_H */

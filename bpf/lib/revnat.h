@@ -2,12 +2,12 @@
 /* The reverse translation: exact entries (client, backend) -> what the client called, made and kept by the client's
  * packets. A flow waits in mesh_openings until the client's second packet.
  */
-#ifndef MESH_REPLY_H
-#define MESH_REPLY_H
+#ifndef MESH_REVNAT_H
+#define MESH_REVNAT_H
 
-#include "count.h"
+#include "metrics.h"
 #include "rewrite.h"
-#include "select.h"
+#include "lb.h"
 
 /* How long (in stamp units) the client must have been silent before another flow with the same client address and port
  * may take the entry. */
@@ -228,4 +228,4 @@ INLINE struct mesh_reply *find_reply(const struct mesh_flow *sent)
 	return reply ? reply : bpf_map_lookup_elem(&mesh_openings, &key);
 }
 
-#endif /* MESH_REPLY_H */
+#endif /* MESH_REVNAT_H */

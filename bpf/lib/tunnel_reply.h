@@ -2,8 +2,8 @@
 /* From a task to a client that called another node: the program mesh_depart, behind mesh_task. Through the tunnel to
  * that node; straight to the client where that is set, and where that node is gone.
  */
-#ifndef MESH_DEPART_H
-#define MESH_DEPART_H
+#ifndef MESH_TUNNEL_REPLY_H
+#define MESH_TUNNEL_REPLY_H
 
 #include "icmp.h"
 
@@ -139,4 +139,4 @@ struct {
 	__array(values, int(void *));
 } mesh_departures SEC(".maps") = {.values = {(void *)&mesh_depart}};
 
-#endif /* MESH_DEPART_H */
+#endif /* MESH_TUNNEL_REPLY_H */

@@ -4,11 +4,11 @@
  * change. Finding the neighbour's MAC stays with the kernel. IPv6 packets are looked up each: asked for their way out,
  * bpf_fib_lookup leaves out rules by source (net/core/filter.c), which bpf_redirect_neigh obeys.
  */
-#ifndef MESH_NEXT_HOP_H
-#define MESH_NEXT_HOP_H
+#ifndef MESH_FIB_H
+#define MESH_FIB_H
 
 #include "parse.h"
-#include "select.h"
+#include "lb.h"
 
 #define HOP_BITS 10
 #define HOP_LIFE 128u /* jiffies, 0.13 to 1.3 seconds: how long an answer counts where no agent runs */
@@ -117,4 +117,4 @@ INLINE int send_packet(struct __sk_buff *skb, const struct packet *p, const stru
 	return send_v4(skb, &s);
 }
 
-#endif /* MESH_NEXT_HOP_H */
+#endif /* MESH_FIB_H */

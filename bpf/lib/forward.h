@@ -2,13 +2,13 @@
 /* A client's packet: from its frontend to its task. Shared by the interfaces that face clients and by those of local
  * containers, which call their own node's ports (hairpin).
  */
-#ifndef MESH_SERVE_H
-#define MESH_SERVE_H
+#ifndef MESH_FORWARD_H
+#define MESH_FORWARD_H
 
 #include "ask.h"
-#include "refuse.h"
-#include "reply.h"
-#include "tunnel.h"
+#include "reject.h"
+#include "revnat.h"
+#include "encap.h"
 
 /* Whose packet it is. */
 #define FROM_CLIENT 0
@@ -217,4 +217,4 @@ INLINE int serve_rest(const struct packet *p, enum parse_result result)
 	return verdict(result == PARSE_FRAGMENT ? MESH_VERDICT_FRAGMENT : MESH_VERDICT_EXTENSION, TC_ACT_UNSPEC);
 }
 
-#endif /* MESH_SERVE_H */
+#endif /* MESH_FORWARD_H */

@@ -2,13 +2,13 @@
 /* To another node: the IP packet as it is, in Geneve (RFC 8926) with one option that names the backend or marks a
  * reply. Checksums left to offload and large segments stay so: the kernel completes and cuts the inner packet.
  */
-#ifndef MESH_LIB_TUNNEL_H
-#define MESH_LIB_TUNNEL_H
+#ifndef MESH_ENCAP_H
+#define MESH_ENCAP_H
 
-#include "count.h"
-#include "next_hop.h"
-#include "refuse.h"
-#include "select.h"
+#include "metrics.h"
+#include "fib.h"
+#include "reject.h"
+#include "lb.h"
 
 #define TUNNEL_HEADERS ((__u32)(sizeof(struct udphdr) + sizeof(struct mesh_geneve)))
 #define MSS_OPTION     2u
@@ -293,4 +293,4 @@ static __noinline int tunnel_send(struct __sk_buff *skb, struct tunnel_to *to, _
 	return send_v4(skb, &by);
 }
 
-#endif /* MESH_LIB_TUNNEL_H */
+#endif /* MESH_ENCAP_H */

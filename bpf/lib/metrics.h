@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Per-CPU counters: no atomics, no sharing. */
-#ifndef MESH_COUNT_H
-#define MESH_COUNT_H
+#ifndef MESH_METRICS_H
+#define MESH_METRICS_H
 
 #include "maps.h"
 
@@ -69,4 +69,4 @@ INLINE void count_flow(__u32 frontend, __u32 owner, __u32 starts, __u32 ends)
 	}
 }
 
-#endif /* MESH_COUNT_H */
+#endif /* MESH_METRICS_H */

@@ -2,10 +2,10 @@
 /* A client's packet that a node was asked about (ask.h) and that comes back, for it knows nothing of the flow: both
  * ends of that way.
  */
-#ifndef MESH_BACK_H
-#define MESH_BACK_H
+#ifndef MESH_SECOND_CHANCE_H
+#define MESH_SECOND_CHANCE_H
 
-#include "serve.h"
+#include "forward.h"
 
 /* What came through the tunnel to be asked about, back as it came. */
 INLINE int send_back(struct __sk_buff *skb, const struct packet *p, struct tunnel_to *from)
@@ -62,4 +62,4 @@ INLINE int arrive_back(struct __sk_buff *skb, struct packet *p, struct tunnel_to
 	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 }
 
-#endif /* MESH_BACK_H */
+#endif /* MESH_SECOND_CHANCE_H */

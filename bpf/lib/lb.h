@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* From a flow to its owner: frontend, source rules, hash, slot, transition (docs/HASHING.md). */
-#ifndef MESH_SELECT_H
-#define MESH_SELECT_H
+#ifndef MESH_LB_H
+#define MESH_LB_H
 
 #include "address.h"
 #include "maps.h"
@@ -285,4 +285,4 @@ INLINE void choose(const struct mesh_flow *flow, struct choice *c)
 	}
 }
 
-#endif /* MESH_SELECT_H */
+#endif /* MESH_LB_H */

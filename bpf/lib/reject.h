@@ -4,11 +4,11 @@
  * transport header. A checksum that the packet's sender left to offload (CHECKSUM_PARTIAL: containers, virtual
  * machines) stays so: what will be filled in later is reckoned with.
  */
-#ifndef MESH_REFUSE_H
-#define MESH_REFUSE_H
+#ifndef MESH_REJECT_H
+#define MESH_REJECT_H
 
 #include "rewrite.h"
-#include "select.h"
+#include "lb.h"
 
 #define V4_HEADER   ((__u32)sizeof(struct iphdr))
 #define V6_HEADER   ((__u32)sizeof(struct ipv6hdr))
@@ -240,4 +240,4 @@ RARE int answer_client(struct __sk_buff *skb, struct packet *p, int what)
 	return p->version == 4 ? send_error_v4(skb, p, what) : send_error_v6(skb, p, what);
 }
 
-#endif /* MESH_REFUSE_H */
+#endif /* MESH_REJECT_H */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* From a client to a task of another node: the program mesh_leave, behind mesh_ingress. */
-#ifndef MESH_LEAVE_H
-#define MESH_LEAVE_H
+#ifndef MESH_TUNNEL_TX_H
+#define MESH_TUNNEL_TX_H
 
-#include "serve.h"
+#include "forward.h"
 
 /* A client's packet, or an error about one of its flows, to the node of its owner. Returns an action or a REFUSAL. */
 static __noinline int leave(struct __sk_buff *skb, struct packet *p, struct mesh_backend *backend, __u32 entropy,
@@ -51,4 +51,4 @@ int mesh_leave(struct __sk_buff *skb)
 	return action;
 }
 
-#endif /* MESH_LEAVE_H */
+#endif /* MESH_TUNNEL_TX_H */
