@@ -33,10 +33,10 @@ MANY: Final = 65536
 HOT_REPEAT: Final = 20_000
 SAMPLES: Final = 15
 SIZES: Final = {  # of the flow tables, as by default
-    "mesh_replies": 524288,
+    "mesh_revnat": 524288,
     "mesh_flows": 262144,
-    "mesh_openings": 65536,
-    "mesh_starts": 65536,
+    "mesh_revnat_new": 65536,
+    "mesh_flows_new": 65536,
 }
 SLOTS: Final = 16381
 SYN, ACK = 0x02, 0x10

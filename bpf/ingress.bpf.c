@@ -1,46 +1,30 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where clients' packets come in: tc ingress of every Ethernet interface that faces clients. */
-#include "lib/encap.h"
-
-int mesh_tunnel(struct __sk_buff *skb);
-int mesh_leave(struct __sk_buff *skb);
-int mesh_error(struct __sk_buff *skb);
-int mesh_ingress(struct __sk_buff *skb);
-
-/* What programs of this object go on with, by GO. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, PROGRAMS);
-	__uint(key_size, sizeof(__u32));
-	__array(values, int(void *));
-} mesh_programs SEC(".maps") = {.values = {
-					[GO_ARRIVE] = (void *)&mesh_tunnel,
-					[GO_LEAVE] = (void *)&mesh_leave,
-					[GO_ERROR] = (void *)&mesh_error,
-					[GO_AGAIN] = (void *)&mesh_ingress,
-				}};
-
 #include "lib/tunnel_rx.h"
 #include "lib/tunnel_tx.h"
 
-/* ICMP errors from the clients' side, and from the way to other nodes. */
-SEC("tc")
-int mesh_error(struct __sk_buff *skb)
-{
-	struct packet p;
-	int action;
+int mesh_tunnel_rx(struct __sk_buff *skb);
+int mesh_tunnel_tx(struct __sk_buff *skb);
+int mesh_icmp(struct __sk_buff *skb);
+int mesh_ingress(struct __sk_buff *skb);
 
-	if (parse(skb, &p) != PARSE_ICMP)
-		return TC_ACT_UNSPEC;
-	action = serve_icmp(skb, &p, FROM_CLIENT);
-	if (action <= GO(0))
-		bpf_tail_call(skb, &mesh_programs, GO(0) - action);
-	return action > GO(0) ? action : verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
-}
+/* Programs that those of ingress.bpf.o continue in, by CALL_*. The kernel empties the map when nobody holds or pins it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, CALLS);
+	__uint(key_size, sizeof(__u32));
+	__array(values, int(void *));
+} mesh_tail_calls SEC(".maps") = {.values = {
+					  [CALL_TUNNEL_RX] = (void *)&mesh_tunnel_rx,
+					  [CALL_TUNNEL_TX] = (void *)&mesh_tunnel_tx,
+					  [CALL_ICMP] = (void *)&mesh_icmp,
+					  [CALL_INGRESS] = (void *)&mesh_ingress,
+				  }};
 
 INLINE int ingress(struct __sk_buff *skb, int from)
 {
-	int action = GO(GO_ERROR);
+	int action = TAIL_CALL(CALL_ICMP);
 	enum parse_result result;
 	struct packet p;
 
@@ -48,38 +32,116 @@ INLINE int ingress(struct __sk_buff *skb, int from)
 	if (unlikely(result == PARSE_FRAGMENT) && !fragment_ports(&p))
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
-		action = serve_flow(skb, &p, from);
-		if (likely(!IS_REFUSAL(action)))
+		action = forward_flow(skb, &p, from);
+		if (likely(!IS_REJECT(action)))
 			return action;
-		if (action > GO(0))
-			return refuse(skb, &p, action);
+		if (action > TAIL_CALL(0))
+			return reject(skb, &p, action);
 	} else if (result == PARSE_OTHER) {
 		return TC_ACT_UNSPEC;
 	} else if (result != PARSE_ICMP) {
-		return serve_rest(&p, result);
+		return pass_without_ports(&p, result);
 	}
-	bpf_tail_call(skb, &mesh_programs, GO(0) - action);
+	bpf_tail_call(skb, &mesh_tail_calls, TAIL_CALL(0) - action);
 	return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 }
 
+/* A client's packet, to its task. */
 SEC("tc")
 int mesh_ingress(struct __sk_buff *skb)
 {
 	return ingress(skb, FROM_CLIENT);
 }
 
-/* In place of mesh_ingress on bridges that have nothing but containers of this node. */
+/* A client's packet on a bridge that has only containers of this node: as mesh_ingress, but never through the tunnel.
+ */
 SEC("tc")
 int mesh_bridge(struct __sk_buff *skb)
 {
 	return ingress(skb, FROM_BRIDGE);
 }
 
-/* See MESH_EXPLAIN_VERDICT in abi.h. */
+/* An ICMP error from the clients' side, or from the path to another node. */
+SEC("tc")
+int mesh_icmp(struct __sk_buff *skb)
+{
+	struct packet p;
+	int action;
+
+	if (parse(skb, &p) != PARSE_ICMP)
+		return TC_ACT_UNSPEC;
+	action = forward_icmp(skb, &p, FROM_CLIENT);
+	if (action <= TAIL_CALL(0))
+		bpf_tail_call(skb, &mesh_tail_calls, TAIL_CALL(0) - action);
+	return action > TAIL_CALL(0) ? action : verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
+}
+
+/* A client's packet whose owner is a task of another node: encapsulated, and sent to that node. */
+SEC("tc")
+int mesh_tunnel_tx(struct __sk_buff *skb)
+{
+	__u32 owner = skb->cb[0], frontend = skb->cb[1], entropy = skb->cb[2], length;
+	struct mesh_backend *backend = find_backend(owner);
+	struct packet p;
+	int action;
+
+	if (parse(skb, &p) == PARSE_OTHER || !backend || !is_remote(backend))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
+	length = p.length;
+	action = tunnel_tx(skb, &p, backend, entropy, skb->cb[3]);
+	if (IS_REJECT(action))
+		return reject(skb, &p, action);
+	if (likely(action == TC_ACT_REDIRECT)) {
+		count_verdict(MESH_VERDICT_TUNNEL_TX);
+		if (frontend)
+			count_in(frontend, owner, length);
+	}
+	return action;
+}
+
+/* A packet that another node has returned starts over, as if its client had sent it again. */
+INLINE int restart(struct __sk_buff *skb, int invalid)
+{
+	if (invalid)
+		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
+	bpf_tail_call(skb, &mesh_tail_calls, CALL_INGRESS);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+}
+
+/* A packet from another node: decapsulated, and sent to its task or to its client. Also an ICMP error about a packet
+ * that was sent through the tunnel. */
+SEC("tc")
+int mesh_tunnel_rx(struct __sk_buff *skb)
+{
+	struct tunnel_peer from = {};
+	struct packet p;
+	int result, action;
+
+	result = parse(skb, &p);
+	if ((result != PARSE_FLOW && result != PARSE_ICMP) || !is_local(&p.flow.destination))
+		return TC_ACT_UNSPEC;
+	if (result == PARSE_ICMP)
+		return learn_path_mtu(skb, &p);
+	if (!bpf_map_lookup_elem(&mesh_nodes, &p.flow.source))
+		return verdict(MESH_VERDICT_TUNNEL_FOREIGN, TC_ACT_SHOT);
+	result = decap(skb, &p, &from);
+	if (from.id.flags & MESH_TUNNEL_REPLY)
+		return tunnel_rx_reply(skb, &p, &from, result);
+	if (result == PARSE_ICMP && !from.id.flags)
+		return tunnel_rx_icmp(skb, &p, &from);
+	if (result != PARSE_FLOW)
+		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
+	if (from.id.flags & MESH_TUNNEL_BACK)
+		return restart(skb, second_chance_resolve(&p, &from));
+	action = tunnel_rx_flow(skb, &p, &from);
+	return IS_REJECT(action) ? reject_through_tunnel(skb, &p, &from, action) : action;
+}
+
+/* Test run only: answers what would become of a packet, and changes nothing (MESH_EXPLAIN_VERDICT in abi.h). */
 SEC("tc")
 int mesh_explain(struct __sk_buff *skb)
 {
-	struct choice c = {.verdict = MESH_VERDICT_COUNT};
+	struct lb_choice c = {.verdict = MESH_VERDICT_COUNT};
 	struct packet p;
 	__u32 word;
 
@@ -89,7 +151,7 @@ int mesh_explain(struct __sk_buff *skb)
 	c.frontend = word ? find_frontend(&p.flow, word) : 0;
 	c.start = p.flow.protocol == IPPROTO_TCP && (p.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	if (c.frontend) {
-		choose(&p.flow, &c);
+		lb_choose(&p.flow, &c);
 	} else {
 		c.hash = mesh_hash_flow(&p.flow);
 		c.slot = mesh_hash_client(&p.flow.source);

@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Processes of this node that call a published port of it: the socket is connected straight to a task, and no packet is
- * ever rewritten. Host network namespace only: containers' sockets are served by their packets (task.bpf.c).
- * Source rules do not apply: these processes can reach the tasks without us.
- */
+ * ever rewritten. Host network namespace only: containers' calls are translated packet by packet (task.bpf.c). Source
+ * rules do not apply: these processes can reach the tasks anyway. */
 #include <linux/in.h>
-#include "lib/metrics.h"
 #include "lib/lb.h"
+#include "lib/metrics.h"
 
-#define ALLOW    1 /* let the call go on */
-#define REJECT   0 /* EPERM */
+#define ALLOW    1 /* let the call proceed */
+#define DENY     0 /* EPERM */
 #define LOOPBACK bpf_htonl(0x7f000000)
 #define NET8     bpf_htonl(0xff000000)
 
@@ -70,32 +69,32 @@ INLINE __u32 called_frontend(struct bpf_sock_addr *ctx, struct mesh_flow *flow)
 	return find_frontend(flow, word);
 }
 
-/* Whether the task that a socket talks to about this address may go on serving it (unconnected UDP). */
-INLINE int is_still_good(const struct mesh_dialled *dialled, const struct mesh_flow *flow)
+/* Unconnected UDP: whether a socket may stay with the task that it talks to about this address. */
+INLINE int is_still_valid(const struct mesh_sk_revnat *entry, const struct mesh_flow *flow)
 {
 	struct mesh_backend *backend;
 
-	if (dialled->called_port != flow->destination_port || !same_address(&dialled->called, &flow->destination))
+	if (entry->called_port != flow->destination_port || !same_address(&entry->called, &flow->destination))
 		return 0;
-	backend = find_backend(dialled->owner);
-	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == dialled->epoch;
+	backend = find_backend(entry->owner);
+	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == entry->epoch;
 }
 
 /* Choose a task for a call; fills `to`. Returns a verdict: SOCKET, or why not. */
-INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, struct mesh_dialled *to)
+INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, struct mesh_sk_revnat *to)
 {
-	struct choice c = {.frontend = frontend, .start = 1, .trusted = 1};
+	struct lb_choice c = {.frontend = frontend, .start = 1, .trusted = 1};
 
 	/* With affinity all of a node's processes are one client. */
 	flow->source = flow->destination;
 	flow->source_port = (__be16)bpf_get_prandom_u32();
-	choose(flow, &c);
+	lb_choose(flow, &c);
 	if (c.owner == MESH_OWNER_PASS)
 		return MESH_VERDICT_SOCKET_PASS;
-	if (c.backend && is_away(c.backend))
+	if (c.backend && is_remote(c.backend))
 		return MESH_VERDICT_SOCKET_PASS;
 	if (!c.backend)
-		return c.verdict == MESH_VERDICT_REFUSED ? MESH_VERDICT_SOCKET_NONE : MESH_VERDICT_SOCKET_PASS;
+		return c.verdict == MESH_VERDICT_REJECTED ? MESH_VERDICT_SOCKET_REJECTED : MESH_VERDICT_SOCKET_PASS;
 	to->called = flow->destination;
 	to->called_port = flow->destination_port;
 	to->backend = c.backend->address;
@@ -106,11 +105,12 @@ INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, struct mesh_dia
 	return MESH_VERDICT_SOCKET;
 }
 
-/* What a datagram socket dialled before, where the task is still there; else a new choice, remembered. */
-INLINE __u32 dial(struct bpf_sock_addr *ctx, enum call call, int v6, struct mesh_dialled *to)
+/* The task of a call: for a datagram socket the one that it talks to, while that is active; else a new choice, stored.
+ */
+INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, struct mesh_sk_revnat *to)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct mesh_dialled *dialled;
+	struct mesh_sk_revnat *entry;
 	struct mesh_flow flow = {.destination_port = (__be16)ctx->user_port, .protocol = (__u8)ctx->protocol};
 	__u32 frontend, verdict;
 
@@ -122,44 +122,44 @@ INLINE __u32 dial(struct bpf_sock_addr *ctx, enum call call, int v6, struct mesh
 	if (likely(!frontend) || !sk || is_bound_to_loopback(sk))
 		return MESH_VERDICT_COUNT;
 	if (call == SEND) {
-		dialled = bpf_sk_storage_get(&mesh_dialled, sk, NULL, 0);
-		if (dialled && is_still_good(dialled, &flow)) {
-			*to = *dialled;
+		entry = bpf_sk_storage_get(&mesh_sk_revnat, sk, NULL, 0);
+		if (entry && is_still_valid(entry, &flow)) {
+			*to = *entry;
 			return MESH_VERDICT_SOCKET;
 		}
 	}
 	verdict = choose_task(&flow, frontend, to);
 	if (verdict != MESH_VERDICT_SOCKET)
 		return verdict;
-	if (is_v4(&to->backend) ? v6 && call == SEND : !v6) /* the kernel refuses to change a datagram's family */
+	if (is_v4(&to->backend) ? v6 && call == SEND : !v6) /* the kernel rejects a datagram's change of family */
 		return MESH_VERDICT_FAMILY;
 	if (call == SEND) {
-		struct mesh_peer_key key = {
+		struct mesh_udp_peer key = {
 			.cookie = bpf_get_socket_cookie(ctx),
 			.address = to->backend,
 			.port = to->backend_port,
 		};
 
-		bpf_map_update_elem(&mesh_peers, &key, to, BPF_ANY);
+		bpf_map_update_elem(&mesh_udp_revnat, &key, to, BPF_ANY);
 	}
-	dialled = bpf_sk_storage_get(&mesh_dialled, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!dialled)
+	entry = bpf_sk_storage_get(&mesh_sk_revnat, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!entry)
 		return MESH_VERDICT_ERROR;
-	*dialled = *to;
+	*entry = *to;
 	return MESH_VERDICT_SOCKET;
 }
 
 INLINE int call(struct bpf_sock_addr *ctx, enum call call, int v6)
 {
-	struct mesh_dialled to = {};
-	__u32 verdict = dial(ctx, call, v6, &to);
+	struct mesh_sk_revnat to = {};
+	__u32 verdict = resolve_call(ctx, call, v6, &to);
 
 	if (likely(verdict == MESH_VERDICT_COUNT))
 		return ALLOW;
 	count_verdict(verdict);
-	if (verdict == MESH_VERDICT_SOCKET_NONE) {
+	if (verdict == MESH_VERDICT_SOCKET_REJECTED) {
 		if (ctx->protocol != IPPROTO_TCP)
-			return REJECT;
+			return DENY;
 		ctx->user_port = 0; /* nobody listens there: ECONNREFUSED instead of EPERM */
 		return ALLOW;
 	}
@@ -174,11 +174,11 @@ INLINE int call(struct bpf_sock_addr *ctx, enum call call, int v6)
 }
 
 /* The peer's address as the process knows it. */
-INLINE int rename_peer(struct bpf_sock_addr *ctx, int v6, int datagram)
+INLINE int restore_peer(struct bpf_sock_addr *ctx, int v6, int datagram)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct mesh_dialled *dialled;
-	struct mesh_peer_key key = {.port = (__be16)ctx->user_port};
+	struct mesh_sk_revnat *entry;
+	struct mesh_udp_peer key = {.port = (__be16)ctx->user_port};
 
 	if (!sk)
 		return ALLOW;
@@ -186,69 +186,77 @@ INLINE int rename_peer(struct bpf_sock_addr *ctx, int v6, int datagram)
 		get_v6(ctx, &key.address);
 	else
 		get_v4(ctx, &key.address);
-	dialled = bpf_sk_storage_get(&mesh_dialled, sk, NULL, 0);
-	if (likely(!dialled))
+	entry = bpf_sk_storage_get(&mesh_sk_revnat, sk, NULL, 0);
+	if (likely(!entry))
 		return ALLOW;
-	if (dialled->backend_port != key.port || !same_address(&dialled->backend, &key.address)) {
+	if (entry->backend_port != key.port || !same_address(&entry->backend, &key.address)) {
 		if (!datagram)
 			return ALLOW;
 		key.cookie = bpf_get_socket_cookie(ctx);
-		dialled = bpf_map_lookup_elem(&mesh_peers, &key);
-		if (!dialled)
+		entry = bpf_map_lookup_elem(&mesh_udp_revnat, &key);
+		if (!entry)
 			return ALLOW;
 	}
 	if (v6)
-		set_v6(ctx, &dialled->called);
+		set_v6(ctx, &entry->called);
 	else
-		ctx->user_ip4 = dialled->called.words[3];
-	ctx->user_port = dialled->called_port;
+		ctx->user_ip4 = entry->called.words[3];
+	ctx->user_port = entry->called_port;
 	return ALLOW;
 }
 
+/* connect() to a published port, IPv4: connected straight to a task. */
 SEC("cgroup/connect4")
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, CONNECT, 0);
 }
 
+/* connect() to a published port, IPv6: connected straight to a task. */
 SEC("cgroup/connect6")
 int mesh_connect6(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, CONNECT, 1);
 }
 
+/* sendmsg() of an unconnected datagram socket, IPv4: sent straight to a task. */
 SEC("cgroup/sendmsg4")
 int mesh_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, SEND, 0);
 }
 
+/* sendmsg() of an unconnected datagram socket, IPv6: sent straight to a task. */
 SEC("cgroup/sendmsg6")
 int mesh_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, SEND, 1);
 }
 
+/* recvmsg(), IPv4: shows the called address as the sender. */
 SEC("cgroup/recvmsg4")
 int mesh_recvmsg4(struct bpf_sock_addr *ctx)
 {
-	return rename_peer(ctx, 0, 1);
+	return restore_peer(ctx, 0, 1);
 }
 
+/* recvmsg(), IPv6: shows the called address as the sender. */
 SEC("cgroup/recvmsg6")
 int mesh_recvmsg6(struct bpf_sock_addr *ctx)
 {
-	return rename_peer(ctx, 1, 1);
+	return restore_peer(ctx, 1, 1);
 }
 
+/* getpeername(), IPv4: shows the called address. */
 SEC("cgroup/getpeername4")
 int mesh_getpeername4(struct bpf_sock_addr *ctx)
 {
-	return rename_peer(ctx, 0, 0);
+	return restore_peer(ctx, 0, 0);
 }
 
+/* getpeername(), IPv6: shows the called address. */
 SEC("cgroup/getpeername6")
 int mesh_getpeername6(struct bpf_sock_addr *ctx)
 {
-	return rename_peer(ctx, 1, 0);
+	return restore_peer(ctx, 1, 0);
 }

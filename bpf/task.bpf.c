@@ -1,13 +1,22 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Where tasks' packets come out: tc ingress of the host side of every local container's interface. Replies get back the
- * address that the client called; what is no reply may be a call of a port of this node.
- */
+/* Where tasks' packets come out: tc ingress of the host side of every local container's interface. A reply gets the
+ * called address back as its source; anything else may be a call of a port of this node. */
 #include "lib/tunnel_reply.h"
 
-#define MTU_SAFE 1280u /* no interface that carries IPv6 takes less; smaller packets need no look at it */
+#define MTU_SAFE 1280u /* every interface that carries IPv6 takes this much: a smaller packet needs no check */
 
-/* Whether a reply (or one of the segments it will be cut into) is larger than its interface's MTU. Only the kernel's
- * own path tells the task so: such a packet is passed to it as it is. */
+int mesh_tunnel_reply(struct __sk_buff *skb);
+
+/* Programs that mesh_task continues in, by CALL_*. The kernel empties the map when nobody holds or pins it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__array(values, int(void *));
+} mesh_task_calls SEC(".maps") = {.values = {[CALL_TUNNEL_REPLY] = (void *)&mesh_tunnel_reply}};
+
+/* Whether a reply, or one of the segments it will be cut into, exceeds the MTU of its interface. Only the kernel's own
+ * path tells the task so: such a packet is passed to it as it is. */
 static __noinline int is_too_big(struct __sk_buff *skb, __u32 ifindex)
 {
 	__u32 mtu = 0;
@@ -15,8 +24,9 @@ static __noinline int is_too_big(struct __sk_buff *skb, __u32 ifindex)
 	return bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) > 0;
 }
 
-/* A reply: as from the address that the client called, straight to where the client's packets come in. */
-static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mesh_reply *reply)
+/* A reply, with the called address as its source, straight to the interface where the packets of the client come in.
+ */
+static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply)
 {
 	struct tuple to = {
 		.source = reply->called,
@@ -24,7 +34,7 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mes
 		.source_port = reply->called_port,
 		.destination_port = p->flow.destination_port,
 	};
-	__u32 ifindex = reply->ifindex, peer = reply->flags & MESH_REPLY_PEER;
+	__u32 ifindex = reply->ifindex, peer = reply->flags & MESH_REVNAT_PEER;
 
 	if (unlikely(p->ttl <= 1))
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
@@ -33,52 +43,53 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, struct mes
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
 	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST))) {
-		if (is_first_refusal(skb, p, reply))
-			return verdict(MESH_VERDICT_UNANSWERED, TC_ACT_SHOT);
-		close_reply(reply, closed_by(p, MESH_REPLY_FIN_OUT));
+		if (is_first_reset(skb, p, reply))
+			return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
+		revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_OUT));
 	}
 	count_out(reply->frontend, reply->owner, p->length);
 	if (unlikely(rewrite(skb, p, &to)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_REPLY);
 	if (likely(!peer))
-		return send_packet(skb, p, &to.source, &to.destination, ifindex);
-	return hand_back(skb, ifindex, peer);
+		return fib_send(skb, p, &to.source, &to.destination, ifindex);
+	return deliver_to_client(skb, ifindex, peer);
 }
 
-/* An error of a task about a packet that a client sent. -1: not about a flow of ours. */
-RARE int answer_icmp(struct __sk_buff *skb, struct packet *p)
+/* An error of a task about a packet that a client sent. -1: not about a flow that we forward. */
+RARE int forward_task_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp_work *w = icmp_work();
-	struct mesh_reply *reply;
+	struct mesh_revnat *reply;
 	__u32 ifindex, peer;
 
 	if (!p || !w)
 		return -1;
-	reply = find_sent(skb, p, w);
+	reply = revnat_of_task_error(skb, p, w);
 	if (!reply)
 		return -1;
 	ifindex = reply->ifindex;
-	if (ifindex & MESH_REPLY_NODE)
-		return GO(0);
-	peer = reply->flags & MESH_REPLY_PEER;
-	if (translate_own(skb, p, w, reply))
+	if (ifindex & MESH_REVNAT_NODE)
+		return TAIL_CALL(CALL_TUNNEL_REPLY);
+	peer = reply->flags & MESH_REVNAT_PEER;
+	if (translate_to_client(skb, p, w, reply))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_ICMP_OUT);
-	return hand_back(skb, ifindex, peer);
+	return deliver_to_client(skb, ifindex, peer);
 }
 
 /* A container calls a port of this node. */
-static __noinline int serve_call(struct __sk_buff *skb, struct packet *p)
+static __noinline int forward_call(struct __sk_buff *skb, struct packet *p)
 {
-	return p ? serve_flow(skb, p, FROM_TASK) : TC_ACT_UNSPEC;
+	return p ? forward_flow(skb, p, FROM_TASK) : TC_ACT_UNSPEC;
 }
 
+/* A task's packet: a reply to its client, or a container's call of a port of its own node. */
 SEC("tc")
 int mesh_task(struct __sk_buff *skb)
 {
 	enum parse_result result;
-	struct mesh_reply *reply;
+	struct mesh_revnat *reply;
 	struct packet p;
 	int action;
 
@@ -86,22 +97,48 @@ int mesh_task(struct __sk_buff *skb)
 	if (result == PARSE_FRAGMENT && !fragment_ports(&p))
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
-		reply = find_reply(&p.flow);
-		if (likely(reply && !(reply->ifindex & MESH_REPLY_NODE)))
-			return answer(skb, &p, reply);
+		reply = revnat_lookup(&p.flow);
+		if (likely(reply && !(reply->ifindex & MESH_REVNAT_NODE)))
+			return forward_reply(skb, &p, reply);
 		if (!reply) {
-			action = serve_call(skb, &p);
-			return IS_REFUSAL(action) ? refuse(skb, &p, action) : action;
+			action = forward_call(skb, &p);
+			return IS_REJECT(action) ? reject(skb, &p, action) : action;
 		}
-		bpf_tail_call(skb, &mesh_departures, 0);
+		bpf_tail_call(skb, &mesh_task_calls, CALL_TUNNEL_REPLY);
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	}
 	if (result == PARSE_OTHER)
 		return TC_ACT_UNSPEC;
 	if (result != PARSE_ICMP)
-		return serve_rest(&p, result);
-	action = answer_icmp(skb, &p);
-	if (action == GO(0))
-		bpf_tail_call(skb, &mesh_departures, 0);
-	return action >= 0 ? action : serve_icmp(skb, &p, FROM_TASK);
+		return pass_without_ports(&p, result);
+	action = forward_task_icmp(skb, &p);
+	if (action == TAIL_CALL(CALL_TUNNEL_REPLY))
+		bpf_tail_call(skb, &mesh_task_calls, CALL_TUNNEL_REPLY);
+	return action >= 0 ? action : forward_icmp(skb, &p, FROM_TASK);
+}
+
+/* A task's reply to a client that called another node: to that node through the tunnel, or straight to the client. */
+SEC("tc")
+int mesh_tunnel_reply(struct __sk_buff *skb)
+{
+	struct reply_path d = {};
+	enum parse_result result;
+	struct mesh_revnat *reply;
+	struct packet p;
+	int action;
+
+	result = parse(skb, &p);
+	if (result == PARSE_ICMP) {
+		action = prepare_icmp(skb, &p, &d);
+		return action ? action : send_reply(skb, &p, &d, MESH_VERDICT_ICMP_OUT);
+	}
+	if (result != PARSE_FLOW && (result != PARSE_FRAGMENT || fragment_ports(&p)))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
+	reply = revnat_lookup(&p.flow);
+	if (!reply || !(reply->ifindex & MESH_REVNAT_NODE))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
+	action = prepare_reply(skb, &p, reply, &d);
+	if (IS_REJECT(action))
+		return reject(skb, &p, action);
+	return action ? action : send_reply(skb, &p, &d, MESH_VERDICT_TUNNEL_REPLY_TX);
 }

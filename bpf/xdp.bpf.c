@@ -1,15 +1,14 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Optional first stage, on network cards only: what source rules deny is dropped before the kernel makes an skb of it.
- * It decides nothing else, and nothing differently from mesh_ingress, which stays behind it.
- */
-#include "lib/parse.h"
-#include "lib/metrics.h"
+/* Optional first stage, on network cards only: drops what source rules deny before the kernel allocates an skb for it.
+ * It makes no other decision, and none that differs from mesh_ingress, which runs after it. */
 #include "lib/lb.h"
+#include "lib/metrics.h"
+#include "lib/parse.h"
 
 #define MULTICAST 0x01 /* of the first byte of a MAC address */
 
-/* The flow of an untagged unicast frame that is whole. XDP knows no MAC address of the interface; one of another host
- * is seen only by promiscuous interfaces. */
+/* The flow of an untagged unicast frame that is no fragment. XDP does not know the MAC address of the interface; frames
+ * for another host reach promiscuous interfaces only. */
 INLINE enum parse_result parse_frame(struct xdp_md *xdp, struct packet *p)
 {
 	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
@@ -28,6 +27,7 @@ INLINE enum parse_result parse_frame(struct xdp_md *xdp, struct packet *p)
 	return unlikely(p->fragment) ? PARSE_FRAGMENT : result;
 }
 
+/* A packet from a denied source: dropped by the driver. */
 SEC("xdp")
 int mesh_xdp(struct xdp_md *xdp)
 {

@@ -27,7 +27,7 @@ cdef extern from *:
     #define MESH_SIZE(name) {#name, sizeof(struct mesh_##name)}
     static const struct mesh_size { const char *name; size_t size; } mesh_sizes[] = {
         MESH_SIZE(table), MESH_SIZE(frontend), MESH_SIZE(frontend_key), MESH_SIZE(backend), MESH_SIZE(acl_key),
-        MESH_SIZE(flow), MESH_SIZE(note), MESH_SIZE(reply), MESH_SIZE(counts), MESH_SIZE(config), {NULL, 0},
+        MESH_SIZE(flow), MESH_SIZE(note), {"reply", sizeof(struct mesh_revnat)}, MESH_SIZE(counts), MESH_SIZE(config), {NULL, 0},
     };
 
     /* What libbpf prints (warnings, and with them the verifier's log), per thread, until `mesh_log_take`. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Addresses of both versions in one struct. */
+/* Addresses of both IP versions in one struct. */
 #ifndef MESH_ADDRESS_H
 #define MESH_ADDRESS_H
 

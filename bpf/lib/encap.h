@@ -1,93 +1,76 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* To another node: the IP packet as it is, in Geneve (RFC 8926) with one option that names the backend or marks a
- * reply. Checksums left to offload and large segments stay so: the kernel completes and cuts the inner packet.
- */
+/* Encapsulation: the IP packet as it is, in Geneve (RFC 8926) with one option that names the backend or marks a reply.
+ * Checksums left to offload and large segments stay so: the kernel completes and segments the inner packet. */
 #ifndef MESH_ENCAP_H
 #define MESH_ENCAP_H
 
-#include "metrics.h"
+#include "csum.h"
 #include "fib.h"
-#include "reject.h"
-#include "lb.h"
+#include "metrics.h"
+#include "scratch.h"
 
 #define TUNNEL_HEADERS ((__u32)(sizeof(struct udphdr) + sizeof(struct mesh_geneve)))
 #define MSS_OPTION     2u
 #define MSS_ROOM       40u /* of all TCP options */
 #define MTU_LEAST      128u
-#define PATH_LEAST_V4  576u  /* less is not believed (RFC 791 asks for it of every host) */
-#define PATH_LEAST_V6  1280u /* nor this (RFC 8200) */
+#define PATH_LEAST_V4  576u  /* a smaller path MTU is not believed (RFC 791 requires it of every host) */
+#define PATH_LEAST_V6  1280u /* likewise (RFC 8200) */
 #define IP_LENGTH      65535u
 #define PROTO_DIFF     ((__s32)(V6_HEADER - V4_HEADER))
 
-/* What `serve_flow` and `serve_icmp` return for what another program has to go on with: a stack of its own, and nothing
- * of it is verified into the frequent path. Below every REFUSAL. */
-#define GO(program) (-1000 - (program))
-#define GO_ARRIVE   0 /* mesh_tunnel: from another node */
-#define GO_LEAVE    1 /* mesh_leave: to the node of an owner, by leave_for */
-#define GO_ERROR    2 /* mesh_error: ICMP errors */
-#define GO_AGAIN    3 /* mesh_ingress: a client's packet that has come back */
-#define PROGRAMS    4
+/* The node at the other end, and the option of the header. */
+struct tunnel_peer {
+	struct mesh_addr node;
+	struct mesh_id id;
+	__u32 entropy; /* of the flow: becomes the source port, by which routers balance flows */
+};
 
-/* For mesh_leave. `frontend` 0: nothing to count. `flags`: MESH_TUNNEL_*. */
-INLINE int leave_for(struct __sk_buff *skb, __u32 owner, __u32 frontend, __u32 entropy, __u32 flags)
+struct tunnel_header {
+	struct udphdr udp;
+	struct mesh_geneve geneve;
+};
+
+/* Hand a packet to mesh_tunnel_tx. `frontend` 0: nothing to count. `flags`: MESH_TUNNEL_*. */
+INLINE int tunnel_tx_call(struct __sk_buff *skb, __u32 owner, __u32 frontend, __u32 entropy, __u32 flags)
 {
 	skb->cb[0] = owner;
 	skb->cb[1] = frontend;
 	skb->cb[2] = entropy;
 	skb->cb[3] = flags;
-	return GO(GO_LEAVE);
+	return TAIL_CALL(CALL_TUNNEL_TX);
 }
 
-/* What is wrapped around a packet. */
-struct tunnel_to {
-	struct mesh_addr node;
-	struct mesh_id id;
-	__u32 entropy; /* of the flow: makes the source port, by which routers spread flows */
-};
-
-/* Working space of a CPU: options of a TCP header. */
-struct mss_work {
-	__u8 options[64];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct mss_work);
-} mesh_mss SEC(".maps");
-
-/* Bytes that the tunnel adds to a packet on its way to a node. */
-INLINE __u32 tunnel_room(int v4)
+/* Bytes that the tunnel adds to a packet. */
+INLINE __u32 encap_overhead(int v4)
 {
 	return (v4 ? V4_HEADER : V6_HEADER) + TUNNEL_HEADERS;
 }
 
-/* How large a packet may be on its way to a node; 0: there is no way. */
+/* How large a packet to a node may be; 0: there is no path. */
 INLINE __u32 tunnel_mtu(const struct mesh_addr *node)
 {
-	struct mesh_node *way = bpf_map_lookup_elem(&mesh_nodes, node);
-	__u32 room = tunnel_room(is_v4(node)), mtu;
+	struct mesh_node *path = bpf_map_lookup_elem(&mesh_nodes, node);
+	__u32 room = encap_overhead(is_v4(node)), mtu;
 
-	if (!way)
+	if (!path)
 		return 0;
-	mtu = way->mtu;
-	if (unlikely(way->path_mtu && way->path_mtu < mtu) && stamp_now() - way->path_stamp < MESH_PATH_LIFE)
-		mtu = way->path_mtu;
+	mtu = path->mtu;
+	if (unlikely(path->path_mtu && path->path_mtu < mtu) && stamp_now() - path->path_stamp < MESH_PATH_LIFE)
+		mtu = path->path_mtu;
 	if (mtu > IP_LENGTH)
 		mtu = IP_LENGTH;
 	return mtu > room + MTU_LEAST ? mtu - room : 0;
 }
 
 /* Whether a frame's packet, or one of the segments it will be cut into, is larger than p->mtu. */
-INLINE int exceeds(struct __sk_buff *skb, const struct packet *p)
+INLINE int exceeds_mtu(struct __sk_buff *skb, const struct packet *p)
 {
 	__u32 header = p->l4 - L3, length = skb->len - L3;
 	__u8 words = 0;
 
 	if (likely(length <= p->mtu))
 		return 0;
-	if (!skb->gso_size || length > IP_LENGTH - tunnel_room(0))
+	if (!skb->gso_size || length > IP_LENGTH - encap_overhead(0))
 		return 1;
 	if (p->flow.protocol != IPPROTO_TCP)
 		header += (__u32)sizeof(struct udphdr);
@@ -97,7 +80,7 @@ INLINE int exceeds(struct __sk_buff *skb, const struct packet *p)
 }
 
 /* Offset of the MSS option's value among the options; 0: there is none. */
-INLINE __u32 find_mss(const struct mss_work *w, __u32 length)
+INLINE __u32 find_mss(const struct tcp_options *w, __u32 length)
 {
 	__u32 at = 0;
 
@@ -119,11 +102,11 @@ INLINE __u32 find_mss(const struct mss_work *w, __u32 length)
 	return 0;
 }
 
-/* A SYN or SYN-ACK: the other side must not send larger segments than fit into `mtu` bytes. */
+/* MSS clamping, of a SYN or SYN-ACK: the other side must not send segments that do not fit into `mtu` bytes. */
 RARE int clamp_mss(struct __sk_buff *skb, struct packet *p, __u32 mtu)
 {
 	__u32 zero = 0, length, at, most;
-	struct mss_work *w = bpf_map_lookup_elem(&mesh_mss, &zero);
+	struct tcp_options *w = bpf_map_lookup_elem(&scratch_tcp, &zero);
 	__be16 now, was;
 	__u8 words;
 
@@ -153,8 +136,7 @@ RARE int clamp_mss(struct __sk_buff *skb, struct packet *p, __u32 mtu)
 	return (int)bpf_l4_csum_replace(skb, p->l4 + TCP_CHECK, was, now, 2);
 }
 
-/* One hop less. */
-INLINE int hop(struct __sk_buff *skb, const struct packet *p)
+INLINE int decrement_ttl(struct __sk_buff *skb, const struct packet *p)
 {
 	__u8 ttl = p->ttl - 1;
 
@@ -164,11 +146,11 @@ INLINE int hop(struct __sk_buff *skb, const struct packet *p)
 	       bpf_skb_store_bytes(skb, L3 + 8, &ttl, 1, 0);
 }
 
-/* Room for the outer headers, and the marks by which segments are cut and checksums completed inside. Virtual links
+/* Make room for the outer headers, and set the marks by which the kernel segments and checksums inside. Virtual links
  * leave the marks of an earlier tunnel on a packet; the kernel then refuses to set them again, and they still hold. */
-INLINE int make_room(struct __sk_buff *skb, int v4, int inner_v4)
+INLINE int encap_room(struct __sk_buff *skb, int v4, int inner_v4)
 {
-	__s32 room = (__s32)tunnel_room(v4);
+	__s32 room = (__s32)encap_overhead(v4);
 
 	if (likely(!bpf_skb_adjust_room(skb, room, BPF_ADJ_ROOM_MAC,
 					BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
@@ -182,11 +164,11 @@ INLINE int make_room(struct __sk_buff *skb, int v4, int inner_v4)
 	return (int)bpf_skb_change_proto(skb, v4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6), 0);
 }
 
-/* Take the outer headers off. The kernel learns another IP version by bpf_skb_change_proto, which makes or takes the
+/* Remove the outer headers. The kernel learns another IP version by bpf_skb_change_proto, which inserts or removes the
  * difference of two headers: before Linux 6.3 there is no other way. */
-INLINE int take_room(struct __sk_buff *skb, int v4, int inner_v4)
+INLINE int decap_room(struct __sk_buff *skb, int v4, int inner_v4)
 {
-	__s32 room = (__s32)tunnel_room(v4);
+	__s32 room = (__s32)encap_overhead(v4);
 	__be16 type = inner_v4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 
 	if (v4 == inner_v4)
@@ -197,15 +179,19 @@ INLINE int take_room(struct __sk_buff *skb, int v4, int inner_v4)
 	       bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type, 2, 0);
 }
 
-INLINE int outer_v4(struct __sk_buff *skb, const struct tunnel_to *to, const struct mesh_node *way, __u32 length)
+INLINE int outer_v4(struct __sk_buff *skb, const struct tunnel_peer *to, const struct mesh_node *path, __u32 length)
 {
 	__be16 words[10] = {
-		bpf_htons(0x4500), bpf_htons((__u16)length), 0, bpf_htons(IP_DF), bpf_htons(HOPS << 8 | IPPROTO_UDP),
+		bpf_htons(0x4500),
+		bpf_htons((__u16)length),
+		0,
+		bpf_htons(IP_DF),
+		bpf_htons(DEFAULT_TTL << 8 | IPPROTO_UDP),
 	};
 	__be16 type = bpf_htons(ETH_P_IP);
 	__u64 sum = 0;
 
-	__builtin_memcpy(words + 6, &way->source.words[3], 4);
+	__builtin_memcpy(words + 6, &path->source.words[3], 4);
 	__builtin_memcpy(words + 8, &to->node.words[3], 4);
 	for (int i = 0; i < 10; i++)
 		sum += words[i];
@@ -214,62 +200,36 @@ INLINE int outer_v4(struct __sk_buff *skb, const struct tunnel_to *to, const str
 	       bpf_skb_store_bytes(skb, L3, words, sizeof(words), BPF_F_RECOMPUTE_CSUM);
 }
 
-INLINE int outer_v6(struct __sk_buff *skb, const struct tunnel_to *to, const struct mesh_node *way, __u32 length)
+INLINE int outer_v6(struct __sk_buff *skb, const struct tunnel_peer *to, const struct mesh_node *path, __u32 length)
 {
 	struct ipv6hdr ip = {
 		.version = 6,
 		.payload_len = bpf_htons((__u16)(length - V6_HEADER)),
 		.nexthdr = IPPROTO_UDP,
-		.hop_limit = HOPS,
+		.hop_limit = DEFAULT_TTL,
 	};
 	__be16 type = bpf_htons(ETH_P_IPV6);
 
-	__builtin_memcpy(&ip.saddr, &way->source, 16);
+	__builtin_memcpy(&ip.saddr, &path->source, 16);
 	__builtin_memcpy(&ip.daddr, &to->node, 16);
 	return bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type, 2, 0) ||
 	       bpf_skb_store_bytes(skb, L3, &ip, sizeof(ip), BPF_F_RECOMPUTE_CSUM);
 }
 
-/* The interface that leads from an own address to a client; 0: none, or the packet is too large for it. */
-INLINE __u32 way_out(struct __sk_buff *skb, const struct mesh_addr *source, const struct mesh_addr *destination)
+/* Encapsulate a packet of this IP version and send it to a node. Returns an action, and counts failures only. */
+static __noinline int encap_send(struct __sk_buff *skb, struct tunnel_peer *to, __u32 version)
 {
-	struct bpf_fib_lookup way = {.ifindex = skb->ifindex};
-	long found;
-
-	if (is_v4(destination)) {
-		way.family = 2; /* AF_INET */
-		way.ipv4_src = source->words[3];
-		way.ipv4_dst = destination->words[3];
-	} else {
-		way.family = 10; /* AF_INET6 */
-		__builtin_memcpy(way.ipv6_src, source, 16);
-		__builtin_memcpy(way.ipv6_dst, destination, 16);
-	}
-	found = bpf_fib_lookup(skb, &way, sizeof(way), 0);
-	if (found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH)
-		return way.ifindex;
-	return found == BPF_FIB_LKUP_RET_FWD_DISABLED ? skb->ifindex : 0;
-}
-
-struct tunnel_head {
-	struct udphdr udp;
-	struct mesh_geneve geneve;
-};
-
-/* Wrap a packet of this IP version up and send it to a node. Returns an action; what it counts are failures. */
-static __noinline int tunnel_send(struct __sk_buff *skb, struct tunnel_to *to, __u32 version)
-{
-	struct sending by = {.protocol = IPPROTO_UDP};
-	struct tunnel_head head = {};
+	struct fib_query by = {.protocol = IPPROTO_UDP};
+	struct tunnel_header head = {};
 	struct mesh_config *node = config();
-	struct mesh_node *way = to ? bpf_map_lookup_elem(&mesh_nodes, &to->node) : NULL;
+	struct mesh_node *path = to ? bpf_map_lookup_elem(&mesh_nodes, &to->node) : NULL;
 	__u32 length, room;
 	int v4;
 
-	if (!way || !node)
+	if (!path || !node)
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	v4 = is_v4(&to->node);
-	room = tunnel_room(v4);
+	room = encap_overhead(v4);
 	length = skb->len - L3 + room;
 	head.udp.source = bpf_htons((__u16)(MESH_TUNNEL_SOURCE | (to->entropy & 0x3fff)));
 	head.udp.dest = node->tunnel_port;
@@ -281,16 +241,16 @@ static __noinline int tunnel_send(struct __sk_buff *skb, struct tunnel_to *to, _
 	head.geneve.option_type = MESH_GENEVE_TYPE;
 	head.geneve.option_words = MESH_GENEVE_OPTION;
 	head.geneve.id = to->id;
-	if (make_room(skb, v4, version == 4) ||
+	if (encap_room(skb, v4, version == 4) ||
 	    bpf_skb_store_bytes(skb, L3 + room - TUNNEL_HEADERS, &head, sizeof(head), BPF_F_RECOMPUTE_CSUM) ||
-	    (v4 ? outer_v4(skb, to, way, length) : outer_v6(skb, to, way, length)))
+	    (v4 ? outer_v4(skb, to, path, length) : outer_v6(skb, to, path, length)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	if (!v4)
-		return (int)bpf_redirect_neigh(way->ifindex, NULL, 0, 0);
-	by.source = way->source.words[3];
+		return (int)bpf_redirect_neigh(path->ifindex, NULL, 0, 0);
+	by.source = path->source.words[3];
 	by.destination = to->node.words[3];
-	by.ifindex = way->ifindex;
-	return send_v4(skb, &by);
+	by.ifindex = path->ifindex;
+	return fib_send_v4(skb, &by);
 }
 
 #endif /* MESH_ENCAP_H */

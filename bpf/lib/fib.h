@@ -1,120 +1,123 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* By which neighbour IPv4 packets leave. bpf_redirect_neigh looks the route of every packet up unless it is told the
- * next hop. Here the kernel is asked once, and its answer kept for a moment, until the agent sees routes or rules
- * change. Finding the neighbour's MAC stays with the kernel. IPv6 packets are looked up each: asked for their way out,
- * bpf_fib_lookup leaves out rules by source (net/core/filter.c), which bpf_redirect_neigh obeys.
- */
+/* How packets leave: the next hop of IPv4 packets, cached, and the interface that leads to a client.
+ *
+ * bpf_redirect_neigh looks up the route of every packet unless it is told the next hop. So the kernel is asked once,
+ * and its answer is cached for a moment, until the agent sees routes or rules change. The neighbour's MAC address
+ * stays the kernel's business.
+ *
+ * Every IPv6 packet is looked up: for output, bpf_fib_lookup ignores rules by source address (net/core/filter.c),
+ * which bpf_redirect_neigh obeys. */
 #ifndef MESH_FIB_H
 #define MESH_FIB_H
 
+#include "maps.h"
 #include "parse.h"
-#include "lb.h"
 
-#define HOP_BITS 10
-#define HOP_LIFE 128u /* jiffies, 0.13 to 1.3 seconds: how long an answer counts where no agent runs */
-#define INET     2u   /* AF_INET */
+#define INET           2u   /* AF_INET */
+#define INET6          10u  /* AF_INET6 */
+#define FIB_CACHE_LIFE 128u /* jiffies, 0.13 to 1.3 seconds: how long an answer counts where no agent runs */
 
-/* By which neighbour packets between two addresses leave. */
-struct next_hop {
+/* What the route of a packet depends on. Ports do not count: bpf_redirect_neigh asks without them, too. */
+struct fib_query {
 	__be32 source;
 	__be32 destination;
-	__u32 ifindex;
-	__u32 routes; /* value of mesh_routes, as of the answer */
-	__u32 since;  /* likewise jiffies */
-	__be32 next;  /* 0: the kernel finds the way of each packet */
-	__u8 protocol;
-	__u8 tos;
-	__u8 pad[2];
-};
-
-/* A cache of this object and each CPU, by a hash of both addresses. Not pinned: other builds may remember other things.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1 << HOP_BITS);
-	__type(key, __u32);
-	__type(value, struct next_hop);
-} next_hops SEC(".maps");
-
-/* What the way of a packet depends on. Ports do not count: bpf_redirect_neigh asks without them, too. */
-struct sending {
-	__be32 source;
-	__be32 destination;
-	__u32 ifindex; /* by which it is to leave */
+	__u32 ifindex; /* output interface */
 	__u8 protocol;
 	__u8 tos; /* without the ECN bits */
 	__u8 pad[2];
 };
 
-INLINE int is_hop_of(const struct next_hop *hop, const struct sending *s)
+INLINE int fib_entry_matches(const struct fib_entry *decrement_ttl, const struct fib_query *s)
 {
-	return hop->destination == s->destination && hop->source == s->source && hop->ifindex == s->ifindex &&
-	       hop->protocol == s->protocol && hop->tos == s->tos;
+	return decrement_ttl->destination == s->destination && decrement_ttl->source == s->source &&
+	       decrement_ttl->ifindex == s->ifindex && decrement_ttl->protocol == s->protocol &&
+	       decrement_ttl->tos == s->tos;
 }
 
-INLINE int is_hop_fresh(const struct next_hop *hop, __u32 routes, __u32 now)
+INLINE int fib_entry_is_fresh(const struct fib_entry *decrement_ttl, __u32 routes, __u32 now)
 {
-	return hop->routes == routes && now - hop->since < HOP_LIFE;
+	return decrement_ttl->routes == routes && now - decrement_ttl->since < FIB_CACHE_LIFE;
 }
 
-/* Ask the kernel by which neighbour of its interface packets of `hop` leave. */
-static __noinline int ask_hop(struct __sk_buff *skb, struct next_hop *hop)
+/* Ask the kernel for the next hop of packets of `hop`, by its interface. */
+static __noinline int fib_lookup(struct __sk_buff *skb, struct fib_entry *decrement_ttl)
 {
-	struct bpf_fib_lookup way = {.family = INET};
+	struct bpf_fib_lookup path = {.family = INET};
 	long found;
 
-	if (!hop)
+	if (!decrement_ttl)
 		return 0;
-	way.ifindex = hop->ifindex;
-	way.l4_protocol = hop->protocol;
-	way.tos = hop->tos;
-	way.ipv4_src = hop->source;
-	way.ipv4_dst = hop->destination;
-	found = bpf_fib_lookup(skb, &way, sizeof(way), BPF_FIB_LOOKUP_OUTPUT);
-	hop->next = 0;
-	if ((found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH) && way.family == INET &&
-	    way.ifindex == hop->ifindex)
-		hop->next = way.ipv4_dst;
+	path.ifindex = decrement_ttl->ifindex;
+	path.l4_protocol = decrement_ttl->protocol;
+	path.tos = decrement_ttl->tos;
+	path.ipv4_src = decrement_ttl->source;
+	path.ipv4_dst = decrement_ttl->destination;
+	found = bpf_fib_lookup(skb, &path, sizeof(path), BPF_FIB_LOOKUP_OUTPUT);
+	decrement_ttl->next = 0;
+	if ((found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH) && path.family == INET &&
+	    path.ifindex == decrement_ttl->ifindex)
+		decrement_ttl->next = path.ipv4_dst;
 	return 0;
 }
 
-/* An IPv4 packet that is ready but for its Ethernet header leaves. Rules may go by the mark, which cannot be asked
- * with. */
-INLINE int send_v4(struct __sk_buff *skb, const struct sending *s)
+/* Send an IPv4 packet that is ready but for its Ethernet header. Rules may match the mark, which the query cannot
+ * carry. */
+INLINE int fib_send_v4(struct __sk_buff *skb, const struct fib_query *s)
 {
 	__u64 ends = ((__u64)s->destination << 32 | s->source) * MESH_K0;
-	__u32 zero = 0, index = (__u32)(ends >> (64 - HOP_BITS)), now = (__u32)bpf_jiffies64();
+	__u32 zero = 0, index = (__u32)(ends >> (64 - FIB_CACHE_BITS)), now = (__u32)bpf_jiffies64();
 	struct bpf_redir_neigh next = {.nh_family = INET};
-	struct next_hop *hop = bpf_map_lookup_elem(&next_hops, &index);
-	__u32 *routes = bpf_map_lookup_elem(&mesh_routes, &zero);
+	struct fib_entry *decrement_ttl = bpf_map_lookup_elem(&fib_cache, &index);
+	__u32 *routes = bpf_map_lookup_elem(&mesh_fib_gen, &zero);
 
-	if (unlikely(!hop || !routes || skb->mark))
+	if (unlikely(!decrement_ttl || !routes || skb->mark))
 		return (int)bpf_redirect_neigh(s->ifindex, NULL, 0, 0);
-	if (unlikely(!is_hop_of(hop, s) || !is_hop_fresh(hop, *routes, now))) {
-		hop->source = s->source;
-		hop->destination = s->destination;
-		hop->ifindex = s->ifindex;
-		hop->protocol = s->protocol;
-		hop->tos = s->tos;
-		hop->routes = *routes;
-		hop->since = now;
-		ask_hop(skb, hop);
+	if (unlikely(!fib_entry_matches(decrement_ttl, s) || !fib_entry_is_fresh(decrement_ttl, *routes, now))) {
+		decrement_ttl->source = s->source;
+		decrement_ttl->destination = s->destination;
+		decrement_ttl->ifindex = s->ifindex;
+		decrement_ttl->protocol = s->protocol;
+		decrement_ttl->tos = s->tos;
+		decrement_ttl->routes = *routes;
+		decrement_ttl->since = now;
+		fib_lookup(skb, decrement_ttl);
 	}
-	if (unlikely(!hop->next))
+	if (unlikely(!decrement_ttl->next))
 		return (int)bpf_redirect_neigh(s->ifindex, NULL, 0, 0);
-	next.ipv4_nh = hop->next;
+	next.ipv4_nh = decrement_ttl->next;
 	return (int)bpf_redirect_neigh(s->ifindex, &next, sizeof(next), 0);
 }
 
-/* A packet leaves that has these ends now; `p` is it as it came. */
-INLINE int send_packet(struct __sk_buff *skb, const struct packet *p, const struct mesh_addr *source,
-		       const struct mesh_addr *destination, __u32 ifindex)
+/* Send a packet that has these addresses now; `p` is the packet as it arrived. */
+INLINE int fib_send(struct __sk_buff *skb, const struct packet *p, const struct mesh_addr *source,
+		    const struct mesh_addr *destination, __u32 ifindex)
 {
-	struct sending s = {source->words[3], destination->words[3], ifindex, p->flow.protocol, p->tos, {0}};
+	struct fib_query s = {source->words[3], destination->words[3], ifindex, p->flow.protocol, p->tos, {0}};
 
 	if (unlikely(p->version != 4))
 		return (int)bpf_redirect_neigh(ifindex, NULL, 0, 0);
-	return send_v4(skb, &s);
+	return fib_send_v4(skb, &s);
+}
+
+/* The interface that leads from an own address to a client. 0: none, or the packet is too large for it. */
+INLINE __u32 fib_output(struct __sk_buff *skb, const struct mesh_addr *source, const struct mesh_addr *destination)
+{
+	struct bpf_fib_lookup path = {.ifindex = skb->ifindex};
+	long found;
+
+	if (is_v4(destination)) {
+		path.family = INET;
+		path.ipv4_src = source->words[3];
+		path.ipv4_dst = destination->words[3];
+	} else {
+		path.family = INET6;
+		__builtin_memcpy(path.ipv6_src, source, 16);
+		__builtin_memcpy(path.ipv6_dst, destination, 16);
+	}
+	found = bpf_fib_lookup(skb, &path, sizeof(path), 0);
+	if (found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH)
+		return path.ifindex;
+	return found == BPF_FIB_LKUP_RET_FWD_DISABLED ? skb->ifindex : 0;
 }
 
 #endif /* MESH_FIB_H */

@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* A client's packet: from its frontend to its task. Shared by the interfaces that face clients and by those of local
- * containers, which call their own node's ports (hairpin).
- */
+/* A client's packet, from its frontend to its task. Shared by the interfaces that face clients and by those of local
+ * containers, which call ports of their own node (hairpin). */
 #ifndef MESH_FORWARD_H
 #define MESH_FORWARD_H
 
-#include "ask.h"
+#include "lb.h"
 #include "reject.h"
 #include "revnat.h"
-#include "encap.h"
+#include "rewrite.h"
+#include "second_chance.h"
 
-/* Whose packet it is. */
+/* Who sent the packet. */
 #define FROM_CLIENT 0
-#define FROM_TASK   1 /* of the container whose interface this is */
-#define FROM_BRIDGE 2 /* of some container of this node, on a bridge of its own */
+#define FROM_TASK   1 /* the container that has this interface */
+#define FROM_BRIDGE 2 /* some container of this node, on a bridge of containers only */
 
-/* Past netfilter into the task's network namespace, or to the bridge where its veth is not known. */
+/* Into the task's network namespace, past netfilter, or to the bridge where its veth is not known. */
 INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
 {
 	if (likely(backend->ifindex)) {
@@ -26,8 +26,8 @@ INLINE int deliver(struct __sk_buff *skb, const struct mesh_backend *backend)
 	return (int)bpf_redirect_neigh(backend->bridge, NULL, 0, 0);
 }
 
-/* Towards the client: into its network namespace where it is a container of this node. */
-INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
+/* Towards the client: into its network namespace if it is a container of this node. */
+INLINE int deliver_to_client(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 {
 	if (likely(!peer))
 		return (int)bpf_redirect_neigh(ifindex, NULL, 0, 0);
@@ -36,21 +36,7 @@ INLINE int hand_back(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 	return (int)bpf_redirect_peer(ifindex, 0);
 }
 
-/* Send the packet back as a refusal; what cannot be answered is dropped. */
-INLINE int refuse(struct __sk_buff *skb, struct packet *p, int refusal)
-{
-	__u32 name = (__u32)(-2 - refusal);
-	int failed = answer_client(skb, p, answer_to(name));
-
-	if (failed > 0)
-		return verdict(MESH_VERDICT_LIMITED, TC_ACT_SHOT);
-	if (failed)
-		return verdict(name == MESH_VERDICT_REFUSED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
-	count_verdict(name);
-	return (int)bpf_redirect(skb->ifindex, 0);
-}
-
-/* Ports of a further fragment from its first one. Returns 0 when they are known. */
+/* Store the ports of a first fragment, or find those of a later one. Returns 0 when they are known. */
 INLINE int fragment_ports(struct packet *p)
 {
 	struct mesh_fragment_key key = {
@@ -75,32 +61,7 @@ INLINE int fragment_ports(struct packet *p)
 	return 0;
 }
 
-/* Write down what `choose` decided in transition, or that the flow was seen (one write in a stamp's unit). */
-INLINE void note_choice(const struct mesh_flow *flow, const struct choice *c)
-{
-	__u32 now = stamp_now();
-
-	if (c->note) {
-		struct mesh_note note = {
-			.owner = c->owner,
-			.epoch = c->backend ? c->backend->epoch : 0,
-			.stamp = now,
-			.frontend = c->frontend | c->asked,
-		};
-
-		if (c->note == NOTE_FIRST) {
-			bpf_map_update_elem(&mesh_starts, flow, &note, BPF_ANY);
-			return;
-		}
-		bpf_map_update_elem(&mesh_flows, flow, &note, BPF_ANY);
-		if (c->note == NOTE_AGAIN)
-			bpf_map_delete_elem(&mesh_starts, flow);
-	} else if (c->noted && c->noted->stamp != now) {
-		c->noted->stamp = now;
-	}
-}
-
-/* The tuple by which the task sees the flow. */
+/* The tuple by which the task sees the flow. Returns MESH_REVNAT_* flags. */
 INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
 {
 	struct mesh_config *node;
@@ -114,51 +75,51 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
 		return 0;
 	node = config();
 	if (!node || !same_address(&to->source, &to->destination))
-		return MESH_REPLY_PEER;
+		return MESH_REVNAT_PEER;
 	to->source = p->version == 4 ? node->hairpin : node->hairpin6;
-	return MESH_REPLY_PEER | MESH_REPLY_HAIRPIN;
+	return MESH_REVNAT_PEER | MESH_REVNAT_HAIRPIN;
 }
 
-/* A packet whose owner is a task of another node. Containers' own addresses mean nothing there: they are this node's,
- * or another container's as well. */
-INLINE int forward_away(struct __sk_buff *skb, struct packet *p, const struct choice *c, int from)
+/* A packet whose owner is a task of another node. A container's own address means nothing there: it belongs to this
+ * node, or to another container as well. */
+INLINE int forward_to_node(struct __sk_buff *skb, struct packet *p, const struct lb_choice *c, int from)
 {
 	if (c->backend->version != p->version)
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
 	if (from != FROM_CLIENT)
-		return verdict(MESH_VERDICT_TUNNEL_NONE, TC_ACT_UNSPEC);
+		return verdict(MESH_VERDICT_TUNNEL_NO_PATH, TC_ACT_UNSPEC);
 	if (c->note || c->noted)
-		note_choice(&p->flow, c);
-	return leave_for(skb, c->owner, c->frontend, (__u32)c->wide, c->asked ? MESH_TUNNEL_ASK : 0);
+		flow_cache_update(&p->flow, c);
+	return tunnel_tx_call(skb, c->owner, c->frontend, (__u32)c->wide, c->asked ? MESH_TUNNEL_ASK : 0);
 }
 
 /* A packet whose owner is at an address of this node. */
-INLINE int pass_own(const struct packet *p, const struct choice *c)
+INLINE int pass_to_host(const struct packet *p, const struct lb_choice *c)
 {
 	if (c->note || c->noted)
-		note_choice(&p->flow, c);
-	return verdict(MESH_VERDICT_OWN, TC_ACT_UNSPEC);
+		flow_cache_update(&p->flow, c);
+	return verdict(MESH_VERDICT_HOST_BACKEND, TC_ACT_UNSPEC);
 }
 
-/* A packet whose owner is a task. */
-INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, int from)
+/* A packet whose owner is a backend. */
+INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, int from)
 {
 	struct tuple to;
 	__u16 flags;
 
-	if (unlikely(is_away(c->backend)))
-		return forward_away(skb, p, c, from);
+	if (unlikely(is_remote(c->backend)))
+		return forward_to_node(skb, p, c, from);
 	if (unlikely(is_v4(&c->backend->address) != (p->version == 4)))
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
-	if (unlikely(is_own(c->backend)))
-		return pass_own(p, c);
+	if (unlikely(is_host_backend(c->backend)))
+		return pass_to_host(p, c);
 	if (unlikely(p->ttl <= 1))
-		return REFUSAL(MESH_VERDICT_EXPIRED);
+		return REJECT(MESH_VERDICT_EXPIRED);
 	flags = task_tuple(&to, p, c->backend, from);
-	if (!c->recent && unlikely(keep_reply(p, c, &to, skb->ifindex, flags)))
-		return REFUSAL(MESH_VERDICT_COLLISION);
+	if (!c->recent && unlikely(revnat_update(p, c, &to, skb->ifindex, flags)))
+		return REJECT(MESH_VERDICT_COLLISION);
 	if (unlikely(c->note || c->noted))
-		note_choice(&p->flow, c);
+		flow_cache_update(&p->flow, c);
 	if (unlikely(rewrite(skb, p, &to)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_in(c->frontend, c->owner, p->length);
@@ -166,10 +127,11 @@ INLINE int forward(struct __sk_buff *skb, struct packet *p, struct choice *c, in
 	return deliver(skb, c->backend);
 }
 
-/* A TCP or UDP packet with known ports. Returns an action, or a REFUSAL or GO that the caller has to carry out. */
-INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from)
+/* A TCP or UDP packet with known ports. Returns an action, or a REJECT or TAIL_CALL that the caller has to carry out.
+ */
+INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
 {
-	struct choice c;
+	struct lb_choice c;
 	__u32 word;
 
 	word = port_word(p->flow.protocol, p->flow.destination_port);
@@ -178,32 +140,32 @@ INLINE int serve_flow(struct __sk_buff *skb, struct packet *p, int from)
 	if (from != FROM_TASK && skb->pkt_type != PACKET_HOST)
 		return TC_ACT_UNSPEC;
 	if (unlikely(word & MESH_PORT_TUNNEL))
-		return from != FROM_CLIENT ? TC_ACT_UNSPEC : GO(GO_ARRIVE);
+		return from != FROM_CLIENT ? TC_ACT_UNSPEC : TAIL_CALL(CALL_TUNNEL_RX);
 	__builtin_memset(&c, 0, sizeof(c));
 	c.frontend = word & MESH_PORT_EXACT ? find_frontend(&p->flow, word) : word;
 	if (!c.frontend)
 		return TC_ACT_UNSPEC;
 	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-	choose(&p->flow, &c);
+	lb_choose(&p->flow, &c);
 	c.recent = c.backend && is_recent(p, &c);
-	/* A recent flow's address need not be looked up: it was, or belongs to the frontend alone. */
+	/* The address of a recent flow was looked up before, or belongs to the frontend alone. */
 	if (!c.recent && !(word & MESH_PORT_EXACT) && !is_local(&p->flow.destination))
 		return TC_ACT_UNSPEC;
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
 	if (from == FROM_CLIENT && unlikely(c.other))
-		ask(p, &c);
+		second_chance_ask(p, &c);
 	if (likely(c.backend))
-		return forward(skb, p, &c, from);
+		return forward_to_backend(skb, p, &c, from);
 	if (c.note || c.noted)
-		note_choice(&p->flow, &c);
-	if (c.verdict == MESH_VERDICT_REFUSED)
-		return REFUSAL(MESH_VERDICT_REFUSED);
+		flow_cache_update(&p->flow, &c);
+	if (c.verdict == MESH_VERDICT_REJECTED)
+		return REJECT(MESH_VERDICT_REJECTED);
 	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_UNSPEC);
 }
 
-/* Packets without ports: passed, but counted where they are for us. */
-INLINE int serve_rest(const struct packet *p, enum parse_result result)
+/* Packets without ports pass, and are counted if they are addressed to us. */
+INLINE int pass_without_ports(const struct packet *p, enum parse_result result)
 {
 	__u32 word;
 

@@ -1,53 +1,15 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* ICMP errors about flows of ours, both ways: the outer addresses and the quoted packet are translated like the flow,
- * so that each side recognises its own packet. Only errors whose flow has a reverse entry are touched. The quoted
- * transport checksum, which nobody checks, stays as it was.
- */
+/* Translation of ICMP errors about flows, in both directions: outer addresses and the quoted packet are rewritten like
+ * the flow, so that each side recognises its own packet. Only errors about a flow with a reverse NAT entry are
+ * touched.
+ *
+ * The quoted transport checksum, which nobody verifies, stays as it was. */
 #ifndef MESH_ICMP_H
 #define MESH_ICMP_H
 
 #include "forward.h"
 
 #define ICMP_CHECK 2u
-
-/* The packet that an error quotes. */
-struct quoted {
-	struct mesh_flow flow; /* as quoted */
-	__u16 ip;              /* offsets in the frame */
-	__u16 l4;
-	__sum16 check; /* of the quoted IPv4 header */
-	__u16 pad;
-};
-
-/* Working space, too large for the stack: a CPU runs one program at a time. */
-struct icmp_work {
-	struct tuple inner;
-	struct tuple outer;
-	struct quoted quoted;
-	struct mesh_flow key;
-	union {
-		struct iphdr v4;
-		struct ipv6hdr v6;
-	} ip;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct icmp_work);
-} mesh_icmp SEC(".maps");
-
-INLINE struct icmp_work *icmp_work(void)
-{
-	struct icmp_work *work;
-	__u32 zero = 0;
-
-	work = bpf_map_lookup_elem(&mesh_icmp, &zero);
-	if (work)
-		__builtin_memset(work, 0, sizeof(*work));
-	return work;
-}
 
 INLINE int load_quoted(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
 {
@@ -79,27 +41,21 @@ INLINE int load_quoted(struct __sk_buff *skb, const struct packet *p, struct icm
 	return (int)bpf_skb_load_bytes(skb, q->l4, &q->flow.source_port, 4);
 }
 
-/* By the helper: the stack has no room for the sums of eight words and eight. */
-INLINE __u64 diff_both(const struct mesh_flow *from, const struct tuple *to)
-{
-	return (__u32)bpf_csum_diff((void *)&from->source, 32, (void *)&to->source, 32, 0);
-}
-
-/* Give the quoted packet `to`'s addresses and ports, and the error's checksum the difference. Inside IPv4 the quoted
- * header's own checksum cancels its addresses. */
+/* Give the quoted packet `to`'s addresses and ports, and the error's checksum the difference. In IPv4 the quoted
+ * header's own checksum cancels the addresses. */
 INLINE int rewrite_quoted(struct __sk_buff *skb, const struct packet *p, const struct quoted *q, const struct tuple *to)
 {
 	__u64 addresses, diff;
 	int error;
 
 	diff = diff16(q->flow.source_port, to->source_port) + diff16(q->flow.destination_port, to->destination_port);
-	addresses = diff_both(&q->flow, to);
+	addresses = diff_addresses(&q->flow, to);
 	error = (int)bpf_skb_store_bytes(skb, q->l4, &to->source_port, 4, 0);
 	if (p->version == 4) {
 		__sum16 check = (__sum16)~fold16((__u16)~q->check + (__u64)fold32(addresses));
 		__be32 v4[2] = {to->source.words[3], to->destination.words[3]};
 
-		/* Wherever the sums are congruent but not equal (0 and 0xffff), the difference says so. */
+		/* Where the sums are the same number but differ in bits (0 and 0xffff), the difference includes it. */
 		diff += diff16(q->check, check) + fold32(addresses);
 		error |= (int)bpf_skb_store_bytes(skb, q->ip + 10, &check, 2, 0);
 		error |= (int)bpf_skb_store_bytes(skb, q->ip + 12, v4, 8, 0);
@@ -120,34 +76,34 @@ INLINE int rewrite_outer(struct __sk_buff *skb, const struct packet *p, const st
 		       diff32(p->flow.destination.words[3], to->destination.words[3]);
 		return rewrite_v4(skb, p, to, diff);
 	}
-	diff = diff_both(&p->flow, to);
+	diff = diff_addresses(&p->flow, to);
 	if (bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, fold32(diff), BPF_F_PSEUDO_HDR))
 		return -1;
 	return rewrite_v6(skb, p, to, diff);
 }
 
-/* The reverse entry of the flow with a backend that an error from the client's side quotes (called -> client). */
-INLINE struct mesh_reply *find_called(struct icmp_work *w, const struct mesh_backend *backend)
+/* The reverse NAT entry of the flow with a backend that an error from the client's side quotes (called -> client). */
+INLINE struct mesh_revnat *revnat_of_backend(struct icmp_work *w, const struct mesh_backend *backend)
 {
 	struct mesh_flow *key = &w->key;
-	struct mesh_reply *reply;
+	struct mesh_revnat *reply;
 
 	key->source = w->quoted.flow.destination;
 	key->source_port = w->quoted.flow.destination_port;
 	key->destination = backend->address;
 	key->destination_port = backend->port;
 	key->protocol = w->quoted.flow.protocol;
-	reply = bpf_map_lookup_elem(&mesh_replies, key);
+	reply = bpf_map_lookup_elem(&mesh_revnat, key);
 	if (!reply)
-		reply = bpf_map_lookup_elem(&mesh_openings, key);
+		reply = bpf_map_lookup_elem(&mesh_revnat_new, key);
 	if (!reply || !same_address(&reply->called, &w->quoted.flow.source) ||
 	    reply->called_port != w->quoted.flow.source_port)
 		return NULL;
 	return reply;
 }
 
-/* Such an entry by the table's word. */
-INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u32 word)
+/* Likewise, of the backend that the table names. */
+INLINE struct mesh_revnat *revnat_of_client_error(struct icmp_work *w, struct lb_choice *c, __u32 word)
 {
 	struct mesh_flow *key = &w->key;
 
@@ -159,12 +115,13 @@ INLINE struct mesh_reply *find_quoted(struct icmp_work *w, struct choice *c, __u
 	c->frontend = find_frontend(key, word);
 	if (!c->frontend)
 		return NULL;
-	choose(key, c);
-	return c->backend && !is_away(c->backend) ? find_called(w, c->backend) : NULL;
+	lb_choose(key, c);
+	return c->backend && !is_remote(c->backend) ? revnat_of_backend(w, c->backend) : NULL;
 }
 
-/* Translate an error about a flow whose entry find_called has found; it is the task's packet then. */
-INLINE int translate_error(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
+/* Translate an error about a flow whose entry revnat_of_backend has found: the quoted packet becomes the one that the
+ * task sent. */
+INLINE int translate_to_task(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
 {
 	w->inner.source = w->key.destination;
 	w->inner.source_port = w->key.destination_port;
@@ -175,23 +132,23 @@ INLINE int translate_error(struct __sk_buff *skb, const struct packet *p, struct
 	return rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer);
 }
 
-/* The reverse entry of the flow that an error of a task quotes (client -> task). */
-INLINE struct mesh_reply *find_sent(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
+/* The reverse NAT entry of the flow that an error of a task quotes (client -> task). */
+INLINE struct mesh_revnat *revnat_of_task_error(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
 {
-	struct mesh_reply *reply;
+	struct mesh_revnat *reply;
 
 	if (p->ttl <= 1 || load_quoted(skb, p, w) || !same_address(&w->quoted.flow.source, &p->flow.destination))
 		return NULL;
 	w->key = w->quoted.flow;
-	reply = bpf_map_lookup_elem(&mesh_replies, &w->key);
+	reply = bpf_map_lookup_elem(&mesh_revnat, &w->key);
 	if (!reply)
-		reply = bpf_map_lookup_elem(&mesh_openings, &w->key);
-	return reply && !(reply->flags & MESH_REPLY_HAIRPIN) ? reply : NULL;
+		reply = bpf_map_lookup_elem(&mesh_revnat_new, &w->key);
+	return reply && !(reply->flags & MESH_REVNAT_HAIRPIN) ? reply : NULL;
 }
 
 /* Translate it for the client. */
-INLINE int translate_own(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w,
-			 const struct mesh_reply *reply)
+INLINE int translate_to_client(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w,
+			       const struct mesh_revnat *reply)
 {
 	w->inner.source = w->key.source;
 	w->inner.source_port = w->key.source_port;
@@ -202,34 +159,34 @@ INLINE int translate_own(struct __sk_buff *skb, const struct packet *p, struct i
 	return rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer);
 }
 
-/* Whether a quoted packet is one of the tunnel's. */
+/* Whether a quoted packet belongs to the tunnel. */
 INLINE int is_tunnel(const struct mesh_flow *quoted)
 {
 	return quoted->protocol == IPPROTO_UDP &&
 	       (port_word(IPPROTO_UDP, quoted->destination_port) & MESH_PORT_TUNNEL) != 0;
 }
 
-/* An error from the client's side about a packet that we sent for a task. Returns an action, or a GO. */
-RARE int serve_icmp(struct __sk_buff *skb, struct packet *p, int from)
+/* An error from the client's side about a packet that we sent for a task. Returns an action or a TAIL_CALL. */
+RARE int forward_icmp(struct __sk_buff *skb, struct packet *p, int from)
 {
 	struct icmp_work *w = icmp_work();
-	struct choice c = {};
+	struct lb_choice c = {};
 	__u32 word;
 
 	if (!p || !w || load_quoted(skb, p, w))
 		return TC_ACT_UNSPEC;
 	if (from == FROM_CLIENT && skb->pkt_type == PACKET_HOST && is_tunnel(&w->quoted.flow))
-		return GO(GO_ARRIVE);
+		return TAIL_CALL(CALL_TUNNEL_RX);
 	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
 	if (likely(!word) || p->ttl <= 1 || (from != FROM_TASK && skb->pkt_type != PACKET_HOST))
 		return TC_ACT_UNSPEC;
-	if (!find_quoted(w, &c, word))
-		return c.backend && is_away(c.backend) && c.backend->version == p->version && from == FROM_CLIENT
-			       ? leave_for(skb, c.owner, 0, (__u32)c.wide, 0)
+	if (!revnat_of_client_error(w, &c, word))
+		return c.backend && is_remote(c.backend) && c.backend->version == p->version && from == FROM_CLIENT
+			       ? tunnel_tx_call(skb, c.owner, 0, (__u32)c.wide, 0)
 			       : TC_ACT_UNSPEC;
 	if (!c.backend || is_v4(&w->key.destination) != (p->version == 4))
 		return TC_ACT_UNSPEC;
-	if (translate_error(skb, p, w))
+	if (translate_to_task(skb, p, w))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_ICMP_IN);
 	return deliver(skb, c.backend);

@@ -1,63 +1,13 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* From a flow to its owner: frontend, source rules, hash, slot, transition (docs/HASHING.md). */
+/* Load balancing: from a flow to its owner, by frontend, source rules, hash, slot and transition (docs/HASHING.md).
+ */
 #ifndef MESH_LB_H
 #define MESH_LB_H
 
-#include "address.h"
-#include "maps.h"
+#include "flow_cache.h"
 
-struct choice {
-	struct mesh_backend *backend; /* NULL: NONE or PASS */
-	struct mesh_note *noted;      /* the flow cache's word on the flow, where it decided */
-	__u64 wide;                   /* hash of the flow, whatever the frontend hashes */
-	__u32 verdict;
-	__u32 frontend;
-	__u32 flags; /* of the frontend */
-	__u32 hash;
-	__u32 slot;
-	__u32 owner;
-	__u16 start;  /* the packet starts a flow */
-	__u8 note;    /* the flow cache must learn the owner: NOTE_* */
-	__u8 trusted; /* source rules do not apply */
-	__u32 recent; /* see is_recent */
-	__u32 other;  /* an un-noted flow is taken for the previous owner's: the current one, whose it may be (ask.h) */
-	__u32 asked;  /* MESH_NOTE_ASKED: its node has to say whether the flow is the owner's */
-};
-
-#define REPLY_CLOSED (MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT)
-
-#define NOTE_FIRST 1 /* the flow's first packet that needs one: among those that a flood may push out */
-#define NOTE_KEEP  2 /* the flow is known to go on */
-#define NOTE_AGAIN 3 /* likewise, by its first note */
-
-INLINE struct mesh_config *config(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&mesh_config, &zero);
-}
-
-INLINE __u32 stamp_now(void)
-{
-	return (__u32)(bpf_ktime_get_coarse_ns() >> MESH_STAMP_SHIFT);
-}
-
-/* The word of mesh_ports: 0 for what is not ours, in one array look-up. */
-INLINE __u32 port_word(__u8 protocol, __be16 port)
-{
-	__u32 index = (protocol == IPPROTO_TCP ? MESH_PORT_TCP : MESH_PORT_UDP) + bpf_ntohs(port);
-	__u32 *word = bpf_map_lookup_elem(&mesh_ports, &index);
-
-	return word ? *(volatile __u32 *)word : 0;
-}
-
-INLINE int is_local(const struct mesh_addr *address)
-{
-	return bpf_map_lookup_elem(&mesh_addresses, address) != NULL;
-}
-
-/* The frontend's id at (destination, port, protocol) of a flow whose port's word is known, if the destination is (or
- * was) this node's; 0: none. */
+/* The id of the frontend at (destination, port, protocol) of a flow whose port's word is known, if the destination is,
+ * or was, this node's. 0: none. */
 INLINE __u32 frontend_at(const struct mesh_flow *flow, __u32 word)
 {
 	if (word & MESH_PORT_EXACT) {
@@ -74,7 +24,7 @@ INLINE __u32 frontend_at(const struct mesh_flow *flow, __u32 word)
 	return word & MESH_PORT_FRONTEND;
 }
 
-/* The frontend's id at (destination, port, protocol) of a flow whose port's word is known; 0: none. */
+/* The id of the frontend at (destination, port, protocol) of a flow whose port's word is known. 0: none. */
 INLINE __u32 find_frontend(const struct mesh_flow *flow, __u32 word)
 {
 	__u32 id = frontend_at(flow, word);
@@ -90,8 +40,8 @@ INLINE int is_denied(const struct mesh_frontend *frontend, const struct mesh_add
 	return rule ? *rule == MESH_ACL_DENY : (frontend->flags & MESH_FRONTEND_DENY) != 0;
 }
 
-/* The slot of a hash, read as one word; `size` 0: the frontend has no table. */
-INLINE int read_slot(const struct mesh_frontend *frontend, struct choice *c, struct mesh_slot *slot)
+/* Read the slot of c->hash, as one word. -1: the frontend has no table. */
+INLINE int read_slot(const struct mesh_frontend *frontend, struct lb_choice *c, struct mesh_slot *slot)
 {
 	union {
 		__u64 word;
@@ -119,25 +69,9 @@ INLINE int read_slot(const struct mesh_frontend *frontend, struct choice *c, str
 	return 0;
 }
 
-INLINE struct mesh_backend *find_backend(__u32 owner)
-{
-	return owner < MESH_OWNER_FIRST ? NULL : bpf_map_lookup_elem(&mesh_backends, &owner);
-}
-
-/* Whether a backend runs on another node. */
-INLINE int is_away(const struct mesh_backend *backend)
-{
-	return backend->seed != 0;
-}
-
-/* Whether a backend is at an address of this node itself: the programs do not see what it sends. */
-INLINE int is_own(const struct mesh_backend *backend)
-{
-	return !backend->ifindex && backend->bridge == MESH_LOOPBACK;
-}
-
-/* Whether an un-noted flow that is not starting may be given to a slot's previous owner. UDP has no start: its flows
- * stay with an active previous owner, leave a draining one, and leave PASS unless the frontend holds. */
+/* Whether a slot's previous owner gets flows that are not in the flow cache and do not start now. UDP has no start:
+ * its flows stay with an active previous owner, and leave a draining one; they leave PASS, unless the frontend holds
+ * them. */
 INLINE int keeps_flows(__u32 owner, __u8 protocol, __u32 flags)
 {
 	struct mesh_backend *backend;
@@ -153,54 +87,8 @@ INLINE int keeps_flows(__u32 owner, __u8 protocol, __u32 flags)
 	       (backend->state == MESH_BACKEND_DRAINING && protocol == IPPROTO_TCP);
 }
 
-INLINE int is_note_good(const struct mesh_note *note, __u32 frontend)
-{
-	struct mesh_backend *backend;
-
-	if ((note->frontend & ~MESH_NOTE_ASKED) != frontend)
-		return 0;
-	if (note->owner < MESH_OWNER_FIRST)
-		return note->owner == MESH_OWNER_PASS;
-	backend = find_backend(note->owner);
-	return backend && backend->state != MESH_BACKEND_FREE && backend->epoch == note->epoch;
-}
-
-#define KNOWN_LIVE 1
-#define KNOWN_EDGE 2 /* it has just begun, or it has ended */
-
-/* The flow cache has no word on a flow, be it for want of room, be it that it began on another node: whether the
- * reverse entries know it as one of `owner`'s, a backend of this node. Those that a flood of starts does not push out
- * say KNOWN_LIVE. Returns 0 where none does. */
-static __noinline int is_known_of(const struct mesh_flow *flow, __u32 owner)
-{
-	struct mesh_backend *backend = find_backend(owner);
-	struct mesh_config *node = config();
-	struct mesh_reply *reply;
-	struct mesh_flow *key;
-	int known = KNOWN_LIVE;
-	__u32 zero = 0;
-
-	key = bpf_map_lookup_elem(&mesh_scratch, &zero);
-	if (!flow || !key || !node || !backend || backend->state == MESH_BACKEND_FREE)
-		return 0;
-	*key = *flow;
-	key->destination = backend->address;
-	key->destination_port = backend->port;
-	if (same_address(&key->source, &key->destination)) /* the task calls itself: see task_tuple */
-		key->source = is_v4(&key->destination) ? node->hairpin : node->hairpin6;
-	reply = bpf_map_lookup_elem(&mesh_replies, key);
-	if (!reply) {
-		reply = bpf_map_lookup_elem(&mesh_openings, key);
-		known = KNOWN_EDGE;
-	}
-	if (!reply || reply->owner != owner || reply->epoch != backend->epoch ||
-	    reply->called_port != flow->destination_port || !same_address(&reply->called, &flow->destination))
-		return 0;
-	return (reply->flags & REPLY_CLOSED) == REPLY_CLOSED ? KNOWN_EDGE : known;
-}
-
 /* The owner of a flow whose slot is in transition. */
-INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, struct choice *c)
+INLINE void lb_choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, struct lb_choice *c)
 {
 	__u32 previous = slot->previous & MESH_OWNER_MASK;
 	struct mesh_note *note = bpf_map_lookup_elem(&mesh_flows, flow);
@@ -214,7 +102,7 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 	}
 	c->verdict = MESH_VERDICT_MOVED;
 	if (note) {
-		if (!is_note_good(note, c->frontend))
+		if (!flow_cache_is_valid(note, c->frontend))
 			return;
 		c->owner = note->owner;
 		c->asked = note->frontend & MESH_NOTE_ASKED;
@@ -223,15 +111,15 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 		c->verdict = MESH_VERDICT_NOTED;
 		return;
 	}
-	note = bpf_map_lookup_elem(&mesh_starts, flow);
+	note = bpf_map_lookup_elem(&mesh_flows_new, flow);
 	if (note) {
-		c->note = NOTE_AGAIN;
-		if (!is_note_good(note, c->frontend))
+		c->note = NOTE_PROMOTE;
+		if (!flow_cache_is_valid(note, c->frontend))
 			return;
 		c->owner = note->owner;
 		c->asked = note->frontend & MESH_NOTE_ASKED;
 		c->verdict = MESH_VERDICT_NOTED;
-	} else if (is_known_of(flow, slot->current) == KNOWN_LIVE) {
+	} else if (revnat_knows(flow, slot->current) == KNOWN_LIVE) {
 		c->verdict = MESH_VERDICT_NOTED;
 	} else {
 		c->note = NOTE_FIRST;
@@ -243,8 +131,8 @@ INLINE void choose_in_transition(const struct mesh_flow *flow, const struct mesh
 	}
 }
 
-/* Choose the owner of a flow of frontend `c->frontend`; changes nothing. `c->start` is set by the caller. */
-INLINE void choose(const struct mesh_flow *flow, struct choice *c)
+/* Choose the owner of a flow of frontend `c->frontend`; changes no map. The caller sets `c->start`. */
+INLINE void lb_choose(const struct mesh_flow *flow, struct lb_choice *c)
 {
 	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &c->frontend);
 	struct mesh_slot slot;
@@ -270,7 +158,7 @@ INLINE void choose(const struct mesh_flow *flow, struct choice *c)
 		c->owner = slot.current;
 		c->verdict = MESH_VERDICT_FORWARD;
 	} else {
-		choose_in_transition(flow, &slot, c);
+		lb_choose_in_transition(flow, &slot, c);
 	}
 	if (c->owner == MESH_OWNER_PASS) {
 		c->verdict = MESH_VERDICT_PASS;
@@ -280,7 +168,7 @@ INLINE void choose(const struct mesh_flow *flow, struct choice *c)
 	if (unlikely(!c->backend || c->backend->state == MESH_BACKEND_FREE)) {
 		c->backend = NULL;
 		c->owner = MESH_OWNER_NONE;
-		c->verdict = c->flags & MESH_FRONTEND_PASS_IF_NONE ? MESH_VERDICT_NO_BACKEND : MESH_VERDICT_REFUSED;
+		c->verdict = c->flags & MESH_FRONTEND_PASS_IF_NONE ? MESH_VERDICT_NO_BACKEND : MESH_VERDICT_REJECTED;
 		c->note = 0;
 	}
 }

@@ -1,33 +1,35 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The maps that are shared. User space pins them by name and has the three objects and the next agent use the same
- * ones. Maps marked mmap are written by plain stores into a shared mapping.
+/* The maps, and the look-ups that several headers share.
  *
- * Publishing, agent side (make before break; no step needs a system call per element, none exposes half a state):
- *   1. backends: write the mesh_backend, `state` last. An id that is reused gets epoch + 1 first.
- *   2. table: take a free range of an arena, write all slots, then store mesh_frontend.table as ONE aligned 64-bit
- *      word. x86-64 keeps stores in order; elsewhere a release store is due.
- *   3. the range of the old table may be reused once every program that was running has ended: after one RCU grace
- *      period (any update of a map-in-map waits for one: put an arena into its own index again) or a second.
- *   4. frontends: write the mesh_frontend (table included), then mesh_exact or the port's word in mesh_ports.
- *      Removing: word or key first, then after a grace period the mesh_frontend and the range.
- *   5. backends that are gone: state = FREE once no table names them, epoch kept.
- * Programs: ingress.bpf.o mesh_ingress (tc ingress, Ethernet interfaces that face clients), mesh_explain (test run
- * only); task.bpf.o mesh_task (tc ingress, host side of the local tasks' veths); socket.bpf.o
- * mesh_{connect,sendmsg,recvmsg, getpeername}{4,6} (root cgroup); xdp.bpf.o mesh_xdp (optional, native XDP of network
- * cards). They return TC_ACT_UNSPEC (XDP_PASS) for what they leave to the kernel, so that programs and filters after
- * them still run (TC_ACT_OK would end a tcx chain, and a clsact one).
+ * User space pins a map whose name begins with mesh_, by this name: all objects and the next agent use the same one.
+ * Any other map belongs to the object that declares it.
  *
- * An arena is created only when the others are full: the only step that waits for a grace period, and one update of
- * each new arena, however many tables it then holds.
- */
+ * Where a comment says "mmap", the agent writes by plain stores into a shared mapping.
+ *
+ * How the agent publishes (make before break; no step needs a system call per element, and none exposes half a state):
+ *
+ *   1. Backends: write the mesh_backend, `state` last. A reused id first gets epoch + 1.
+ *   2. Table: take a free range of an arena, write all slots, then store mesh_frontend.table as one aligned 64-bit
+ *      word. x86-64 keeps stores in order; elsewhere a release store is needed.
+ *   3. The range of the old table is free once every program that was running has returned: after one RCU grace period
+ *      (any update of a map-in-map waits for one: put an arena into its own index again), or after a second.
+ *   4. Frontends: write the mesh_frontend, table included, then mesh_exact or the port's word in mesh_ports. To remove
+ *      one: clear the word or the key first; after a grace period free the mesh_frontend and the range.
+ *   5. Removed backends: set `state` to FREE once no table names them, and keep the epoch.
+ *
+ * The agent creates an arena only when the others are full. This is the only step that waits for a grace period, and
+ * it costs one update for each new arena, however many tables it then holds. */
 #ifndef MESH_MAPS_H
 #define MESH_MAPS_H
 
-#include "bpf.h"
+#include <linux/in.h>
+#include "address.h"
 
 #define MESH_RECENT_BITS 17
+#define FIB_CACHE_BITS   10
 
-/* Ports (mmap, agent writes): [protocol and port] -> frontend id and MESH_PORT_EXACT. What is not ours ends here. */
+/* Frontend id and MESH_PORT_* flags by protocol and port. 0: the port is not served, and the packet passes. Written by
+ * the agent (mmap). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -36,7 +38,7 @@ struct {
 	__type(value, __u32);
 } mesh_ports SEC(".maps");
 
-/* Frontends with an address of their own (agent writes): -> frontend id. */
+/* Frontends that have an address of their own: the id by address, port and protocol. Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -45,7 +47,8 @@ struct {
 	__type(value, __u32);
 } mesh_exact SEC(".maps");
 
-/* This node's own addresses (agent writes; MESH_ADDRESS_*). A frontend with any address serves these and no others. */
+/* This node's own addresses, and whether they move between nodes (MESH_ADDRESS_*). A frontend for any address serves
+ * these and no others. Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 4096);
@@ -53,7 +56,7 @@ struct {
 	__type(value, __u32);
 } mesh_addresses SEC(".maps");
 
-/* Frontends by id (mmap, agent writes); id 0 is none. */
+/* Frontends by id; id 0 is none. Written by the agent (mmap). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -62,7 +65,7 @@ struct {
 	__type(value, struct mesh_frontend);
 } mesh_frontends SEC(".maps");
 
-/* Arenas of slots (agent creates each as this inner map, mmap, and writes it). */
+/* An arena: an array of slots. The agent creates each as this inner map and writes it (mmap). */
 struct mesh_arena {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -71,6 +74,7 @@ struct mesh_arena {
 	__uint(value_size, sizeof(struct mesh_slot)); /* __type would not reach BTF behind the pointer */
 };
 
+/* Arenas of slots by number. Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, MESH_MAX_ARENAS);
@@ -78,7 +82,7 @@ struct {
 	__array(values, struct mesh_arena);
 } mesh_arenas SEC(".maps");
 
-/* Backends by owner id (mmap, agent writes); ids 0 and 1 are NONE and PASS. */
+/* Backends by owner id; ids 0 and 1 are NONE and PASS. Written by the agent (mmap). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -87,7 +91,8 @@ struct {
 	__type(value, struct mesh_backend);
 } mesh_backends SEC(".maps");
 
-/* Other nodes of the cluster (agent writes): only they may send through the tunnel. */
+/* Other nodes of the cluster by address: only they may send through the tunnel. Written by the agent; programs write
+ * the path MTU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MESH_MAX_NODES);
@@ -95,15 +100,15 @@ struct {
 	__type(value, struct mesh_node);
 } mesh_nodes SEC(".maps");
 
-/* Their addresses by mesh_node.id (agent writes, before mesh_nodes). */
+/* Addresses of other nodes by mesh_node.id. Written by the agent, before mesh_nodes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MESH_MAX_NODES);
 	__type(key, __u32);
 	__type(value, struct mesh_addr);
-} mesh_ways SEC(".maps");
+} mesh_node_addrs SEC(".maps");
 
-/* Backends of this node as other nodes call them (agent writes): -> owner id. */
+/* Owner ids of the backends of this node, by the id that other nodes use. Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -112,8 +117,9 @@ struct {
 	__type(value, __u32);
 } mesh_ids SEC(".maps");
 
-/* Source rules (agent writes): (rule set, prefix) -> MESH_ACL_ALLOW or _DENY; the longest prefix decides, so the agent
- * leaves out what a deny covers (deny wins). No match: MESH_FRONTEND_DENY says. New rules are a new rule set. */
+/* Source rules: MESH_ACL_ALLOW or MESH_ACL_DENY by rule set and prefix. The longest prefix decides, so the agent
+ * leaves out what a deny covers (deny wins); without a match MESH_FRONTEND_DENY decides. Changed rules are a new rule
+ * set. Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -122,9 +128,8 @@ struct {
 	__type(value, __u32);
 } mesh_acl SEC(".maps");
 
-/* Flow cache (programs write; agent sets max_entries at load, and may read and delete): flows of slots in transition,
- * by the client's 5-tuple. A flow waits in mesh_starts until its second packet, so that a flood never pushes one out
- * that goes on. */
+/* Flow cache: the owner of each flow whose slot is in transition, by the client's 5-tuple. Written by programs; the
+ * agent sets max_entries at load, and may read and delete. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
@@ -132,38 +137,43 @@ struct {
 	__type(value, struct mesh_note);
 } mesh_flows SEC(".maps");
 
+/* Flow cache, first packet only: a flow waits here for its second packet, so that a flood never evicts an established
+ * flow. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, struct mesh_flow);
 	__type(value, struct mesh_note);
-} mesh_starts SEC(".maps");
+} mesh_flows_new SEC(".maps");
 
-/* Reverse translation (programs write; agent sets max_entries at load, and may read): (client, backend) -> what the
- * client called. Flows of which only a start was seen wait in mesh_openings, so that a flood never pushes an
- * established flow out. A closed flow's entry stays for late packets: the agent deletes entries with both
- * MESH_REPLY_FIN flags that are a minute old; what it misses the LRU takes. */
+/* Reverse NAT: what the client called, by (client, backend). Written by programs; the agent sets max_entries at load.
+ * The entry of a closed flow stays for late packets: the agent deletes entries that have both MESH_REVNAT_FIN flags
+ * and are a minute old, and the LRU evicts what it misses. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 524288);
 	__type(key, struct mesh_flow);
-	__type(value, struct mesh_reply);
-} mesh_replies SEC(".maps");
+	__type(value, struct mesh_revnat);
+} mesh_revnat SEC(".maps");
 
+/* Reverse NAT, first packet only: a flow waits here for its second packet, so that a flood never evicts an established
+ * flow. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, struct mesh_flow);
-	__type(value, struct mesh_reply);
-} mesh_openings SEC(".maps");
+	__type(value, struct mesh_revnat);
+} mesh_revnat_new SEC(".maps");
 
-/* Flows whose entry in mesh_replies was confirmed within the current stamp (programs write; a cache of this object
- * alone, two flows to a place): their packets need no look at it, nor at mesh_addresses. Value: bits of the flow's hash
- * and owner, and of the stamp. */
+#define REVNAT_CLOSED (MESH_REVNAT_FIN_IN | MESH_REVNAT_FIN_OUT)
+
+/* Two flows to a place. A word holds bits of the flow's hash and owner, and of the stamp. */
 struct recent {
 	__u64 words[2];
 };
 
+/* Flows whose entry in mesh_revnat was confirmed within the current stamp, by the flow's hash: their packets need no
+ * look-up there, nor in mesh_addresses. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE); /* tests empty it */
@@ -172,20 +182,21 @@ struct {
 	__type(value, struct recent);
 } mesh_recent SEC(".maps");
 
-/* The current stamp, as of the last packet of this object that had to look at the time: a look costs as much as a
- * quarter of all the rest. Entries are lost to new ones only, and every packet that makes one looks. */
+/* The current stamp, as of the last packet of this object that read the clock: reading it costs a quarter of all the
+ * rest. Entries of mesh_recent are lost to new ones only, and every packet that makes one reads the clock. */
 volatile __u32 mesh_now;
 
-/* How often routes, rules, addresses or interfaces have changed (mmap, agent writes). */
+/* Generation of the routing tables: how often routes, rules, addresses or interfaces have changed. Written by the
+ * agent (mmap). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u32);
-} mesh_routes SEC(".maps");
+} mesh_fib_gen SEC(".maps");
 
-/* Ports of fragmented datagrams (programs write). */
+/* Ports of fragmented datagrams, by addresses and fragment id. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
@@ -193,7 +204,7 @@ struct {
 	__type(value, __u32); /* source port, destination port, both in network order */
 } mesh_fragments SEC(".maps");
 
-/* Counters (programs write, agent sums over CPUs by batch look-up and zeroes an id before it is given anew). */
+/* Packets by verdict. Written by programs; the agent sums over CPUs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, MESH_VERDICT_COUNT);
@@ -201,38 +212,32 @@ struct {
 	__type(value, __u64); /* packets */
 } mesh_verdicts SEC(".maps");
 
+/* Counters by frontend id. Written by programs; the agent sums over CPUs, and zeroes an id before it reuses it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, MESH_MAX_FRONTENDS);
 	__type(key, __u32);
 	__type(value, struct mesh_counts);
-} mesh_fcounts SEC(".maps");
+} mesh_fe_metrics SEC(".maps");
 
+/* Counters by owner id. Written by programs; the agent sums over CPUs, and zeroes an id before it reuses it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, MESH_MAX_BACKENDS);
 	__type(key, __u32);
 	__type(value, struct mesh_counts);
-} mesh_bcounts SEC(".maps");
+} mesh_be_metrics SEC(".maps");
 
-/* A key for which the stack has no room (programs write; each CPU runs one at a time). */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct mesh_flow);
-} mesh_scratch SEC(".maps");
-
-/* Until when the ICMP errors that a CPU has sent use up its share, in nanoseconds of CLOCK_MONOTONIC (programs write):
- * see may_send_error. */
+/* Rate limit of ICMP errors: until when the errors that this CPU has sent use up its share, in nanoseconds of
+ * CLOCK_MONOTONIC (see icmp_rate_allows). Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u64);
-} mesh_errors SEC(".maps");
+} mesh_icmp_limit SEC(".maps");
 
-/* What holds for the whole node (mmap, agent writes). */
+/* What holds for the whole node. Written by the agent (mmap). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -241,20 +246,85 @@ struct {
 	__type(value, struct mesh_config);
 } mesh_config SEC(".maps");
 
-/* Socket hooks (programs write): what a socket dialled, freed with the socket. */
+/* Socket hooks: what a socket called and where it went instead; freed with the socket. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, struct mesh_dialled);
-} mesh_dialled SEC(".maps");
+	__type(value, struct mesh_sk_revnat);
+} mesh_sk_revnat SEC(".maps");
 
-/* Socket hooks, unconnected UDP (programs write): (socket, backend) -> what was dialled. */
+/* Socket hooks, unconnected UDP: what was called, by (socket, backend). Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
-	__type(key, struct mesh_peer_key);
-	__type(value, struct mesh_dialled);
-} mesh_peers SEC(".maps");
+	__type(key, struct mesh_udp_peer);
+	__type(value, struct mesh_sk_revnat);
+} mesh_udp_revnat SEC(".maps");
+
+/* The next hop of IPv4 packets between two addresses. */
+struct fib_entry {
+	__be32 source;
+	__be32 destination;
+	__u32 ifindex;
+	__u32 routes; /* mesh_fib_gen, as of the answer */
+	__u32 since;  /* jiffies, as of the answer */
+	__be32 next;  /* next hop; 0: the kernel looks up each packet */
+	__u8 protocol;
+	__u8 tos;
+	__u8 pad[2];
+};
+
+/* Next hops that the kernel has answered, by a hash of both addresses. Written by programs; private to each object,
+ * since other builds may cache other things. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << FIB_CACHE_BITS);
+	__type(key, __u32);
+	__type(value, struct fib_entry);
+} fib_cache SEC(".maps");
+
+INLINE struct mesh_config *config(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&mesh_config, &zero);
+}
+
+INLINE __u32 stamp_now(void)
+{
+	return (__u32)(bpf_ktime_get_coarse_ns() >> MESH_STAMP_SHIFT);
+}
+
+/* The word of mesh_ports: 0 for a port that is not served, by one array look-up. */
+INLINE __u32 port_word(__u8 protocol, __be16 port)
+{
+	__u32 index = (protocol == IPPROTO_TCP ? MESH_PORT_TCP : MESH_PORT_UDP) + bpf_ntohs(port);
+	__u32 *word = bpf_map_lookup_elem(&mesh_ports, &index);
+
+	return word ? *(volatile __u32 *)word : 0;
+}
+
+INLINE int is_local(const struct mesh_addr *address)
+{
+	return bpf_map_lookup_elem(&mesh_addresses, address) != NULL;
+}
+
+INLINE struct mesh_backend *find_backend(__u32 owner)
+{
+	return owner < MESH_OWNER_FIRST ? NULL : bpf_map_lookup_elem(&mesh_backends, &owner);
+}
+
+/* Whether a backend runs on another node. */
+INLINE int is_remote(const struct mesh_backend *backend)
+{
+	return backend->seed != 0;
+}
+
+/* Whether a backend is at an address of this node itself: no program sees what it sends. */
+INLINE int is_host_backend(const struct mesh_backend *backend)
+{
+	return !backend->ifindex && backend->bridge == MESH_LOOPBACK;
+}
 
 #endif /* MESH_MAPS_H */

@@ -13,26 +13,22 @@ INLINE void count_verdict(__u32 verdict)
 		*value += 1;
 }
 
+/* Count a verdict and return an action. */
 INLINE int verdict(__u32 name, int action)
 {
 	count_verdict(name);
 	return action;
 }
 
-/* What `serve_flow` returns for a packet that is to be refused: the verdict, below every action (TC_ACT_UNSPEC is -1).
- */
-#define REFUSAL(name)      (-2 - (int)(name))
-#define IS_REFUSAL(action) ((action) < TC_ACT_UNSPEC)
-
 INLINE void count_in(__u32 frontend, __u32 owner, __u32 bytes)
 {
-	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);
+	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fe_metrics, &frontend);
 
 	if (likely(counts)) {
 		counts->packets_in += 1;
 		counts->bytes_in += bytes;
 	}
-	counts = bpf_map_lookup_elem(&mesh_bcounts, &owner);
+	counts = bpf_map_lookup_elem(&mesh_be_metrics, &owner);
 	if (likely(counts)) {
 		counts->packets_in += 1;
 		counts->bytes_in += bytes;
@@ -41,13 +37,13 @@ INLINE void count_in(__u32 frontend, __u32 owner, __u32 bytes)
 
 INLINE void count_out(__u32 frontend, __u32 owner, __u32 bytes)
 {
-	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);
+	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fe_metrics, &frontend);
 
 	if (likely(counts)) {
 		counts->packets_out += 1;
 		counts->bytes_out += bytes;
 	}
-	counts = bpf_map_lookup_elem(&mesh_bcounts, &owner);
+	counts = bpf_map_lookup_elem(&mesh_be_metrics, &owner);
 	if (likely(counts)) {
 		counts->packets_out += 1;
 		counts->bytes_out += bytes;
@@ -56,13 +52,13 @@ INLINE void count_out(__u32 frontend, __u32 owner, __u32 bytes)
 
 INLINE void count_flow(__u32 frontend, __u32 owner, __u32 starts, __u32 ends)
 {
-	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fcounts, &frontend);
+	struct mesh_counts *counts = bpf_map_lookup_elem(&mesh_fe_metrics, &frontend);
 
 	if (counts) {
 		counts->starts += starts;
 		counts->ends += ends;
 	}
-	counts = bpf_map_lookup_elem(&mesh_bcounts, &owner);
+	counts = bpf_map_lookup_elem(&mesh_be_metrics, &owner);
 	if (counts) {
 		counts->starts += starts;
 		counts->ends += ends;

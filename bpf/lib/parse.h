@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* From bytes to a flow. Nothing here writes to the packet. Only Ethernet frames whose headers lie in the linear part
- * reach a verdict; `parse` pulls them there when they do not.
- */
+/* From bytes to a flow. Nothing here writes to the packet. Headers are read from the linear part only; `parse` pulls
+ * them there if need be. */
 #ifndef MESH_PARSE_H
 #define MESH_PARSE_H
 
@@ -11,11 +10,13 @@
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
-#include <linux/pkt_cls.h>
 #include "address.h"
 
-#define L3          ((__u32)sizeof(struct ethhdr)) /* tagged frames are not ours: their VLAN's interface serves them */
-#define HEADERS     128u                           /* pulled into the linear part where need be */
+#define L3          ((__u32)sizeof(struct ethhdr)) /* tagged frames are not served: their VLAN interface serves them */
+#define HEADERS     128u                           /* bytes pulled into the linear part if need be */
+#define V4_HEADER   ((__u32)sizeof(struct iphdr))
+#define V6_HEADER   ((__u32)sizeof(struct ipv6hdr))
+#define DEFAULT_TTL 64u /* of packets that programs make */
 #define IP_DF       0x4000
 #define IP_MORE     0x2000
 #define IP_OFFSET   0x1fff
@@ -32,11 +33,11 @@ struct icmp {
 	__u8 type;
 	__u8 code;
 	__sum16 check;
-	__be32 rest; /* unused, next MTU */
+	__be32 rest; /* unused, or the MTU of the next hop */
 };
 
 #define ICMP4_UNREACHABLE   3u
-#define ICMP4_TOO_BIG       4u /* code of ICMP4_UNREACHABLE */
+#define ICMP4_TOO_BIG       4u /* code of ICMP4_UNREACHABLE: fragmentation needed */
 #define ICMP4_TIME_EXCEEDED 11u
 #define ICMP4_PARAMETER     12u
 #define ICMP6_UNREACHABLE   1u
@@ -45,12 +46,12 @@ struct icmp {
 #define ICMP6_PARAMETER     4u
 
 enum parse_result {
-	PARSE_OTHER,     /* no business of ours */
+	PARSE_OTHER,     /* not handled */
 	PARSE_FLOW,      /* TCP or UDP with ports */
 	PARSE_ICMP,      /* ICMP error: `flow` has the addresses only */
 	PARSE_FRAGMENT,  /* fragment without ports: likewise */
 	PARSE_EXTENSION, /* IPv6 extension header: likewise */
-	PARSE_MALFORMED, /* likewise, ports too where they could be read */
+	PARSE_MALFORMED, /* likewise, and the ports if they could be read */
 	PARSE_SHORT,     /* not in the linear part */
 };
 
@@ -61,16 +62,30 @@ struct packet {
 	__u8 version; /* 4 or 6 */
 	__u8 ttl;
 	__u8 tcp_flags;
-	__u8 fragment; /* 0: whole, 1: first, 2: further fragment */
+	__u8 fragment; /* 0: whole, 1: first, 2: later fragment */
 	__be16 fragment_id;
 	__sum16 check; /* of the IPv4 header */
 	__u8 dont_fragment;
 	__u8 tos;  /* IPv4: without the ECN bits */
-	__u16 mtu; /* that it is larger than, where it is refused as too big */
+	__u16 mtu; /* that it exceeds, where it is rejected as too big */
 	__u16 pad2[3];
 };
 
-/* Ports and flags of the transport header at `l4`; `rest`: bytes of the IP packet from there on. */
+/* The addresses and ports that a packet is to get. */
+struct tuple {
+	struct mesh_addr source;
+	struct mesh_addr destination;
+	__be16 source_port;
+	__be16 destination_port;
+	__u32 pad;
+};
+
+INLINE __u32 header_length(const struct packet *p)
+{
+	return p->version == 4 ? V4_HEADER : V6_HEADER;
+}
+
+/* Ports and flags of the transport header at `l4`. `rest`: bytes of the IP packet from there on. */
 INLINE enum parse_result parse_l4(struct packet *p, void *l4, void *end, __u32 rest)
 {
 	if (p->flow.protocol == IPPROTO_TCP) {
@@ -170,7 +185,7 @@ INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32
 		return PARSE_OTHER;
 	__builtin_memcpy(&p->flow.source, &ip->saddr, 16);
 	__builtin_memcpy(&p->flow.destination, &ip->daddr, 16);
-	if (is_v4(&p->flow.source) || is_v4(&p->flow.destination)) /* mapped addresses do not belong on a wire */
+	if (is_v4(&p->flow.source) || is_v4(&p->flow.destination)) /* mapped addresses are not valid on the wire */
 		return PARSE_OTHER;
 	if (next == IPPROTO_ICMPV6) {
 		struct icmp *icmp = (void *)(ip + 1);
@@ -200,8 +215,8 @@ INLINE enum parse_result parse_linear(struct __sk_buff *skb, struct packet *p)
 	return PARSE_OTHER;
 }
 
-/* Parse an Ethernet frame. A tagged frame is PARSE_OTHER: the tag's own interface sees it again, without the tag
- * (priority tags, VLAN 0, are no tags). */
+/* Parse an Ethernet frame. A tagged frame is PARSE_OTHER: the VLAN's interface sees it again without the tag (VLAN 0,
+ * a priority tag, counts as untagged). */
 INLINE enum parse_result parse(struct __sk_buff *skb, struct packet *p)
 {
 	enum parse_result result;

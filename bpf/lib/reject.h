@@ -1,35 +1,20 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Answers made out of the packet that they answer: TCP reset (RFC 9293, 3.10.7.1), ICMP and ICMPv6 errors (RFC 792,
- * 1812, 4443). They leave by the interface where the packet came in. An error quotes the IP header and the start of the
- * transport header. A checksum that the packet's sender left to offload (CHECKSUM_PARTIAL: containers, virtual
- * machines) stays so: what will be filled in later is reckoned with.
- */
+/* Rejections are made out of the packet that they answer: TCP reset (RFC 9293, 3.10.7.1), ICMP and ICMPv6 errors (RFC
+ * 792, 1812, 4443). They leave by the interface where the packet came in.
+ *
+ * An error quotes the IP header and the start of the transport header. Where the sender left the packet's checksum to
+ * offload (CHECKSUM_PARTIAL: containers, virtual machines) it stays so, and sums account for what will be filled in
+ * later. */
 #ifndef MESH_REJECT_H
 #define MESH_REJECT_H
 
-#include "rewrite.h"
-#include "lb.h"
+#include "csum.h"
+#include "metrics.h"
 
-#define V4_HEADER   ((__u32)sizeof(struct iphdr))
-#define V6_HEADER   ((__u32)sizeof(struct ipv6hdr))
 #define ERROR_BURST 50u
-#define HOPS        64u
 
-/* Whether the checksum at `offset` is left to offload: then a change of covered bytes does not touch it. */
-INLINE int is_partial(struct __sk_buff *skb, __u32 offset, __sum16 *check)
-{
-	__sum16 after = 0;
-
-	if (bpf_skb_load_bytes(skb, offset, check, 2) || bpf_l4_csum_replace(skb, offset, 0, bpf_htons(1), 2) ||
-	    bpf_skb_load_bytes(skb, offset, &after, 2))
-		return -1;
-	if (after == *check)
-		return 1;
-	return bpf_skb_store_bytes(skb, offset, check, 2, 0) ? -1 : 0;
-}
-
-/* Ethernet addresses swapped, an IP header from the flow's destination to its source. */
-INLINE int answer_headers(struct __sk_buff *skb, const struct packet *p, __u32 length, __u8 protocol)
+/* Swap the Ethernet addresses, and write an IP header from the flow's destination to its source. */
+INLINE int swap_headers(struct __sk_buff *skb, const struct packet *p, __u32 length, __u8 protocol)
 {
 	__u8 macs[12], swapped[12];
 
@@ -41,8 +26,8 @@ INLINE int answer_headers(struct __sk_buff *skb, const struct packet *p, __u32 l
 		return -1;
 	if (p->version == 4) {
 		__be16 words[10] = {
-			bpf_htons(0x4500), bpf_htons((__u16)(V4_HEADER + length)),   0,
-			bpf_htons(IP_DF),  bpf_htons((__u16)(HOPS << 8 | protocol)),
+			bpf_htons(0x4500), bpf_htons((__u16)(V4_HEADER + length)),          0,
+			bpf_htons(IP_DF),  bpf_htons((__u16)(DEFAULT_TTL << 8 | protocol)),
 		};
 		__u64 sum = 0;
 
@@ -57,7 +42,7 @@ INLINE int answer_headers(struct __sk_buff *skb, const struct packet *p, __u32 l
 		.version = 6,
 		.payload_len = bpf_htons((__u16)length),
 		.nexthdr = protocol,
-		.hop_limit = HOPS,
+		.hop_limit = DEFAULT_TTL,
 	};
 
 	__builtin_memcpy(&ip.saddr, &p->flow.destination, 16);
@@ -65,13 +50,8 @@ INLINE int answer_headers(struct __sk_buff *skb, const struct packet *p, __u32 l
 	return (int)bpf_skb_store_bytes(skb, L3, &ip, sizeof(ip), 0);
 }
 
-INLINE __u32 header_length(const struct packet *p)
-{
-	return p->version == 4 ? V4_HEADER : V6_HEADER;
-}
-
-/* A reset as long as the segment that it answers: a packet with the marks of a tunnel (make_room) cannot be shortened.
- * Resets may carry data, which nobody reads (RFC 9293, 3.5.2). */
+/* A reset as long as the segment that it answers: a packet with the marks of a tunnel (encap_room) cannot be
+ * shortened. Resets may carry data, which nobody reads (RFC 9293, 3.5.2). */
 INLINE int reset_in_place(struct __sk_buff *skb, const struct packet *p, struct tcphdr *got, struct tcphdr *tcp)
 {
 	__u32 diff;
@@ -83,11 +63,11 @@ INLINE int reset_in_place(struct __sk_buff *skb, const struct packet *p, struct 
 	if (bpf_skb_store_bytes(skb, p->l4, tcp, sizeof(*tcp), 0) ||
 	    bpf_l4_csum_replace(skb, p->l4 + TCP_CHECK, 0, diff, 0))
 		return -1;
-	return answer_headers(skb, p, p->length - header_length(p), IPPROTO_TCP);
+	return swap_headers(skb, p, p->length - header_length(p), IPPROTO_TCP);
 }
 
 /* The reset that a TCP segment gets from a port where nobody listens. */
-INLINE int send_reset(struct __sk_buff *skb, const struct packet *p)
+INLINE int make_reset(struct __sk_buff *skb, const struct packet *p)
 {
 	struct tcphdr got, tcp = {};
 	__sum16 check;
@@ -110,7 +90,7 @@ INLINE int send_reset(struct __sk_buff *skb, const struct packet *p)
 	}
 	if (bpf_skb_change_tail(skb, p->l4 + (__u32)sizeof(tcp), 0))
 		return reset_in_place(skb, p, &got, &tcp);
-	partial = is_partial(skb, p->l4 + TCP_CHECK, &check);
+	partial = csum_is_partial(skb, p->l4 + TCP_CHECK, &check);
 	if (partial < 0)
 		return -1;
 	sum = pseudo_sum(p, sizeof(tcp), IPPROTO_TCP);
@@ -120,7 +100,7 @@ INLINE int send_reset(struct __sk_buff *skb, const struct packet *p)
 	tcp.check = partial ? fold16(fold32(sum)) : (__sum16)~fold16(fold32(sum));
 	if (bpf_skb_store_bytes(skb, p->l4, &tcp, sizeof(tcp), 0))
 		return -1;
-	return answer_headers(skb, p, sizeof(tcp), IPPROTO_TCP);
+	return swap_headers(skb, p, sizeof(tcp), IPPROTO_TCP);
 }
 
 /* Sum of the quoted bytes as they will be on the wire. `at`: offset of the quoted IP header. */
@@ -131,7 +111,7 @@ INLINE int quoted_sum(struct __sk_buff *skb, const struct packet *p, __u32 at, _
 	__be32 words[15] = {};
 	__sum16 check;
 
-	partial = is_partial(skb, l4 + (tcp ? TCP_CHECK : UDP_CHECK), &check);
+	partial = csum_is_partial(skb, l4 + (tcp ? TCP_CHECK : UDP_CHECK), &check);
 	if (partial < 0)
 		return -1;
 	if (p->version == 4 ? bpf_skb_load_bytes(skb, at, words, V4_HEADER)
@@ -150,8 +130,9 @@ INLINE int quoted_sum(struct __sk_buff *skb, const struct packet *p, __u32 at, _
 	return 0;
 }
 
-/* An ICMP error about the packet. `type`, `code` are those of the packet's IP version; `mtu`: where it is too big. */
-INLINE int send_error(struct __sk_buff *skb, const struct packet *p, __u8 type, __u8 code, __u32 mtu)
+/* An ICMP error about the packet. `type` and `code` are those of the packet's IP version; `mtu`: where it is too big.
+ */
+INLINE int make_icmp_error(struct __sk_buff *skb, const struct packet *p, __u8 type, __u8 code, __u32 mtu)
 {
 	__u32 header = header_length(p), room = header + (__u32)sizeof(struct icmp);
 	__u32 quote = header + (p->flow.protocol == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr));
@@ -169,53 +150,53 @@ INLINE int send_error(struct __sk_buff *skb, const struct packet *p, __u8 type, 
 	icmp.check = (__sum16)~fold16(fold32(sum));
 	if (bpf_skb_store_bytes(skb, L3 + header, &icmp, sizeof(icmp), 0))
 		return -1;
-	return answer_headers(skb, p, length, protocol);
+	return swap_headers(skb, p, length, protocol);
 }
 
 /* Whether the packet may be answered at all: whole, without IP options, no error, no reset. */
-INLINE int may_answer(const struct packet *p)
+INLINE int may_reject(const struct packet *p)
 {
 	return (p->flow.protocol == IPPROTO_TCP || p->flow.protocol == IPPROTO_UDP) && !p->fragment &&
 	       p->l4 == L3 + header_length(p) && !(p->tcp_flags & TCP_RST);
 }
 
-#define ANSWER_RESET       0 /* TCP reset, for UDP port unreachable */
-#define ANSWER_UNREACHABLE 1
-#define ANSWER_EXPIRED     2
-#define ANSWER_TOO_BIG     3 /* for more than p->mtu bytes */
+#define REJECT_RESET       0 /* TCP reset, for UDP port unreachable */
+#define REJECT_UNREACHABLE 1
+#define REJECT_EXPIRED     2
+#define REJECT_TOO_BIG     3 /* for more than p->mtu bytes */
 
-INLINE int answer_to(__u32 name)
+INLINE int rejection_for(__u32 name)
 {
 	if (name == MESH_VERDICT_TUNNEL_TOO_BIG)
-		return ANSWER_TOO_BIG;
-	return name == MESH_VERDICT_EXPIRED ? ANSWER_EXPIRED : ANSWER_RESET;
+		return REJECT_TOO_BIG;
+	return name == MESH_VERDICT_EXPIRED ? REJECT_EXPIRED : REJECT_RESET;
 }
 
-INLINE int send_error_v4(struct __sk_buff *skb, const struct packet *p, int what)
+INLINE int make_icmp_error_v4(struct __sk_buff *skb, const struct packet *p, int what)
 {
-	int big = what == ANSWER_TOO_BIG, expired = what == ANSWER_EXPIRED;
+	int big = what == REJECT_TOO_BIG, expired = what == REJECT_EXPIRED;
 
-	return send_error(skb, p, expired ? ICMP4_TIME_EXCEEDED : ICMP4_UNREACHABLE,
-			  expired ? 0 : (big ? ICMP4_TOO_BIG : 3), big ? p->mtu : 0);
+	return make_icmp_error(skb, p, expired ? ICMP4_TIME_EXCEEDED : ICMP4_UNREACHABLE,
+			       expired ? 0 : (big ? ICMP4_TOO_BIG : 3), big ? p->mtu : 0);
 }
 
-INLINE int send_error_v6(struct __sk_buff *skb, const struct packet *p, int what)
+INLINE int make_icmp_error_v6(struct __sk_buff *skb, const struct packet *p, int what)
 {
-	int big = what == ANSWER_TOO_BIG, expired = what == ANSWER_EXPIRED;
+	int big = what == REJECT_TOO_BIG, expired = what == REJECT_EXPIRED;
 
-	return send_error(skb, p, big ? ICMP6_TOO_BIG : (expired ? ICMP6_TIME_EXCEEDED : ICMP6_UNREACHABLE),
-			  big || expired ? 0 : 4, big ? p->mtu : 0);
+	return make_icmp_error(skb, p, big ? ICMP6_TOO_BIG : (expired ? ICMP6_TIME_EXCEEDED : ICMP6_UNREACHABLE),
+			       big || expired ? 0 : 4, big ? p->mtu : 0);
 }
 
 /* As the kernel does (icmp_msgs_per_sec, icmp_msgs_burst), but per CPU and without a lock: each error uses up its part
- * of a second, and no more than ERROR_BURST such parts are taken in advance. */
-INLINE int may_send_error(void)
+ * of a second, and at most ERROR_BURST such parts are taken in advance. */
+INLINE int icmp_rate_allows(void)
 {
 	__u64 now, part, *until;
 	struct mesh_config *node = config();
 	__u32 zero = 0;
 
-	until = bpf_map_lookup_elem(&mesh_errors, &zero);
+	until = bpf_map_lookup_elem(&mesh_icmp_limit, &zero);
 	if (!until || !node || !node->error_rate)
 		return 1;
 	now = bpf_ktime_get_ns();
@@ -228,16 +209,30 @@ INLINE int may_send_error(void)
 	return 1;
 }
 
-/* Turn the packet into an answer to its sender. Not 0: drop it, it is spoilt; or (1) errors are limited. */
-RARE int answer_client(struct __sk_buff *skb, struct packet *p, int what)
+/* Turn the packet into an answer to its sender. Not 0: drop it, it is spoilt, or (1) the rate limit is reached. */
+RARE int make_rejection(struct __sk_buff *skb, struct packet *p, int what)
 {
-	if (!p || !may_answer(p))
+	if (!p || !may_reject(p))
 		return -1;
-	if (what == ANSWER_RESET && p->flow.protocol == IPPROTO_TCP)
-		return send_reset(skb, p);
-	if (!may_send_error())
+	if (what == REJECT_RESET && p->flow.protocol == IPPROTO_TCP)
+		return make_reset(skb, p);
+	if (!icmp_rate_allows())
 		return 1;
-	return p->version == 4 ? send_error_v4(skb, p, what) : send_error_v6(skb, p, what);
+	return p->version == 4 ? make_icmp_error_v4(skb, p, what) : make_icmp_error_v6(skb, p, what);
+}
+
+/* Send the packet back as a rejection; what cannot be answered is dropped. */
+INLINE int reject(struct __sk_buff *skb, struct packet *p, int rejection)
+{
+	__u32 name = (__u32)(-2 - rejection);
+	int failed = make_rejection(skb, p, rejection_for(name));
+
+	if (failed > 0)
+		return verdict(MESH_VERDICT_RATE_LIMITED, TC_ACT_SHOT);
+	if (failed)
+		return verdict(name == MESH_VERDICT_REJECTED ? MESH_VERDICT_NO_BACKEND : name, TC_ACT_SHOT);
+	count_verdict(name);
+	return (int)bpf_redirect(skb->ifindex, 0);
 }
 
 #endif /* MESH_REJECT_H */

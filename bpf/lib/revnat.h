@@ -1,20 +1,18 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The reverse translation: exact entries (client, backend) -> what the client called, made and kept by the client's
- * packets. A flow waits in mesh_openings until the client's second packet.
- */
+/* Reverse NAT: exact entries (client, backend) -> what the client called. The client's packets create and refresh
+ * them. A flow waits in mesh_revnat_new until the client's second packet. */
 #ifndef MESH_REVNAT_H
 #define MESH_REVNAT_H
 
+#include "flow_cache.h"
 #include "metrics.h"
-#include "rewrite.h"
-#include "lb.h"
 
-/* How long (in stamp units) the client must have been silent before another flow with the same client address and port
- * may take the entry. */
-#define TAKEN_TCP 8192u
-#define TAKEN_UDP 64u
+/* How long, in stamps, a client must have been silent before another flow of its address and port may take the entry.
+ */
+#define REUSE_TCP 8192u
+#define REUSE_UDP 64u
 
-INLINE void reply_key(struct mesh_flow *key, const struct packet *p, const struct tuple *to)
+INLINE void revnat_key(struct mesh_flow *key, const struct packet *p, const struct tuple *to)
 {
 	key->source = to->source;
 	key->destination = to->destination;
@@ -24,38 +22,39 @@ INLINE void reply_key(struct mesh_flow *key, const struct packet *p, const struc
 	key->pad[0] = key->pad[1] = key->pad[2] = 0;
 }
 
-INLINE int is_current(const struct mesh_reply *reply, const struct choice *c)
+INLINE int is_current(const struct mesh_revnat *reply, const struct lb_choice *c)
 {
 	return reply->owner == c->owner && reply->epoch == c->backend->epoch;
 }
 
-INLINE int calls_same(const struct mesh_reply *reply, const struct packet *p)
+INLINE int calls_same(const struct mesh_revnat *reply, const struct packet *p)
 {
 	return same_address(&reply->called, &p->flow.destination) && reply->called_port == p->flow.destination_port;
 }
 
-/* Add flags at once, for both ends may close at the same moment, on two CPUs. Returns those from before. The eBPF
- * machine's atomics take words: this one also holds called_port, which stays. */
-INLINE __u16 add_flags(struct mesh_reply *reply, __u16 flags)
+/* Set flags atomically, since both ends may close at the same moment on two CPUs. Returns the flags from before. eBPF
+ * atomics take words: this word also holds called_port, which does not change. */
+INLINE __u16 revnat_add_flags(struct mesh_revnat *reply, __u16 flags)
 {
 	union {
 		__u16 half[2];
 		__u32 whole;
 	} word = {.half = {0, flags}};
 
-	_Static_assert(offsetof(struct mesh_reply, called_port) % 4 == 0, "a word that is aligned");
-	_Static_assert(offsetof(struct mesh_reply, flags) == offsetof(struct mesh_reply, called_port) + 2, "one word");
+	_Static_assert(offsetof(struct mesh_revnat, called_port) % 4 == 0, "a word that is aligned");
+	_Static_assert(offsetof(struct mesh_revnat, flags) == offsetof(struct mesh_revnat, called_port) + 2,
+		       "one word");
 	word.whole = __sync_fetch_and_or((__u32 *)&reply->called_port, word.whole);
 	return word.half[1];
 }
 
-/* A direction was closed; both: the flow has ended. */
-INLINE void close_reply(struct mesh_reply *reply, __u16 closed)
+/* One direction has closed. When both have, the flow has ended. */
+INLINE void revnat_close(struct mesh_revnat *reply, __u16 closed)
 {
-	__u16 before = add_flags(reply, closed);
+	__u16 before = revnat_add_flags(reply, closed);
 
-	if ((before & REPLY_CLOSED) != REPLY_CLOSED && ((before | closed) & REPLY_CLOSED) == REPLY_CLOSED &&
-	    (before & MESH_REPLY_OPENED))
+	if ((before & REVNAT_CLOSED) != REVNAT_CLOSED && ((before | closed) & REVNAT_CLOSED) == REVNAT_CLOSED &&
+	    (before & MESH_REVNAT_OPENED))
 		count_flow(reply->frontend, reply->owner, 0, 1);
 }
 
@@ -63,19 +62,20 @@ INLINE __u16 closed_by(const struct packet *p, __u16 direction)
 {
 	if (likely(!(p->tcp_flags & (TCP_FIN | TCP_RST))))
 		return 0;
-	return p->tcp_flags & TCP_RST ? REPLY_CLOSED : direction;
+	return p->tcp_flags & TCP_RST ? REVNAT_CLOSED : direction;
 }
 
-/* Whether another flow's entry may be taken by this one. */
-INLINE int is_free(const struct mesh_reply *reply, const struct packet *p, const struct choice *c, __u32 now)
+/* Whether this flow may take another flow's entry. */
+INLINE int revnat_is_reusable(const struct mesh_revnat *reply, const struct packet *p, const struct lb_choice *c,
+			      __u32 now)
 {
-	__u32 limit = p->flow.protocol == IPPROTO_TCP ? TAKEN_TCP : TAKEN_UDP;
+	__u32 limit = p->flow.protocol == IPPROTO_TCP ? REUSE_TCP : REUSE_UDP;
 
-	return !is_current(reply, c) || (reply->flags & REPLY_CLOSED) == REPLY_CLOSED || now - reply->stamp >= limit;
+	return !is_current(reply, c) || (reply->flags & REVNAT_CLOSED) == REVNAT_CLOSED || now - reply->stamp >= limit;
 }
 
-/* Look at the time, for all. */
-INLINE __u32 tick(void)
+/* Read the clock, and store the stamp for all packets of this object. */
+INLINE __u32 stamp_tick(void)
 {
 	__u32 now = stamp_now();
 
@@ -84,14 +84,14 @@ INLINE __u32 tick(void)
 	return now;
 }
 
-INLINE struct recent *recent_of(const struct choice *c)
+INLINE struct recent *recent_of(const struct lb_choice *c)
 {
 	__u32 index = (__u32)(c->wide >> (64 - MESH_RECENT_BITS));
 
 	return bpf_map_lookup_elem(&mesh_recent, &index);
 }
 
-INLINE __u64 recent_value(const struct choice *c, __u32 now)
+INLINE __u64 recent_value(const struct lb_choice *c, __u32 now)
 {
 	__u64 owner = ((__u64)c->backend->epoch << 32 | c->owner) * MESH_K0;
 
@@ -99,20 +99,21 @@ INLINE __u64 recent_value(const struct choice *c, __u32 now)
 }
 
 /* Whether this flow, with this owner, was confirmed within the current stamp. Packets that start or end a flow never
- * are. One packet in 256, by its IPv4 header's checksum, sees that the clock goes on where no flow starts. */
-INLINE int is_recent(const struct packet *p, const struct choice *c)
+ * are. One packet in 256, chosen by its IPv4 header's checksum, reads the clock, so that time passes where no flow
+ * starts. */
+INLINE int is_recent(const struct packet *p, const struct lb_choice *c)
 {
 	struct recent *recent = recent_of(c);
 	__u64 value;
 
 	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) || !recent)
 		return 0;
-	value = recent_value(c, unlikely(!(p->check & 0xff)) ? tick() : mesh_now);
+	value = recent_value(c, unlikely(!(p->check & 0xff)) ? stamp_tick() : mesh_now);
 	return recent->words[0] == value || recent->words[1] == value;
 }
 
-/* Two flows share a place: the one that was confirmed last comes first. A flow that starts only leaves its own. */
-INLINE void set_recent(const struct choice *c, __u32 now)
+/* Two flows share a place: the one confirmed last comes first. The start of a flow only removes its own word. */
+INLINE void recent_set(const struct lb_choice *c, __u32 now)
 {
 	struct recent *recent = recent_of(c);
 	__u64 value = recent_value(c, now);
@@ -134,16 +135,25 @@ INLINE void set_recent(const struct choice *c, __u32 now)
 	recent->words[0] = value;
 }
 
-/* First sight of a flow, or the first since its entry was lost: make one. Returns -1 on collision. */
-static __noinline int make_reply(struct packet *p, struct choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
+/* Have the next packet of the flow looked up, whichever way it arrives: replies take that way back. */
+INLINE void recent_forget(const struct lb_choice *c)
 {
-	struct mesh_reply made = {}, *opening;
+	struct recent *recent = recent_of(c);
+
+	if (recent)
+		recent->words[0] = recent->words[1] = 0;
+}
+
+/* The first packet of a flow, or the first since its entry was lost: create one. Returns -1 on collision. */
+static __noinline int revnat_create(struct packet *p, struct lb_choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
+{
+	struct mesh_revnat made = {}, *opening;
 	struct mesh_flow key;
 	int known = 0;
 
 	if (!p || !c || !to || !c->backend)
 		return -1;
-	reply_key(&key, p, to);
+	revnat_key(&key, p, to);
 	made.called = p->flow.destination;
 	made.client = p->flow.source;
 	made.called_port = p->flow.destination_port;
@@ -153,68 +163,68 @@ static __noinline int make_reply(struct packet *p, struct choice *c, struct tupl
 	made.owner = c->owner;
 	made.epoch = c->backend->epoch;
 	made.stamp = stamp_now();
-	opening = bpf_map_lookup_elem(&mesh_openings, &key);
+	opening = bpf_map_lookup_elem(&mesh_revnat_new, &key);
 	if (opening) {
 		known = calls_same(opening, p) && is_current(opening, c);
-		if (!known && !is_free(opening, p, c, made.stamp))
+		if (!known && !revnat_is_reusable(opening, p, c, made.stamp))
 			return -1;
 	}
 	if (c->start || (!known && p->flow.protocol == IPPROTO_UDP)) {
 		if (p->flow.protocol == IPPROTO_UDP) {
-			made.flags |= MESH_REPLY_OPENED;
+			made.flags |= MESH_REVNAT_OPENED;
 			count_flow(c->frontend, c->owner, 1, 0);
 		}
 		if (known)
-			made.flags |= opening->flags & MESH_REPLY_REFUSED;
-		bpf_map_update_elem(&mesh_openings, &key, &made, BPF_ANY);
+			made.flags |= opening->flags & MESH_REVNAT_REFUSED;
+		bpf_map_update_elem(&mesh_revnat_new, &key, &made, BPF_ANY);
 		return 0;
 	}
-	made.flags |= closed_by(p, MESH_REPLY_FIN_IN);
-	if (known && !(made.flags & MESH_REPLY_FIN_IN)) {
-		made.flags |= MESH_REPLY_OPENED;
+	made.flags |= closed_by(p, MESH_REVNAT_FIN_IN);
+	if (known && !(made.flags & MESH_REVNAT_FIN_IN)) {
+		made.flags |= MESH_REVNAT_OPENED;
 		if (p->flow.protocol == IPPROTO_TCP)
 			count_flow(c->frontend, c->owner, 1, 0);
 	}
 	if (opening)
-		bpf_map_delete_elem(&mesh_openings, &key);
+		bpf_map_delete_elem(&mesh_revnat_new, &key);
 	if (!(p->tcp_flags & TCP_RST))
-		bpf_map_update_elem(&mesh_replies, &key, &made, BPF_ANY);
+		bpf_map_update_elem(&mesh_revnat, &key, &made, BPF_ANY);
 	return 0;
 }
 
-/* The client's packet of a flow that goes to `c->backend` as `to`: see that the replies will find their way back.
- * Returns -1 where the task would mistake the flow for another one of the same client. */
-INLINE int keep_reply(struct packet *p, struct choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
+/* The client's packet of a flow that goes to `c->backend` as `to`: see that replies find their way back. Returns -1
+ * where the task would mistake the flow for another one of the same client. */
+INLINE int revnat_update(struct packet *p, struct lb_choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
 {
-	struct mesh_reply *reply;
+	struct mesh_revnat *reply;
 	struct mesh_flow key;
-	__u32 now = tick();
+	__u32 now = stamp_tick();
 
-	reply_key(&key, p, to);
-	reply = bpf_map_lookup_elem(&mesh_replies, &key);
+	revnat_key(&key, p, to);
+	reply = bpf_map_lookup_elem(&mesh_revnat, &key);
 	if (likely(reply && !c->start && calls_same(reply, p) && is_current(reply, c))) {
 		if (reply->stamp != now)
 			reply->stamp = now;
 		if (reply->ifindex != ifindex)
 			reply->ifindex = ifindex;
-		set_recent(c, now);
+		recent_set(c, now);
 		if (p->tcp_flags & (TCP_FIN | TCP_RST))
-			close_reply(reply, closed_by(p, MESH_REPLY_FIN_IN));
+			revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_IN));
 		return 0;
 	}
 	if (c->start)
-		set_recent(c, now);
+		recent_set(c, now);
 	if (reply) {
-		if (!calls_same(reply, p) && !is_free(reply, p, c, now))
+		if (!calls_same(reply, p) && !revnat_is_reusable(reply, p, c, now))
 			return -1;
-		close_reply(reply, REPLY_CLOSED);
-		bpf_map_delete_elem(&mesh_replies, &key);
+		revnat_close(reply, REVNAT_CLOSED);
+		bpf_map_delete_elem(&mesh_revnat, &key);
 	}
-	return make_reply(p, c, to, ifindex, flags);
+	return revnat_create(p, c, to, ifindex, flags);
 }
 
-/* The entry of a packet that a task sends, if it is a reply. */
-INLINE struct mesh_reply *find_reply(const struct mesh_flow *sent)
+/* The entry of a packet that a task sends; NULL: it is no reply. */
+INLINE struct mesh_revnat *revnat_lookup(const struct mesh_flow *sent)
 {
 	struct mesh_flow key = {
 		.source = sent->destination,
@@ -223,9 +233,9 @@ INLINE struct mesh_reply *find_reply(const struct mesh_flow *sent)
 		.destination_port = sent->source_port,
 		.protocol = sent->protocol,
 	};
-	struct mesh_reply *reply = bpf_map_lookup_elem(&mesh_replies, &key);
+	struct mesh_revnat *reply = bpf_map_lookup_elem(&mesh_revnat, &key);
 
-	return reply ? reply : bpf_map_lookup_elem(&mesh_openings, &key);
+	return reply ? reply : bpf_map_lookup_elem(&mesh_revnat_new, &key);
 }
 
 #endif /* MESH_REVNAT_H */

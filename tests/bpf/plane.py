@@ -34,40 +34,40 @@ SHARED: Final = (
     "mesh_backends",
     "mesh_acl",
     "mesh_flows",
-    "mesh_starts",
-    "mesh_replies",
-    "mesh_openings",
+    "mesh_flows_new",
+    "mesh_revnat",
+    "mesh_revnat_new",
     "mesh_fragments",
     "mesh_verdicts",
-    "mesh_fcounts",
-    "mesh_bcounts",
+    "mesh_fe_metrics",
+    "mesh_be_metrics",
     "mesh_config",
-    "mesh_dialled",
-    "mesh_peers",
+    "mesh_sk_revnat",
+    "mesh_udp_revnat",
     "mesh_nodes",
-    "mesh_ways",
+    "mesh_node_addrs",
     "mesh_ids",
-    "mesh_routes",
+    "mesh_fib_gen",
 )
 LARGE: Final = {
     "mesh_flows",
-    "mesh_starts",
-    "mesh_replies",
-    "mesh_openings",
+    "mesh_flows_new",
+    "mesh_revnat",
+    "mesh_revnat_new",
     "mesh_fragments",
     "mesh_frontends",
     "mesh_backends",
-    "mesh_fcounts",
-    "mesh_bcounts",
+    "mesh_fe_metrics",
+    "mesh_be_metrics",
 }
 HASHES: Final = (
     "mesh_exact",
     "mesh_addresses",
     "mesh_acl",
     "mesh_flows",
-    "mesh_starts",
-    "mesh_replies",
-    "mesh_openings",
+    "mesh_flows_new",
+    "mesh_revnat",
+    "mesh_revnat_new",
     "mesh_fragments",
     "mesh_nodes",
     "mesh_ids",
@@ -105,12 +105,12 @@ class Plane:
                 elif shared in sizes or shared in LARGE:
                     item.resize(shared, sizes.get(shared, entries))
             item.load()
-            for array_of_programs in own & {"mesh_programs", "mesh_departures"}:  # emptied once nobody holds them
+            for array_of_programs in own & {"mesh_tail_calls", "mesh_task_calls"}:  # emptied once nobody holds them
                 self.maps[array_of_programs] = item.map(array_of_programs)
             for shared in own & set(SHARED):
                 self.maps.setdefault(shared, item.map(shared))
             if name == "task":
-                self.hops = item.map("next_hops")
+                self.hops = item.map("fib_cache")
             self.recent += [_bpf.Mapping(item.map(known)) for known in own & {"mesh_recent"}]
             for program in item.programs():
                 self.programs[program] = item.program(program)
@@ -150,9 +150,9 @@ class Plane:
 
     def reroute(self) -> None:
         """Say that routes have changed."""
-        held = self.maps["mesh_routes"].lookup(u32(0))
+        held = self.maps["mesh_fib_gen"].lookup(u32(0))
         assert held
-        self.maps["mesh_routes"].update(u32(0), u32(struct.unpack("=I", held)[0] + 1))
+        self.maps["mesh_fib_gen"].update(u32(0), u32(struct.unpack("=I", held)[0] + 1))
 
     def configure(self, cookie: int = 0, *, settings: int = 0, error_rate: int = 0) -> None:
         value = struct.pack("=Q16s16sI", cookie, packed(HAIRPIN), packed(HAIRPIN6), settings)
@@ -160,10 +160,10 @@ class Plane:
 
     def tunnel(self, number: int, node: str, own: str, *, mtu: int = 1500, ifindex: int = 1) -> None:
         """Another node, and this one's address by which it is known there."""
-        self.maps["mesh_ways"].update(u32(number), packed(node))
+        self.maps["mesh_node_addrs"].update(u32(number), packed(node))
         self.maps["mesh_nodes"].update(packed(node), packed(own) + struct.pack("=6I", ifindex, mtu, number, 0, 0, 0))
         self.maps["mesh_ports"].update(u32(65536 + TUNNEL_PORT), u32(0x40000000))
-        self.used |= {("mesh_ways", number), ("mesh_ports", 65536 + TUNNEL_PORT)}
+        self.used |= {("mesh_node_addrs", number), ("mesh_ports", 65536 + TUNNEL_PORT)}
 
     def away(
         self,
@@ -179,7 +179,7 @@ class Plane:
         """A backend on another node."""
         value = packed(node) + struct.pack("!HBB", port, protocol, state)
         value += struct.pack("=III6sBx8s16x", 1, 0, 0, bytes(6), version, seed)
-        self.used |= {("mesh_backends", owner), ("mesh_bcounts", owner)}
+        self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 
     def table(self, slots: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -205,7 +205,7 @@ class Plane:
         first, size = self.table(slots)
         self.maps["mesh_frontends"].update(u32(number), struct.pack("=IIII", first, size, flags, acl))
         slot = (0 if protocol == TCP else 65536) + port
-        self.used |= {("mesh_frontends", number), ("mesh_fcounts", number), ("mesh_ports", slot)}
+        self.used |= {("mesh_frontends", number), ("mesh_fe_metrics", number), ("mesh_ports", slot)}
         index = u32(slot)
         word = struct.unpack("=I", self.maps["mesh_ports"].lookup(index) or bytes(4))[0]
         if address == "::":
@@ -230,7 +230,7 @@ class Plane:
     ) -> None:
         value = packed(address) + struct.pack("!HBB", port, protocol, state)
         value += struct.pack("=III6s26x", epoch, ifindex, bridge, bytes(6))
-        self.used |= {("mesh_backends", owner), ("mesh_bcounts", owner)}
+        self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 
     def local(self, *addresses: str, floating: bool = False) -> None:
@@ -254,7 +254,7 @@ class Plane:
         return {name: count for name, count in zip(VERDICTS, counts, strict=True) if count}
 
     def counts(self, name: str, number: int) -> tuple[int, ...]:
-        """(packets_in, bytes_in, packets_out, bytes_out, starts, ends) of a frontend (`mesh_fcounts`) or a backend."""
+        """(packets_in, bytes_in, packets_out, bytes_out, starts, ends) of a frontend (mesh_fe_metrics) or backend."""
         raw = self.maps[name].lookup(u32(number))
         assert raw
         each = struct.iter_unpack("=6Q", raw)

@@ -61,8 +61,8 @@ def test_a_flow_that_both_ends_close_at_once_is_closed(plane: Plane) -> None:
             os._exit(0)
         os.sched_setaffinity(0, cpus)
     assert os.waitpid(child, 0)[1] == 0
-    _, values = plane.maps["mesh_replies"].dump()
-    size = plane.maps["mesh_replies"].value_size
+    _, values = plane.maps["mesh_revnat"].dump()
+    size = plane.maps["mesh_revnat"].value_size
     open_yet = sum(values[at + FLAGS] & BOTH != BOTH for at in range(0, len(values), size))
     assert (len(values) // size, open_yet) == (FLOWS, 0)
-    assert plane.counts("mesh_fcounts", 1)[4:] == (FLOWS, FLOWS)
+    assert plane.counts("mesh_fe_metrics", 1)[4:] == (FLOWS, FLOWS)

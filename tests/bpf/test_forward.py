@@ -56,7 +56,7 @@ def test_there_and_back(
     assert out.data == become(reply, src=node, sport=port)
     assert plane.verdicts() == {"FORWARD": 1, "REPLY": 1}
     length = len(frame) - 14
-    assert plane.counts("mesh_bcounts", {8080: 2, 5353: 4}[target] + (":" in task))[:4] == (1, length, 1, length)
+    assert plane.counts("mesh_be_metrics", {8080: 2, 5353: 4}[target] + (":" in task))[:4] == (1, length, 1, length)
 
 
 def test_checksums_of_many_values_stay_right(plane: Plane) -> None:
@@ -177,27 +177,27 @@ def test_flow_is_counted_at_the_clients_second_packet_and_when_both_sides_closed
 
     client("S")
     task("SA")
-    assert plane.counts("mesh_bcounts", 2)[4:] == (0, 0)
+    assert plane.counts("mesh_be_metrics", 2)[4:] == (0, 0)
     client("A")
     client("PA")
-    assert plane.counts("mesh_bcounts", 2)[4:] == (1, 0)
+    assert plane.counts("mesh_be_metrics", 2)[4:] == (1, 0)
     client("FA")
     task("A")
-    assert plane.counts("mesh_bcounts", 2)[4:] == (1, 0)
+    assert plane.counts("mesh_be_metrics", 2)[4:] == (1, 0)
     task("FA")
     client("A")
-    assert plane.counts("mesh_bcounts", 2)[4:] == (1, 1)
+    assert plane.counts("mesh_be_metrics", 2)[4:] == (1, 1)
     client("S")  # the port is used again
     task("SA")
     client("A")
     task("R")
-    assert plane.counts("mesh_bcounts", 2)[4:] == (2, 2)
-    assert plane.counts("mesh_fcounts", 1)[4:] == (2, 2)
+    assert plane.counts("mesh_be_metrics", 2)[4:] == (2, 2)
+    assert plane.counts("mesh_fe_metrics", 1)[4:] == (2, 2)
 
 
 def test_lost_entry_is_rebuilt_by_any_packet_of_the_client(plane: Plane) -> None:
     plane.run("mesh_ingress", bytes(segment(CLIENT4, 40000, NODE4, 80)))
-    for name in ("mesh_openings", "mesh_replies"):
+    for name in ("mesh_revnat_new", "mesh_revnat"):
         keys, _ = plane.maps[name].dump()
         if keys:
             plane.maps[name].delete_batch(keys)
@@ -225,7 +225,7 @@ def test_explain_tells_the_choice_and_changes_nothing(plane: Plane) -> None:
     name, frontend, _, slot, owner = explained(out)
     assert (name, frontend, slot, owner) == ("FORWARD", 1, 0, 2)
     assert plane.verdicts() == {}
-    assert plane.maps["mesh_replies"].dump()[0] == plane.maps["mesh_openings"].dump()[0] == b""
+    assert plane.maps["mesh_revnat"].dump()[0] == plane.maps["mesh_revnat_new"].dump()[0] == b""
 
 
 def test_padding_behind_the_packet_stays(plane: Plane) -> None:
@@ -233,5 +233,5 @@ def test_padding_behind_the_packet_stays(plane: Plane) -> None:
     out = plane.run("mesh_ingress", frame)
     assert out.retval == REDIRECT
     assert len(out.data) == len(frame)
-    assert plane.counts("mesh_bcounts", 4)[1] == 29
+    assert plane.counts("mesh_be_metrics", 4)[1] == 29
     assert Raw in Ether(out.data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the programs remember of routes (bpf/lib/next_hop.h), and for how long."""
+"""What the programs remember of routes (bpf/lib/fib.h), and for how long."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOP = struct.Struct("=4s4sIII4sBBxx")
 
 @dataclass(frozen=True)
 class Hop:
-    """An entry of next_hops."""
+    """An entry of fib_cache."""
 
     next: str  # 0.0.0.0: not remembered
     ifindex: int
@@ -53,7 +53,7 @@ class Router:
 
     def reply(self, *, tos: int = 0, mark: int = 0) -> Hop | None:
         """A reply passes; the newest that is remembered then for these ends, since routes changed last."""
-        routes = struct.unpack("=I", self.plane.maps["mesh_routes"].lookup(u32(0)) or b"")[0]
+        routes = struct.unpack("=I", self.plane.maps["mesh_fib_gen"].lookup(u32(0)) or b"")[0]
         frame = segment(self.task, 8080, self.client, 40000, "PA", b"data", **({"tos": tos} if tos else {}))
         skb = bytearray(context(self.ifindex))
         struct.pack_into("=I", skb, 8, mark)

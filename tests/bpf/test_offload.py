@@ -124,7 +124,7 @@ def test_refusals_are_believed(wires: Wires, family: socket.AddressFamily, node:
         datagram.send(b"question")
         with pytest.raises(ConnectionRefusedError):
             datagram.recv(100)
-    assert wires.plane.verdicts() == {"REFUSED": 2}
+    assert wires.plane.verdicts() == {"REJECTED": 2}
 
 
 @pytest.mark.parametrize(("family", "node", "task"), FAMILIES)

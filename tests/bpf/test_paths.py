@@ -93,9 +93,9 @@ def test_backends_at_own_addresses_are_left_to_the_kernel(plane: Plane) -> None:
     passed(plane, bytes(segment(CLIENT4, 40000, NODE4, 91)))
     passed(plane, bytes(segment(CLIENT4, 40000, NODE4, 91, "A")))
     passed(plane, bytes(segment(OTHER4, 40000, NODE4, 90)), "mesh_task")
-    assert plane.verdicts() == {"OWN": 4}
+    assert plane.verdicts() == {"HOST_BACKEND": 4}
     assert plane.run("mesh_ingress", bytes(segment(CLIENT4, 40001, NODE4, 91, "A"))).retval == REDIRECT
-    assert plane.verdicts() == {"OWN": 4, "KEPT": 1}
+    assert plane.verdicts() == {"HOST_BACKEND": 4, "KEPT": 1}
 
 
 # Fragments

@@ -69,7 +69,7 @@ def test_tcp_is_reset(plane: Plane, client: str, node: str, flags: str, data: by
         length = len(data) + ("S" in flags) + ("F" in flags)
         reset = TCP(sport=80, dport=40000, seq=0, ack=tcp.seq + length, flags="RA", window=0)
     assert out.data == bytes(answer(frame) / reset)
-    assert plane.verdicts() == {"REFUSED": 1}
+    assert plane.verdicts() == {"REJECTED": 1}
 
 
 def error(frame: Any, v4: Any, v6: Any) -> bytes:
@@ -87,7 +87,7 @@ def test_udp_gets_port_unreachable(plane: Plane, client: str, node: str, data: b
     out = plane.run("mesh_ingress", bytes(frame))
     assert out.retval == REDIRECT
     assert out.data == error(frame, ICMP(type=3, code=3, unused=0), ICMPv6DestUnreach(code=4))
-    assert plane.verdicts() == {"REFUSED": 1}
+    assert plane.verdicts() == {"REJECTED": 1}
 
 
 def test_udp_without_checksum_gets_port_unreachable(plane: Plane) -> None:
@@ -127,7 +127,7 @@ def test_some_packets_get_no_answer(plane: Plane, frame: Any) -> None:
 def test_containers_are_answered_too(plane: Plane) -> None:
     frame = segment("172.18.0.9", 40000, NODE4, 80)
     assert plane.run("mesh_task", bytes(frame)).retval == REDIRECT
-    assert plane.verdicts() == {"REFUSED": 1}
+    assert plane.verdicts() == {"REJECTED": 1}
 
 
 def test_reply_at_its_last_hop_is_dropped(plane: Plane) -> None:
@@ -149,14 +149,14 @@ def test_a_tasks_first_refusal_is_not_told(plane: Plane, client: str, node: str,
         assert plane.run("mesh_ingress", bytes(call)).retval == REDIRECT
         out = plane.run("mesh_task", bytes(refusal))
         assert (out.retval, data and out.data) == (retval, data)
-    assert plane.verdicts() == {"FORWARD": 3, "UNANSWERED": 1, "REPLY": 2}
+    assert plane.verdicts() == {"FORWARD": 3, "RESET_HELD": 1, "REPLY": 2}
     plane.run("mesh_ingress", bytes(segment(client, 40001, node, port)))
     late = segment(task, 8080, client, 40001, "RA")  # not of a connection that never was
     assert plane.run("mesh_task", bytes(late)).retval == REDIRECT
     plane.run("mesh_ingress", bytes(segment(client, 40000, node, port, "A")))
     out = plane.run("mesh_task", bytes(segment(task, 8080, client, 40000, "RA")))
     assert (out.retval, out.data) == (REDIRECT, reset)
-    assert plane.verdicts()["UNANSWERED"] == 1
+    assert plane.verdicts()["RESET_HELD"] == 1
 
 
 def test_another_task_may_refuse_as_well(plane: Plane) -> None:
@@ -169,7 +169,7 @@ def test_another_task_may_refuse_as_well(plane: Plane) -> None:
         refusal = segment(task, 8080, CLIENT4, 40000, "RA")
         refusal[TCP].seq = 0
         plane.run("mesh_task", bytes(refusal))
-    assert plane.verdicts() == {"FORWARD": 3, "UNANSWERED": 2, "REPLY": 1}
+    assert plane.verdicts() == {"FORWARD": 3, "RESET_HELD": 2, "REPLY": 1}
 
 
 def test_errors_are_limited_and_resets_are_not(plane: Plane) -> None:
@@ -188,10 +188,10 @@ def check_limits(plane: Plane, question: bytes, call: bytes) -> None:
     for _ in range(1000):
         plane.run("mesh_ingress", question)
     counted = plane.verdicts()
-    assert counted["REFUSED"] >= 50
-    assert counted["LIMITED"] == 1000 - counted["REFUSED"] > 0
+    assert counted["REJECTED"] >= 50
+    assert counted["RATE_LIMITED"] == 1000 - counted["REJECTED"] > 0
     for _ in range(100):
         assert plane.run("mesh_ingress", call).retval == REDIRECT
     expired = bytes(segment(CLIENT4, 40000, NODE4, 81, ttl=1))
     limited = sum(plane.run("mesh_ingress", expired).retval == SHOT for _ in range(100))
-    assert plane.verdicts()["LIMITED"] - counted["LIMITED"] == limited > 0
+    assert plane.verdicts()["RATE_LIMITED"] - counted["RATE_LIMITED"] == limited > 0

@@ -101,7 +101,7 @@ def test_the_current_owner_is_asked_and_keeps_what_it_knows(
     assert (ident, node) == (ASKED, THERE[outer])
     assert packet == become(call)[14:]
     assert pair.arrives(packet, ident)[14:] == become(call, dst=TASK[inner], dport=8080, hops=2)[14:]
-    assert pair.there.verdicts() == {"TUNNEL_IN": 3}
+    assert pair.there.verdicts() == {"TUNNEL_RX": 3}
     answer = segment(TASK[inner], 8080, CLIENT[inner], 40000, "A", b"answer")
     out = pair.there.run("mesh_task", bytes(answer))
     assert Ether(out.data)["IP" if outer == 4 else "IPv6"].dst == HERE[outer]  # no more to the node that had it
@@ -110,7 +110,7 @@ def test_the_current_owner_is_asked_and_keeps_what_it_knows(
     back = bytes(call)[:14] + unwrapped(out.data, outer)[1]
     assert pair.here.run("mesh_ingress", wrapped(back, THERE[outer], HERE[outer], REPLY)).retval == REDIRECT
     assert pair.leaves(bytes(call))[0] == ID
-    assert pair.here.verdicts() == {"TUNNEL_OUT": 3, "TUNNEL_REPLY": 1}
+    assert pair.here.verdicts() == {"TUNNEL_TX": 3, "TUNNEL_REPLY_RX": 1}
 
 
 @VERSIONS
@@ -128,7 +128,7 @@ def test_what_it_does_not_know_comes_back_and_is_the_previous_owners(
     assert (ident, node) == (OTHER_ID, THIRD[outer])
     assert packet == become(call, hops=2)[14:]
     assert pair.leaves(bytes(call)) == (OTHER_ID, become(call)[14:], THIRD[outer])  # straight from now on
-    assert pair.here.verdicts() == {"TUNNEL_OUT": 3}
+    assert pair.here.verdicts() == {"TUNNEL_TX": 3}
 
 
 def test_packets_that_were_asked_before_the_first_came_back_follow_it(loaded: tuple[Plane, Plane]) -> None:
@@ -136,7 +136,7 @@ def test_packets_that_were_asked_before_the_first_came_back_follow_it(loaded: tu
     packets = [pair.leaves(bytes(pair.call(data=bytes([n]))))[1] for n in range(3)]
     for packet in packets:
         assert pair.leaves(pair.come_back(packet))[0] == OTHER_ID
-    assert pair.here.verdicts() == {"TUNNEL_OUT": 6}
+    assert pair.here.verdicts() == {"TUNNEL_TX": 6}
 
 
 @pytest.mark.parametrize("data", [b"question", bytes(3000)])
@@ -150,7 +150,7 @@ def test_a_flow_that_the_kernel_had_before_comes_back_to_it(loaded: tuple[Plane,
     assert (out.retval, out.data) == (OK, become(call))
     out = pair.here.run("mesh_ingress", bytes(call))
     assert (out.retval, out.data) == (OK, bytes(call))
-    assert pair.here.verdicts() == {"TUNNEL_OUT": 1, "PASS": 2}
+    assert pair.here.verdicts() == {"TUNNEL_TX": 1, "PASS": 2}
 
 
 def test_a_flow_after_a_take_over_is_the_current_owners_if_it_is_known(loaded: tuple[Plane, Plane]) -> None:
@@ -159,7 +159,7 @@ def test_a_flow_after_a_take_over_is_the_current_owners_if_it_is_known(loaded: t
     call = pair.call("A", b"")
     ident, packet, _ = pair.leaves(bytes(call))
     assert pair.arrives(packet, ident) == become(call, dst=TASK4, dport=8080, hops=2)
-    assert pair.there.counts("mesh_bcounts", 9)[4] == 1
+    assert pair.there.counts("mesh_be_metrics", 9)[4] == 1
 
 
 def test_a_flow_that_has_ended_stays_the_current_owners(loaded: tuple[Plane, Plane]) -> None:
@@ -167,7 +167,7 @@ def test_a_flow_that_has_ended_stays_the_current_owners(loaded: tuple[Plane, Pla
     pair.begin("S", "A", "FA")
     pair.there.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "FA")))
     pair.arrives(pair.leaves(bytes(pair.call("A", b"")))[1], ASKED)
-    assert pair.there.verdicts()["TUNNEL_IN"] == 4
+    assert pair.there.verdicts()["TUNNEL_RX"] == 4
 
 
 def test_a_previous_owner_of_this_node_is_known_here(loaded: tuple[Plane, Plane]) -> None:
@@ -203,7 +203,7 @@ def test_nobody_is_asked_where_both_owners_are_here(loaded: tuple[Plane, Plane])
     assert pair.here.run("mesh_ingress", bytes(call)).data == become(call, dst=TASK4, dport=8080)
     other = pair.call(sport=40001)
     assert pair.here.run("mesh_ingress", bytes(other)).data == become(other, dst=OTHER4, dport=8082)
-    assert pair.here.verdicts() == {"TUNNEL_IN": 2, "NOTED": 1, "KEPT": 1}
+    assert pair.here.verdicts() == {"TUNNEL_RX": 2, "NOTED": 1, "KEPT": 1}
 
 
 def test_a_task_that_is_not_there_is_not_the_flows(loaded: tuple[Plane, Plane]) -> None:
@@ -281,10 +281,10 @@ def test_packets_that_come_back_are_clients_of_a_frontend(loaded: tuple[Plane, P
     ]
     for packet in bad:
         assert pair.here.run("mesh_ingress", pair.come_back(packet)).retval == SHOT
-    assert pair.here.verdicts() == {"TUNNEL_BAD": 4}
+    assert pair.here.verdicts() == {"TUNNEL_INVALID": 4}
     good = become(pair.call())[14:]
     assert pair.here.run("mesh_ingress", pair.come_back(good, source="203.0.113.66")).retval == SHOT
-    assert pair.here.verdicts() == {"TUNNEL_BAD": 4, "TUNNEL_FOREIGN": 1}
+    assert pair.here.verdicts() == {"TUNNEL_INVALID": 4, "TUNNEL_FOREIGN": 1}
 
 
 @pytest.mark.parametrize("flags", [ASK | 1, BACK | 1, ASK | BACK, 8])
@@ -292,7 +292,7 @@ def test_no_packet_has_two_flags(loaded: tuple[Plane, Plane], flags: int) -> Non
     pair = Pair(loaded)
     frame = wrapped(bytes(pair.call()), HERE[4], THERE[4], identity(flags=flags))
     assert pair.there.run("mesh_ingress", frame).retval == SHOT
-    assert pair.there.verdicts() == {"TUNNEL_BAD": 1}
+    assert pair.there.verdicts() == {"TUNNEL_INVALID": 1}
 
 
 def test_a_packet_does_not_go_round_for_ever(loaded: tuple[Plane, Plane]) -> None:
@@ -300,7 +300,7 @@ def test_a_packet_does_not_go_round_for_ever(loaded: tuple[Plane, Plane]) -> Non
     pair = Pair(loaded)
     packet, rounds = become(pair.call())[14:], 0
     while True:
-        for name in ("mesh_flows", "mesh_starts"):
+        for name in ("mesh_flows", "mesh_flows_new"):
             if keys := pair.here.maps[name].dump()[0]:
                 pair.here.maps[name].delete_batch(keys)
         out = pair.here.run("mesh_ingress", pair.come_back(packet))

@@ -243,7 +243,7 @@ def test_no_backend_is_refused_at_once(plane: Plane) -> None:
     with client("127.0.0.1", socket.SOCK_DGRAM) as s, pytest.raises(PermissionError) as error:
         s.connect(("127.0.0.1", 53))
     assert error.value.errno == errno.EPERM
-    assert plane.verdicts() == {"SOCKET_NONE": 3}
+    assert plane.verdicts() == {"SOCKET_REJECTED": 3}
 
 
 def test_a_socket_that_is_connected_elsewhere_later_shows_its_new_peer(plane: Plane) -> None:

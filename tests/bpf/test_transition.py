@@ -247,7 +247,7 @@ def test_source_rules(plane: Plane) -> None:
 
 def forget(p: Plane) -> None:
     """Lose every note."""
-    for name in ("mesh_flows", "mesh_starts"):
+    for name in ("mesh_flows", "mesh_flows_new"):
         p.maps[name].delete_batch(p.maps[name].dump()[0])
 
 
@@ -279,10 +279,10 @@ def test_a_flow_is_kept_among_those_that_go_on_from_its_second_packet(plane: Pla
     for flags, sport in (("S", 40000), ("A", 40001), ("S", 40002)):
         owner(plane, flags, sport)
     assert notes(plane, "mesh_flows") == []
-    assert notes(plane, "mesh_starts") == [(40000, A), (40001, B), (40002, A)]
+    assert notes(plane, "mesh_flows_new") == [(40000, A), (40001, B), (40002, A)]
     assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
     assert notes(plane, "mesh_flows") == [(40000, A), (40001, B)]
-    assert notes(plane, "mesh_starts") == [(40002, A)]
+    assert notes(plane, "mesh_flows_new") == [(40002, A)]
     start = bytearray(bytes(segment(CLIENT4, 0, NODE4, 80)))
     for sport in range(10000, 20000):
         struct.pack_into("!H", start, 34, sport)
@@ -294,14 +294,14 @@ def test_a_flow_is_kept_among_those_that_go_on_from_its_second_packet(plane: Pla
 def test_a_port_that_is_used_again_replaces_the_note_of_the_flow_before(plane: Plane) -> None:
     tcp(plane, A, B)
     assert [owner(plane, "A"), owner(plane, "A"), owner(plane, "S")] == [B, B, A]
-    assert (notes(plane, "mesh_flows"), notes(plane, "mesh_starts")) == ([(40000, A)], [])
+    assert (notes(plane, "mesh_flows"), notes(plane, "mesh_flows_new")) == ([(40000, A)], [])
     assert owner(plane, "A") == A
 
 
 def test_udp_is_noted_alike(plane: Plane) -> None:
     udp(plane, A, B)
     assert owner(plane, "", 40000) == owner(plane, "", 40001) == owner(plane, "", 40001) == B
-    assert notes(plane, "mesh_starts") == [(40000, B)]
+    assert notes(plane, "mesh_flows_new") == [(40000, B)]
     assert notes(plane, "mesh_flows") == [(40001, B)]
 
 

@@ -72,7 +72,7 @@ def test_a_clients_packet_is_wrapped_for_the_node_of_its_task() -> None:
     assert (geneve.version, geneve.optionlen, geneve.critical, geneve.proto) == (0, 4, 1, 0x0800)
     assert out.data[50:66] == struct.pack("!HBB", 0xFF6D, 0x81, 3) + identity()
     assert out.data[66:] == become(frame)[14:]
-    assert plane.verdicts() == {"TUNNEL_OUT": 1}
+    assert plane.verdicts() == {"TUNNEL_TX": 1}
 
 
 def test_a_first_refusal_does_not_leave_the_owners_node() -> None:
@@ -83,7 +83,7 @@ def test_a_first_refusal_does_not_leave_the_owners_node() -> None:
     for retval in (SHOT, REDIRECT):
         assert plane.run("mesh_ingress", call).retval == REDIRECT
         assert plane.run("mesh_task", bytes(refusal)).retval == retval
-    assert plane.verdicts() == {"TUNNEL_IN": 2, "UNANSWERED": 1, "TUNNEL_ANSWER": 1}
+    assert plane.verdicts() == {"TUNNEL_RX": 2, "RESET_HELD": 1, "TUNNEL_REPLY_TX": 1}
 
 
 def test_there_and_back_through_the_owners_node() -> None:
@@ -91,7 +91,7 @@ def test_there_and_back_through_the_owners_node() -> None:
     for flags in ("S", "A"):
         frame = segment(CLIENT4, 40000, NODE4, 80, flags, b"" if flags == "S" else b"question")
         out = plane.run("mesh_ingress", wrapped(bytes(frame), NODE4, PEER4, identity()))
-        assert (out.retval, plane.verdicts().get("TUNNEL_IN")) == (REDIRECT, 1 if flags == "S" else 2), plane.verdicts()
+        assert (out.retval, plane.verdicts().get("TUNNEL_RX")) == (REDIRECT, 1 if flags == "S" else 2), plane.verdicts()
         if flags == "A":
             assert out.data == become(frame, dst=TASK4, dport=8080)
     reply = segment(TASK4, 8080, CLIENT4, 40000, "A", b"answer")
@@ -99,7 +99,7 @@ def test_there_and_back_through_the_owners_node() -> None:
     assert out.retval == REDIRECT
     assert out.data[66:] == become(reply, src=NODE4, sport=80)[14:]
     assert out.data[54:66] == identity(0, 0, bytes(8), 1)
-    assert plane.verdicts()["TUNNEL_ANSWER"] == 1
+    assert plane.verdicts()["TUNNEL_REPLY_TX"] == 1
 
 
 def test_direct_return_leaves_without_the_tunnel() -> None:
@@ -141,7 +141,7 @@ def test_truncated_packets_are_dropped(cut: int) -> None:
     whole = Ether(wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity()))
     frame = ETHER / IP(src=NODE4, dst=PEER4) / UDP(sport=50000, dport=PORT, chksum=0) / bytes(whole)[42 : 42 + cut]
     assert plane.run("mesh_ingress", bytes(frame)).retval == SHOT
-    assert plane.verdicts() == {"TUNNEL_BAD": 1}
+    assert plane.verdicts() == {"TUNNEL_INVALID": 1}
 
 
 def test_an_unknown_task_drops_starts_once_and_resets_others() -> None:
@@ -156,7 +156,7 @@ def test_an_unknown_task_drops_starts_once_and_resets_others() -> None:
         inner = IP(out.data[66:])
         assert (inner.src, inner.dst, str(inner["TCP"].flags)) == (NODE4, CLIENT4, flags)
         assert out.data[54:66] == identity(0, 0, bytes(8), 1)
-    assert plane.verdicts() == {"TUNNEL_UNKNOWN": 3}
+    assert plane.verdicts() == {"TUNNEL_NO_BACKEND": 3}
 
 
 def test_udp_port_of_the_tunnel_on_other_addresses_passes() -> None:

@@ -126,7 +126,7 @@ def test_every_step_of_a_flow(inner: int, outer: int, build: Any, protocol: int)
     plane = near(inner, outer, protocol)
     out = plane.run("mesh_ingress", wrapped(back, THERE[outer], HERE[outer], REPLY))
     assert (out.retval, out.data[14:]) == (REDIRECT, become(reply, src=HERE[inner], sport=80, hops=2)[14:])
-    assert plane.verdicts() == {"TUNNEL_REPLY": 1}
+    assert plane.verdicts() == {"TUNNEL_REPLY_RX": 1}
 
 
 @VERSIONS
@@ -190,7 +190,7 @@ def test_hops_that_are_used_up_are_told_through_the_tunnel(inner: int, outer: in
     out = plane.run(
         "mesh_ingress", wrapped(ETHER.build()[:12] + bytes(frame)[12:14] + packet, THERE[outer], HERE[outer], REPLY)
     )
-    assert (out.retval, plane.verdicts()) == (REDIRECT, {"TUNNEL_REPLY": 1})
+    assert (out.retval, plane.verdicts()) == (REDIRECT, {"TUNNEL_REPLY_RX": 1})
 
 
 def test_fragments_follow_their_first() -> None:
@@ -204,13 +204,13 @@ def test_fragments_follow_their_first() -> None:
         ident, packet = unwrapped(out.data, 4)
         assert ident == identity(8080, PROTO_UDP)
         inner.append(packet)
-    assert plane.verdicts() == {"TUNNEL_OUT": 2}
+    assert plane.verdicts() == {"TUNNEL_TX": 2}
     plane = far(protocol=PROTO_UDP)
     ether = bytes(call)[:14]
     for packet in inner:
         out = plane.run("mesh_ingress", wrapped(ether + packet, NODE4, PEER4, identity(8080, PROTO_UDP)))
         assert (out.retval, IP(out.data[14:]).dst) == (REDIRECT, TASK4)
-    assert plane.verdicts() == {"TUNNEL_IN": 2}
+    assert plane.verdicts() == {"TUNNEL_RX": 2}
 
 
 def test_errors_about_replies_reach_the_task() -> None:
@@ -221,7 +221,7 @@ def test_errors_about_replies_reach_the_task() -> None:
     frame = ETHER / IP(src="203.0.113.1", dst=NODE4) / icmp / bytes(quoted)[:48]
     out = plane.run("mesh_ingress", bytes(frame))
     ident, packet = unwrapped(out.data, 4)
-    assert (ident, plane.verdicts()) == (identity(), {"TUNNEL_OUT": 1})
+    assert (ident, plane.verdicts()) == (identity(), {"TUNNEL_TX": 1})
     plane = far()
     call = segment(CLIENT4, 40000, NODE4, 80, "A")
     plane.run("mesh_ingress", wrapped(bytes(call), NODE4, PEER4, identity()))
@@ -231,7 +231,7 @@ def test_errors_about_replies_reach_the_task() -> None:
     assert (out.retval, got.src, got.dst, got.ttl) == (REDIRECT, "203.0.113.1", TASK4, 62)
     assert bytes(got)[28:48] == requoted(quoted, src=TASK4, sport=8080)[:20]
     assert bytes(got)[:20] == bytes(expected)[:20]
-    assert plane.verdicts() == {"TUNNEL_IN": 1, "TUNNEL_ICMP": 1}
+    assert plane.verdicts() == {"TUNNEL_RX": 1, "TUNNEL_ICMP": 1}
 
 
 def test_errors_of_the_task_reach_the_client() -> None:
@@ -241,11 +241,11 @@ def test_errors_of_the_task_reach_the_client() -> None:
     frame = ETHER / IP(src=TASK4, dst=CLIENT4) / ICMP(type=3, code=3) / delivered[14:42]
     out = plane.run("mesh_task", bytes(frame))
     ident, packet = unwrapped(out.data, 4)
-    assert (ident, plane.verdicts()) == (REPLY, {"TUNNEL_IN": 1, "ICMP_OUT": 1})
+    assert (ident, plane.verdicts()) == (REPLY, {"TUNNEL_RX": 1, "ICMP_OUT": 1})
     assert (IP(packet).src, IP(packet).dst) == (NODE4, CLIENT4)
     plane = near(protocol=PROTO_UDP)
     out = plane.run("mesh_ingress", wrapped(bytes(frame)[:14] + packet, PEER4, NODE4, REPLY))
-    assert (out.retval, plane.verdicts()) == (REDIRECT, {"TUNNEL_REPLY": 1})
+    assert (out.retval, plane.verdicts()) == (REDIRECT, {"TUNNEL_REPLY_RX": 1})
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_way_tells_what_it_takes(source: str, mtu: int, noted: bool) -> None
     quoted = IP(src=NODE4, dst=source, flags="DF") / UDP(sport=50000, dport=PORT, chksum=0, len=1400)
     error = ETHER / IP(src="203.0.113.1", dst=NODE4) / ICMP(type=3, code=4, nexthopmtu=mtu) / quoted
     assert plane.run("mesh_ingress", bytes(error)).retval == OK  # the kernel may look at it, too
-    assert plane.verdicts() == ({"TUNNEL_PATH": 1} if noted else {})
+    assert plane.verdicts() == ({"TUNNEL_PMTU": 1} if noted else {})
     call = bytes(segment(CLIENT4, 40000, NODE4, 80, "A", bytes(1300)))
     answer = Ether(plane.run("mesh_ingress", call).data)
     assert (ICMP in answer) == noted
@@ -284,7 +284,7 @@ def test_other_geneve_is_dropped(changes: dict[str, int]) -> None:
     plane = far()
     frame = wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity(), **changes)
     assert plane.run("mesh_ingress", frame).retval == SHOT
-    assert plane.verdicts() == {"TUNNEL_BAD": 1}
+    assert plane.verdicts() == {"TUNNEL_INVALID": 1}
 
 
 def test_a_tunnel_in_the_tunnel_is_dropped() -> None:
@@ -292,7 +292,7 @@ def test_a_tunnel_in_the_tunnel_is_dropped() -> None:
     once = wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity())
     for ident in (identity(), identity(8080, PROTO_UDP), REPLY):
         assert plane.run("mesh_ingress", wrapped(once, NODE4, PEER4, ident)).retval == SHOT
-    assert plane.verdicts() == {"TUNNEL_BAD": 3}
+    assert plane.verdicts() == {"TUNNEL_INVALID": 3}
 
 
 def test_unknown_flags_and_another_protocol_are_dropped() -> None:
@@ -300,7 +300,7 @@ def test_unknown_flags_and_another_protocol_are_dropped() -> None:
     frame = bytes(segment(CLIENT4, 40000, NODE4, 80))
     for ident in (identity(flags=8), identity(flags=3), identity(protocol=PROTO_UDP)):
         assert plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, ident)).retval == SHOT
-    assert plane.verdicts() == {"TUNNEL_BAD": 3}
+    assert plane.verdicts() == {"TUNNEL_INVALID": 3}
 
 
 def test_replies_of_a_node_that_never_got_the_flow_are_dropped() -> None:
@@ -318,7 +318,7 @@ def test_replies_of_a_node_that_never_got_the_flow_are_dropped() -> None:
         (PEER4, bytes(segment(NODE4, 80, NODE4, 40000, "A"))),
     ):
         assert plane.run("mesh_ingress", wrapped(frame, source, NODE4, REPLY)).retval == SHOT
-    assert plane.verdicts() == {"TUNNEL_BAD": 4}
+    assert plane.verdicts() == {"TUNNEL_INVALID": 4}
     assert plane.run("mesh_ingress", wrapped(good, PEER4, NODE4, REPLY)).retval == REDIRECT
 
 
@@ -335,7 +335,7 @@ def test_fragments_of_the_tunnel_are_no_packets() -> None:
     whole = Ether(wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80, "A", bytes(900))), NODE4, PEER4, identity()))
     first = ETHER / IP(src=NODE4, dst=PEER4, id=9, flags="MF", proto=17) / bytes(whole[UDP])[:400]
     assert plane.run("mesh_ingress", bytes(first)).retval == SHOT
-    assert plane.verdicts() == {"TUNNEL_BAD": 1}
+    assert plane.verdicts() == {"TUNNEL_INVALID": 1}
 
 
 def test_no_way_is_left_to_the_kernel() -> None:
@@ -344,14 +344,14 @@ def test_no_way_is_left_to_the_kernel() -> None:
     frame = bytes(segment(CLIENT4, 40000, NODE4, 80))
     out = plane.run("mesh_ingress", frame)
     assert (out.retval, out.data) == (OK, frame)
-    assert plane.verdicts() == {"TUNNEL_NONE": 1}
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 1}
 
 
 def test_calls_of_containers_are_left_to_the_kernel() -> None:
     plane = near()
     frame = bytes(segment(TASK4, 40000, NODE4, 80))
     out = plane.run("mesh_task", frame)
-    assert (out.retval, out.data, plane.verdicts()) == (OK, frame, {"TUNNEL_NONE": 1})
+    assert (out.retval, out.data, plane.verdicts()) == (OK, frame, {"TUNNEL_NO_PATH": 1})
 
 
 def test_a_task_of_the_other_version_is_left_to_the_kernel() -> None:
@@ -372,4 +372,4 @@ def test_a_backend_at_an_address_of_the_far_node_itself_is_not_there() -> None:
         out = plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, identity()))
         ident, packet = unwrapped(out.data, 4)
         assert (out.retval, ident, str(IP(packet)[TCP].flags)) == (REDIRECT, REPLY, flags)
-    assert plane.verdicts() == {"TUNNEL_UNKNOWN": 3}
+    assert plane.verdicts() == {"TUNNEL_NO_BACKEND": 3}

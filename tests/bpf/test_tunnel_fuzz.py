@@ -66,7 +66,7 @@ def test_mutated_packets_reach_no_more_than_they_may() -> None:
         seen[name] += 1
         assert name != "ERROR", frame.hex()
         ours = frame[12:14] == b"\x08\0" and frame[26:30] == packed(NODE4)[12:]
-        if name in ("TUNNEL_IN", "NOTED"):
+        if name in ("TUNNEL_RX", "NOTED"):
             assert ours and out.data[30:34] in TASKS, frame.hex()
         if name == "PASS":
             assert ours and out.data[36:38] == (82).to_bytes(2, "big"), frame.hex()
@@ -74,11 +74,11 @@ def test_mutated_packets_reach_no_more_than_they_may() -> None:
         if not ours and whole and frame[36:38] == PORT.to_bytes(2, "big"):
             assert name in ("TUNNEL_FOREIGN", "") and out.retval in (SHOT, OK), frame.hex()
     assert {
-        "TUNNEL_IN",
+        "TUNNEL_RX",
         "TUNNEL_FOREIGN",
-        "TUNNEL_BAD",
-        "TUNNEL_UNKNOWN",
-        "TUNNEL_REPLY",
+        "TUNNEL_INVALID",
+        "TUNNEL_NO_BACKEND",
+        "TUNNEL_REPLY_RX",
         "TUNNEL_BACK",
         "PASS",
         "NOTED",

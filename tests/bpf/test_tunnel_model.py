@@ -142,9 +142,9 @@ def test_random_packets_between_nodes_meet_what_the_model_says() -> None:
             f"{program} {frame.hex()}\nexpected {expected.action} {expected.verdict} "
             f"{(expected.frame or b'').hex()}\ngot {out.retval} {out.data.hex()} {plane.verdicts()}"
         )
-        if expected.verdict in ("FORWARD", "TUNNEL_IN") and expected.frame:
+        if expected.verdict in ("FORWARD", "TUNNEL_RX") and expected.frame:
             calls.forwarded.append(expected.frame)
     assert Counter(plane.verdicts()) == Counter({name: n for name, n in seen.items() if name})
-    assert {"TUNNEL_OUT", "TUNNEL_IN", "TUNNEL_ANSWER", "TUNNEL_REPLY", "TUNNEL_FOREIGN", "TUNNEL_BAD",
-            "TUNNEL_UNKNOWN", "TUNNEL_TOO_BIG", "TUNNEL_NONE", "TUNNEL_BACK", "FAMILY", "EXPIRED", "NOTED",
+    assert {"TUNNEL_TX", "TUNNEL_RX", "TUNNEL_REPLY_TX", "TUNNEL_REPLY_RX", "TUNNEL_FOREIGN", "TUNNEL_INVALID",
+            "TUNNEL_NO_BACKEND", "TUNNEL_TOO_BIG", "TUNNEL_NO_PATH", "TUNNEL_BACK", "FAMILY", "EXPIRED", "NOTED",
             "PASS"} <= set(seen), seen  # fmt: skip

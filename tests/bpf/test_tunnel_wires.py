@@ -166,9 +166,9 @@ def test_bulk_both_ways(lab: Lab, inner: int, outer: int, offload: bool, setting
     lab.serve(inner, outer, settings=settings)
     transfer(lab, inner)
     near, far = lab.near.verdicts(), lab.far.verdicts()
-    assert near.keys() == ({"TUNNEL_OUT"} if settings else {"TUNNEL_OUT", "TUNNEL_REPLY"}), near
-    assert far.keys() == {"TUNNEL_IN", "TUNNEL_DIRECT" if settings else "TUNNEL_ANSWER"}, far
-    assert near["TUNNEL_OUT"] <= far["TUNNEL_IN"]  # segments are cut on the way without offload
+    assert near.keys() == ({"TUNNEL_TX"} if settings else {"TUNNEL_TX", "TUNNEL_REPLY_RX"}), near
+    assert far.keys() == {"TUNNEL_RX", "TUNNEL_DIRECT" if settings else "TUNNEL_REPLY_TX"}, far
+    assert near["TUNNEL_TX"] <= far["TUNNEL_RX"]  # segments are cut on the way without offload
 
 
 @VERSIONS
@@ -233,7 +233,7 @@ def test_a_small_way_that_tells(lab: Lab, inner: int, outer: int) -> None:
 
         wait_for(told, "the near node has answered the client")
     near = lab.near.verdicts()
-    assert (near["TUNNEL_PATH"], near["TUNNEL_TOO_BIG"]) >= (1, 1)
+    assert (near["TUNNEL_PMTU"], near["TUNNEL_TOO_BIG"]) >= (1, 1)
 
 
 @VERSIONS
@@ -246,8 +246,8 @@ def test_connections_to_an_unknown_task_are_refused(lab: Lab, inner: int, outer:
         client.settimeout(PATIENCE)
         with pytest.raises(ConnectionRefusedError):
             client.connect((NEAR[inner], 80))
-    assert lab.far.verdicts() == {"TUNNEL_UNKNOWN": 2}
-    assert lab.near.verdicts() == {"TUNNEL_OUT": 2, "TUNNEL_REPLY": 1}
+    assert lab.far.verdicts() == {"TUNNEL_NO_BACKEND": 2}
+    assert lab.near.verdicts() == {"TUNNEL_TX": 2, "TUNNEL_REPLY_RX": 1}
 
 
 @VERSIONS

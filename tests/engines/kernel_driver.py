@@ -145,7 +145,9 @@ class Served:
         self.applied = self.engine.apply(settle(self.applied, list(self.applied.frontends), {}))
 
     def entries(self) -> dict[str, int]:
-        return {name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "starts", "replies", "openings")}
+        return {
+            name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "flows_new", "revnat", "revnat_new")
+        }
 
     def forget(self, names: list[str]) -> None:
         """Empty tables of the programs."""

@@ -54,7 +54,7 @@ def test_a_connection_that_is_refused_gets_one_more_try(plane: Plane, engine: Dr
     with plane.client.entered(), socket.socket() as caller:
         caller.setblocking(False)
         caller.connect_ex((plane.node.address, PORT))
-        wait_for(lambda: engine.stats()["verdicts"]["unanswered"] == 1, "refused by the task")
+        wait_for(lambda: engine.stats()["verdicts"]["reset_held"] == 1, "refused by the task")
         engine.serve(services=[plane.web("b2")])
         assert select.select([], [caller], [], 30)[1]
         assert caller.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
@@ -63,7 +63,7 @@ def test_a_connection_that_is_refused_gets_one_more_try(plane: Plane, engine: Dr
     engine.serve(services=[deaf])
     with pytest.raises(ConnectionRefusedError):  # in the end the client is told
         Connection(plane.client, plane.node.address, timeout=30)
-    assert engine.stats()["verdicts"]["unanswered"] == 2
+    assert engine.stats()["verdicts"]["reset_held"] == 2
 
 
 def test_ipv6_clients_of_ipv4_tasks(plane: Plane, engine: Driver) -> None:
@@ -151,7 +151,7 @@ def test_a_connection_that_nothing_knows_any_more_is_reset(plane: Plane, engine:
     for connection in connections:
         connection.echo()
     engine.serve(services=[plane.web("b1", "b2", "b3", weights={"b1": 0, "b3": 0})])
-    engine.forget(names=["flows", "starts"])
+    engine.forget(names=["flows", "flows_new"])
     assert {c.backend for c in connections} == {"b1", "b2", "b3"}
     for connection in connections:
         if connection.backend == "b2":
@@ -301,12 +301,12 @@ def test_entries_of_closed_connections_are_swept(plane: Plane, engine: Driver) -
     for connection in connections[5:]:
         connection.close()
     wait_for(lambda: engine.stats()["frontends"]["*:8000/tcp"]["closed"] == 15, "15 closed")
-    assert engine.entries()["replies"] == 20
+    assert engine.entries()["revnat"] == 20
     assert engine.sweep(seconds=3600) == 0
     swept = 0
     while swept < 15:
         swept += wait_for(lambda: engine.sweep(seconds=0), "closed entries swept")
-    assert (swept, engine.entries()["replies"]) == (15, 5)
+    assert (swept, engine.entries()["revnat"]) == (15, 5)
     for connection in connections[:5]:
         connection.echo()
         connection.close()

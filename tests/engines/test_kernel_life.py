@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from mesh.datapath.kernel.maps import CARRIED
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, Connection, Plane, refused, serve
 from tests.support.lab.netns import wait_for
@@ -72,20 +73,22 @@ def test_adoption_without_the_names_file(plane: Plane, engine: Driver) -> None:
     second.close(release=True)
 
 
-@pytest.mark.parametrize("same_version", [True, False])
-def test_another_contract_is_built_beside_and_the_old_one_removed(
-    plane: Plane, engine: Driver, same_version: bool
-) -> None:
+@pytest.mark.parametrize("old_build", ["same version", "former names", "other version"])
+def test_another_contract_is_built_beside_and_the_old_one_removed(plane: Plane, engine: Driver, old_build: str) -> None:
     connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
     for connection in connections:
         connection.echo()
     engine.kill()
     (home,) = (plane.bpffs / "mesh").iterdir()
     (old,) = home.iterdir()
-    version = old.name.partition("-")[0] if same_version else "0"
+    version = old.name.partition("-")[0] if old_build != "other version" else "0"
+    if old_build == "former names":
+        for name, former in CARRIED.items():
+            (old / name).rename(old / former)
     old.rename(home / f"{version}-0123456789abcdef")  # stands for a build with other headers
     second = plane.driver()
     assert second.open()["frontends"] == {"*:8000/tcp": "web"}
+    assert second.entries()["revnat"] == (0 if old_build == "other version" else len(connections))
     assert [p.name for p in home.iterdir()] == [old.name]
     second.serve(services=[plane.web("b1", "b2", "b3")])
     assert set(plane.calls(60)) == {"b1", "b2", "b3"}

@@ -39,7 +39,7 @@ def test_backends_of_the_node_itself(plane: Plane, address: str) -> None:
         assert set(plane.calls(30, where)) == {"b1", "own"}
     assert set(plane.calls(30, address=plane.node.address6)) == {"b1", "own"}
     verdicts = engine.stats()["verdicts"]
-    assert verdicts["own"] > 0 < verdicts["started"]
+    assert verdicts["host_backend"] > 0 < verdicts["started"]
     engine.serve(services=[plane.web("b1") | {"backends": web["backends"] | {"own": [*web["backends"]["own"][:2], 0]}}])
     assert set(plane.calls(20)) == {"b1"}
     for connection in connections:  # in the kernel and in the proxy

@@ -65,8 +65,8 @@ def detour(plane: Plane, engine: Driver) -> Detour:
 
 
 def changes(plane: Plane) -> int:
-    """The value of mesh_routes."""
-    (pin,) = (Path(p) for p in plane.pins() if p.name == "mesh_routes")
+    """The value of mesh_fib_gen."""
+    (pin,) = (Path(p) for p in plane.pins() if p.name == "mesh_fib_gen")
     held = _bpf.Map.open(str(pin))
     try:
         return int.from_bytes(held.lookup(bytes(4)) or b"", "little")

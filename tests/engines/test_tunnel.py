@@ -186,9 +186,9 @@ def test_streams_through_the_tunnel(pair: Pair, mtu: int, back: str) -> None:
         for node, was in zip((pair.a, pair.b), before, strict=True)
     ]
     if back == "tunnel":
-        assert grown == [{"tunnel_out", "tunnel_reply"}, {"tunnel_in", "tunnel_answer"}]
+        assert grown == [{"tunnel_tx", "tunnel_reply_rx"}, {"tunnel_rx", "tunnel_reply_tx"}]
     else:
-        assert grown == [{"tunnel_out"}, {"tunnel_in", "tunnel_direct"}]
+        assert grown == [{"tunnel_tx"}, {"tunnel_rx", "tunnel_direct"}]
     assert pair.drivers[pair.a].problems() == pair.drivers[pair.b].problems() == []
 
 
@@ -268,7 +268,7 @@ def test_a_task_that_its_node_does_not_know_any_more_resets(pair: Pair) -> None:
     pair.drivers[pair.a] = driver
     with pytest.raises(ConnectionResetError):
         connection.echo()
-    assert pair.verdicts(pair.b)["tunnel_unknown"] > 0
+    assert pair.verdicts(pair.b)["tunnel_no_backend"] > 0
 
 
 def test_a_node_that_is_lost(pair: Pair) -> None:
@@ -291,7 +291,7 @@ def test_flows_outlive_the_agent_of_either_node(pair: Pair, which: str) -> None:
     node = getattr(pair, which)
     connection = Connection(pair.client, pair.a.address)
     stream, tag = pair.stream("-s", "-u", str(20 * MEGABYTE), "-d", str(20 * MEGABYTE))
-    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_in", 0) > 100, "the transfer is under way")
+    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_rx", 0) > 100, "the transfer is under way")
     pair.drivers[node].kill()
     connection.echo()
     pair.start(node)
@@ -348,7 +348,7 @@ def test_a_probe_is_answered_through_the_tunnel(pair: Pair) -> None:
         assert ask_tunnel(ip_address(B), ip_address(pair.a.address), 6084) == "no answer"
         assert ask_tunnel(ip_address(B), ip_address(A), 6085) == "nobody listens"
     counted = {name: n - before.get(name, 0) for name, n in pair.verdicts(pair.b).items()}
-    assert {name for name, n in counted.items() if n} == {"tunnel_unknown", "tunnel_foreign"}
+    assert {name for name, n in counted.items() if n} == {"tunnel_no_backend", "tunnel_foreign"}
 
 
 def test_a_frontend_that_the_tunnel_hides_is_a_problem(pair: Pair) -> None:
@@ -385,8 +385,8 @@ def test_a_smaller_way_is_followed(pair: Pair) -> None:
 def test_nodes_with_the_proxy_engine_get_flows_at_their_peer_port(pair: Pair) -> None:
     """Here the other node has both; what it is said to have decides."""
     services = [{"name": "s", "published": PORT, "backends": {"there": [B, TARGET, 1]}, "engine": "proxy"}]
-    before = pair.verdicts(pair.a).get("tunnel_out", 0)
+    before = pair.verdicts(pair.a).get("tunnel_tx", 0)
     pair.drivers[pair.a].serve(services=services, nodes=list(NODES))
     wait_for(lambda: not refused(pair.client, pair.a.address), "served")
     assert connect(pair.client, pair.a.address) == "there"
-    assert pair.verdicts(pair.a).get("tunnel_out", 0) == before
+    assert pair.verdicts(pair.a).get("tunnel_tx", 0) == before

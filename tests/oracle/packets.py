@@ -116,7 +116,7 @@ class Model:
         if owner == PASS:
             return "PASS", PASS, note
         if owner == NONE or owner not in self.backends or self.backends[owner].state == FREE:
-            return ("NO_BACKEND" if frontend.flags & PASS_IF_NONE else "REFUSED"), NONE, False
+            return ("NO_BACKEND" if frontend.flags & PASS_IF_NONE else "REJECTED"), NONE, False
         return verdict, owner, note
 
     # Programs
@@ -167,7 +167,7 @@ class Model:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
         start = p.protocol == TCP and p.flags & (SYN | ACK) == SYN
         verdict, owner, note = self._owner(p, number, start=start, from_task=from_task)
-        if verdict == "REFUSED":
+        if verdict == "REJECTED":
             return self._refuse(p, frame, verdict)
         if owner < FIRST:
             if note:
@@ -227,7 +227,7 @@ class Model:
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
         if self._is_first_refusal(p, frame, reply):
-            return Outcome(SHOT, "UNANSWERED")
+            return Outcome(SHOT, "RESET_HELD")
         reply.closed |= 3 if p.flags & RST else 2 if p.flags & FIN else 0
         return self._rewritten(p, frame, "REPLY", reply.called, reply.called_port, reply.client, p.dport)
 
@@ -277,7 +277,7 @@ class Model:
     def _refuse(self, p: Packet, frame: bytes, verdict: str) -> Outcome:
         header = 20 if p.version == 4 else 40
         if p.fragment or p.l4 != ETHER + header or p.flags & RST:
-            return Outcome(SHOT, "NO_BACKEND" if verdict == "REFUSED" else verdict)
+            return Outcome(SHOT, "NO_BACKEND" if verdict == "REJECTED" else verdict)
         if p.protocol == TCP and verdict != "EXPIRED":
             return self._reset(p, frame, verdict)
         kind = {("EXPIRED", 4): (11, 0), ("EXPIRED", 6): (3, 0)}.get(

@@ -67,13 +67,13 @@ class Spanning(Model):
     def _serve(self, p: Packet, frame: bytes, number: int, *, from_task: bool) -> Outcome:
         start = p.protocol == TCP and p.flags & (SYN | ACK) == SYN
         verdict, owner, note = self._owner(p, number, start=start, from_task=from_task)
-        if owner not in self.away or verdict == "REFUSED":
+        if owner not in self.away or verdict == "REJECTED":
             return super()._serve(p, frame, number, from_task=from_task)
         ident, version = self.away[owner]
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
         if version != p.version or from_task:
-            return Outcome(OK, "FAMILY" if version != p.version else "TUNNEL_NONE", frame)
+            return Outcome(OK, "FAMILY" if version != p.version else "TUNNEL_NO_PATH", frame)
         if note:
             made = (owner, self.backends[owner].epoch, number)
             self.notes[p.flow] = Asked(made) if verdict == "ASKED" else made
@@ -81,12 +81,12 @@ class Spanning(Model):
             ident = ident[:-1] + ASK
         node = self.backends[owner].address
         if node not in self.nodes:
-            return Outcome(OK, "TUNNEL_NONE", frame)
+            return Outcome(OK, "TUNNEL_NO_PATH", frame)
         if p.ttl <= 1:
             return self._refuse(p, frame, "EXPIRED")
         if len(frame) - ETHER > self.nodes[node] - ROOM:
             return Outcome(SHOT, "TUNNEL_TOO_BIG")
-        return self._wrapped(self._hop(p, frame), "TUNNEL_OUT", node, ident)
+        return self._wrapped(self._hop(p, frame), "TUNNEL_TX", node, ident)
 
     @staticmethod
     def _hop(p: Packet, frame: bytes) -> bytes:
@@ -117,7 +117,7 @@ class Spanning(Model):
         kind = {b"\x08\0": 20, b"\x86\xdd": 40}.get(head[2:4], 0)
         rest = len(frame) - p.l4 - HEAD
         if not good or not kind or p.fragment or p.l4 != ETHER + 20 or p.length < 20 + HEAD or rest < kind:
-            return Outcome(SHOT, "TUNNEL_BAD")
+            return Outcome(SHOT, "TUNNEL_INVALID")
         inner = frame[:12] + head[2:4] + frame[p.l4 + HEAD :]
         q = parse(inner)
         if q.kind == "fragment" and (known := self.fragments.get((q.source, q.destination, q.ident, q.protocol))):
@@ -125,13 +125,13 @@ class Spanning(Model):
         if q.kind == "flow" and q.fragment == 1:
             self.fragments[q.source, q.destination, q.ident, q.protocol] = (q.sport, q.dport)
         if q.kind != "flow":
-            return Outcome(SHOT, "TUNNEL_BAD")
+            return Outcome(SHOT, "TUNNEL_INVALID")
         if ident[-1:] == REPLY[-1:]:
             return self._return(q, inner, p.source)
         if ident[-1:] == BACK:
             return self._back(q, inner, p.source, ident)
         out = self._deliver(q, inner, p.source, ident)
-        if out.action != REDIRECT or out.verdict in ("TUNNEL_IN", "TUNNEL_BACK"):
+        if out.action != REDIRECT or out.verdict in ("TUNNEL_RX", "TUNNEL_BACK"):
             return out
         assert out.frame is not None
         return self._wrapped(out.frame, out.verdict, p.source, REPLY, tuple(out.checks))
@@ -141,7 +141,7 @@ class Spanning(Model):
         tunnel = (q.protocol, q.dport) == (UDP, self.port)
         number = 0 if tunnel else self.find(q.destination, q.dport, q.protocol)
         if not number:
-            return Outcome(SHOT, "TUNNEL_BAD")
+            return Outcome(SHOT, "TUNNEL_INVALID")
         note = self.notes.get(q.flow)
         asked = isinstance(note, Asked) and note[0] in self.away
         if note is None or (asked and (self.backends[note[0]].address, self.away[note[0]][0][:8]) == (node, ident[:8])):
@@ -153,7 +153,7 @@ class Spanning(Model):
 
     def _deliver(self, q: Packet, inner: bytes, node: bytes, ident: bytes) -> Outcome:
         if q.protocol != ident[10] or (q.protocol, q.dport) == (UDP, self.port):
-            return Outcome(SHOT, "TUNNEL_BAD")
+            return Outcome(SHOT, "TUNNEL_INVALID")
         asked, ident = ident[-1:] == ASK, ident[:-1] + b"\0"
         owner = self.ids.get(ident, 0)
         backend = self.backends.get(owner)
@@ -162,8 +162,8 @@ class Spanning(Model):
         if not backend or backend.state == FREE or (backend.address[:12] == MAPPED) != (q.version == 4):
             if (q.protocol == UDP or q.flags & SYN) and q.flow not in self.seen:
                 self.seen.add(q.flow)
-                return Outcome(SHOT, "TUNNEL_UNKNOWN")
-            return self._refuse(q, inner, "TUNNEL_UNKNOWN")
+                return Outcome(SHOT, "TUNNEL_NO_BACKEND")
+            return self._refuse(q, inner, "TUNNEL_NO_BACKEND")
         if q.ttl <= 1:
             return self._refuse(q, inner, "EXPIRED")
         start = q.protocol == TCP and q.flags & (SYN | ACK) == SYN
@@ -173,7 +173,7 @@ class Spanning(Model):
         self.source = b""
         if not kept:
             return self._refuse(q, inner, "COLLISION")
-        return self._rewritten(q, inner, "TUNNEL_IN", q.source, q.sport, backend.address, backend.port)
+        return self._rewritten(q, inner, "TUNNEL_RX", q.source, q.sport, backend.address, backend.port)
 
     def _keep(self, p: Packet, key: Flow, made: Reply, start: bool) -> bool:
         kept = super()._keep(p, key, made, start)
@@ -190,7 +190,7 @@ class Spanning(Model):
         out = super()._reply(p, frame, reply)
         if out.frame is None:
             return out
-        return self._wrapped(out.frame, "TUNNEL_ANSWER", node, REPLY, tuple(out.checks))
+        return self._wrapped(out.frame, "TUNNEL_REPLY_TX", node, REPLY, tuple(out.checks))
 
     def _return(self, q: Packet, inner: bytes, node: bytes) -> Outcome:
         number = self.exact.get((q.source, q.sport, q.protocol)) or self.any_address.get((q.protocol, q.sport), 0)
@@ -200,8 +200,8 @@ class Spanning(Model):
         if known and verdict == "NOTED" and not note and isinstance(self.notes[flow], Asked):
             self.notes[flow] = (owner, self.backends[owner].epoch, number)
         if not known or q.destination in self.addresses:
-            return Outcome(SHOT, "TUNNEL_BAD")
+            return Outcome(SHOT, "TUNNEL_INVALID")
         if q.ttl <= 1:
             return Outcome(SHOT, "EXPIRED")
         checks = [ETHER + 10] if q.version == 4 else []
-        return Outcome(REDIRECT, "TUNNEL_REPLY", self._hop(q, inner), checks)
+        return Outcome(REDIRECT, "TUNNEL_REPLY_RX", self._hop(q, inner), checks)

@@ -56,9 +56,9 @@ def test_any_node_answers_for_any_task(cluster: Cluster, back: str) -> None:
         assert set(report.identities) == tasks
         assert all(1350 <= answers <= 2000 for answers in report.identities.values()), report.identities
         assert set(peers_seen(cluster.client, node.address, 30)) == {cluster.client.address}
-    verdict = "tunnel_reply" if back == "tunnel" else "tunnel_direct"
+    verdict = "tunnel_reply_rx" if back == "tunnel" else "tunnel_direct"
     for number, daemon in enumerate(cluster.daemons):
-        assert daemon.total("mesh_verdicts_total", verdict="tunnel_out") > 10000
+        assert daemon.total("mesh_verdicts_total", verdict="tunnel_tx") > 10000
         assert daemon.total("mesh_verdicts_total", verdict=verdict) > 10000
         assert daemon.state()["problems"] == []
         assert set(ways(cluster, number).values()) == {"here", "tunnel"}

@@ -6,7 +6,7 @@
  * order; an address is always 16 bytes, IPv4 as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2). Sizes and offsets are asserted.
  * Any change of layout or meaning increases MESH_ABI_VERSION; the digest of this file, geneve.h and hash.h is compiled
  * into all artefacts (MESH_ABI_DIGEST) and compared when one opens the other, so a stale build is refused and never
- * half works.
+ * works by half.
  */
 #ifndef MESH_ABI_H
 #define MESH_ABI_H
@@ -16,12 +16,12 @@
 #define MESH_ABI_VERSION 1
 
 /* Owners: what a slot points at. Values from MESH_OWNER_FIRST on are backend ids. */
-#define MESH_OWNER_NONE  0u /* no backend: refuse the flow */
-#define MESH_OWNER_PASS  1u /* leave the packet to the kernel, hence to whoever served the port before */
+#define MESH_OWNER_NONE  0u /* no backend: reject the flow */
+#define MESH_OWNER_PASS  1u /* pass the packet to the kernel, and so to whoever served the port before */
 #define MESH_OWNER_FIRST 2u
 
-/* Set in mesh_slot.previous: flows of this slot may be noted in the flow cache under an owner that is neither current
- * nor previous, so that a look-up is due even where the two agree. */
+/* Set in mesh_slot.previous: the flow cache may hold notes of this slot's flows under an owner that is neither
+ * current nor previous, so that a look-up is needed even where the two agree. */
 #define MESH_SLOT_TRACKED 0x80000000u
 #define MESH_OWNER_MASK   0x7fffffffu
 
@@ -90,8 +90,8 @@ _Static_assert(sizeof(struct mesh_table) == 8, "mesh_table is 8 bytes");
 /* mesh_frontend.flags */
 #define MESH_FRONTEND_CLIENT       0x1u /* affinity: hash the client's address alone */
 #define MESH_FRONTEND_DENY         0x2u /* sources that no entry of the acl covers are denied */
-#define MESH_FRONTEND_PASS_IF_NONE 0x4u /* no backend: leave the packet to the kernel instead of refusing it */
-#define MESH_FRONTEND_HOLD         0x8u /* un-noted UDP flows stay with a previous owner PASS (take-over, first seconds) */
+#define MESH_FRONTEND_PASS_IF_NONE 0x4u /* no backend: pass the packet to the kernel instead of rejecting it */
+#define MESH_FRONTEND_HOLD         0x8u /* take-over, first seconds: UDP flows without a note stay with PASS */
 
 struct mesh_frontend {
 	struct mesh_table table;
@@ -114,7 +114,7 @@ _Static_assert(sizeof(struct mesh_frontend_key) == 24, "mesh_frontend_key is 24 
 /* mesh_backend.state */
 #define MESH_BACKEND_FREE     0u /* gone: its flows go to the slot's current owner */
 #define MESH_BACKEND_ACTIVE   1u
-#define MESH_BACKEND_DRAINING 2u /* keeps its flows, gets no new ones (un-noted UDP flows count as new) */
+#define MESH_BACKEND_DRAINING 2u /* keeps its flows, gets no new ones (UDP flows without a note count as new) */
 
 /* A backend by owner id. `epoch` changes whenever an id is given to another backend, so that notes of the old one are
  * not taken for the new one's. One that runs on another node has a `seed`: `address` is that node's then, as in
@@ -152,7 +152,7 @@ _Static_assert(sizeof(struct mesh_acl_key) == 24, "mesh_acl_key is 24 bytes");
 /* Stamps are CLOCK_MONOTONIC in nanoseconds >> MESH_STAMP_SHIFT: about seconds, without a division. */
 #define MESH_STAMP_SHIFT 30
 
-/* Value of mesh_flows and mesh_starts: the owner of a flow whose slot is in transition. `stamp` is when it was last
+/* Value of mesh_flows and mesh_flows_new: the owner of a flow whose slot is in transition. `stamp` is when it was last
  * seen. */
 struct mesh_note {
 	__u32 owner;
@@ -162,27 +162,28 @@ struct mesh_note {
 };
 _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 
-/* Key of mesh_replies is a mesh_flow: source = the client as the task sees it, destination = the backend. */
-#define MESH_REPLY_PEER    0x1u        /* the client is a container of this node: deliver to its veth */
-#define MESH_REPLY_HAIRPIN 0x2u        /* the client is the task itself and sees mesh_config.hairpin as its peer */
-#define MESH_REPLY_FIN_IN  0x4u        /* the client has closed its direction */
-#define MESH_REPLY_FIN_OUT 0x8u        /* the task has closed its direction */
-#define MESH_REPLY_OPENED  0x10u       /* counted in `starts` */
-#define MESH_REPLY_REFUSED 0x20u       /* the task has refused the connection, and the client was not told */
-#define MESH_REPLY_NODE    0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
+/* Key of mesh_revnat is a mesh_flow: source = the client as the task sees it, destination = the backend. */
+#define MESH_REVNAT_PEER    0x1u        /* the client is a container of this node: deliver to its veth */
+#define MESH_REVNAT_HAIRPIN 0x2u        /* the client is the task itself and sees mesh_config.hairpin as its peer */
+#define MESH_REVNAT_FIN_IN  0x4u        /* the client has closed its direction */
+#define MESH_REVNAT_FIN_OUT 0x8u        /* the task has closed its direction */
+#define MESH_REVNAT_OPENED  0x10u       /* counted in `starts` */
+#define MESH_REVNAT_REFUSED 0x20u       /* the task has refused the connection, and the client was not told */
+#define MESH_REVNAT_NODE    0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
-struct mesh_reply {
+/* Value of mesh_revnat and mesh_revnat_new. */
+struct mesh_revnat {
 	struct mesh_addr called; /* the address that the client called */
 	struct mesh_addr client; /* the client's own address */
 	__be16 called_port;
 	__u16 flags;
-	__u32 ifindex; /* where the client's packets come in, hence where replies leave; or MESH_REPLY_NODE */
+	__u32 ifindex; /* where the client's packets come in, so where replies leave; or MESH_REVNAT_NODE */
 	__u32 frontend;
 	__u32 owner;
 	__u32 epoch;
 	__u32 stamp; /* when the client was last heard, MESH_STAMP_SHIFT */
 };
-_Static_assert(sizeof(struct mesh_reply) == 56, "mesh_reply is 56 bytes");
+_Static_assert(sizeof(struct mesh_revnat) == 56, "mesh_revnat is 56 bytes");
 
 /* Per-CPU counters of one frontend or one backend. */
 struct mesh_counts {
@@ -203,11 +204,11 @@ struct mesh_config {
 	struct mesh_addr hairpin6;
 	__u32 settings;     /* MESH_SETTING_* */
 	__be16 tunnel_port; /* of all nodes; the same one has MESH_PORT_TUNNEL in mesh_ports */
-	__u16 error_rate;   /* ICMP errors that a CPU sends in a second at most; 0: any number */
+	__u16 error_rate;   /* rate limit for generated ICMP errors, per CPU and second; 0: unlimited */
 };
 _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
 
-#define MESH_SETTING_DIRECT 0x1u /* replies go straight to clients, whichever node they called */
+#define MESH_SETTING_DIRECT 0x1u /* direct return: replies go straight to clients, whichever node they called */
 
 /* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
 struct mesh_fragment_key {
@@ -219,16 +220,17 @@ struct mesh_fragment_key {
 };
 _Static_assert(sizeof(struct mesh_fragment_key) == 40, "mesh_fragment_key is 40 bytes");
 
-/* Socket hooks: what a socket dialled, per socket (mesh_dialled) or per datagram peer (mesh_peers). */
-struct mesh_peer_key {
+/* Key of mesh_udp_revnat: a backend to which an unconnected datagram socket has sent. */
+struct mesh_udp_peer {
 	__u64 cookie;             /* the socket's */
 	struct mesh_addr address; /* the backend's */
 	__be16 port;
 	__u8 pad[6];
 };
-_Static_assert(sizeof(struct mesh_peer_key) == 32, "mesh_peer_key is 32 bytes");
+_Static_assert(sizeof(struct mesh_udp_peer) == 32, "mesh_udp_peer is 32 bytes");
 
-struct mesh_dialled {
+/* Value of mesh_sk_revnat and mesh_udp_revnat: what a socket called. */
+struct mesh_sk_revnat {
 	struct mesh_addr called;
 	struct mesh_addr backend; /* where it went instead */
 	__be16 called_port;
@@ -237,51 +239,56 @@ struct mesh_dialled {
 	__u32 epoch;
 	__u32 frontend;
 };
-_Static_assert(sizeof(struct mesh_dialled) == 48, "mesh_dialled is 48 bytes");
+_Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes");
 
-/* What became of a packet. X(name, help): metrics, docs and code use these names. Packets that are not ours (no
- * frontend has the port, or the destination is not this node's) are not counted: all packets would pay for it. */
+/* What became of a packet. X(name, help): metrics, docs and code use these names. A packet that is not for a frontend
+ * (no frontend has the port, or the destination is not this node's) is not counted: all packets would pay for it. */
 #define MESH_VERDICTS(X)                                                                                               \
-	X(FORWARD, "sent to a task by the slot table alone")                                                           \
-	X(NOTED, "sent to the owner that the flow cache names")                                                        \
-	X(STARTED, "started a flow of a slot in transition: sent to the current owner and noted")                      \
-	X(KEPT, "un-noted flow of a slot in transition: sent to the previous owner and noted")                         \
-	X(MOVED, "un-noted flow whose previous owner is gone, or UDP from a draining one: sent to the current owner")  \
-	X(PASS, "left to the kernel: the owner is PASS")                                                               \
-	X(REPLY, "reply of a task, given the address that the client called")                                          \
-	X(ICMP_IN, "ICMP error for a flow, translated and sent to its task")                                           \
-	X(ICMP_OUT, "ICMP error of a task, translated and sent to the client")                                         \
-	X(SOCKET, "connection or datagram of a process of this node, sent to a task by the socket hook")               \
-	X(SOCKET_PASS, "the socket hook left a dialled frontend alone: its owner is PASS")                             \
-	X(SOCKET_NONE, "the socket hook refused: the frontend has no backend")                                         \
-	X(DENIED, "dropped: the source is denied by mesh.allow or mesh.deny")                                          \
-	X(REFUSED, "no backend: reset or port unreachable sent to the client")                                         \
-	X(NO_BACKEND,                                                                                                  \
-	  "no backend: passed to the kernel as set, or dropped where an answer would be wrong (fragments, resets)")    \
+	X(FORWARD, "forwarded to a task by the slot table alone")                                                      \
+	X(NOTED, "forwarded to the owner that the flow cache names")                                                   \
+	X(STARTED, "started a flow of a slot in transition: forwarded to the current owner and noted")                 \
+	X(KEPT, "flow without a note of a slot in transition: forwarded to the previous owner and noted")              \
+	X(MOVED, "flow without a note whose previous owner is gone, or UDP of a draining one: forwarded to the "       \
+		 "current owner")                                                                                      \
+	X(PASS, "passed to the kernel: the owner is PASS")                                                             \
+	X(REPLY, "reply of a task: the called address restored, sent to the client")                                   \
+	X(ICMP_IN, "ICMP error about a flow: translated and forwarded to its task")                                    \
+	X(ICMP_OUT, "ICMP error of a task: translated and sent to the client")                                         \
+	X(SOCKET, "connection or datagram of a process of this node: sent to a task by the socket hook")               \
+	X(SOCKET_PASS, "the socket hook left a call alone: the owner is PASS")                                         \
+	X(SOCKET_REJECTED, "the socket hook rejected a call: the frontend has no backend")                             \
+	X(DENIED, "dropped: mesh.allow or mesh.deny denies the source")                                                \
+	X(REJECTED, "no backend: reset or port unreachable sent to the client")                                        \
+	X(NO_BACKEND, "no backend: passed to the kernel as configured, or dropped where an answer would be wrong "     \
+		      "(fragments, resets)")                                                                           \
 	X(FRAGMENT, "passed: a fragment whose first fragment was not seen")                                            \
 	X(FAMILY, "passed: the chosen task has no address of the client's IP version")                                 \
 	X(EXTENSION, "passed: IPv6 extension headers")                                                                 \
 	X(MALFORMED, "passed: truncated or contradictory headers on a frontend's port")                                \
-	X(COLLISION, "refused: the task has a flow of this client address and port that called another address")       \
-	X(EXPIRED, "dropped: TTL or hop limit used up; time exceeded sent to the client")                              \
+	X(COLLISION, "rejected: the task has a flow of this client address and port that called another address")      \
+	X(EXPIRED, "dropped: TTL or hop limit exceeded; time exceeded sent to the sender")                             \
 	X(TOO_BIG,                                                                                                     \
-	  "reply larger than the interface takes: passed for the kernel to tell the task, dropped without DF")         \
-	X(LIMITED, "dropped: as many ICMP errors as are allowed were sent lately, so that the sender is told nothing") \
-	X(OWN, "passed: the chosen backend is at an address of this node; the proxy beside serves it")                 \
-	X(TUNNEL_OUT, "sent through the tunnel to the node of its task")                                               \
-	X(TUNNEL_IN, "came through the tunnel, sent to a task of this node")                                           \
-	X(TUNNEL_ANSWER, "reply of a task, sent through the tunnel to the node that the client called")                \
-	X(TUNNEL_DIRECT, "reply of a task to a client that called another node, sent straight to the client")          \
-	X(TUNNEL_REPLY, "reply that came through the tunnel, sent to the client")                                      \
-	X(TUNNEL_ICMP, "ICMP error that came through the tunnel, translated and sent to its task")                     \
+	  "reply larger than the interface's MTU: passed for the kernel to tell the task, dropped without DF")         \
+	X(RATE_LIMITED, "dropped without an ICMP error: the rate limit is reached")                                    \
+	X(HOST_BACKEND, "passed: the chosen backend is at an address of this node; the fallback proxy serves it")      \
+	X(TUNNEL_TX, "sent through the tunnel to the node of its task")                                                \
+	X(TUNNEL_RX, "received through the tunnel, forwarded to a task of this node")                                  \
+	X(TUNNEL_REPLY_TX, "reply of a task: sent through the tunnel to the node that the client called")              \
+	X(TUNNEL_DIRECT, "reply of a task to a client that called another node: sent straight to the client")          \
+	X(TUNNEL_REPLY_RX, "reply received through the tunnel, sent to the client")                                    \
+	X(TUNNEL_ICMP, "ICMP error received through the tunnel, translated and forwarded to its task")                 \
 	X(TUNNEL_FOREIGN, "dropped: on the tunnel's port, from an address that is no node of the cluster")             \
-	X(TUNNEL_BAD, "dropped: came through the tunnel, but is none of what nodes send")                              \
-	X(TUNNEL_UNKNOWN, "came through the tunnel for a task that is not here: refused, the first of a flow dropped") \
-	X(TUNNEL_TOO_BIG, "larger than the way to the other node takes: the sender was told so")                       \
-	X(TUNNEL_BACK, "came through the tunnel for a task that does not know the flow: sent back for another owner")  \
-	X(TUNNEL_PATH, "ICMP error: the way to another node takes less than was known; noted")                         \
-	X(UNANSWERED, "dropped: a task's first refusal of a connection; the client's kernel asks again in a second")   \
-	X(TUNNEL_NONE, "passed: no way to the task's node, or a container of this node calls; replies are dropped")    \
+	X(TUNNEL_INVALID, "dropped: received through the tunnel, but nothing that nodes send")                         \
+	X(TUNNEL_NO_BACKEND,                                                                                           \
+	  "received through the tunnel for a task that is not here: rejected, the first packet of a flow dropped")     \
+	X(TUNNEL_TOO_BIG, "larger than the path to the other node: the sender was told its MTU")                       \
+	X(TUNNEL_BACK,                                                                                                 \
+	  "received through the tunnel for a task that does not know the flow: returned for another owner")            \
+	X(TUNNEL_PMTU, "ICMP error: the path MTU to another node is lower than was known, and is remembered")          \
+	X(RESET_HELD,                                                                                                  \
+	  "dropped: a task's first reset of a connection; the client's kernel sends its SYN again after a second")     \
+	X(TUNNEL_NO_PATH,                                                                                              \
+	  "passed: no path to the task's node, or the caller is a container of this node; replies are dropped")        \
 	X(ERROR, "passed: a map or helper failed")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,
@@ -289,9 +296,9 @@ enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };
 #undef MESH_VERDICT_ENUM
 
 /* Program mesh_explain (ingress object): run with BPF_PROG_TEST_RUN on a flow's packet it changes nothing and answers
- * in __sk_buff.cb of ctx_out: what the packet would meet now. Where no frontend has the destination, FRONTEND is 0 and
- * HASH, SLOT are mesh_hash_flow and mesh_hash_client: the known-answer check at load. */
-#define MESH_EXPLAIN_VERDICT  0 /* enum mesh_verdict; MESH_VERDICT_COUNT: not ours */
+ * in __sk_buff.cb of ctx_out: what would become of the packet now. Where no frontend has the destination, FRONTEND is 0
+ * and HASH, SLOT are mesh_hash_flow and mesh_hash_client: the known-answer check at load. */
+#define MESH_EXPLAIN_VERDICT  0 /* enum mesh_verdict; MESH_VERDICT_COUNT: not for a frontend */
 #define MESH_EXPLAIN_FRONTEND 1
 #define MESH_EXPLAIN_HASH     2
 #define MESH_EXPLAIN_SLOT     3

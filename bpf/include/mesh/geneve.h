@@ -10,7 +10,8 @@
 
 #include "abi.h"
 
-/* A backend as all nodes call it. As key of mesh_ids, which says the owner id on the node where it runs: `flags` 0. */
+/* The id of a backend, the same on all nodes. As key of mesh_ids, which has its owner id on the node where it runs,
+ * `flags` is 0. */
 struct mesh_id {
 	__be32 seed[2]; /* the first 8 bytes of mesh._maglev.backend_seed, as they are */
 	__be16 port;    /* on which the backend serves */
@@ -20,17 +21,17 @@ struct mesh_id {
 _Static_assert(sizeof(struct mesh_id) == 12, "mesh_id is 12 bytes");
 
 /* mesh_id.flags, one of them at most. */
-#define MESH_TUNNEL_REPLY 0x1u /* from the backend's node to the one that was called; the rest of the id is 0 */
-#define MESH_TUNNEL_ASK   0x2u /* a client's packet that may be another owner's: send it back if it is unknown */
-#define MESH_TUNNEL_BACK  0x4u /* such a packet, back as it came, with the id of the backend that was asked */
+#define MESH_TUNNEL_REPLY 0x1u /* from the backend's node to the one that the client called; the rest is 0 */
+#define MESH_TUNNEL_ASK   0x2u /* a client's packet that may belong to another owner: return it if unknown */
+#define MESH_TUNNEL_BACK  0x4u /* such a packet, returned as it came, with the id of the backend that was asked */
 
 /* In mesh_note.frontend: the owner is the slot's current one, and its node has been asked (MESH_TUNNEL_ASK) whether it
- * knows the flow. Gone with its first reply; a packet that comes back gives the flow to the previous owner. */
+ * knows the flow. The first reply clears it; a returned packet gives the flow to the previous owner. */
 #define MESH_NOTE_ASKED 0x80000000u
 
 /* Values of mesh_addresses. */
 #define MESH_ADDRESS_OWN      1u
-#define MESH_ADDRESS_FLOATING 2u /* flows to it may have begun on another node, before it moved here */
+#define MESH_ADDRESS_FLOATING 2u /* flows to it may have begun on another node, before the address moved here */
 
 /* Geneve (RFC 8926) with one critical option of the experimental class. No inner Ethernet header. */
 struct mesh_geneve {
@@ -54,14 +55,14 @@ _Static_assert(sizeof(struct mesh_geneve) == 24, "mesh_geneve is 24 bytes");
 #define MESH_TUNNEL_SOURCE   0xc000u /* and 14 bits of the flow's hash */
 
 /* Value of mesh_nodes, by address: another node of the cluster. Only they may send through the tunnel, with that
- * address as source. A node that has gone loses its entry: replies to clients that called it go straight to them. */
+ * address as source. A node that is gone loses its entry: replies to clients that called it go straight to them. */
 struct mesh_node {
 	struct mesh_addr source; /* this node's own, of the same IP version, by which that node knows it */
-	__u32 ifindex;           /* by which it is reached; a neighbour or a gateway is resolved by the kernel */
-	__u32 mtu;               /* IP packet size that fits this interface and route; 0: the node takes no tunnel */
-	__u32 id;                /* its index in mesh_ways, as long as any reverse entry may have it */
-	__u32 path_mtu;          /* programs write: by ICMP from the way, less than `mtu`; 0: none */
-	__u32 path_stamp;        /* programs write: when, MESH_STAMP_SHIFT; MESH_PATH_LIFE later it counts no more */
+	__u32 ifindex;           /* output interface; the kernel resolves the neighbour or gateway */
+	__u32 mtu;               /* of interface and route; 0: the node accepts no tunnel */
+	__u32 id;                /* its index in mesh_node_addrs, as long as any entry of mesh_revnat may have it */
+	__u32 path_mtu;          /* programs write: learnt by ICMP, lower than `mtu`; 0: none */
+	__u32 path_stamp;        /* programs write: when, MESH_STAMP_SHIFT; expires after MESH_PATH_LIFE */
 	__u32 pad;
 };
 _Static_assert(sizeof(struct mesh_node) == 40, "mesh_node is 40 bytes");

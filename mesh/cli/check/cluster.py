@@ -247,7 +247,7 @@ def tunnel(peer: Peer, port: int, obstacle: str) -> Finding:
     else:
         remedy = (
             f"let UDP {port} of all nodes through, both ways; mesh_verdicts_total there: tunnel_foreign grows if it "
-            "takes this node for none of the swarm's, tunnel_unknown if only answers are lost"
+            "takes this node for none of the swarm's, tunnel_no_backend if only answers are lost"
         )
     return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy)
 

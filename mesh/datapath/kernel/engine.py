@@ -93,13 +93,13 @@ class KernelDatapath:
         home = pin_home(self._config)
         directory = self._directory = home / CONTRACT
         self._others = [p for p in home.glob("*") if p.name != directory.name]
-        sizes = {"mesh_flows": self._config.flow_cache, "mesh_replies": self._config.max_replies}
+        sizes = {"mesh_flows": self._config.flow_cache, "mesh_revnat": self._config.max_replies}
         self._programs, maps = loader.load(directory, sizes, xdp.objects(self._config))
         self._maps = KernelMaps(maps, directory)
         restore.check_hash(self._programs["mesh_explain"])
         self._order: kernel_stats.Order | None = None  # of what stats() last read
         self._statistics = _bpf.Statistics() if self._config.bpf_stats else None
-        self._monitor, self._routes = Monitor(), RouteWatch(maps["mesh_routes"])
+        self._monitor, self._routes = Monitor(), RouteWatch(maps["mesh_fib_gen"])
         self._netlink = Netlink()
         self._finder = Locator(self._netlink, self._config.floating)
         self._attach = Attachments(self._programs, directory / "links")

@@ -2,8 +2,9 @@
 """The proxy engine beside the kernel engine: it serves what the programs leave to the kernel, from the same tables.
 
 These are clients of the IP version that a task does not speak (verdict FAMILY), backends at addresses of this node
-itself (OWN), and, where the task is on another node, what the tunnel does not take (TUNNEL_NONE, SOCKET_PASS): flows
-for nodes that have the proxy engine or no way for the tunnel, and calls of this node's own processes and containers.
+itself (HOST_BACKEND), and, where the task is on another node, what the tunnel does not take (TUNNEL_NO_PATH,
+SOCKET_PASS): flows for nodes that have the proxy engine or no path for the tunnel, and calls of this node's own
+processes and containers.
 Those are handed over at the other node's peer port.
 
 It also keeps the peer port, at which other nodes hand over such flows for the tasks of this one.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from mesh import _bpf
 from mesh.datapath.kernel import codec
@@ -16,6 +17,12 @@ from mesh.datapath.kernel.arenas import GRACE, Arenas
 from mesh.datapath.kernel.codec import BackendSlot, Table
 from mesh.errors import BpfError, DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
+
+CARRIED: Final = {  # maps that are copied from the pins of another build: name -> former name
+    "mesh_nodes": "mesh_nodes",
+    "mesh_revnat": "mesh_replies",
+    "mesh_revnat_new": "mesh_openings",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,7 @@ class KernelMaps:
         self._exact = maps["mesh_exact"]
         self._acl = maps["mesh_acl"]
         self._addresses = maps["mesh_addresses"]
-        self.reverse = maps["mesh_replies"]
+        self.reverse = maps["mesh_revnat"]
         self.arenas = Arenas(maps["mesh_arenas"], directory)
         self.served: dict[Frontend, Served] = {}
         self.backends: dict[int, BackendSlot] = {}
@@ -144,7 +151,7 @@ class KernelMaps:
                 fresh.append(number)
             self._write_backend(number, new, in_place=same)
         if fresh:
-            self._zero("mesh_bcounts", fresh)
+            self._zero("mesh_be_metrics", fresh)
 
     def _write_backend(self, number: int, new: BackendSlot, *, in_place: bool) -> None:
         offset, row = number * codec.BACKEND.size, codec.pack_backend(new)
@@ -207,7 +214,7 @@ class KernelMaps:
         if not self._free:
             raise DatapathError(f"no room for more than {codec.MAX_FRONTENDS - 1} frontends", where=str(frontend))
         number = heapq.heappop(self._free)
-        self._zero("mesh_fcounts", [number])
+        self._zero("mesh_fe_metrics", [number])
         return number
 
     def _publish(self, frontend: Frontend, number: int) -> None:
@@ -276,7 +283,7 @@ class KernelMaps:
 
     def notes(self) -> Iterator[tuple[bytes, codec.Note]]:
         """(flow as mesh_flow bytes, note) of the whole flow cache, those of one packet included; any thread."""
-        for name in ("mesh_flows", "mesh_starts"):
+        for name in ("mesh_flows", "mesh_flows_new"):
             for flow, note in self._maps[name].rows():
                 yield flow, codec.unpack_note(note)
 
@@ -286,7 +293,7 @@ class KernelMaps:
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
         """(protocol, flags, stamp) of the whole reverse translation, but for backends that are gone; any thread."""
-        for flow, reply in self._maps["mesh_replies"].rows():
+        for flow, reply in self._maps["mesh_revnat"].rows():
             protocol = codec.FLOW.unpack(flow)[4]
             _, _, _, flags, _, _, owner, epoch, stamp = codec.REPLY.unpack(reply)
             backend = self.backends.get(owner)
@@ -300,10 +307,11 @@ class KernelMaps:
 
     def carry_over(self, other: Path) -> None:
         """Copy the flows under way from the pins of a build whose structs mean the same."""
-        for name in ("mesh_nodes", "mesh_replies", "mesh_openings"):
-            if not (other / name).exists():
+        for name, former in CARRIED.items():
+            pin = next((pin for pin in (other / name, other / former) if pin.exists()), None)
+            if pin is None:
                 continue
-            source, target = _bpf.Map.open(str(other / name)), self._maps[name]
+            source, target = _bpf.Map.open(str(pin)), self._maps[name]
             if (source.key_size, source.value_size) == (target.key_size, target.value_size):
                 target.update_batch(*source.dump())
 

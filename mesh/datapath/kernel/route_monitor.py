@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the programs that routes have changed: what they remember of next hops is over (bpf/lib/next_hop.h)."""
+"""Tells the programs that routes have changed: what they remember of next hops is over (bpf/lib/fib.h)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RouteWatch:
     """A thread of its own, which waits for nothing else: until it has spoken, replies may take the old way.
 
     Args:
-        routes: mesh_routes, of which it is the only writer. It counts changes, and starts as one: nobody may have
+        routes: mesh_fib_gen, of which it is the only writer. It counts changes, and starts as one: nobody may have
             followed them before.
 
     Raises:

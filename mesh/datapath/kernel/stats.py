@@ -67,10 +67,10 @@ def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> 
 
 def read(maps: KernelMaps, order: Order) -> Stats:
     """All counters."""
-    raw = maps.counts("mesh_fcounts", max(order.numbers, default=0) + 1)
+    raw = maps.counts("mesh_fe_metrics", max(order.numbers, default=0) + 1)
     columns = _columns(raw, order.numbers, [frontend.protocol for frontend in order.frontends])
     frontends = Table(order.frontends, columns)
-    raw = maps.counts("mesh_bcounts", max(order.ids, default=0) + 1)
+    raw = maps.counts("mesh_be_metrics", max(order.ids, default=0) + 1)
     columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])
     backends = Table(order.backends, columns)
     raw = maps.counts("mesh_verdicts", len(VERDICTS))

@@ -36,11 +36,11 @@ def seed_of(key: BackendKey) -> bytes:
 
 
 class Nodes:
-    """mesh_nodes and mesh_ways, kept as the cluster and the routes are. Not for several threads at once."""
+    """mesh_nodes and mesh_node_addrs, kept as the cluster and the routes are. Not for several threads at once."""
 
     def __init__(self, maps: Mapping[str, _bpf.Map], netlink: Netlink) -> None:
         self._nodes = maps["mesh_nodes"]
-        self._paths = maps["mesh_ways"]
+        self._paths = maps["mesh_node_addrs"]
         self._netlink = netlink
         self._engines: dict[Address, str] = {}
         self._seen: tuple[object, ...] = ()

@@ -2,8 +2,8 @@
 """Asks another node's kernel engine, through the tunnel, whether it takes packets of this node and gets answers back.
 
 The question is a segment for a backend that does not exist, as bpf/include/mesh/geneve.h has it on the wire. The other
-node counts it (`tunnel_unknown`) and refuses it as it refuses every such segment: by a reset through the tunnel. This
-node's programs drop the reset (`tunnel_bad`), for it belongs to no flow; a packet socket has seen it before them.
+node counts it (`tunnel_no_backend`) and rejects it like every such segment: by a reset through the tunnel. This
+node's programs drop the reset (`tunnel_invalid`), for it belongs to no flow; a packet socket has seen it before them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Working space that the stack has no room for: one element per CPU, which runs one program at a time. Private to each
+ * object. */
+#ifndef MESH_SCRATCH_H
+#define MESH_SCRATCH_H
+
+#include "maps.h"
+#include "parse.h"
+
+/* Working space: the key of a look-up in the flow tables. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct mesh_flow);
+} scratch_flow SEC(".maps");
+
+/* The packet that an ICMP error quotes. */
+struct quoted {
+	struct mesh_flow flow; /* as quoted */
+	__u16 ip;              /* offsets in the frame */
+	__u16 l4;
+	__sum16 check; /* of the quoted IPv4 header */
+	__u16 pad;
+};
+
+/* The translation of an ICMP error. */
+struct icmp_work {
+	struct tuple inner;
+	struct tuple outer;
+	struct quoted quoted;
+	struct mesh_flow key;
+	union {
+		struct iphdr v4;
+		struct ipv6hdr v6;
+	} ip;
+};
+
+/* Working space: the translation of an ICMP error. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct icmp_work);
+} scratch_icmp SEC(".maps");
+
+/* Zeroed, or NULL. */
+INLINE struct icmp_work *icmp_work(void)
+{
+	struct icmp_work *work;
+	__u32 zero = 0;
+
+	work = bpf_map_lookup_elem(&scratch_icmp, &zero);
+	if (work)
+		__builtin_memset(work, 0, sizeof(*work));
+	return work;
+}
+
+/* Options of a TCP header. */
+struct tcp_options {
+	__u8 options[64];
+};
+
+/* Working space: the options of a TCP header. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tcp_options);
+} scratch_tcp SEC(".maps");
+
+#endif /* MESH_SCRATCH_H */
