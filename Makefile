@@ -10,6 +10,8 @@
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 6;
 #                     bench-scale: a large swarm on paper, 5
+#   make docs         write the generated parts of the documents anew
+#   make verifier     what the kernel's verifier says of each program, against bpf/verifier.tsv (root); UPDATE=1 writes the table
 #   make clean        remove everything that was built
 
 PYTHON ?= python3
@@ -24,7 +26,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 
 SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit lint sanitize bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit docs verifier lint sanitize bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -57,6 +59,13 @@ test-all: test
 
 fuzz: packages-test build
 	MESH_FUZZ_PACKETS=1000000 $(PYTEST) -q tests/bpf/test_fuzz.py $(ARGS)
+
+docs: build
+	$(BIN)/python -m tests.unit.test_docs
+
+# Fails where a program takes 10 % more of the verifier's instructions than the table says.
+verifier: packages-build build
+	$(BIN)/python -m bench.verifier $(if $(UPDATE),--update)
 
 lint: build
 	$(BIN)/ruff check .
