@@ -205,56 +205,56 @@ INLINE int restore_peer(struct bpf_sock_addr *ctx, int v6, int datagram)
 	return ALLOW;
 }
 
-/* connect() to a published port, IPv4: connected straight to a task. */
+/* connect() to a published port: connected straight to a task. */
 SEC("cgroup/connect4")
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, CONNECT, 0);
 }
 
-/* connect() to a published port, IPv6: connected straight to a task. */
+/* connect() to a published port: connected straight to a task. */
 SEC("cgroup/connect6")
 int mesh_connect6(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, CONNECT, 1);
 }
 
-/* sendmsg() of an unconnected datagram socket, IPv4: sent straight to a task. */
+/* sendmsg() of an unconnected datagram socket: sent straight to a task. */
 SEC("cgroup/sendmsg4")
 int mesh_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, SEND, 0);
 }
 
-/* sendmsg() of an unconnected datagram socket, IPv6: sent straight to a task. */
+/* sendmsg() of an unconnected datagram socket: sent straight to a task. */
 SEC("cgroup/sendmsg6")
 int mesh_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	return call(ctx, SEND, 1);
 }
 
-/* recvmsg(), IPv4: shows the called address as the sender. */
+/* recvmsg(): shows the called address as the sender. */
 SEC("cgroup/recvmsg4")
 int mesh_recvmsg4(struct bpf_sock_addr *ctx)
 {
 	return restore_peer(ctx, 0, 1);
 }
 
-/* recvmsg(), IPv6: shows the called address as the sender. */
+/* recvmsg(): shows the called address as the sender. */
 SEC("cgroup/recvmsg6")
 int mesh_recvmsg6(struct bpf_sock_addr *ctx)
 {
 	return restore_peer(ctx, 1, 1);
 }
 
-/* getpeername(), IPv4: shows the called address. */
+/* getpeername(): shows the called address. */
 SEC("cgroup/getpeername4")
 int mesh_getpeername4(struct bpf_sock_addr *ctx)
 {
 	return restore_peer(ctx, 0, 0);
 }
 
-/* getpeername(), IPv6: shows the called address. */
+/* getpeername(): shows the called address. */
 SEC("cgroup/getpeername6")
 int mesh_getpeername6(struct bpf_sock_addr *ctx)
 {

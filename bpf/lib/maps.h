@@ -28,8 +28,7 @@
 #define MESH_RECENT_BITS 17
 #define FIB_CACHE_BITS   10
 
-/* Frontend id and MESH_PORT_* flags by protocol and port. 0: the port is not served, and the packet passes. Written by
- * the agent (mmap). */
+/* Frontend id and MESH_PORT_* flags by protocol and port; 0: the packet passes. Written by the agent (mmap). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -117,9 +116,10 @@ struct {
 	__type(value, __u32);
 } mesh_ids SEC(".maps");
 
-/* Source rules: MESH_ACL_ALLOW or MESH_ACL_DENY by rule set and prefix. The longest prefix decides, so the agent
- * leaves out what a deny covers (deny wins); without a match MESH_FRONTEND_DENY decides. Changed rules are a new rule
- * set. Written by the agent. */
+/* Source rules: MESH_ACL_ALLOW or MESH_ACL_DENY by rule set and prefix. Written by the agent.
+ *
+ * The longest prefix decides, so the agent leaves out what a deny covers (deny wins); without a match
+ * MESH_FRONTEND_DENY decides. Changed rules are a new rule set. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -147,6 +147,7 @@ struct {
 } mesh_flows_new SEC(".maps");
 
 /* Reverse NAT: what the client called, by (client, backend). Written by programs; the agent sets max_entries at load.
+ *
  * The entry of a closed flow stays for late packets: the agent deletes entries that have both MESH_REVNAT_FIN flags
  * and are a minute old, and the LRU evicts what it misses. */
 struct {
@@ -228,8 +229,10 @@ struct {
 	__type(value, struct mesh_counts);
 } mesh_be_metrics SEC(".maps");
 
-/* Rate limit of ICMP errors: until when the errors that this CPU has sent use up its share, in nanoseconds of
- * CLOCK_MONOTONIC (see icmp_rate_allows). Written by programs. */
+/* Rate limit of ICMP errors: until when the errors that this CPU has sent use up its share (icmp_rate_allows).
+ * Written by programs.
+ *
+ * In nanoseconds of CLOCK_MONOTONIC. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -275,8 +278,9 @@ struct fib_entry {
 	__u8 pad[2];
 };
 
-/* Next hops that the kernel has answered, by a hash of both addresses. Written by programs; private to each object,
- * since other builds may cache other things. */
+/* Next hops that the kernel has answered, by a hash of both addresses. Written by programs.
+ *
+ * Private to each object, since other builds may cache other things. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1 << FIB_CACHE_BITS);

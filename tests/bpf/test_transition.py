@@ -319,7 +319,7 @@ def test_hairpin_flows_are_known_by_their_reverse_entries_too() -> None:
 
 
 def test_a_flow_whose_note_is_lost_goes_to_the_previous_owner_if_that_keeps_flows(plane: Plane) -> None:
-    """Where its own is neither the current nor the previous one, nothing knows it any more: docs/PACKETS.md."""
+    """Where its own is neither the current nor the previous one, nothing knows it any more: docs/DATAPATH.md."""
     tcp(plane, A, B)
     assert [owner(plane, flags, 40000) for flags in ("S", "A")] == [A, A]
     tcp(plane, 4, B)

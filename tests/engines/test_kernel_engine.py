@@ -146,7 +146,7 @@ def test_connections_outlive_a_full_flow_cache(plane: Plane) -> None:
 
 
 def test_a_connection_that_nothing_knows_any_more_is_reset(plane: Plane, engine: Driver) -> None:
-    """Its note is lost, and its owner is neither the slot's current nor its previous one: see docs/PACKETS.md."""
+    """Its note is lost, and its owner is neither the slot's current nor its previous one: see docs/DATAPATH.md."""
     connections = [Connection(plane.client, plane.node.address) for _ in range(60)]
     for connection in connections:
         connection.echo()

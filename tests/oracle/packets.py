@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernel engine's programs must do with a frame, in plain Python: the oracle for random packets.
 
-Written from docs/PACKETS.md and docs/HASHING.md, not from the C; slow and obvious. Caches never evict and time stands
+Written from docs/DATAPATH.md and docs/HASHING.md, not from the C; slow and obvious. Caches never evict and time stands
 still. Checksums follow RFC 1624; where 0 and 0xffff mean the same, compare with `tests.oracle.state.same`.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of tests/oracle/packets.py between nodes: what leaves through the tunnel, arrives and goes back by it.
 
-Written from docs/PACKETS.md. Nodes know each other by IPv4; MSS options and errors about tunnelled flows are not its
+Written from docs/DATAPATH.md. Nodes know each other by IPv4; MSS options and errors about tunnelled flows are not its
 business.
 """
 

@@ -99,7 +99,7 @@ class Cluster:
         """New connections all the time at each of these nodes (default: all).
 
         From an address of its own for each: to a task two connections that a client makes from one port to two nodes
-        are the same, and the kernel engine refuses the second (docs/PACKETS.md, collision).
+        are the same, and the kernel engine refuses the second (docs/DATAPATH.md, collision).
         """
         loads = Loads()
         with contextlib.ExitStack() as stack:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people read says what the code does. `python -m tests.unit.test_docs` writes the generated tables anew."""
+"""What people read says what the code does. `make docs` writes the generated parts anew."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from mesh.config.load import load
 from mesh.datapath.counters import Failure
 from mesh.metrics import families
 from mesh.providers.labels import KEYS
+from tests.support import bpf_schema
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "OPERATIONS.md"
+DATAPATH = ROOT / "docs" / "DATAPATH.md"
 METRIC = re.compile(r"\bmesh_[a-z0-9_]+")
 SUFFIXES = ("_bucket", "_sum", "_count")
 
@@ -56,7 +58,12 @@ def example() -> str:
 
 
 EXAMPLE = ROOT / "deploy" / "mesh.toml.example"
-GENERATED = [(README, "config", config_table), (OPERATIONS, "metrics", families.table)]
+GENERATED = [
+    (README, "config", config_table),
+    (OPERATIONS, "metrics", families.table),
+    (DATAPATH, "programs", bpf_schema.program_table),
+    (DATAPATH, "maps", bpf_schema.map_table),
+]
 
 
 def split(text: str, name: str) -> tuple[str, str, str]:
@@ -70,7 +77,7 @@ def split(text: str, name: str) -> tuple[str, str, str]:
 @pytest.mark.parametrize(("file", "name", "table"), GENERATED)
 def test_generated_tables_are_up_to_date(file: Path, name: str, table: object) -> None:
     assert callable(table)
-    assert split(file.read_text(), name)[1] == f"{table()}\n", "run: python -m tests.unit.test_docs"
+    assert split(file.read_text(), name)[1] == f"{table()}\n", "run: make docs"
 
 
 def known_metrics() -> set[str]:
@@ -170,7 +177,7 @@ def test_the_dashboard_is_whole() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for file in (README, OPERATIONS):
+    for file in (README, *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
