@@ -8,6 +8,7 @@
 #   make lint         ruff, mypy --strict, clang-format
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
+#   make annotate     HTML of what Cython made of each line of the proxy engine, in build/annotate/
 #   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 6;
 #                     bench-scale: a large swarm on paper, 5
 #   make docs         write the generated parts of the documents anew
@@ -24,9 +25,9 @@ BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 l
 TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
                   python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod
 
-SOURCES := $(wildcard mesh/*.pyx mesh/*.pxi mesh/*.pxd mesh/*/*.pxd bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
+SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit docs verifier lint sanitize bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit docs verifier lint sanitize annotate bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -71,7 +72,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	clang-format-16 --dry-run --Werror $(wildcard bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
+	clang-format-16 --dry-run --Werror $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 
 # Measurements need root, and a machine that does nothing else: bench/README.md.
 BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux \
@@ -113,6 +114,12 @@ sanitize: build
 		ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/unit/test_fastpath_*.py $(ARGS)
+
+# Cython's annotation: the darker a line, the more of the Python API it uses. The data path has none.
+annotate: $(VENV)/.deps
+	for source in mesh/_fastpath.pyx mesh/fastpath/*.pyx; do \
+		page=build/annotate/$${source%.pyx}; mkdir -p $${page%/*} && $(BIN)/cython --annotate -o $$page.c $$source && rm $$page.c || exit 1; \
+	done
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(VENV) bench/out

@@ -18,6 +18,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 HEADERS = [f"bpf/include/mesh/{name}.h" for name in ("abi", "geneve", "hash")]
+# A compiled extension does not notice a changed header or declaration by itself.
+DECLARATIONS = sorted(str(path) for suffix in ("pxd", "h") for path in Path("mesh").rglob(f"*.{suffix}"))
+LIBRARIES = {"mesh._bpf": ["bpf", "elf", "z"], "mesh.fastpath.worker": ["pthread"], "mesh._fastpath": ["pthread"]}
 SANITIZE = os.environ.get("MESH_SANITIZE", "")
 
 
@@ -26,18 +29,17 @@ def abi_digest() -> str:
     return hashlib.sha256(b"".join(Path(h).read_bytes() for h in HEADERS)).hexdigest()[:16]
 
 
-def extension(name: str, libraries: tuple[str, ...] = ()) -> Extension:
-    # A compiled extension does not notice a changed header by itself: list them.
-    depends = [*HEADERS, *(str(p) for p in sorted(Path("mesh").rglob("*.pxd")))]
-    sanitize = [f"-fsanitize={SANITIZE}", "-g", "-fno-omit-frame-pointer"] if SANITIZE else []
+def extension(source: Path) -> Extension:
+    name = ".".join(source.with_suffix("").parts)
+    sanitize = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
     return Extension(
-        f"mesh.{name}",
-        [f"mesh/{name}.pyx"],
-        include_dirs=["bpf/include"],
-        depends=depends,
-        libraries=list(libraries),
+        name,
+        [str(source)],
+        include_dirs=["bpf/include", "."],
+        depends=HEADERS + DECLARATIONS,
+        libraries=LIBRARIES.get(name, []),
         define_macros=[("MESH_ABI_DIGEST", f'"{abi_digest()}"'), ("_GNU_SOURCE", "1")],
-        extra_compile_args=["-O1" if SANITIZE else "-O3", "-std=gnu11", "-Wall", "-Wno-unused-function", *sanitize],
+        extra_compile_args=["-O1" if SANITIZE else "-O3", "-g", "-std=gnu11", "-Wall", *sanitize],
         extra_link_args=sanitize,
     )
 
@@ -80,6 +82,10 @@ def build_objects() -> None:
 class BuildExtensions(build_ext):
     """Extensions, and the objects for builds in place."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def run(self) -> None:
         build_objects()
         super().run()
@@ -94,12 +100,12 @@ class BuildPython(build_py):
         super().run()
 
 
-NAMES: dict[str, tuple[str, ...]] = {"_maglev": (), "_fastpath": ("pthread",), "_bpf": ("bpf", "elf", "z")}
 setup(
     ext_modules=cythonize(
-        [extension(name, libs) for name, libs in NAMES.items() if Path(f"mesh/{name}.pyx").exists()],
+        [extension(path) for path in sorted(Path("mesh").rglob("*.pyx"))],
         compiler_directives={"language_level": "3"},
         build_dir="build/cython",
+        emit_linenums=True,  # gdb, perf and compiler warnings name lines of the .pyx files
     ),
     cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
 )

@@ -2,8 +2,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The user-space forwarding engine: threads that carry connections and datagrams with no Python object and no GIL.
 
-This file is what Python sees of it; the engine itself is in mesh/fastpath/*.pxd. All methods are called from one
-thread at a time, but for `Pair.read`, `Front.read` and `Engine.totals`, which any thread may call at any time.
+This module is its Python API; the engine itself is in mesh/fastpath/. All methods are called from one thread at a time,
+except `Pair.read`, `Front.read` and `Engine.totals`, which any thread may call at any time.
 """
 
 cimport cython
@@ -13,15 +13,15 @@ from libc.string cimport memcpy, memset
 
 from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable
 from mesh.fastpath.counts cimport WIDTH, counters_new, counters_sum, gather
+from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
-from mesh.fastpath.tables cimport (
-    backend_new, doors_free, doors_new, is_same_place, prefixes_new, route_free, route_index)
+from mesh.fastpath.tables cimport backend_new, is_same_backend, prefixes_new, route_free, route_index
 from mesh.fastpath.types cimport (
     BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN, OP_YIELD,
-    TAG, TRIES_MOST, backend, counters, doors, engine, frontend, listener, pair, route, target, totals, worker)
+    TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals, worker)
 from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
 
-RETRIES_MOST = TRIES_MOST - 1
+RETRIES_MOST = TRIES_MAX - 1
 
 
 def read_columns(tuple things not None, tuple rows=None):
@@ -141,7 +141,7 @@ cdef class Engine:
     cdef uint32_t started
     cdef set held  # Fronts and Pairs that threads may know of
     cdef list garbage  # addresses of routes that were replaced and may still be read
-    cdef list old_doors  # likewise
+    cdef list old_peer_acls  # likewise
     cdef list old_backends  # likewise
     cdef uint8_t *gone  # by owner, 1 for those of old_backends
     cdef uint32_t *index  # by owner, its place in the route that is being made, from 1; zeros between two
@@ -150,16 +150,16 @@ cdef class Engine:
                   double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes,
                   tuple ports not None):
         cdef uint32_t i
-        if not 1 <= threads <= 1024 or retries >= TRIES_MOST:
+        if not 1 <= threads <= 1024 or retries >= TRIES_MAX:
             raise ValueError("threads are 1..1024, retries 0..15")
         self.e.threads = threads
         self.e.retries = retries
         self.e.connect_ns = <uint64_t>(connect_timeout * 1e9)
         self.e.idle_ns = <uint64_t>(idle_timeout * 1e9)
         self.e.udp_idle_ns = <uint64_t>(udp_idle_timeout * 1e9)
-        self.e.udp_most = udp_sessions
-        self.e.connections_most = connections
-        self.e.pipes_most = pipes
+        self.e.udp_max = udp_sessions
+        self.e.connections_max = connections
+        self.e.pipes_max = pipes
         first, last = ports
         if not 0 < first <= last < 65536:
             raise ValueError(f"{first}..{last} are no ports")
@@ -167,7 +167,7 @@ cdef class Engine:
         self.e.port_count = last - first + 1
         self.held = set()
         self.garbage = []
-        self.old_doors = []
+        self.old_peer_acls = []
         self.old_backends = []
         self.gone = <uint8_t *>calloc(BACKENDS, 1)
         self.index = <uint32_t *>calloc(BACKENDS, sizeof(uint32_t))
@@ -194,13 +194,13 @@ cdef class Engine:
                     worker_free(self.e.workers[i])
             free(self.e.workers)
         if self.e.backends is not NULL:
-            for i in range(BACKENDS):
+            for i in range(<uint32_t>BACKENDS):
                 free(self.e.backends[i])
             free(self.e.backends)
         self.sweep()
         free(self.gone)
         free(self.index)
-        doors_free(self.e.doors)
+        peer_acl_free(self.e.peer_acl)
 
     cdef void stop(self) noexcept:
         cdef uint32_t i
@@ -217,9 +217,9 @@ cdef class Engine:
         for address in self.garbage:
             route_free(<route *><size_t>address)
         self.garbage.clear()
-        for address in self.old_doors:
-            doors_free(<doors *><size_t>address)
-        self.old_doors.clear()
+        for address in self.old_peer_acls:
+            peer_acl_free(<peer_acl *><size_t>address)
+        self.old_peer_acls.clear()
         for address in self.old_backends:
             self.gone[(<backend *><size_t>address).id] = 0
             free(<backend *><size_t>address)
@@ -245,11 +245,11 @@ cdef class Engine:
         cdef backend *old
         if not MESH_OWNER_FIRST <= owner < BACKENDS or len(address) != 16:
             raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}, or its address not 16 bytes")
-        if tag is not None and len(tag) != TAG:
-            raise ValueError(f"a tag is {TAG} bytes")
+        if tag is not None and len(tag) != TAG_SIZE:
+            raise ValueError(f"a tag is {TAG_SIZE} bytes")
         b = backend_new(owner, address, port, tag)
         old = <backend *>fp_load(&self.e.backends[owner])
-        if old is not NULL and is_same_place(old, b):
+        if old is not NULL and is_same_backend(old, b):
             free(b)  # only its weight or the like has changed: its sessions stay
             return
         fp_store(&self.e.backends[owner], b)
@@ -272,18 +272,18 @@ cdef class Engine:
         self.old_backends.append(<size_t>old)
 
     def peers(self):
-        """The frontend at which other nodes hand flows over; see `put_doors`. Its `read` counts them."""
+        """The frontend at which other nodes hand flows over; see `put_peer_acl`. Its `read` counts them."""
         cdef Front made = self.front(bytes(16), 0, True)
         made.peers = self.pair(made)
         made.c.peers = &made.peers.c
         return made
 
-    def put_doors(self, list nodes not None, list places not None):
+    def put_peer_acl(self, list nodes not None, list places not None):
         """Who may hand flows over (16 bytes each), and for which backends of this node: (tag, protocol, owner), sorted."""
-        cdef doors *old = <doors *>fp_load(&self.e.doors)
-        fp_store(&self.e.doors, doors_new(nodes, places))
+        cdef peer_acl *old = <peer_acl *>fp_load(&self.e.peer_acl)
+        fp_store(&self.e.peer_acl, peer_acl_new(nodes, places))
         if old is not NULL:
-            self.old_doors.append(<size_t>old)
+            self.old_peer_acls.append(<size_t>old)
 
     def front(self, bytes address not None, uint16_t port, bint any):
         """A new frontend. `port` is the one that clients call, `any`: the called address must be asked of the socket."""
@@ -369,7 +369,7 @@ cdef class Engine:
         """Free what was replaced, once every thread has passed through its loop: one wait, however much it is."""
         if self.old_backends:
             self.tell(OP_FORGET, self.gone)
-        elif self.garbage or self.old_doors:
+        elif self.garbage or self.old_peer_acls:
             self.tell(OP_SYNC, NULL)
         self.sweep()
 

@@ -388,7 +388,7 @@ cdef class SlotTable:
                 sums[place] = 0
             near[place] = owner
             sums[place] += 1
-        for place in range(NEAR):
+        for place in range(<uint32_t>NEAR):
             if sums[place]:
                 counts[near[place]] = counts.get(near[place], 0) + sums[place]
         return counts

@@ -1,126 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-# cython: language_level=3, cdivision=True
-"""Where connections are kept: the list of all, the timer lists (each in order of time), the ready list."""
+# cython: language_level=3
 
 from libc.stdint cimport uint8_t
 
-from mesh.fastpath.pool cimport pool_give, pool_take
-from mesh.fastpath.sys cimport SOL_SOCKET, SO_LINGER, linger, setsockopt
-from mesh.fastpath.types cimport (
-    CONNECTING, KIND_BACKEND, KIND_CLIENT, LIST_CONNECTING, LIST_IDLE, LIST_NONE, LIST_YOUNG, NODELAY, WRITABLE,
-    conn, conn_list, frontend, worker)
+from mesh.fastpath.types cimport conn, frontend, worker
 
-
-cdef inline conn *conn_new(worker *w, frontend *f, int fd) noexcept nogil:
-    """A connection of an accepted client, or NULL: no memory."""
-    cdef conn *c = <conn *>pool_take(&w.conns)
-    if c is NULL:
-        return NULL
-    c.client.kind = KIND_CLIENT
-    c.client.flags = WRITABLE | NODELAY  # the listener's options are inherited
-    c.client.fd = fd
-    c.client.conn = c
-    c.backend.kind = KIND_BACKEND
-    c.backend.fd = -1
-    c.backend.conn = c
-    c.state = CONNECTING
-    c.frontend = f
-    c.next = w.all
-    if w.all is not NULL:
-        w.all.previous = c
-    w.all = c
-    return c
-
-
-cdef inline void conn_free_later(worker *w, conn *c) noexcept nogil:
-    """Out of the list of all; the memory is used again after the batch, which may hold events of it."""
-    if c.previous is not NULL:
-        c.previous.next = c.next
-    else:
-        w.all = c.next
-    if c.next is not NULL:
-        c.next.previous = c.previous
-    c.previous = NULL
-    c.next = w.dead
-    w.dead = c
-
-
-cdef inline void conns_reap(worker *w) noexcept nogil:
-    """The batch is over: what died in it is free. (What is on the ready list stays until it has had its turn.)"""
-    cdef conn *c = w.dead
-    cdef conn *kept = NULL
-    cdef conn *next
-    while c is not NULL:
-        next = c.next
-        if c.queued:
-            c.next = kept
-            kept = c
-        else:
-            pool_give(&w.conns, c)
-        c = next
-    w.dead = kept
-
-
-cdef inline conn_list *list_of(worker *w, uint8_t which) noexcept nogil:
-    if which == LIST_CONNECTING:
-        return &w.connecting
-    return &w.young if which == LIST_YOUNG else &w.idle
-
-
-cdef inline void list_append(worker *w, conn *c, uint8_t which) noexcept nogil:
-    cdef conn_list *l = list_of(w, which)
-    c.listed = which
-    c.timer_next = NULL
-    c.timer_previous = l.tail
-    if l.tail is not NULL:
-        l.tail.timer_next = c
-    else:
-        l.head = c
-    l.tail = c
-
-
-cdef inline void list_remove(worker *w, conn *c) noexcept nogil:
-    cdef conn_list *l
-    if c.listed == LIST_NONE:
-        return
-    l = list_of(w, c.listed)
-    if c.timer_previous is not NULL:
-        c.timer_previous.timer_next = c.timer_next
-    else:
-        l.head = c.timer_next
-    if c.timer_next is not NULL:
-        c.timer_next.timer_previous = c.timer_previous
-    else:
-        l.tail = c.timer_previous
-    c.listed = LIST_NONE
-
-
-cdef inline void ready_append(worker *w, conn *c) noexcept nogil:
-    """Give it another turn although no event will come."""
-    if c.queued:
-        return
-    c.queued = 1
-    c.ready_next = NULL
-    if w.ready_tail is not NULL:
-        w.ready_tail.ready_next = c
-    else:
-        w.ready_head = c
-    w.ready_tail = c
-
-
-cdef inline conn *ready_take(worker *w) noexcept nogil:
-    cdef conn *c = w.ready_head
-    if c is not NULL:
-        w.ready_head = c.ready_next
-        if w.ready_head is NULL:
-            w.ready_tail = NULL
-        c.queued = 0
-    return c
-
-
-cdef inline void set_reset(int fd) noexcept nogil:
-    """Let close() send a reset."""
-    cdef linger hard
-    hard.l_onoff = 1
-    hard.l_linger = 0
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard, sizeof(hard))
+cdef conn *conn_new(worker *w, frontend *f, int fd) noexcept nogil
+cdef void conn_free_later(worker *w, conn *c) noexcept nogil
+cdef void conns_reap(worker *w) noexcept nogil
+cdef void list_append(worker *w, conn *c, uint8_t which) noexcept nogil
+cdef void list_remove(worker *w, conn *c) noexcept nogil
+cdef void ready_append(worker *w, conn *c) noexcept nogil
+cdef conn *ready_take(worker *w) noexcept nogil
+cdef void set_reset(int fd) noexcept nogil

@@ -1,80 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-# cython: language_level=3, cdivision=True
-"""Counters of one thing, a row per thread: made here, written by the threads, summed up for Python."""
+# cython: language_level=3
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memset
 
-from mesh.fastpath.sys cimport fp_peek
 from mesh.fastpath.types cimport BUCKETS, CAUSES, counters
-
-cdef extern from "<stdlib.h>" nogil:
-    int posix_memalign(void **out, size_t alignment, size_t size)
-
-
-cdef inline counters *counters_new(uint32_t threads) except NULL:
-    cdef void *memory = NULL
-    if posix_memalign(&memory, 64, threads * sizeof(counters)) != 0:
-        raise MemoryError
-    memset(memory, 0, threads * sizeof(counters))
-    return <counters *>memory
-
-
-cdef inline tuple counters_sum(const counters *of, uint32_t threads):
-    """Sum over the threads; ends before beginnings, so that what is open is never negative."""
-    cdef uint64_t ended = 0, closed = 0, begun = 0, opened = 0, retried = 0
-    cdef uint64_t into = 0, out = 0, packets_in = 0, packets_out = 0, spent = 0
-    cdef uint64_t[CAUSES] failed
-    cdef uint64_t[BUCKETS] connect
-    cdef uint32_t i
-    cdef int k
-    cdef counters *c
-    memset(failed, 0, sizeof(failed))
-    memset(connect, 0, sizeof(connect))
-    for i in range(threads):
-        c = <counters *>&of[i]
-        ended += fp_peek(&c.ended)
-        closed += fp_peek(&c.closed)
-    for i in range(threads):
-        c = <counters *>&of[i]
-        opened += fp_peek(&c.opened)
-        begun += fp_peek(&c.begun)
-        retried += fp_peek(&c.retried)
-        into += fp_peek(&c.bytes_in)
-        out += fp_peek(&c.bytes_out)
-        packets_in += fp_peek(&c.packets_in)
-        packets_out += fp_peek(&c.packets_out)
-        spent += fp_peek(&c.connect_ns)
-        for k in range(CAUSES):
-            failed[k] += fp_peek(&c.failed[k])
-        for k in range(BUCKETS):
-            connect[k] += fp_peek(&c.connect[k])
-    return (begun, ended, opened, closed, retried, tuple([failed[k] for k in range(CAUSES)]), into, out, packets_in,
-            packets_out, tuple([connect[k] for k in range(BUCKETS)]), spent)
-
 
 cdef enum:
     PLAIN = 8
     WIDTH = PLAIN + CAUSES + BUCKETS  # columns of mesh.datapath.base.Table
 
 
-cdef inline void gather(const counters *of, uint32_t threads, uint64_t *out, size_t step) noexcept nogil:
-    """Add one thing's counters to its row, a column every `step`; ends before beginnings, as in counters_sum."""
-    cdef uint32_t i
-    cdef int k
-    cdef counters *c
-    for i in range(threads):
-        out[step] += fp_peek(&(<counters *>&of[i]).closed)
-    for i in range(threads):
-        c = <counters *>&of[i]
-        out[0] += fp_peek(&c.opened)
-        out[2 * step] += fp_peek(&c.retried)
-        out[3 * step] += fp_peek(&c.bytes_in)
-        out[4 * step] += fp_peek(&c.bytes_out)
-        out[5 * step] += fp_peek(&c.packets_in)
-        out[6 * step] += fp_peek(&c.packets_out)
-        out[7 * step] += fp_peek(&c.connect_ns)
-        for k in range(CAUSES):
-            out[(PLAIN + k) * step] += fp_peek(&c.failed[k])
-        for k in range(BUCKETS):
-            out[(PLAIN + CAUSES + k) * step] += fp_peek(&c.connect[k])
+cdef counters *counters_new(uint32_t threads) except NULL
+cdef tuple counters_sum(const counters *of, uint32_t threads)
+cdef void gather(const counters *of, uint32_t threads, uint64_t *out, size_t step) noexcept nogil

@@ -1,46 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# cython: language_level=3, cdivision=True
-"""Memory for things of one size that come and go: allocated CHUNK at once, returned when the thread ends."""
+# cython: language_level=3
 
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from mesh.fastpath.types cimport pool
 
-from mesh.fastpath.types cimport CHUNK, pool
-
-
-cdef inline bint pool_grow(pool *p) noexcept nogil:
-    cdef char *block = <char *>calloc(1, sizeof(void *) + CHUNK * p.size)
-    cdef int i
-    if block is NULL:
-        return False
-    (<void **>block)[0] = p.chunks
-    p.chunks = block
-    for i in range(CHUNK):
-        pool_give(p, block + sizeof(void *) + i * p.size)
-    return True
-
-
-cdef inline void *pool_take(pool *p) noexcept nogil:
-    """A zeroed thing, or NULL: no memory."""
-    cdef void *thing
-    if p.free is NULL and not pool_grow(p):
-        return NULL
-    thing = p.free
-    p.free = (<void **>thing)[0]
-    memset(thing, 0, p.size)
-    return thing
-
-
-cdef inline void pool_give(pool *p, void *thing) noexcept nogil:
-    (<void **>thing)[0] = p.free
-    p.free = thing
-
-
-cdef inline void pool_free(pool *p) noexcept nogil:
-    """All of it, also what was not given back."""
-    cdef void *block
-    while p.chunks is not NULL:
-        block = p.chunks
-        p.chunks = (<void **>block)[0]
-        free(block)
-    p.free = NULL
+cdef void *pool_take(pool *p) noexcept nogil
+cdef void pool_give(pool *p, void *thing) noexcept nogil
+cdef void pool_free(pool *p) noexcept nogil

@@ -1,59 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The kernel's and the C library's interface, as far as the engine uses it. Declarations and macros only."""
+"""The interface of the kernel and the C library, as far as the engine uses it. Declares only; sys.h has the C."""
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-cdef extern from * nogil:
-    """
-    #include <errno.h>
-    #include <fcntl.h>
-    #include <netinet/in.h>
-    #include <netinet/tcp.h>
-    #include <pthread.h>
-    #include <signal.h>
-    #include <sys/epoll.h>
-    #include <sys/eventfd.h>
-    #include <sys/socket.h>
-    #include <sys/syscall.h>
-    #include <sys/uio.h>
-    #include <time.h>
-    #include <unistd.h>
-    typedef void *__attribute__((__may_alias__)) fp_pointer;
-    #define fp_load(p) __atomic_load_n((fp_pointer *)(p), __ATOMIC_ACQUIRE)
-    #define fp_store(p, v) __atomic_store_n((fp_pointer *)(p), v, __ATOMIC_RELEASE)
-    #define fp_add(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
-    #define fp_peek(p) __atomic_load_n(p, __ATOMIC_RELAXED)
-    #define fp_likely(x) __builtin_expect(!!(x), 1)
-    #define fp_unlikely(x) __builtin_expect(!!(x), 0)
-    /* A counter has one writer; readers see whole values. */
-    #define fp_count(p, v) __atomic_store_n(p, *(p) + (v), __ATOMIC_RELAXED)
-    static inline uint64_t fp_now(void)
-    {
-    	struct timespec t;
-    	clock_gettime(CLOCK_MONOTONIC, &t);
-    	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-    }
-    /* sched_setattr(2), which the C library may not have. Its own name: the C library's sched_param is in the way. */
-    struct fp_sched {
-    	uint32_t size, policy;
-    	uint64_t flags;
-    	int32_t nice;
-    	uint32_t priority;
-    	uint64_t runtime, deadline, period;
-    };
-    /* Ask for twice the time slice that this thread has. Nothing happens before Linux 6.12, where it is unknown (0), and
-     * where somebody has given the process another scheduling than the ordinary one (0: SCHED_OTHER). */
-    static inline void fp_longer_slice(void)
-    {
-    	struct fp_sched s = {0};
-    	if (syscall(SYS_sched_getattr, 0, &s, sizeof(s), 0) || s.policy != 0 || s.runtime == 0)
-    		return;
-    	s.size = sizeof(s);
-    	s.runtime *= 2;
-    	syscall(SYS_sched_setattr, 0, &s, 0);
-    }
-    """
+cdef extern from "mesh/fastpath/sys.h" nogil:
     uint64_t fp_now()
     void fp_longer_slice()
     void *fp_load(void *p)
@@ -72,7 +23,8 @@ cdef extern from * nogil:
     ctypedef uint32_t socklen_t
 
     int AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
-    int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_REUSEADDR, SO_OOBINLINE, IPPROTO_TCP, IPPROTO_UDP, IPPROTO_IP, IPPROTO_IPV6
+    int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_REUSEADDR, SO_OOBINLINE
+    int IPPROTO_TCP, IPPROTO_UDP, IPPROTO_IP, IPPROTO_IPV6
     int TCP_NODELAY, TCP_QUICKACK, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
     int IP_PKTINFO, IPV6_PKTINFO, SHUT_WR
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, MSG_CTRUNC

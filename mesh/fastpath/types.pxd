@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""All structs of the engine, and who may touch them.
+"""All structs of the engine, and who may access them.
 
-- A `worker` and all that hangs on it (connections, sessions, pipes, listeners) belong to its thread alone.
-- `route` and `backend` are immutable once published; a writer swaps the pointer, waits until every thread has passed
-  through its loop (worker.pxd: call), and frees the old one.
-- `counters` have one writer, their thread; anybody may read them.
+- A `worker` and everything reachable from it (connections, sessions, pipes, listeners) belong to its thread.
+- `route`, `backend` and `peer_acl` are immutable once published. A writer swaps the pointer, waits until every thread
+  has passed through its loop (worker.pyx: call), and frees the old one.
+- `counters` and `totals` have one writer, their thread; any thread may read them.
+
+The extension modules hold no state of their own: everything hangs on an `engine`, which Python's `Engine` owns.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -15,31 +17,31 @@ from mesh.fastpath.sys cimport (
     epoll_event, in6_addr, iovec, mmsghdr, pthread_cond_t, pthread_mutex_t, pthread_t, sockaddr_in6)
 
 cdef enum:
-    SCRATCH = 32768  # bytes read at once; a flow that fills it is bulk, and is spliced from then on
-    BULK_LEAST = 8192  # a splice that moves less ends the bulk mode of its flow
+    SCRATCH = 32768  # bytes per read; a flow that fills it is bulk and is spliced from then on
+    BULK_MIN = 8192  # a smaller splice ends the bulk mode of its flow
     PIPE_WANTED = 1048576
-    PIPE_LEAST = 65536
-    BUDGET = 16  # rounds of a pump before other flows get their turn
+    PIPE_MIN = 65536
+    BUDGET = 16  # rounds of a pump before other connections get a turn
     EVENTS = 256
-    ACCEPT_MOST = 64
+    ACCEPT_MAX = 64
     ACCEPT_CALM = 16
-    TRIES_MOST = 16
+    TRIES_MAX = 16
     BATCH = 32  # datagrams per system call
     DATAGRAM = 65536
     CONTROL = 128
-    CAUSES = 8  # as mesh.datapath.base.Failure, in its order
+    CAUSES = 8  # members of mesh.datapath.base.Failure
     BUCKETS = 15
     BACKENDS = 65538
     CHUNK = 64  # connections or sessions allocated at once
-    PEER_UDP = 52  # bytes ahead of a datagram that another node hands over
-    TAG = 10  # what names a backend to its own node: 8 bytes of its seed, its port in network order
+    PEER_UDP_HEAD = 52  # bytes before a datagram that another node hands over
+    TAG_SIZE = 10  # names a backend to its own node: 8 bytes of its seed, its port in network order
 
-cdef enum:  # conn.stage: what is awaited from another node while connecting
+cdef enum:  # conn.stage: what is expected from another node while connecting
     STAGE_NONE = 0
     STAGE_HEADER = 1  # its header
-    STAGE_ANSWER = 2  # its answer to ours
+    STAGE_ANSWER = 2  # its answer to our header
 
-cdef enum:  # Failure, in its order
+cdef enum:  # mesh.datapath.base.Failure, in its order
     FAIL_REFUSED = 0
     FAIL_TIMEOUT = 1
     FAIL_UNREACHABLE = 2
@@ -49,7 +51,7 @@ cdef enum:  # Failure, in its order
     FAIL_DENIED = 6
     FAIL_OTHER = 7
 
-cdef enum:  # first byte of whatever an epoll event points at
+cdef enum:  # first byte of the struct that an epoll event points to
     KIND_WAKE = 1
     KIND_LISTENER = 2
     KIND_CLIENT = 3
@@ -60,23 +62,23 @@ cdef enum:  # first byte of whatever an epoll event points at
 cdef enum:  # side.flags
     READABLE = 1
     WRITABLE = 2
-    HANGUP = 4  # the peer sent FIN or RST: all that it said is in the queue
-    ENDED = 8  # nothing more comes from this side
-    SHUT = 16  # nothing more goes to this side
+    HANGUP = 4  # the peer sent FIN or RST: all its bytes are in the receive queue
+    ENDED = 8  # read to its end
+    SHUT = 16  # shut down for writing
     BULK = 32
     NODELAY = 64
     BROKEN = 128  # this side was reset, or its peer vanished
-    SPOKEN = 256  # a first message went to this side
-    URGENT = 512  # reads may end early at an urgent mark: a short one proves nothing
-    INLINE = 1024  # urgent data is read in its place
-    MUTED = 2048  # epoll does not tell of bytes from this side: it is being read without that
+    SENT = 256  # a first message was sent to this side
+    URGENT = 512  # a read may stop at an urgent mark: a short one does not mean an empty queue
+    INLINE = 1024  # urgent data is read in line (SO_OOBINLINE)
+    MUTED = 2048  # not in epoll for reading: its bytes are read without events
 
 cdef enum:  # conn.state
     CONNECTING = 1
     OPEN = 2
     DEAD = 3
 
-cdef enum:  # what a pump says
+cdef enum:  # result of a pump
     PUMP_IDLE = 0
     PUMP_MORE = 1
     PUMP_BROKEN = 2
@@ -90,15 +92,15 @@ cdef enum:  # conn.listed
 cdef enum:  # command.op
     OP_SYNC = 0
     OP_LISTEN = 1  # argument: listener of this worker
-    OP_UNLISTEN = 2  # argument: frontend; accept what is queued, then close
-    OP_YIELD = 3  # argument: frontend or NULL for all; stop without touching the queue (the sockets are shared)
-    OP_FORGET = 4  # argument: a byte for each backend id, not 0 where its UDP sessions shall end
+    OP_UNLISTEN = 2  # argument: frontend; accept the queue, then close
+    OP_YIELD = 3  # argument: frontend or NULL for all; stop accepting, leave the queue to who shares the sockets
+    OP_FORGET = 4  # argument: a byte for each backend id, nonzero where its UDP sessions end
     OP_ABORT = 5  # reset all connections, end all sessions
     OP_QUIT = 6
 
 cdef struct counters:  # of one pair or frontend in one thread
-    uint64_t begun  # attempts to reach the backend, sessions included
-    uint64_t ended  # of those, over
+    uint64_t begun  # attempts to reach the backend, UDP sessions included
+    uint64_t ended  # attempts that are over
     uint64_t opened
     uint64_t closed
     uint64_t retried
@@ -117,11 +119,11 @@ cdef struct totals:  # of one thread
     uint64_t udp_evictions
     uint64_t udp_dropped
     uint64_t pipe_failures
-    uint64_t peer_connections  # handed over by other nodes
-    uint64_t peer_foreign  # callers that are no node of the cluster
+    uint64_t peer_connections  # peer_request over by other nodes
+    uint64_t peer_foreign  # from addresses that are no node of the cluster
     uint64_t peer_malformed
-    uint64_t peer_unknown  # for a backend that is not here
-    uint64_t connections  # of this thread now; gauges from here on
+    uint64_t peer_unknown  # for a backend that this node does not have
+    uint64_t connections  # gauges from here on
     uint64_t connecting
     uint64_t sessions
     uint64_t pipes_open
@@ -134,11 +136,11 @@ cdef struct backend:
     uint32_t id
     uint32_t length  # of address: sockaddr_in or sockaddr_in6
     sockaddr_in6 address
-    uint8_t near  # hint: the handshake is over when connect() returns
-    uint8_t away  # on another node, whose agent is at `address`
-    uint8_t tag[TAG]  # for that agent
+    uint8_t fast_connect  # hint: the handshake is over when connect() returns
+    uint8_t remote  # on another node, whose agent is at `address`
+    uint8_t tag[TAG_SIZE]  # its name for that agent
 
-cdef struct pair:  # a frontend with one backend of it
+cdef struct pair:  # a frontend and one of its backends
     counters *counts  # one per thread
 
 cdef struct target:
@@ -149,12 +151,12 @@ cdef struct prefix:
     mesh_addr address
     uint32_t bits  # of 128
 
-cdef struct route:  # where the new connections of a frontend go
+cdef struct route:  # where new flows of a frontend go
     uint32_t size
-    uint32_t *slots  # index into targets; 0 is nobody
+    uint32_t *slots  # index into targets; 0: no backend
     target *targets
     uint32_t count
-    uint32_t *order  # indices of the targets that have slots, by their first slots
+    uint32_t *order  # indices of the targets that have slots, in the order of their first slots
     uint32_t ordered
     uint8_t by_client
     uint8_t announce  # PROXY protocol v2
@@ -167,8 +169,8 @@ cdef struct frontend:
     route *route  # atomic
     counters *counts
     uint16_t port  # network order, as clients call it
-    uint8_t any  # listens on all addresses: the called one must be asked for
-    pair *peers  # where other nodes hand flows over: what those count into; NULL elsewhere
+    uint8_t any  # listens on all addresses: the called one is asked of the socket
+    pair *peers  # of the frontend for other nodes: what their flows count into; else NULL
     mesh_addr address  # the called one, otherwise
 
 cdef struct pipe:
@@ -182,8 +184,8 @@ cdef struct side:
     uint16_t flags
     int fd
     conn *conn
-    pipe *pipe  # what was read from this side and waits for the other, if spliced
-    char *buffer  # the same, if read
+    pipe *pipe  # read from this side and not yet written to the other, if spliced
+    char *buffer  # the same, if received
     uint32_t start
     uint32_t length
 
@@ -192,16 +194,16 @@ cdef struct conn:
     side backend
     uint8_t state
     uint8_t queued  # on worker.ready
-    uint8_t listed  # the timer list it is on
+    uint8_t listed  # its timer list
     uint8_t tries
-    uint8_t announce  # the backend is told who calls
+    uint8_t announce  # the backend gets a PROXY protocol header
     uint8_t stage
-    uint8_t away  # towards another node's agent
-    uint8_t eager  # something is to be sent as soon as the backend has answered
-    uint8_t tag[TAG]
+    uint8_t remote  # towards another node's agent
+    uint8_t eager  # bytes are ready to be sent once the backend has answered
+    uint8_t tag[TAG_SIZE]
     uint32_t again  # see choose
     uint32_t hash
-    uint32_t tried[TRIES_MOST]
+    uint32_t tried[TRIES_MAX]
     frontend *frontend
     pair *pair
     uint64_t started  # ns; of the attempt, then of the opening, then of the last byte
@@ -219,12 +221,12 @@ cdef struct conn_list:
 cdef struct listener:
     uint8_t kind
     uint8_t armed  # in epoll
-    uint8_t leaving  # yielded: no reading, but sessions may still answer through it
+    uint8_t leaving  # yielded: not read, but sessions may still reply through it
     uint8_t stream  # TCP
     uint8_t six  # an IPv6 socket (IPv4 clients are mapped)
     int fd
     uint32_t burst  # connections to take per event
-    uint32_t calm  # full bursts until it grows
+    uint32_t calm  # full bursts until the burst grows
     uint32_t sessions
     frontend *frontend
     listener *next
@@ -233,14 +235,14 @@ cdef struct session:
     uint8_t kind
     uint8_t dead
     uint8_t tries
-    int fd  # connected to the backend; -1: the backend refused, the next datagram picks anew
-    uint8_t away  # towards another node's agent
-    uint8_t tag[TAG]  # of the backend that another node asked for
-    uint8_t head[PEER_UDP]  # what goes ahead of each datagram, if away
-    uint32_t hash  # by which it is routed
-    uint32_t key  # by which it is found
+    int fd  # connected to the backend; -1: it refused, and the next datagram chooses again
+    uint8_t remote  # towards another node's agent
+    uint8_t tag[TAG_SIZE]  # of the backend that another node named
+    uint8_t head[PEER_UDP_HEAD]  # sent before each datagram, if remote
+    uint32_t hash  # for the choice of a backend
+    uint32_t key  # for the table of sessions
     uint32_t again
-    uint32_t tried[TRIES_MOST]
+    uint32_t tried[TRIES_MAX]
     uint32_t backend
     listener *listener
     pair *pair
@@ -252,7 +254,7 @@ cdef struct session:
     session *newer
     session *older
 
-cdef struct datagrams:  # what one recvmmsg or sendmmsg works on
+cdef struct datagrams:  # of one recvmmsg or sendmmsg
     mmsghdr messages[BATCH]
     iovec vectors[BATCH]
     iovec doubles[BATCH][2]
@@ -264,7 +266,7 @@ cdef struct command:
     void *argument
 
 cdef struct pool:
-    size_t size  # of one thing, bytes; a multiple of a pointer's
+    size_t size  # of one object, bytes; a multiple of a pointer's
     void *free  # first word of each: the next
     void *chunks  # likewise
 
@@ -309,19 +311,19 @@ cdef struct worker:
     pthread_cond_t cond
     pthread_t thread
 
-cdef struct place:  # a backend of this node, as other nodes name it
-    uint8_t tag[TAG]
+cdef struct peer_backend:  # a backend of this node, as other nodes name it
+    uint8_t tag[TAG_SIZE]
     uint8_t protocol
     uint32_t backend
 
-cdef struct doors:  # what other nodes may reach here; immutable
+cdef struct peer_acl:  # which nodes may hand flows over, and for which backends; immutable
     mesh_addr *nodes
     uint32_t node_count
-    place *places  # sorted by tag and protocol
+    peer_backend *backends  # sorted by tag and protocol
     uint32_t count
 
 cdef struct engine:
-    doors *doors  # atomic
+    peer_acl *peer_acl  # atomic
     uint32_t threads
     uint32_t retries
     uint32_t port_first  # net.ipv4.ip_local_port_range
@@ -329,10 +331,9 @@ cdef struct engine:
     uint64_t connect_ns
     uint64_t idle_ns
     uint64_t udp_idle_ns
-    int64_t udp_most
-    int64_t connections_most
-    int64_t descriptors_most
-    int64_t pipes_most
+    int64_t udp_max
+    int64_t connections_max
+    int64_t pipes_max
     int64_t connections  # atomic, all threads
     int64_t sessions  # atomic
     int64_t pipes  # atomic

@@ -68,7 +68,7 @@ class Peers:
                 self._stale = True
         if nodes == self._nodes and not self._stale:
             return
-        engine.put_doors([sixteen(address) for address in nodes], sorted(self._locator.values()))
+        engine.put_peer_acl([sixteen(address) for address in nodes], sorted(self._locator.values()))
         self._nodes, self._stale = nodes, False
         if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:

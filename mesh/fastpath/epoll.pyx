@@ -9,12 +9,12 @@ until it was read empty.
 from libc.stdint cimport uint32_t
 
 from mesh.fastpath.sys cimport (
-    EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, SOL_SOCKET, SO_OOBINLINE, epoll_ctl,
-    epoll_event, setsockopt)
-from mesh.fastpath.types cimport INLINE, MUTED, URGENT, side, worker
+    EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_MOD, SOL_SOCKET, SO_OOBINLINE,
+    epoll_ctl, epoll_event, setsockopt)
+from mesh.fastpath.types cimport INLINE, MUTED, URGENT
 
 
-cdef inline bint ask(worker *w, side *s, int how, uint32_t more) noexcept nogil:
+cdef bint set_interest(worker *w, side *s, int how, uint32_t more) noexcept nogil:
     """Be told of room and of ends, each edge once, and of `more`. False: no memory, or a bound of the user."""
     cdef epoll_event event
     event.events = EPOLLOUT | EPOLLRDHUP | EPOLLET | more
@@ -22,12 +22,12 @@ cdef inline bint ask(worker *w, side *s, int how, uint32_t more) noexcept nogil:
     return epoll_ctl(w.epoll, how, s.fd, &event) == 0
 
 
-cdef inline bint watch(worker *w, side *s) noexcept nogil:
+cdef bint watch(worker *w, side *s) noexcept nogil:
     """Register a socket. False: no memory, or the user's bound of watched descriptors."""
-    return ask(w, s, EPOLL_CTL_ADD, EPOLLIN | EPOLLPRI)
+    return set_interest(w, s, EPOLL_CTL_ADD, EPOLLIN | EPOLLPRI)
 
 
-cdef inline void in_line(side *s) noexcept nogil:
+cdef void inline_urgent(side *s) noexcept nogil:
     """Let urgent data (RFC 6093: obsolete) be read in its place."""
     cdef int on = 1
     if s.flags & INLINE:
@@ -36,19 +36,19 @@ cdef inline void in_line(side *s) noexcept nogil:
     s.flags |= INLINE
 
 
-cdef inline void urgent(side *s) noexcept nogil:
-    in_line(s)
+cdef void read_urgent(side *s) noexcept nogil:
+    inline_urgent(s)
     s.flags |= URGENT
 
 
-cdef inline void mute(worker *w, side *s) noexcept nogil:
+cdef void mute(worker *w, side *s) noexcept nogil:
     """No news of bytes (a wake-up for urgent ones is one for all, so not of them either), but still of ends."""
-    in_line(s)
-    if ask(w, s, EPOLL_CTL_MOD, 0):
+    inline_urgent(s)
+    if set_interest(w, s, EPOLL_CTL_MOD, 0):
         s.flags |= MUTED
 
 
-cdef inline void unmute(worker *w, side *s) noexcept nogil:
+cdef void unmute(worker *w, side *s) noexcept nogil:
     """Once it was read empty. What came since then is told at once."""
-    if ask(w, s, EPOLL_CTL_MOD, EPOLLIN | EPOLLPRI):
+    if set_interest(w, s, EPOLL_CTL_MOD, EPOLLIN | EPOLLPRI):
         s.flags &= ~MUTED

@@ -7,9 +7,8 @@ from libc.string cimport memcpy, memset
 
 from mesh._maglev cimport mesh_hash_again
 from mesh.fastpath.sys cimport (
-    EADDRINUSE, IPPROTO_TCP, SOL_SOCKET, SO_KEEPALIVE, SO_REUSEADDR, TCP_KEEPCNT,
-    TCP_KEEPIDLE, TCP_KEEPINTVL, bind, connect, errno, fp_now, setsockopt, sockaddr, sockaddr_in, sockaddr_in6)
-from mesh.fastpath.types cimport backend, engine
+    EADDRINUSE, IPPROTO_TCP, SOL_SOCKET, SO_KEEPALIVE, SO_REUSEADDR, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, bind,
+    connect, errno, fp_now, setsockopt, sockaddr, sockaddr_in6)
 
 cdef enum:
     KEEP_IDLE = 60  # seconds of silence until a peer is asked whether it lives
@@ -18,7 +17,7 @@ cdef enum:
     PORT_TRIES = 64
 
 
-cdef inline void keep_alive(int fd) noexcept nogil:
+cdef void keep_alive(int fd) noexcept nogil:
     cdef int value = 1
     setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &value, sizeof(value))
     value = KEEP_IDLE
@@ -29,13 +28,13 @@ cdef inline void keep_alive(int fd) noexcept nogil:
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &value, sizeof(value))
 
 
-cdef inline void allow_reuse(int fd) noexcept nogil:
+cdef void allow_reuse(int fd) noexcept nogil:
     """Let the port of this socket be taken again from TIME_WAIT."""
     cdef int on = 1
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on))
 
 
-cdef inline int connect_reusing(engine *e, int fd, backend *b) noexcept nogil:
+cdef int connect_reusing_port(engine *e, int fd, backend *b) noexcept nogil:
     """Connect from a port that is in TIME_WAIT. The kernel takes one (RFC 6191: the timestamps tell the connections
     apart) only where it was asked for by name, whatever net.ipv4.tcp_tw_reuse says.
 

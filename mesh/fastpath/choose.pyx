@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, cdivision=True
+"""Which backend a flow gets, who may call at all, and how addresses are written. Tables are read, never changed."""
+
+from libc.string cimport memcmp
+
+from mesh._maglev cimport mesh_hash_again, mesh_hash_client, mesh_hash_flow, mesh_slot_of
+from mesh.fastpath.sys cimport fp_load
+from mesh.fastpath.types cimport prefix
+
+
+cdef bint within(const prefix *net, const mesh_addr *address) noexcept nogil:
+    cdef uint32_t whole = net.bits >> 3
+    cdef uint32_t rest = net.bits & 7
+    if memcmp(net.address.bytes, address.bytes, whole) != 0:
+        return False
+    return rest == 0 or ((net.address.bytes[whole] ^ address.bytes[whole]) >> (8 - rest)) == 0
+
+
+cdef bint permitted(const route *way, const mesh_addr *client) noexcept nogil:
+    """Deny wins over allow; an empty allow list admits everybody."""
+    cdef uint32_t i
+    for i in range(way.denies):
+        if within(&way.deny[i], client):
+            return False
+    if way.allows == 0:
+        return True
+    for i in range(way.allows):
+        if within(&way.allow[i], client):
+            return True
+    return False
+
+
+cdef uint32_t hash_of(const route *way, const mesh_flow *flow) noexcept nogil:
+    return mesh_hash_client(&flow.source) if way.by_client else mesh_hash_flow(flow)
+
+
+cdef bint was_tried(const uint32_t *tried, uint32_t count, uint32_t owner) noexcept nogil:
+    cdef uint32_t i
+    for i in range(count):
+        if tried[i] == owner:
+            return True
+    return False
+
+
+cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t *again, const uint32_t *tried,
+                           uint32_t tries, backend **found) noexcept nogil:
+    """The flow's next choice that was not tried, as SlotTable.choices has them: `again`, 0 at first, is where to go on:
+    the n of mesh_hash_again, and after the draws the steps of the walk over all targets.
+
+    Returns NULL when nobody is left.
+    """
+    cdef uint32_t draws = 8 * (e.retries + 1)
+    cdef uint32_t n, index
+    cdef target *t
+    cdef backend *b
+    while again[0] < draws + way.ordered:
+        n = again[0]
+        again[0] += 1
+        if n == 0:
+            index = way.slots[mesh_slot_of(hash, way.size)]
+        elif n < draws:
+            index = way.slots[mesh_slot_of(mesh_hash_again(hash, n), way.size)]
+        else:
+            index = way.order[(mesh_slot_of(hash, way.ordered) + n - draws) % way.ordered]
+        if index == 0:
+            continue
+        t = &way.targets[index]
+        if was_tried(tried, tries, t.backend):
+            continue
+        b = <backend *>fp_load(&e.backends[t.backend])
+        if b is NULL:
+            continue
+        found[0] = b
+        return t
+    return NULL
