@@ -15,6 +15,7 @@ from typing import NamedTuple
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 
 from mesh._libbpf cimport *
 
@@ -340,6 +341,156 @@ cdef class Map(Handle):
             raise failure(err, "freeze map", self.name)
 
 
+cdef class Mapping:
+    """An array map with MMAPABLE, written by plain stores: no system call, and a word is replaced as a whole.
+
+    Element i starts at byte i * `step` (`value_size` rounded up to 8).
+    """
+
+    cdef uint8_t *base
+    cdef readonly size_t size, step
+    cdef readonly Map map
+
+    def __cinit__(self, Map map not None):
+        cdef void *found
+        self.map = map
+        self.step = (map.value_size + 7) & ~<size_t>7
+        self.size = self.step * map.max_entries
+        found = mmap(NULL, self.size, PROT_READ | PROT_WRITE, MAP_SHARED, map.fd, 0)
+        if found == MAP_FAILED:
+            raise failure(-last_error(), "mmap map", map.name)
+        self.base = <uint8_t *>found
+
+    def __dealloc__(self):
+        if self.base is not NULL:
+            munmap(self.base, self.size)
+
+    cdef uint8_t *at(self, size_t offset, size_t length, size_t align) except NULL:
+        if offset % align or offset > self.size or length > self.size - offset:
+            raise IndexError(f"map {self.map.name}: {length} bytes at {offset} of {self.size}")
+        return self.base + offset
+
+    def read(self, size_t offset, size_t length):
+        """Bytes as they are now; only aligned words are read as a whole."""
+        return self.at(offset, length, 1)[:length]
+
+    def write(self, size_t offset, const uint8_t[::1] data not None):
+        """Copy bytes; programs may see any part of them first."""
+        cdef size_t length = data.shape[0]
+        cdef uint8_t *place = self.at(offset, length, 1)
+        mesh_work.stores += 1
+        mesh_work.bytes += length
+        if length:
+            with nogil:
+                memcpy(place, &data[0], length)
+
+    def load64(self, size_t offset):
+        """An aligned 64-bit word."""
+        return mesh_load64(<uint64_t *>self.at(offset, 8, 8))
+
+    def store64(self, size_t offset, uint64_t value):
+        """Replace an aligned 64-bit word; all that was written before is seen before it."""
+        mesh_work.stores += 1
+        mesh_work.bytes += 8
+        mesh_store64(<uint64_t *>self.at(offset, 8, 8), value)
+
+    def load32(self, size_t offset):
+        """An aligned 32-bit word."""
+        return mesh_load32(<uint32_t *>self.at(offset, 4, 4))
+
+    def store32(self, size_t offset, uint32_t value):
+        """Replace an aligned 32-bit word; all that was written before is seen before it."""
+        mesh_work.stores += 1
+        mesh_work.bytes += 4
+        mesh_store32(<uint32_t *>self.at(offset, 4, 4), value)
+
+
+class RunResult(NamedTuple):
+    """What a test run gave: return code, packet and context afterwards, mean nanoseconds per round."""
+
+    retval: int
+    data: bytes
+    ctx: bytes
+    nanoseconds: int
+
+
+cdef class Program(Handle):
+    """A loaded program."""
+
+    cdef readonly uint32_t kind, id
+    cdef readonly bytes tag
+
+    @staticmethod
+    cdef Program own(int fd):
+        cdef Program program = Program.__new__(Program)
+        program.fd = fd
+        program.statistics()
+        return program
+
+    @staticmethod
+    def open(str path not None):
+        """The program pinned at `path`."""
+        return Program.own(pinned(path))
+
+    @staticmethod
+    def by_id(uint32_t id):
+        """The program with the kernel's id."""
+        cdef int fd = bpf_prog_get_fd_by_id(id)
+        if fd < 0:
+            raise failure(fd, "open program", f"with id {id}")
+        return Program.own(fd)
+
+    @staticmethod
+    def passing():
+        """A tc program that passes every packet on, to find out whether attaching works."""
+        cdef int fd
+        mesh_log_start()
+        with nogil:
+            fd = mesh_passing()
+        if fd < 0:
+            raise failure(fd, "load", "an empty program", log=True)
+        return Program.own(fd)
+
+    def statistics(self):
+        """(nanoseconds, runs) while `Statistics` were on."""
+        cdef bpf_prog_info info
+        cdef uint32_t size = sizeof(info)
+        cdef int err
+        memset(&info, 0, sizeof(info))
+        with nogil:
+            err = bpf_obj_get_info_by_fd(self.fd, &info, &size)
+        if err:
+            raise failure(err, "program info", self.name or f"of descriptor {self.fd}")
+        self.name = info.name.decode()
+        self.kind, self.id, self.tag = info.type, info.id, info.tag[:8]
+        return info.run_time_ns, info.run_cnt
+
+    def test_run(self, bytes data=b"", bytes ctx=b"", int repeat=1, uint32_t room=512, uint32_t flags=0):
+        """Run with a packet and a context (such as __sk_buff) by BPF_PROG_TEST_RUN.
+
+        Args:
+            repeat: rounds; each sees what the one before it has written.
+            room: bytes by which the packet may grow.
+
+        Returns:
+            RunResult.
+        """
+        cdef uint32_t size = <uint32_t>len(data), out_size = size + room, ctx_size = <uint32_t>len(ctx)
+        cdef uint32_t retval = 0, nanoseconds = 0
+        cdef bytearray out = bytearray(out_size or 1), ctx_out = bytearray(ctx_size or 1)
+        cdef const char *raw = data
+        cdef const char *ctx_raw = ctx
+        cdef char *out_raw = out
+        cdef char *ctx_out_raw = ctx_out
+        cdef int err
+        with nogil:
+            err = mesh_test_run(self.fd, raw, size, out_raw if size else NULL, &out_size, ctx_raw, ctx_out_raw,
+                                &ctx_size, repeat, flags, &retval, &nanoseconds)
+        if err:
+            raise failure(err, "test run of", self.name)
+        return RunResult(retval, bytes(out[:out_size if size else 0]), bytes(ctx_out[:ctx_size]), nanoseconds)
+
+
 cdef class Link(Handle):
     """An attachment that lives while it is open or pinned; `update` replaces its program without a gap."""
 
@@ -448,6 +599,130 @@ def tc_program(int ifindex, bint ingress, uint32_t handle, uint32_t priority):
     return 0 if err else id
 
 
-include "_bpf_mapping.pxi"
-include "_bpf_object.pxi"
-include "_bpf_program.pxi"
+cdef class Object:
+    """An object file: opened, adjusted (`set`, `resize`, `reuse`, `skip`), then loaded."""
+
+    cdef bpf_object *object
+    cdef readonly str path
+    cdef readonly bint loaded
+
+    def __cinit__(self, str path not None):
+        cdef bytes where = os.fsencode(path)
+        cdef const char *raw = where
+        cdef bpf_map *map = NULL
+        self.path = path
+        mesh_log_start()
+        with nogil:
+            self.object = bpf_object__open_file(raw, NULL)
+        if self.object is NULL:
+            raise failure(-last_error(), "open object", path, log=True)
+        while True:  # pins are this package's own business: see mesh.datapath.kernel_maps
+            map = bpf_object__next_map(self.object, map)
+            if map is NULL:
+                break
+            bpf_map__set_pin_path(map, NULL)
+
+    def __dealloc__(self):
+        if self.object is not NULL:
+            bpf_object__close(self.object)
+
+    def maps(self):
+        """Names of the maps, global data's included."""
+        cdef list names = []
+        cdef bpf_map *map = bpf_object__next_map(self.object, NULL)
+        while map is not NULL:
+            names.append(bpf_map__name(map).decode())
+            map = bpf_object__next_map(self.object, map)
+        return names
+
+    def programs(self):
+        """Section by program name."""
+        cdef dict found = {}
+        cdef bpf_program *program = bpf_object__next_program(self.object, NULL)
+        while program is not NULL:
+            found[bpf_program__name(program).decode()] = bpf_program__section_name(program).decode()
+            program = bpf_object__next_program(self.object, program)
+        return found
+
+    cdef uint8_t *variable(self, str name, str section, uint32_t *size) except NULL:
+        cdef bytes n = name.encode(), s = section.encode()
+        cdef uint32_t offset = 0
+        cdef size_t room = 0
+        cdef uint8_t *data
+        if mesh_variable(self.object, s, n, &offset, size):
+            raise failure(-ENOENT, "find variable", f"{name} of {section} in {self.path}")
+        data = <uint8_t *>mesh_section(self.object, s, &room)
+        if data is NULL or offset + size[0] > room:
+            raise failure(-ENOENT, "find section", f"{section} in {self.path}")
+        return data + offset
+
+    def set(self, str name not None, value, str section=".rodata"):
+        """Set a global variable before the load: an int (host order, its size) or bytes of just its size."""
+        cdef uint32_t size = 0
+        cdef uint8_t *place = self.variable(name, section, &size)
+        cdef bytes raw = value if isinstance(value, bytes) else int(value).to_bytes(size, sys.byteorder)
+        if self.loaded or len(raw) != size:
+            raise ValueError(f"{name}: set it before the load, with {size} bytes")
+        memcpy(place, <const char *>raw, size)
+
+    def get(self, str name not None, str section=".rodata"):
+        """A global variable as it will be loaded, raw bytes."""
+        cdef uint32_t size = 0
+        cdef uint8_t *place = self.variable(name, section, &size)
+        return place[:size]
+
+    cdef bpf_map *find(self, str name) except NULL:
+        cdef bytes raw = name.encode()
+        cdef bpf_map *map = bpf_object__find_map_by_name(self.object, raw)
+        if map is NULL:
+            raise failure(-ENOENT, "find map", f"{name} in {self.path}")
+        return map
+
+    cdef bpf_program *find_program(self, str name) except NULL:
+        cdef bytes raw = name.encode()
+        cdef bpf_program *program = bpf_object__find_program_by_name(self.object, raw)
+        if program is NULL:
+            raise failure(-ENOENT, "find program", f"{name} in {self.path}")
+        return program
+
+    def resize(self, str name not None, uint32_t entries):
+        """Set a map's number of entries before the load."""
+        cdef int err = bpf_map__set_max_entries(self.find(name), entries)
+        if err:
+            raise failure(err, "resize map", name)
+
+    def reuse(self, str name not None, Map map not None):
+        """Take an existing map instead of creating this one."""
+        cdef int err = bpf_map__reuse_fd(self.find(name), map.fd)
+        if err:
+            raise failure(err, "reuse map", name)
+
+    def skip(self, str program not None):
+        """Leave a program out of the load."""
+        bpf_program__set_autoload(self.find_program(program), False)
+
+    def load(self):
+        """Create the maps and load the programs."""
+        cdef int err
+        mesh_log_start()
+        with nogil:
+            err = bpf_object__load(self.object)
+        if err:
+            raise failure(err, "load", self.path, log=True)
+        self.loaded = True
+
+    def map(self, str name not None):
+        """A map of the loaded object; it outlives this object."""
+        cdef int fd = mesh_dup(bpf_map__fd(self.find(name)))
+        if fd < 0:
+            raise failure(-last_error(), "open map", f"{name} of {self.path}")
+        cdef Map map = Map.own(fd)
+        map.name = name  # the kernel keeps 15 characters only
+        return map
+
+    def program(self, str name not None):
+        """A program of the loaded object; it outlives this object."""
+        cdef int fd = mesh_dup(bpf_program__fd(self.find_program(name)))
+        if fd < 0:
+            raise failure(-last_error(), "open program", f"{name} of {self.path}")
+        return Program.own(fd)

@@ -70,7 +70,7 @@ def expand(module: str, names: list[str]) -> Iterator[str]:
 
 
 def edges() -> list[tuple[str, str]]:
-    files = [path for pattern in ("*.py", "*.pyx", "*.pxi", "*.pxd") for path in sorted(PACKAGE.rglob(pattern))]
+    files = [path for pattern in ("*.py", "*.pyx", "*.pxd") for path in sorted(PACKAGE.rglob(pattern))]
     found = {(name_of(path), to) for path in files for to in imported(path)}
     return sorted((a, b) for a, b in found if a != b)
 
@@ -83,6 +83,8 @@ def breaks(importer: str, module: str) -> str | None:
     """Why an import is against the rule, or None."""
     if module in ENGINES and not importer.startswith(ENGINES[module]):
         return f"only {ENGINES[module]} imports {module}"
+    if part(module) == "fastpath" and part(importer) not in {"fastpath", "_fastpath"}:
+        return "the proxy engine's Python API is mesh._fastpath"
     if part(importer) == part(module):
         return "a contract knows no implementation" if importer in CONTRACTS and module not in CONTRACTS else None
     if part(importer) in EXTENSIONS:
@@ -134,6 +136,7 @@ def test_foundation_needs_the_standard_library_only():
         ("mesh.cluster.provider", "mesh.health.monitor"),
         ("mesh.providers.static", "mesh.datapath.lookup"),
         ("mesh._fastpath", "mesh.datapath.proxy.engine"),
+        ("mesh.datapath.proxy.engine", "mesh.fastpath.tcp"),
     ],
 )
 def test_the_rule_refuses(importer, module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KINDS = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".toml", ".sh", ".yml", ".yaml", ".service", ".supp"}
+KINDS = {".py", ".pyi", ".pyx", ".pxd", ".c", ".h", ".toml", ".sh", ".yml", ".yaml", ".service", ".supp"}
 
 
 def sources() -> list[Path]:
