@@ -67,7 +67,7 @@ def read_columns(tuple things not None, tuple rows=None):
 
 
 cdef class Pair:
-    """A frontend with one backend of it: what their connections count into."""
+    """A frontend and one of its backends: the counters of their connections."""
 
     cdef pair c
     cdef uint32_t threads
@@ -88,7 +88,7 @@ cdef class Pair:
 
 
 cdef class Front:
-    """A frontend: its route, and the counters of what never reached a backend."""
+    """A frontend: its route, and the counters of flows that never reached a backend."""
 
     cdef frontend c
     cdef uint32_t threads
@@ -118,7 +118,7 @@ cdef class Front:
         return counters_sum(self.c.counts, self.threads)
 
     def handed(self):
-        return self.peers.read()  # what other nodes have handed over here
+        return self.peers.read()  # what other nodes have handed over
 
 
 @cython.no_gc_clear  # __dealloc__ reads the lists of what is to be freed
@@ -236,10 +236,10 @@ cdef class Engine:
         self.sweep()
 
     def put_backend(self, uint32_t owner, bytes address not None, uint16_t port, bytes tag=None):
-        """Where an owner is. Where it was elsewhere before, its UDP sessions end with the next `collect`.
+        """Set the address of an owner. If it had another one, its UDP sessions end with the next `collect`.
 
         Args:
-            tag: where it is on another node: how that node's agent, at `address`, knows it.
+            tag: of a backend on another node: its name for that node's agent, whose peer port is at `address`.
         """
         cdef backend *b
         cdef backend *old
@@ -257,7 +257,7 @@ cdef class Engine:
             self.forget(old)
 
     def drop_backend(self, uint32_t owner):
-        """No new flows; its UDP sessions end with the next `collect`, its connections by themselves."""
+        """No new flows. Its UDP sessions end with the next `collect`, its connections by themselves."""
         cdef backend *old
         if not MESH_OWNER_FIRST <= owner < BACKENDS:
             raise ValueError(f"owner {owner} is not within 2..{BACKENDS - 1}")
@@ -278,15 +278,15 @@ cdef class Engine:
         made.c.peers = &made.peers.c
         return made
 
-    def put_peer_acl(self, list nodes not None, list places not None):
-        """Who may hand flows over (16 bytes each), and for which backends of this node: (tag, protocol, owner), sorted."""
+    def put_peer_acl(self, list nodes not None, list backends not None):
+        """Which nodes may hand flows over (16 bytes each), and for which backends: (tag, protocol, owner), sorted."""
         cdef peer_acl *old = <peer_acl *>fp_load(&self.e.peer_acl)
-        fp_store(&self.e.peer_acl, peer_acl_new(nodes, places))
+        fp_store(&self.e.peer_acl, peer_acl_new(nodes, backends))
         if old is not NULL:
             self.old_peer_acls.append(<size_t>old)
 
     def front(self, bytes address not None, uint16_t port, bint any):
-        """A new frontend. `port` is the one that clients call, `any`: the called address must be asked of the socket."""
+        """A new frontend. `port`: as clients call it. `any`: it listens on all addresses; sockets tell the called one."""
         cdef Front made = Front(self, address, port, any)
         self.held.add(made)
         return made
@@ -366,7 +366,7 @@ cdef class Engine:
             one.routes += 1
 
     def collect(self):
-        """Free what was replaced, once every thread has passed through its loop: one wait, however much it is."""
+        """Free what was replaced, once every thread has passed through its loop: one wait for all of it."""
         if self.old_backends:
             self.tell(OP_FORGET, self.gone)
         elif self.garbage or self.old_peer_acls:
@@ -374,7 +374,7 @@ cdef class Engine:
         self.sweep()
 
     def listen(self, Front front not None, int fd, *, bint stream, bint six, uint32_t thread):
-        """Take clients from a listening socket (it belongs to the engine from here on), in one thread."""
+        """Serve a listening socket, which the engine owns from now on, in one thread."""
         cdef listener *l = <listener *>calloc(1, sizeof(listener))
         cdef worker *w = self.e.workers[thread % self.e.threads]
         if l is NULL:
@@ -391,13 +391,13 @@ cdef class Engine:
             await_done(w)
 
     def unlisten(self, Front front not None):
-        """Stop at once: serve what the kernel has accepted already, then close the sockets. UDP sessions end."""
+        """Stop: serve the connections in the queues, then close the sockets. UDP sessions end."""
         if front.listeners:
             self.tell(OP_UNLISTEN, &front.c)
             front.listeners = 0
 
     def yield_sockets(self):
-        """Stop accepting on all frontends and leave the queues to the process that shares the sockets."""
+        """Stop accepting on all frontends; the process that shares the sockets serves their queues."""
         self.tell(OP_YIELD, NULL)
 
     def abort(self):

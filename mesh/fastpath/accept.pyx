@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""How a TCP connection begins: it is accepted from a client, or from another node that hands it over."""
+"""The beginning of a TCP connection: accepted from a client, or handed over by another node."""
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t
 
 from mesh.fastpath.address cimport from_sockaddr
 from mesh.fastpath.choose cimport hash_of, permitted
-from mesh.fastpath.conns cimport conn_new, list_append, list_remove, set_reset
+from mesh.fastpath.conns cimport conn_new, list_append, list_remove
 from mesh.fastpath.epoll cimport watch
 from mesh.fastpath.failure cimport cause_of
 from mesh.fastpath.peer_acl cimport is_peer_node, local_backend
 from mesh.fastpath.proto cimport PEER_NO, PEER_READ_MAX, is_peer_probe, peer_parse, peer_request
+from mesh.fastpath.sockopts cimport set_reset
 from mesh.fastpath.stream cimport buffer_append, side_send
 from mesh.fastpath.sys cimport (
     EAGAIN, ECONNABORTED, EINTR, EMFILE, MSG_PEEK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, close, errno, fp_add,
@@ -24,7 +25,7 @@ from mesh.fastpath.types cimport (
 
 
 cdef ssize_t read_early(worker *w, conn *c) noexcept nogil:
-    """Read what the client has sent already into the scratch buffer. Returns its length, or -1: the client is gone."""
+    """Read what the client has already sent into the scratch buffer. Returns its length; -1: the client is gone."""
     cdef ssize_t n = recv(c.client.fd, w.scratch, SCRATCH, 0)
     if n < 0:
         return 0 if errno == EAGAIN or errno == EINTR else -1
@@ -37,8 +38,10 @@ cdef ssize_t read_early(worker *w, conn *c) noexcept nogil:
 
 
 cdef int send_early(worker *w, conn *c, backend *b, uint32_t n) noexcept nogil:
-    """The client has said `n` bytes already. Where the handshake with the backend is over by now (on one host it is),
-    pass them on at once. Returns 0, the errno of the backend's socket, or -1: no memory."""
+    """Pass on the client's first `n` bytes at once if the handshake with the backend is over (it is on one host).
+
+    Returns 0; the errno of the backend's socket; or -1: no memory. Without recent success only every 64th flow tries.
+    """
     cdef ssize_t sent = 0
     cdef int error = 0
     if not c.announce and not c.remote and (b.fast_connect or c.hash & 63 == 0):
@@ -59,7 +62,7 @@ cdef int send_early(worker *w, conn *c, backend *b, uint32_t n) noexcept nogil:
 
 
 cdef void start(worker *w, conn *c, route *way) noexcept nogil:
-    """A connection was accepted: find its backend and begin."""
+    """Choose a backend for an accepted connection and connect to it."""
     cdef backend *b
     cdef ssize_t n = read_early(w, c)
     cdef int error = 0
@@ -86,13 +89,13 @@ cdef void start(worker *w, conn *c, route *way) noexcept nogil:
 
 
 cdef void peer_accepted(worker *w, conn *c) noexcept nogil:
-    """Somebody called the port at which other nodes hand connections over."""
+    """A connection to the peer port: admit nodes only, then wait for the header."""
     if not is_peer_node(w.engine, &c.flow.source):
         fp_count(&w.totals.peer_foreign, 1)
         conn_end(w, c, True)
         return
     c.stage = STAGE_HEADER
-    c.tries = TRIES_MAX  # this backend or none: others are the caller's to try
+    c.tries = TRIES_MAX  # only the named backend: the sender tries others
     c.started = fp_now()
     list_append(w, c, LIST_CONNECTING)
     if not watch(w, &c.client):
@@ -103,7 +106,7 @@ cdef void peer_accepted(worker *w, conn *c) noexcept nogil:
 
 
 cdef void peer_read(worker *w, conn *c) noexcept nogil:
-    """Take the header once it is whole; nothing else is taken with it."""
+    """Read the header once it is complete, and nothing after it."""
     cdef peer_request order
     cdef ssize_t n = recv(c.client.fd, w.scratch, PEER_READ_MAX, MSG_PEEK)
     cdef int32_t length
@@ -119,7 +122,7 @@ cdef void peer_read(worker *w, conn *c) noexcept nogil:
     c.stage = STAGE_NONE
     c.flow = order.flow
     c.announce = order.announce
-    c.client.flags |= READABLE  # what follows may be there already
+    c.client.flags |= READABLE  # the client's bytes may be there already
     list_remove(w, c)
     peer_begin(w, c, order.tag)
 
@@ -181,7 +184,7 @@ cdef void accepted(worker *w, listener *l, int fd, const sockaddr_in6 *name) noe
 
 
 cdef bint accept_one(worker *w, listener *l) noexcept nogil:
-    """Take one connection from the queue. False: there is none, or none may be taken now."""
+    """Accept one connection. False: the queue is empty, or accepting is paused."""
     cdef engine *e = w.engine
     cdef sockaddr_in6 name
     cdef socklen_t length = sizeof(name)
@@ -205,7 +208,7 @@ cdef bint accept_one(worker *w, listener *l) noexcept nogil:
 
 
 cdef void on_listener(worker *w, listener *l) noexcept nogil:
-    """Accept a batch; its size follows the load, so that lone connections cost few second accept4."""
+    """Accept a burst. Its size follows the load, so that a lone connection rarely costs a second accept4."""
     cdef uint32_t taken = 0
     while taken < l.burst:
         if w.paused or not accept_one(w, l):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Which backend a flow gets, who may call at all, and how addresses are written. Tables are read, never changed."""
+"""Which backend a flow gets, and which clients are admitted. Tables are read, never changed."""
 
 from libc.string cimport memcmp
 
@@ -18,7 +18,7 @@ cdef bint within(const prefix *net, const mesh_addr *address) noexcept nogil:
 
 
 cdef bint permitted(const route *way, const mesh_addr *client) noexcept nogil:
-    """Deny wins over allow; an empty allow list admits everybody."""
+    """Whether the lists admit a client. Deny wins over allow; an empty allow list admits every client."""
     cdef uint32_t i
     for i in range(way.denies):
         if within(&way.deny[i], client):
@@ -45,10 +45,10 @@ cdef bint was_tried(const uint32_t *tried, uint32_t count, uint32_t owner) noexc
 
 cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t *again, const uint32_t *tried,
                            uint32_t tries, backend **found) noexcept nogil:
-    """The flow's next choice that was not tried, as SlotTable.choices has them: `again`, 0 at first, is where to go on:
-    the n of mesh_hash_again, and after the draws the steps of the walk over all targets.
+    """The flow's next choice that was not tried, in the order of SlotTable.choices. NULL: none is left.
 
-    Returns NULL when nobody is left.
+    `again` says where to continue, and is 0 for a new flow: the n of mesh_hash_again, then the steps of a walk over all
+    targets.
     """
     cdef uint32_t draws = 8 * (e.retries + 1)
     cdef uint32_t n, index

@@ -12,4 +12,3 @@ cdef void list_append(worker *w, conn *c, uint8_t which) noexcept nogil
 cdef void list_remove(worker *w, conn *c) noexcept nogil
 cdef void ready_append(worker *w, conn *c) noexcept nogil
 cdef conn *ready_take(worker *w) noexcept nogil
-cdef void set_reset(int fd) noexcept nogil

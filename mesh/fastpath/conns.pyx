@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Where connections are kept: the list of all, the timer lists (each in order of time), the ready list."""
+"""The lists that hold connections: all, timers (each ordered by time), ready."""
 
 from mesh.fastpath.pool cimport pool_give, pool_take
-from mesh.fastpath.sys cimport SOL_SOCKET, SO_LINGER, linger, setsockopt
 from mesh.fastpath.types cimport (
     CONNECTING, KIND_BACKEND, KIND_CLIENT, LIST_CONNECTING, LIST_NONE, LIST_YOUNG, NODELAY, WRITABLE, conn_list)
 
@@ -30,7 +29,7 @@ cdef conn *conn_new(worker *w, frontend *f, int fd) noexcept nogil:
 
 
 cdef void conn_free_later(worker *w, conn *c) noexcept nogil:
-    """Out of the list of all; the memory is used again after the batch, which may hold events of it."""
+    """Take it off the list of all. Its memory is reused after this batch of events, which may still name it."""
     if c.previous is not NULL:
         c.previous.next = c.next
     else:
@@ -43,7 +42,7 @@ cdef void conn_free_later(worker *w, conn *c) noexcept nogil:
 
 
 cdef void conns_reap(worker *w) noexcept nogil:
-    """The batch is over: what died in it is free. (What is on the ready list stays until it has had its turn.)"""
+    """Free the connections that ended during the batch, except those still on the ready list."""
     cdef conn *c = w.dead
     cdef conn *kept = NULL
     cdef conn *next
@@ -93,7 +92,7 @@ cdef void list_remove(worker *w, conn *c) noexcept nogil:
 
 
 cdef void ready_append(worker *w, conn *c) noexcept nogil:
-    """Give it another turn although no event will come."""
+    """Give the connection another turn although no event will come."""
     if c.queued:
         return
     c.queued = 1
@@ -113,11 +112,3 @@ cdef conn *ready_take(worker *w) noexcept nogil:
             w.ready_tail = NULL
         c.queued = 0
     return c
-
-
-cdef void set_reset(int fd) noexcept nogil:
-    """Let close() send a reset."""
-    cdef linger hard
-    hard.l_onoff = 1
-    hard.l_linger = 0
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard, sizeof(hard))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Counters of one thing, a row per thread: made here, written by the threads, summed up for Python."""
+"""Counters of a frontend or of one of its backends, a row per thread: written by the threads, summed for Python."""
 
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
@@ -17,7 +17,7 @@ cdef counters *counters_new(uint32_t threads) except NULL:
 
 
 cdef tuple counters_sum(const counters *of, uint32_t threads):
-    """Sum over the threads; ends before beginnings, so that what is open is never negative."""
+    """Sums over the threads. Ends are read before beginnings, so that what is open is never negative."""
     cdef uint64_t ended = 0, closed = 0, begun = 0, opened = 0, retried = 0
     cdef uint64_t into = 0, out = 0, packets_in = 0, packets_out = 0, spent = 0
     cdef uint64_t[CAUSES] failed
@@ -50,7 +50,7 @@ cdef tuple counters_sum(const counters *of, uint32_t threads):
 
 
 cdef void gather(const counters *of, uint32_t threads, uint64_t *out, size_t step) noexcept nogil:
-    """Add one thing's counters to its row, a column every `step`; ends before beginnings, as in counters_sum."""
+    """Add counters to a row of `out`, one column every `step`. Ends are read before beginnings."""
     cdef uint32_t i
     cdef int k
     cdef counters *c

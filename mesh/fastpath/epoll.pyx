@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""What epoll tells about a socket: every edge of every direction, from one registration for its whole life.
+"""Registration of sockets with epoll: edge-triggered, both directions, once for the life of a socket.
 
-A source that delivers faster than the other side takes would wake the thread with every segment, in vain: it is muted
-until it was read empty.
+A source that is faster than the other side would wake the thread with every segment for nothing. It is muted until it
+has been read empty.
 """
 
 from libc.stdint cimport uint32_t
@@ -15,7 +15,7 @@ from mesh.fastpath.types cimport INLINE, MUTED, URGENT
 
 
 cdef bint set_interest(worker *w, side *s, int how, uint32_t more) noexcept nogil:
-    """Be told of room and of ends, each edge once, and of `more`. False: no memory, or a bound of the user."""
+    """Ask for edges of writability and of ends, and for `more`. False: no memory, or the user's limit is reached."""
     cdef epoll_event event
     event.events = EPOLLOUT | EPOLLRDHUP | EPOLLET | more
     event.data.ptr = s
@@ -23,12 +23,12 @@ cdef bint set_interest(worker *w, side *s, int how, uint32_t more) noexcept nogi
 
 
 cdef bint watch(worker *w, side *s) noexcept nogil:
-    """Register a socket. False: no memory, or the user's bound of watched descriptors."""
+    """Register a socket. False: no memory, or the user's limit of watched descriptors is reached."""
     return set_interest(w, s, EPOLL_CTL_ADD, EPOLLIN | EPOLLPRI)
 
 
 cdef void inline_urgent(side *s) noexcept nogil:
-    """Let urgent data (RFC 6093: obsolete) be read in its place."""
+    """Read urgent data (deprecated by RFC 6093) in line."""
     cdef int on = 1
     if s.flags & INLINE:
         return
@@ -42,13 +42,13 @@ cdef void read_urgent(side *s) noexcept nogil:
 
 
 cdef void mute(worker *w, side *s) noexcept nogil:
-    """No news of bytes (a wake-up for urgent ones is one for all, so not of them either), but still of ends."""
+    """Stop events for bytes, urgent ones included (each of those wakes the thread too); ends are still reported."""
     inline_urgent(s)
     if set_interest(w, s, EPOLL_CTL_MOD, 0):
         s.flags |= MUTED
 
 
 cdef void unmute(worker *w, side *s) noexcept nogil:
-    """Once it was read empty. What came since then is told at once."""
+    """Resume events, after the socket was read empty. Bytes that arrived since are reported at once."""
     if set_interest(w, s, EPOLL_CTL_MOD, EPOLLIN | EPOLLPRI):
         s.flags &= ~MUTED

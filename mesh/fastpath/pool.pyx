@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Memory for things of one size that come and go: allocated CHUNK at once, returned when the thread ends."""
+"""Pools of objects of one size: allocated in chunks of CHUNK, returned to the C library when the thread ends."""
 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -21,7 +21,7 @@ cdef bint pool_grow(pool *p) noexcept nogil:
 
 
 cdef void *pool_take(pool *p) noexcept nogil:
-    """A zeroed thing, or NULL: no memory."""
+    """A zeroed object, or NULL: no memory."""
     cdef void *thing
     if p.free is NULL and not pool_grow(p):
         return NULL
@@ -37,7 +37,7 @@ cdef void pool_give(pool *p, void *thing) noexcept nogil:
 
 
 cdef void pool_free(pool *p) noexcept nogil:
-    """All of it, also what was not given back."""
+    """Free all chunks, including objects that were not given back."""
     cdef void *block
     while p.chunks is not NULL:
         block = p.chunks

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""The table of UDP sessions of one thread: by flow (chained hash table) and by time of the last datagram."""
+"""UDP sessions of one thread: by flow (chained hash table), and in order of their last datagram."""
 
 from libc.string cimport memcmp
 
@@ -73,7 +73,7 @@ cdef void session_touch(worker *w, session *s) noexcept nogil:
 
 
 cdef void session_bury(worker *w, session *s) noexcept nogil:
-    """Freed when the batch of events is over."""
+    """Free the session when this batch of events is over."""
     s.dead = 1
     s.chain = w.dead_sessions
     w.dead_sessions = s

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Socket options of the backends' side: keep-alive, and source ports when the kernel has no fresh one."""
+"""Socket options: keep-alive, reset on close, and reuse of source ports when the kernel has no free one."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from mesh._maglev cimport mesh_hash_again
 from mesh.fastpath.sys cimport (
-    EADDRINUSE, IPPROTO_TCP, SOL_SOCKET, SO_KEEPALIVE, SO_REUSEADDR, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, bind,
-    connect, errno, fp_now, setsockopt, sockaddr, sockaddr_in6)
+    EADDRINUSE, IPPROTO_TCP, SOL_SOCKET, SO_KEEPALIVE, SO_LINGER, SO_REUSEADDR, TCP_KEEPCNT,
+    TCP_KEEPIDLE, TCP_KEEPINTVL, bind, connect, errno, fp_now, linger, setsockopt, sockaddr, sockaddr_in6)
 
 cdef enum:
-    KEEP_IDLE = 60  # seconds of silence until a peer is asked whether it lives
+    KEEP_IDLE = 60  # seconds without data until the first keep-alive probe
     KEEP_INTERVAL = 15
     KEEP_COUNT = 4
     PORT_TRIES = 64
@@ -29,15 +29,23 @@ cdef void keep_alive(int fd) noexcept nogil:
 
 
 cdef void allow_reuse(int fd) noexcept nogil:
-    """Let the port of this socket be taken again from TIME_WAIT."""
+    """Let the port of this socket be reused while it is in TIME_WAIT."""
     cdef int on = 1
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on))
 
 
-cdef int connect_reusing_port(engine *e, int fd, backend *b) noexcept nogil:
-    """Connect from a port that is in TIME_WAIT. The kernel takes one (RFC 6191: the timestamps tell the connections
-    apart) only where it was asked for by name, whatever net.ipv4.tcp_tw_reuse says.
+cdef void set_reset(int fd) noexcept nogil:
+    """Let close() send a reset."""
+    cdef linger hard
+    hard.l_onoff = 1
+    hard.l_linger = 0
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard, sizeof(hard))
 
+
+cdef int connect_reusing_port(engine *e, int fd, backend *b) noexcept nogil:
+    """Connect from a port that is in TIME_WAIT (RFC 6191: timestamps tell the connections apart).
+
+    The kernel allows that only for a port that is named by bind(), whatever net.ipv4.tcp_tw_reuse says.
     Returns 0 or EINPROGRESS; EADDRNOTAVAIL: the port has a connection to this backend, so another socket may try; or
     another errno.
     """

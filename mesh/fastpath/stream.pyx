@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""Moving the bytes of one connection: small messages through a scratch buffer, bulk through a pipe (splice).
+"""Moves the bytes of a connection: small messages through a scratch buffer, bulk through a pipe (splice).
 
-Sockets are non-blocking and edge-triggered. Bytes that the other side does not take at once wait in `side.buffer` or
-`side.pipe` of the side they came from, and nothing more is read from it until they are gone: that is the back-pressure.
+Sockets are non-blocking and edge-triggered. Bytes that the other side does not accept wait in `side.buffer` or
+`side.pipe` of the side they came from. Nothing more is read from that side until they are gone: back-pressure.
 """
 
 from libc.stdlib cimport calloc, free, malloc
@@ -24,7 +24,7 @@ cdef enum:
 
 
 cdef pipe *pipe_get(worker *w) noexcept nogil:
-    """An empty pipe, or NULL where the bound, the descriptors or the kernel's memory for pipes do not allow one."""
+    """An empty pipe, or NULL: the limit, descriptors or the kernel's pipe memory are exhausted."""
     cdef pipe *p = w.pipes
     cdef int size
     if p is not NULL:
@@ -39,7 +39,7 @@ cdef pipe *pipe_get(worker *w) noexcept nogil:
     p = <pipe *>calloc(1, sizeof(pipe))
     if p is not NULL and pipe2(p.fds, O_NONBLOCK | O_CLOEXEC) == 0:
         size = fcntl(p.fds[0], F_SETPIPE_SZ, PIPE_WANTED)
-        if size < 0:  # over the user's share of pipe memory
+        if size < 0:  # over the user's limit of pipe memory
             size = fcntl(p.fds[0], F_GETPIPE_SZ)
         if size >= PIPE_MIN:
             p.size = size
@@ -64,7 +64,7 @@ cdef void pipe_destroy(worker *w, pipe *p) noexcept nogil:
 
 
 cdef void pipe_put(worker *w, side *s) noexcept nogil:
-    """Give a side's pipe back; one that still holds bytes is of no use to others."""
+    """Return a side's pipe to the pool; one that still holds bytes is closed."""
     cdef pipe *p = s.pipe
     if p is NULL:
         return
@@ -86,7 +86,7 @@ cdef void buffer_free(worker *w, side *s) noexcept nogil:
 
 
 cdef bint buffer_append(worker *w, side *s, const void *data, uint32_t length) noexcept nogil:
-    """Keep bytes that came from `s`. Holds one SCRATCH and a PROXY header. False: no memory."""
+    """Keep bytes that came from `s`: at most SCRATCH bytes and a PROXY header. False: no memory."""
     if s.buffer is NULL:
         s.buffer = <char *>malloc(SCRATCH + PROXY_HEADER_MAX)
         if s.buffer is NULL:
@@ -117,7 +117,7 @@ cdef void no_delay(side *s) noexcept nogil:
 
 
 cdef ssize_t side_send(side *to, const void *data, uint32_t length) noexcept nogil:
-    """send(); the one system call of a short exchange, so that TCP_NODELAY waits until there is a second message."""
+    """send(). TCP_NODELAY is set with the second message, so that a short exchange does not pay for it."""
     cdef ssize_t n
     if not to.flags & NODELAY:
         if to.flags & SENT or length > FIRST_SMALL:
@@ -127,12 +127,12 @@ cdef ssize_t side_send(side *to, const void *data, uint32_t length) noexcept nog
     while n < 0 and errno == EINTR:
         n = send(to.fd, data, length, MSG_NOSIGNAL)
     if fp_unlikely(n < <ssize_t>length):
-        to.flags &= ~WRITABLE  # the kernel will tell when there is room
+        to.flags &= ~WRITABLE  # epoll reports when there is room
     return n
 
 
 cdef int flush(worker *w, side *source, side *to) noexcept nogil:
-    """Give `to` what waits for it. PUMP_IDLE: it takes no more now. PUMP_MORE: nothing waits any more."""
+    """Write to `to` what waits for it. PUMP_IDLE: it accepts no more now. PUMP_MORE: nothing waits any more."""
     cdef ssize_t n
     cdef pipe *p = source.pipe
     if not to.flags & WRITABLE:
@@ -164,7 +164,7 @@ cdef int flush(worker *w, side *source, side *to) noexcept nogil:
 
 
 cdef int read_nothing(side *source, ssize_t n) noexcept nogil:
-    """A read gave no bytes: the end, nothing yet, or an error."""
+    """A read returned no bytes: the end, nothing yet, or an error."""
     if n == 0:
         source.flags = (source.flags | ENDED) & ~READABLE
     elif errno == EAGAIN:
@@ -175,7 +175,7 @@ cdef int read_nothing(side *source, ssize_t n) noexcept nogil:
 
 
 cdef int fill_pipe(worker *w, conn *c, side *source) noexcept nogil:
-    """Fill the side's pipe. PUMP_IDLE: nothing came, PUMP_MORE: look again (bytes, or no pipe to be had)."""
+    """Splice into the side's pipe. PUMP_IDLE: nothing came. PUMP_MORE: go on (bytes came, or there is no pipe)."""
     cdef ssize_t n
     if source.pipe is NULL:
         source.pipe = pipe_get(w)
@@ -190,13 +190,13 @@ cdef int fill_pipe(worker *w, conn *c, side *source) noexcept nogil:
             source.flags &= ~BULK
         return PUMP_MORE
     if n == 0 or source.flags & URGENT:
-        source.flags &= ~BULK  # an urgent mark stops splice() as if it were the end: recv() knows
+        source.flags &= ~BULK  # splice() stops at an urgent mark as at the end; recv() tells them apart
         return PUMP_MORE
     return read_nothing(source, n)
 
 
 cdef int forward_once(worker *w, conn *c, side *source, side *to) noexcept nogil:
-    """Read once and pass it on at once. PUMP_IDLE: nothing came, or it waits for `to`."""
+    """Read once and write at once. PUMP_IDLE: nothing came, or the bytes wait for `to`."""
     cdef ssize_t n = recv(source.fd, w.scratch, SCRATCH, 0)
     cdef ssize_t sent = 0
     if fp_likely(n > 0):
@@ -221,7 +221,7 @@ cdef int forward_once(worker *w, conn *c, side *source, side *to) noexcept nogil
 
 
 cdef int pump(worker *w, conn *c, side *source, side *to) noexcept nogil:
-    """Move what can be moved from `source` to `to`. PUMP_MORE: there is more, but others have a turn first."""
+    """Move what can be moved from `source` to `to`. PUMP_MORE: there is more; others get a turn first."""
     cdef int spent = 0
     cdef int said
     while spent < BUDGET:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""The immutable tables that threads read, made from what Python gives: backends, routes, who may hand flows over."""
+"""The immutable tables that threads read, made from Python objects: backends, routes, prefixes."""
 
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport calloc, free, malloc
@@ -13,7 +13,7 @@ from mesh.fastpath.types cimport BACKENDS, TAG_SIZE
 
 
 cdef backend *backend_new(uint32_t owner, bytes address, uint16_t port, bytes tag) except NULL:
-    """`address`: 16 bytes. `tag`: TAG_SIZE bytes where it is on another node, or None."""
+    """`address`: 16 bytes. `tag`: TAG_SIZE bytes for a backend of another node, else None."""
     cdef backend *b = <backend *>calloc(1, sizeof(backend))
     cdef sockaddr_in four
     cdef mesh_addr mapped
@@ -44,7 +44,7 @@ cdef backend *backend_new(uint32_t owner, bytes address, uint16_t port, bytes ta
 
 
 cdef bint is_same_backend(const backend *one, const backend *other) noexcept nogil:
-    """Whether connections to the one are connections to the other."""
+    """Whether both lead to the same socket address and tag."""
     return (one.length == other.length and memcmp(&one.address, &other.address, sizeof(one.address)) == 0
             and one.remote == other.remote and memcmp(one.tag, other.tag, TAG_SIZE) == 0)
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""The life of a TCP connection: accept, choose, connect, try again, forward, end. Each belongs to one thread."""
+"""The life of a TCP connection: connect, retry, forward, end. A connection belongs to one thread."""
 
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy, memmove
 
 from mesh.fastpath.choose cimport choose
-from mesh.fastpath.conns cimport conn_free_later, list_append, list_remove, ready_append, set_reset
+from mesh.fastpath.conns cimport conn_free_later, list_append, list_remove, ready_append
 from mesh.fastpath.epoll cimport mute, read_urgent, watch
 from mesh.fastpath.failure cimport cause_of, is_scarce
 from mesh.fastpath.proto cimport (
     PEER_HEADER_MAX, PEER_NO, PEER_YES, PROXY_HEADER_MAX, peer_cause, peer_header, proxy_header)
-from mesh.fastpath.sockopts cimport allow_reuse, connect_reusing_port, keep_alive
+from mesh.fastpath.sockopts cimport allow_reuse, connect_reusing_port, keep_alive, set_reset
 from mesh.fastpath.stream cimport buffer_append, buffer_free, pending, pipe_put, pump
 from mesh.fastpath.sys cimport (
     EADDRNOTAVAIL, EAGAIN, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
@@ -29,7 +29,7 @@ cdef enum:
 
 
 cdef int bucket_of(uint64_t ns) noexcept nogil:
-    """Index in mesh.datapath.base.CONNECT_BUCKETS, the last for +Inf."""
+    """Index into mesh.datapath.base.CONNECT_BUCKETS; the last is +Inf."""
     cdef uint64_t[14] bounds = [
         100000, 250000, 500000, 1000000, 2500000, 5000000, 10000000, 25000000, 50000000, 100000000, 250000000,
         500000000, 1000000000, 3000000000]
@@ -41,7 +41,7 @@ cdef int bucket_of(uint64_t ns) noexcept nogil:
 
 
 cdef void pause(worker *w) noexcept nogil:
-    """Take no more connections for a moment; they wait in the kernel's queue."""
+    """Stop accepting for PAUSE_NS; clients wait in the kernel's queue."""
     cdef epoll_event event
     cdef listener *l = w.listeners
     w.resume_at = fp_now() + PAUSE_NS
@@ -72,12 +72,12 @@ cdef void resume(worker *w) noexcept nogil:
 
 
 cdef void count_failure(worker *w, conn *c, int cause) noexcept nogil:
-    """Count what the client sees."""
+    """Count a failure that the client sees."""
     fp_count(&c.frontend.counts[w.index].failed[cause], 1)
 
 
 cdef void conn_end(worker *w, conn *c, bint reset) noexcept nogil:
-    """End a connection, by a reset of both sides or as it stands. Its memory stays valid until the batch is over."""
+    """Close both sides, by a reset or in order. The memory stays valid until the batch of events is over."""
     cdef counters *counts
     if c.state == DEAD:
         return
@@ -109,7 +109,7 @@ cdef void conn_end(worker *w, conn *c, bint reset) noexcept nogil:
 
 
 cdef void conn_opened(worker *w, conn *c) noexcept nogil:
-    """The backend has answered."""
+    """The connection to the backend is established."""
     cdef counters *counts = &c.pair.counts[w.index]
     cdef uint64_t now = fp_now()
     cdef uint64_t took = now - c.started
@@ -134,7 +134,7 @@ cdef void conn_opened(worker *w, conn *c) noexcept nogil:
 
 
 cdef bint prepend_proxy_header(worker *w, conn *c) noexcept nogil:
-    """Put a PROXY protocol header ahead of what the client has said. False: no memory."""
+    """Put a PROXY protocol header before the client's first bytes. False: no memory."""
     cdef uint8_t header[PROXY_HEADER_MAX]
     cdef uint32_t length = proxy_header(&c.flow, header)
     if c.client.length:
@@ -147,12 +147,12 @@ cdef bint prepend_proxy_header(worker *w, conn *c) noexcept nogil:
 
 
 cdef void answer_peer(conn *c, uint8_t what) noexcept nogil:
-    """Tell the node that hands a connection over how it went. One byte always fits."""
+    """Send the result to the node that hands the connection over. One byte always fits."""
     send(c.client.fd, &what, 1, MSG_NOSIGNAL)
 
 
 cdef void delay_handshake_ack(int fd) noexcept nogil:
-    """Let the handshake's last acknowledgement go with the bytes that are about to follow: one packet less."""
+    """Send the last acknowledgement of the handshake with the first bytes: one packet less."""
     cdef int off = 0
     setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof(off))
 
@@ -199,9 +199,10 @@ cdef void attempt_failed(worker *w, conn *c, int cause) noexcept nogil:
 
 
 cdef backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
-    """Connect to the flow's next choice; `cause` is why the one before failed. NULL: nobody is left, c is over.
+    """Connect to the flow's next choice; `cause` is why the last one failed. NULL: none is left, and c has ended.
 
-    The socket is not yet watched. What is returned may be gone at the next event: another thread drops backends.
+    The socket is not yet registered with epoll. The result is valid until the next batch of events: another thread may
+    drop the backend.
     """
     cdef engine *e = w.engine
     cdef route *way
@@ -229,7 +230,7 @@ cdef backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
         if is_scarce(error):
             pause(w)
             break
-    c.pair = NULL  # its attempts are all counted
+    c.pair = NULL  # all its attempts are counted
     count_failure(w, c, cause)
     if c.frontend.peers is not NULL:  # the node that handed it over tries others
         answer_peer(c, <uint8_t>(PEER_NO + cause))
@@ -240,7 +241,7 @@ cdef backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
 
 
 cdef void retry(worker *w, conn *c, int cause) noexcept nogil:
-    """The backend refused, or did not answer in time: on to the next."""
+    """The backend refused or did not answer in time: try the next choice."""
     attempt_failed(w, c, cause)
     if attempt(w, c, cause) is not NULL and not watch(w, &c.backend):
         attempt_failed(w, c, FAIL_LIMIT)
@@ -258,7 +259,7 @@ cdef int error_of(int fd) noexcept nogil:
 
 
 cdef void end_broken(worker *w, conn *c, int error) noexcept nogil:
-    """An established connection was reset, or its peer vanished: the other side is reset too."""
+    """An established connection was reset, or its peer vanished: reset the other side too."""
     cdef int cause = cause_of(error)
     count_failure(w, c, cause)
     fp_count(&c.pair.counts[w.index].failed[cause], 1)
@@ -266,7 +267,7 @@ cdef void end_broken(worker *w, conn *c, int error) noexcept nogil:
 
 
 cdef void service(worker *w, conn *c) noexcept nogil:
-    """Move what can be moved, pass ends on, end the connection when both directions are over."""
+    """Move what can be moved, pass on ends, and close the connection when both directions have ended."""
     cdef side *client = &c.client
     cdef side *behind = &c.backend
     cdef int out, into
@@ -289,7 +290,7 @@ cdef void service(worker *w, conn *c) noexcept nogil:
         conn_end(w, c, False)
         return
     if no_more and not behind.flags & SHUT:
-        allow_reuse(behind.fd)  # who ends first keeps the port in TIME_WAIT
+        allow_reuse(behind.fd)  # the side that ends first keeps its port in TIME_WAIT
         shutdown(behind.fd, SHUT_WR)
         behind.flags |= SHUT
     if no_reply and not client.flags & SHUT:
@@ -319,7 +320,7 @@ cdef void note_events(worker *w, conn *c, side *s, uint32_t events) noexcept nog
 
 
 cdef bint hand_over(worker *w, conn *c, uint32_t events) noexcept nogil:
-    """The other node's agent is connected: send the header, and then wait for its answer. True: it says yes."""
+    """The other node's agent is connected: send the header, then wait for its answer. True: it accepted."""
     cdef uint8_t header[PEER_HEADER_MAX]
     cdef uint8_t said = 0
     cdef ssize_t length, n
@@ -365,7 +366,7 @@ cdef void on_backend(worker *w, conn *c, uint32_t events) noexcept nogil:
 
 
 cdef void on_timers(worker *w) noexcept nogil:
-    """Connect timeouts, keep-alive for connections that have lasted a second, idle ends."""
+    """Connect timeouts, keep-alive for connections older than a second, idle timeouts."""
     cdef engine *e = w.engine
     cdef conn *c = w.connecting.head
     while c is not NULL and c.started + e.connect_ns <= w.now:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""UDP: a session per flow with a socket connected to its backend; datagrams move in batches, both ways.
+"""UDP: a session per flow, with a socket connected to its backend. Datagrams move in batches, both ways.
 
-SO_REUSEPORT gives all datagrams of a flow to one thread. A reply leaves from the address that the client called.
+SO_REUSEPORT gives all datagrams of a flow to one thread. A reply has the address that the client called as its source.
 """
 
 from libc.stdint cimport uint16_t
@@ -29,7 +29,7 @@ cdef enum:
 
 
 cdef void session_close(worker *w, session *s) noexcept nogil:
-    """No socket any more: the session's backend is gone, or the session ends."""
+    """Close the socket: the session's backend is gone, or the session ends."""
     cdef counters *counts
     if s.fd < 0:
         return
@@ -51,7 +51,7 @@ cdef void session_end(worker *w, session *s) noexcept nogil:
 
 
 cdef bint evict(worker *w, session *keep) noexcept nogil:
-    """Make room: end the session that was silent longest."""
+    """End the least recently used session other than `keep`. False: there is none."""
     cdef session *s = w.oldest
     if s is keep and s is not NULL:
         s = s.newer
@@ -63,7 +63,7 @@ cdef bint evict(worker *w, session *keep) noexcept nogil:
 
 
 cdef int session_dial(worker *w, session *s, backend *b, pair *to) noexcept nogil:
-    """A socket to the backend. Returns 0 or the errno."""
+    """Connect a socket to the backend. Returns 0 or the errno."""
     cdef epoll_event event
     cdef int error
     cdef int fd = socket(b.address.sin6_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
@@ -89,7 +89,7 @@ cdef int session_dial(worker *w, session *s, backend *b, pair *to) noexcept nogi
 
 
 cdef bint peer_route(worker *w, session *s) noexcept nogil:
-    """Connect to the backend of this node that another node asks for. False: it is not here."""
+    """Connect to the backend of this node that another node names. False: this node does not have it."""
     cdef backend *b = local_backend(w.engine, s.tag, 17)
     if b is NULL:
         fp_count(&w.totals.peer_unknown, 1)
@@ -99,7 +99,7 @@ cdef bint peer_route(worker *w, session *s) noexcept nogil:
 
 
 cdef bint session_route(worker *w, session *s) noexcept nogil:
-    """Give the session its next choice. False: nobody can be reached; the datagram is dropped."""
+    """Connect the session to its next choice. False: none can be reached; the datagram is dropped."""
     cdef route *way = <route *>fp_load(&s.listener.frontend.route)
     cdef backend *b = NULL
     cdef target *t
@@ -118,7 +118,7 @@ cdef bint session_route(worker *w, session *s) noexcept nogil:
                 s.tries = 0
                 s.again = 0
                 return False
-            again = False  # all were tried over the session's life: begin anew
+            again = False  # all were tried in the session's life: start over
             s.tries = 0
             s.again = 0
             continue
@@ -136,7 +136,7 @@ cdef bint session_route(worker *w, session *s) noexcept nogil:
 
 
 cdef void session_refused(worker *w, session *s, int error) noexcept nogil:
-    """The backend is not there (ICMP): off it at once. The next datagram goes to the next choice."""
+    """The backend refused (ICMP): close the socket. The next datagram goes to the next choice."""
     cdef counters *counts
     if s.fd < 0:
         return
@@ -147,7 +147,7 @@ cdef void session_refused(worker *w, session *s, int error) noexcept nogil:
 
 
 cdef void called_address(msghdr *m, mesh_addr *out) noexcept nogil:
-    """The address that the client called, from the control data; `out` stays as it is where there is none."""
+    """Read the address that the client called from the control data. Without any, `out` stays as it is."""
     cdef cmsghdr *c = CMSG_FIRSTHDR(m)
     cdef in_pktinfo four
     cdef in6_pktinfo six
@@ -162,7 +162,7 @@ cdef void called_address(msghdr *m, mesh_addr *out) noexcept nogil:
 
 
 cdef void set_source(msghdr *m, const session *s, char *control) noexcept nogil:
-    """Let a reply leave from the address that the client called."""
+    """Make the address that the client called the source of a reply."""
     cdef cmsghdr *c
     cdef in_pktinfo four
     cdef in6_pktinfo six
@@ -191,7 +191,7 @@ cdef void set_source(msghdr *m, const session *s, char *control) noexcept nogil:
 
 
 cdef bint peer_strip_head(worker *w, datagrams *d, int i, const mesh_addr *source, uint8_t *tag) noexcept nogil:
-    """Take the head off a datagram of another node. False: it is none."""
+    """Strip the head off a datagram of another node. False: not from a node, or malformed."""
     if not is_peer_node(w.engine, source):
         fp_count(&w.totals.peer_foreign, 1)
         return False
@@ -204,7 +204,7 @@ cdef bint peer_strip_head(worker *w, datagrams *d, int i, const mesh_addr *sourc
 
 
 cdef bint answer_probe(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
-    """Answer a node that only asks whether anybody is there. False: it is no such question."""
+    """Answer a probe of another node. False: the datagram is none."""
     cdef uint8_t *data = <uint8_t *>d.vectors[i].iov_base
     cdef mesh_addr source
     cdef uint16_t port
@@ -222,7 +222,7 @@ cdef bint answer_probe(worker *w, listener *l, datagrams *d, int i) noexcept nog
 
 
 cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
-    """The session that a received datagram belongs to, made where it is new. NULL: it may not pass."""
+    """The session of a received datagram, made if it is new. NULL: the datagram is refused."""
     cdef frontend *f = l.frontend
     cdef route *way
     cdef mesh_flow flow
@@ -242,7 +242,7 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     key = mesh_hash_flow(&flow)
     s = session_find(w, &flow, key, l)
     if s is not NULL and f.peers is not NULL and memcmp(s.tag, tag, TAG_SIZE) != 0:
-        session_end(w, s)  # the port was used before, for another session
+        session_end(w, s)  # the source port was used by another session
         s = NULL
     if s is not NULL:
         return s
@@ -274,8 +274,9 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     return s
 
 
-cdef void fill_messages(datagrams *out, session *s, datagrams *d, const int *which, int first, int count) noexcept nogil:
-    """Make the messages that are to go to the session's backend, wherever it is now."""
+cdef void fill_messages(datagrams *out, session *s, datagrams *d, const int *which, int first,
+                        int count) noexcept nogil:
+    """Fill in the messages for the session's backend, on this node or another."""
     cdef msghdr *m
     cdef int i
     for i in range(first, count):
@@ -290,7 +291,7 @@ cdef void fill_messages(datagrams *out, session *s, datagrams *d, const int *whi
 
 
 cdef void forward(worker *w, session *s, datagrams *d, const int *which, int count) noexcept nogil:
-    """Send datagrams of the input batch to the session's backend; a refusal moves on to its next choice."""
+    """Send datagrams of the input batch to the session's backend; after a refusal, to its next choice."""
     cdef datagrams *out = &w.output
     cdef int i, sent
     cdef int done = 0
@@ -312,7 +313,7 @@ cdef void forward(worker *w, session *s, datagrams *d, const int *which, int cou
             if cause_of(errno) <= FAIL_UNREACHABLE:
                 session_refused(w, s, errno)
                 continue
-            fp_count(&w.totals.udp_dropped, 1)  # this one cannot be sent, such as for its size
+            fp_count(&w.totals.udp_dropped, 1)  # cannot be sent, for example because of its size
             done += 1
             continue
         counts = &s.pair.counts[w.index]
@@ -325,7 +326,7 @@ cdef void forward(worker *w, session *s, datagrams *d, const int *which, int cou
 
 
 cdef void prepare(datagrams *d, char *arena) noexcept nogil:
-    """Room for one batch; the kernel overwrites lengths, so every receive needs it anew."""
+    """Prepare the buffers of one batch, before every receive: the kernel overwrites lengths."""
     cdef int i
     cdef msghdr *m
     for i in range(BATCH):
@@ -342,7 +343,7 @@ cdef void prepare(datagrams *d, char *arena) noexcept nogil:
 
 
 cdef void on_datagrams(worker *w, listener *l) noexcept nogil:
-    """Datagrams of clients."""
+    """Forward datagrams of clients."""
     cdef datagrams *d = &w.input
     cdef int which[BATCH]
     cdef int turn, i, j, got, count
@@ -381,7 +382,7 @@ cdef void on_datagrams(worker *w, listener *l) noexcept nogil:
 
 
 cdef void reply(worker *w, session *s, datagrams *d, int got) noexcept nogil:
-    """Send what the backend said to the client."""
+    """Send the backend's datagrams to the client."""
     cdef datagrams *out = &w.output
     cdef counters *counts = &s.pair.counts[w.index]
     cdef msghdr *m
@@ -402,7 +403,7 @@ cdef void reply(worker *w, session *s, datagrams *d, int got) noexcept nogil:
         if sent <= 0:
             if errno == EINTR:
                 continue
-            fp_count(&w.totals.udp_dropped, 1)  # the client's side is full, or refuses: this one is lost, as on a wire
+            fp_count(&w.totals.udp_dropped, 1)  # the client's side is full or refuses: lost, as on a wire
             if errno == EAGAIN:
                 fp_count(&w.totals.udp_dropped, got - done - 1)
                 return
@@ -415,7 +416,7 @@ cdef void reply(worker *w, session *s, datagrams *d, int got) noexcept nogil:
 
 
 cdef void on_session(worker *w, session *s, uint32_t events) noexcept nogil:
-    """Datagrams of a backend, or the news that it is not there."""
+    """Forward datagrams of a backend, or handle its refusal."""
     cdef datagrams *d = &w.input
     cdef int got
     if s.dead:
@@ -443,7 +444,7 @@ cdef void sessions_expire(worker *w) noexcept nogil:
 
 
 cdef void sessions_forget(worker *w, const uint8_t *gone) noexcept nogil:
-    """Backends are gone, or elsewhere: their sessions end now."""
+    """End the sessions of backends that are gone or have moved."""
     cdef session *s = w.oldest
     cdef session *next
     while s is not NULL:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, cdivision=True
-"""The loop of one thread, and the commands that other threads give it (each waits until it is done)."""
+"""The loop of one thread, and the commands that other threads post to it and wait for."""
 
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -24,7 +24,7 @@ from mesh.fastpath.types cimport (
 from mesh.fastpath.udp cimport on_datagrams, on_session, sessions_expire, sessions_forget, sessions_leave
 
 cdef enum:
-    QUEUE_MAX = 65536  # connections taken from the queue of a listener that goes
+    QUEUE_MAX = 65536  # connections accepted from a listener that is closed
     SLEEP_MAX = 60000  # ms
 
 
@@ -55,7 +55,7 @@ cdef void do_listen(worker *w, listener *l) noexcept nogil:
 
 
 cdef void do_unlisten(worker *w, frontend *f) noexcept nogil:
-    """The frontend is gone: what the kernel has accepted for it is still served, then its sockets close."""
+    """The frontend is gone: accept what is in its queues, then close its sockets."""
     cdef listener *l = w.listeners
     cdef listener *next
     cdef int i
@@ -76,7 +76,7 @@ cdef void do_unlisten(worker *w, frontend *f) noexcept nogil:
 
 
 cdef void do_yield(worker *w, frontend *f) noexcept nogil:
-    """Another process has the same sockets: leave their queues alone. UDP sessions still bring home their replies."""
+    """Another process shares the sockets: stop reading them. UDP sessions still forward replies."""
     cdef listener *l = w.listeners
     cdef listener *next
     while l is not NULL:
@@ -102,7 +102,7 @@ cdef void listeners_free(worker *w) noexcept nogil:
 
 
 cdef void run_command(worker *w) noexcept nogil:
-    """Carry out the command that was posted, if any."""
+    """Run the posted command, if there is one."""
     cdef uint64_t seen
     cdef int op
     cdef void *argument
@@ -131,7 +131,7 @@ cdef void run_command(worker *w) noexcept nogil:
 
 
 cdef void post(worker *w, int op, void *argument) noexcept nogil:
-    """Give a command; one at a time, so `await_done` before the next."""
+    """Post a command. One at a time: call `await_done` before the next."""
     cdef uint64_t one = 1
     pthread_mutex_lock(&w.mutex)
     w.command.op = op
@@ -149,7 +149,7 @@ cdef void await_done(worker *w) noexcept nogil:
 
 
 cdef void call(engine *e, int op, void *argument) noexcept nogil:
-    """A command to all threads. When it returns, each has passed through its loop: nobody holds an old pointer."""
+    """Post a command to all threads and wait. Then each has passed through its loop, and none holds an old pointer."""
     cdef uint32_t i
     for i in range(e.threads):
         post(e.workers[i], op, argument)
@@ -162,7 +162,7 @@ cdef int64_t remaining(uint64_t started, uint64_t span, uint64_t now) noexcept n
 
 
 cdef int wait_ms(worker *w) noexcept nogil:
-    """How long to sleep at most: until the first deadline; -1, which spares the kernel a timer, where there is none."""
+    """Milliseconds until the first deadline; -1 without a deadline, which saves the kernel a timer."""
     cdef int64_t nearest = INT64_MAX
     cdef engine *e = w.engine
     if w.ready_head is not NULL:
@@ -199,7 +199,7 @@ cdef void dispatch(worker *w, epoll_event *event) noexcept nogil:
 
 
 cdef void run_ready(worker *w) noexcept nogil:
-    """One more turn for those that had more to do at the last one."""
+    """Another turn for the connections that were not finished in their last one."""
     cdef conn *last = w.ready_tail
     cdef conn *c
     if last is NULL:
@@ -228,11 +228,11 @@ cdef void housekeep(worker *w) noexcept nogil:
 
 
 cdef void *loop(void *argument) noexcept nogil:
-    """The thread. Events first, the command last: an event of the batch may point at what the command frees.
+    """The thread. Events come first, the command last: an event of the batch may point to what the command frees.
 
-    With a longer slice than others, those whom it wakes up on its own core by sending have the earlier deadline and go
-    first: their answer is there before it would sleep, and it need not be woken up for it. Its share of the CPU is the
-    same.
+    The time slice is longer than that of other threads. So a process that this thread wakes up on its own core by
+    sending has the earlier deadline and runs first, and its answer arrives before this thread would sleep. The thread's
+    share of the CPU stays the same.
     """
     cdef worker *w = <worker *>argument
     cdef int i, count
@@ -256,7 +256,7 @@ cdef void *loop(void *argument) noexcept nogil:
 
 
 cdef worker *worker_new(engine *e, uint32_t index) noexcept nogil:
-    """A thread's state; NULL: no memory or descriptors."""
+    """The state of a thread that is not started yet. NULL: no memory or descriptors."""
     cdef worker *w = <worker *>calloc(1, sizeof(worker))
     cdef epoll_event event
     if w is NULL:
@@ -308,7 +308,7 @@ cdef void worker_free(worker *w) noexcept nogil:
 
 
 cdef bint worker_start(worker *w) noexcept nogil:
-    """Start the thread with all signals blocked: signals are Python's, and splice() cannot suppress SIGPIPE."""
+    """Start the thread with all signals blocked: Python handles signals, and splice() cannot suppress SIGPIPE."""
     cdef sigset_t all
     cdef sigset_t before
     cdef bint ok

@@ -21,7 +21,7 @@ THERE = Node("n2", "two", ipaddress.ip_address("127.0.0.1"), engine="proxy")
 
 
 class _Answers(asyncio.DatagramProtocol):
-    """Answers questions as the peer port does (mesh/fastpath/peerproto.pxd)."""
+    """Answers questions as the peer port does (mesh/fastpath/proto.pyx)."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.DatagramTransport, transport)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks another node's peer port whether anybody is there, and how large a packet may be on the way to it.
 
-The questions are those of mesh/fastpath/peerproto.pxd with a tag of zeros: no flow begins, nothing is counted.
+The questions are those of mesh/fastpath/proto.pyx with a tag of zeros: no flow begins, nothing is counted.
 """
 
 from __future__ import annotations
