@@ -46,6 +46,7 @@ from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, ensure_bpf_fs, net
 from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.kernel.route_monitor import RouteWatch
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config, seed_of
+from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Monitor, Netlink
 from mesh.model import Affinity, Flow, Frontend, ServiceOptions
 
@@ -336,7 +337,7 @@ class KernelDatapath:
 
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup."""
-        return kernel_stats.lookup(self._applied, self._finder.topology.addresses, flow)
+        return lookup(self._applied, flow, own=self._finder.topology.addresses)
 
     def explain(self, flow: Flow) -> Explanation:
         """See Datapath.explain: a test run of mesh_explain."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel engine's counters and look-ups: reads only, any thread."""
+"""The kernel engine's counters, live flows and test runs: reads only, any thread."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
-from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats
+from mesh.datapath.base import Applied, BackendKey, Explanation, Stats
 from mesh.datapath.counters import Table
 from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.maps import KernelMaps, Served
-from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
+from mesh.model import Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
 SKB: Final = 192  # bytes of struct __sk_buff
@@ -93,35 +93,6 @@ def run_time(programs: Mapping[str, _bpf.Program]) -> dict[str, int]:
             short = name.removeprefix("mesh_")
             totals |= {f"program_{short}_runs": runs, f"program_{short}_nanoseconds": nanoseconds}
     return totals
-
-
-def lookup(applied: Applied, addresses: frozenset[Address], flow: Flow) -> Choice | None:
-    """Where a new flow would go by the applied tables."""
-    protocol = Protocol(flow.protocol)
-    entry = applied.frontends.get(Frontend(flow.destination, flow.destination_port, protocol))
-    if entry is None and flow.destination in addresses:
-        entry = applied.frontends.get(Frontend(ANY_ADDRESS, flow.destination_port, protocol))
-    if entry is None:
-        return None
-    source = codec.pack_address(flow.source)
-    if entry.state.options.affinity is Affinity.CLIENT_IP:
-        number = hash_client(source)
-    else:
-        destination = codec.pack_address(flow.destination)
-        number = hash_flow(source, flow.source_port, destination, flow.destination_port, int(protocol))
-    slot = slot_of(number, entry.table.size)
-    current, previous, _ = entry.table.slot(slot)
-    names = {each.id: each for each in applied.backends.values()}
-    choices = [names[owner] for owner in entry.table.choices(number) if owner in names and owner != current]
-    return Choice(
-        frontend=entry.state.frontend,
-        hash=number,
-        slot=slot,
-        owner=current,
-        previous=previous,
-        backend=names.get(current) if current >= OWNER_FIRST else None,
-        next=tuple(choices),
-    )
 
 
 def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Frontend, frozenset[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh._fastpath import RETRIES_MOST, Engine
-from mesh._maglev import SlotTable, hash_client, hash_flow, slot_of
+from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import (
     OWNER_NONE,
@@ -25,12 +25,13 @@ from mesh.datapath.base import (
     Signal,
     Stats,
 )
+from mesh.datapath.lookup import lookup
 from mesh.datapath.proxy.accounting import Accounting, FrontRecord, sixteen
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
-from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
+from mesh.model import Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
 RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
 
@@ -296,33 +297,8 @@ class ProxyDatapath:
         return {}
 
     def lookup(self, flow: Flow) -> Choice | None:
-        applied = self._applied
-        called = Frontend(flow.destination, flow.destination_port, flow.protocol)
-        entry = applied.frontends.get(called) or applied.frontends.get(
-            Frontend(ANY_ADDRESS, flow.destination_port, flow.protocol)
-        )
-        if entry is None:
-            return None
-        source = sixteen(flow.source)
-        if entry.state.options.affinity is Affinity.CLIENT_IP:
-            value = hash_client(source)
-        else:
-            value = hash_flow(
-                source, flow.source_port, sixteen(flow.destination), flow.destination_port, int(flow.protocol)
-            )
-        by_id = {b.id: b for b in applied.backends.values()}
-        slot = slot_of(value, entry.table.size)
-        owner, previous, _ = entry.table.slot(slot)
-        further = entry.table.choices(value, min(self._config.retries, RETRIES_MOST) + 1)[1:]
-        return Choice(
-            frontend=entry.state.frontend,
-            hash=value,
-            slot=slot,
-            owner=owner,
-            previous=previous,
-            backend=by_id.get(owner),
-            next=tuple(by_id[o] for o in further if o in by_id),
-        )
+        """See Datapath.lookup. It names as many backends as a connection tries."""
+        return lookup(self._applied, flow, choices=min(self._config.retries, RETRIES_MOST) + 1)
 
     def explain(self, flow: Flow) -> None:
         """None: see Datapath.explain."""
