@@ -146,23 +146,24 @@ class Served:
 
     def entries(self) -> dict[str, int]:
         return {
-            name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "flows_new", "revnat", "revnat_new")
+            name: self.engine._opened().maps.entries(f"mesh_{name}")
+            for name in ("flows", "flows_new", "revnat", "revnat_new")
         }
 
     def forget(self, names: list[str]) -> None:
         """Empty tables of the programs."""
         for name in names:
-            held = self.engine._maps._maps[f"mesh_{name}"]
+            held = self.engine._opened().maps._maps[f"mesh_{name}"]
             held.delete_batch(held.dump()[0])
 
     def ways(self) -> dict[str, int]:
         """MTU of the way to each other node."""
-        return {str(address): slot.mtu for address, slot in self.engine._nodes.held.items()}
+        return {str(address): slot.mtu for address, slot in self.engine._opened().nodes.held.items()}
 
     def sweep(self, seconds: float) -> int:
         from mesh.datapath.kernel.gc import sweep
 
-        return sweep(self.engine._maps.reverse, seconds)
+        return sweep(self.engine._opened().maps.reverse, seconds)
 
     def runs_behind(self, device: str, *, tcx: bool) -> int:
         """How many packets a program behind ours on a device has met so far; the first call attaches it."""

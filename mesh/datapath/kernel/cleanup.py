@@ -7,8 +7,7 @@ The next agent with the kernel engine adopts the programs. For those who want no
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mesh import _bpf
@@ -16,11 +15,10 @@ from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import OWNER_PASS
 from mesh.datapath.kernel import stats
-from mesh.datapath.kernel.attach import Attachments
+from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal
 from mesh.datapath.kernel.maps import KernelMaps
-from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
-from mesh.datapath.kernel.xdp import XdpStage
+from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, instance, netns_cookie, pin_home, remove_pins
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import BpfError
@@ -59,11 +57,7 @@ class StaleState:
     @property
     def owned(self) -> bool:
         """Whether the process that has them lives, and lets go of them by itself (a take-over)."""
-        try:
-            pid = int((self._state / OWNER).read_text().split()[0])
-        except (OSError, ValueError, IndexError):
-            return False
-        return pid != os.getpid() and Path(f"/proc/{pid}").exists()
+        return Owner(self._state).is_another()
 
     def hand_back(self) -> int:
         """Leave flows that start to the kernel, hence to whoever serves the ports besides.
@@ -90,14 +84,10 @@ class StaleState:
         """
         self.close()
         interfaces = {} if foreign_instances(self._config) else self._interfaces()
-        for directory in [pin.parent for pin in self._home.glob("*/mesh_ports")]:
-            attached = Attachments({}, directory / "links")
-            attached.adopt(interfaces)
-            XdpStage(None, directory / "links").detach()
-            attached.detach()
-        remove_pins(self._home)
-        Journal(self._state / NAMES).remove()
-        (self._state / OWNER).unlink(missing_ok=True)
+        hooks = [Hooks({}, pin.parent) for pin in self._home.glob("*/mesh_ports")]
+        for each in hooks:
+            each.adopt(interfaces)
+        take_off(self._home, self._state, hooks)
 
     @staticmethod
     def _interfaces() -> Mapping[int, object]:
@@ -112,6 +102,15 @@ class StaleState:
         if self._maps is not None:
             self._maps.close()
             self._maps = None
+
+
+def take_off(home: Path, state_dir: Path, hooks: Iterable[Hooks]) -> None:
+    """Detach the hooks, and remove all pins in `home` and what the state directory tells of them."""
+    for each in hooks:
+        each.detach()
+    remove_pins(home)
+    Journal(state_dir / NAMES).remove()
+    Owner(state_dir).remove()
 
 
 def hand_back(maps: KernelMaps) -> None:

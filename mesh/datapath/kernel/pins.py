@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Final
 
@@ -72,6 +73,40 @@ def ensure_bpf_fs(path: Path) -> None:
             where=str(path),
             remedy=f"mount -t bpf bpf {path}",
         )
+
+
+class Owner:
+    """Which process writes the maps: they have one writer, whose token is in a file of the state directory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / OWNER
+        self._token = f"{os.getpid()} {time.monotonic_ns()}"
+
+    def claim(self) -> None:
+        """Become the writer. Where the file cannot be written, only the lock of the state directory tells."""
+        try:
+            self._path.write_text(self._token)
+        except OSError:
+            self.remove()
+
+    def is_ours(self) -> bool:
+        """Whether no other process has claimed the maps since."""
+        try:
+            return self._path.read_text() == self._token
+        except FileNotFoundError:
+            return True
+
+    def is_another(self) -> bool:
+        """Whether another process has them and lives: it lets go of them by itself (a take-over)."""
+        try:
+            pid = int(self._path.read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return False
+        return pid != os.getpid() and Path(f"/proc/{pid}").exists()
+
+    def remove(self) -> None:
+        """Nobody has them any more."""
+        self._path.unlink(missing_ok=True)
 
 
 def remove_pins(directory: Path) -> None:

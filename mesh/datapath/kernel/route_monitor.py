@@ -19,7 +19,7 @@ AGAIN: Final = 1.0  # seconds after which to try again what failed
 log = structlog.get_logger(__name__)
 
 
-class RouteWatch:
+class RouteMonitor:
     """A thread of its own, which waits for nothing else: until it has spoken, replies may take the old way.
 
     Args:
