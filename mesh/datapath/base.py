@@ -33,7 +33,7 @@ class BackendKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """A backend as an engine holds it. `id` is this node's own number for it (mesh_slot.current); other nodes never see it."""
+    """A backend as an engine holds it. `id` is this node's own number for it (mesh_slot.current), never sent out."""
 
     id: int
     key: BackendKey
@@ -176,4 +176,4 @@ class Datapath(Protocol):
         """Accept nothing new and wait at most `seconds` for flows to end. Returns how many are still open."""
 
     def close(self, *, release: bool) -> None:
-        """Stop. `release`: hand the ports back to whoever served them before; else the data plane may stay in service."""
+        """Stop. `release`: hand the ports back to whoever served them before; else the data plane may go on."""

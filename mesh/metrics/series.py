@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of a CounterTable as sample lines: the text around the numbers is made once for rows that stay as they are."""
+"""Counters of a CounterTable as sample lines. The text around the numbers is made once while the rows stay the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Final, Generic, TypeVar
 
-from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, Failure, CounterTable
+from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, CounterTable, Failure
 from mesh.metrics.families import Family
 
 Blocks = dict[Family, bytes]  # sample lines by family, without the last newline

@@ -161,9 +161,9 @@ class Served:
         return {str(address): slot.mtu for address, slot in self.engine._opened().nodes.held.items()}
 
     def sweep(self, seconds: float) -> int:
-        from mesh.datapath.kernel.gc import sweep
+        from mesh.datapath.kernel.gc import collect
 
-        return sweep(self.engine._opened().maps.reverse, seconds)
+        return collect(self.engine._opened().maps.reverse, seconds)
 
     def runs_behind(self, device: str, *, tcx: bool) -> int:
         """How many packets a program behind ours on a device has met so far; the first call attaches it."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel engine: eBPF programs forward, this process only writes their maps. docs/ARCHITECTURE.md has the picture.
+"""The kernel engine: eBPF programs forward, and this process writes their maps. See docs/ARCHITECTURE.md.
 
-Programs and maps are pinned under <bpf_fs>/mesh/<instance>/<contract>/: traffic goes on when the agent is gone, and the
-next agent adopts what it finds. Another contract is built beside, switched to, and the old one is removed.
+Programs and maps are pinned under <bpf_fs>/mesh/<instance>/<contract>/. They keep forwarding without the agent, and the
+next agent takes over what it finds. A build with another contract loads its own programs and maps next to the old ones,
+switches the hooks over, and removes the old ones.
 """
 
 from __future__ import annotations

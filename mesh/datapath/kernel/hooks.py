@@ -14,7 +14,7 @@ from mesh.datapath.netlink import Interface
 
 
 class Hooks:
-    """Keeps the programs where the network needs them. Not for several threads at once.
+    """Keeps the programs where the network needs them. Not thread-safe.
 
     Args:
         programs: by name; without any, hooks can only be adopted and detached.

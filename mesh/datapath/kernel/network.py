@@ -28,11 +28,11 @@ log = structlog.get_logger(__name__)
 
 
 class Network:
-    """The node's network and the locations of its backends. Not for several threads at once, but for reads.
+    """The node's network and the locations of its backends. Not thread-safe, except for the properties.
 
     Args:
         locator: finds backends.
-        maps: are told the node's addresses and the tunnel's port.
+        maps: get the node's addresses and the tunnel's port.
         nodes: the other nodes, whose routes follow the network.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a daemon's pins are: one directory for each state directory, network namespace and contract."""
+"""A daemon's pins: one directory per state directory, network namespace and contract."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ NAMES, OWNER = "kernel-names.json", "kernel-owner"  # files in the state directo
 
 
 def netns_cookie() -> int:
-    """The kernel's number for this network namespace, never given twice."""
+    """The kernel's number for this network namespace, which it never reuses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
         return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
 
 
 def instance(config: Config) -> str:
-    """Name of this daemon's pins: one for each state directory in each network namespace."""
+    """Name of this daemon's pins: one per state directory and network namespace."""
     text = f"{Path(config.state_dir).resolve()}\0{netns_cookie()}"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def pin_home(config: Config) -> Path:
-    """Where this daemon's pins are, a directory for each contract."""
+    """The directory of this daemon's pins, with a directory per contract."""
     return Path(config.bpf_fs) / "mesh" / instance(config)
 
 
@@ -59,7 +59,7 @@ def ensure_bpf_fs(path: Path) -> None:
     """Mount a bpf file system at `path` unless there is one.
 
     Raises:
-        DatapathError: there is none and it cannot be mounted.
+        DatapathError: there is none, and mounting one failed.
     """
     if is_bpf_fs(path):
         return
@@ -110,7 +110,7 @@ class Owner:
 
 
 def remove_pins(directory: Path) -> None:
-    """Remove a pin directory with all that is in it; what nothing else holds is freed."""
+    """Remove a pin directory and everything in it. The kernel frees what nothing else holds."""
     if not directory.is_dir():
         return
     for each in directory.iterdir():

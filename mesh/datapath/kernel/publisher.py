@@ -19,11 +19,11 @@ from mesh.datapath.kernel.tunnel import Ids, seed_of
 from mesh.model import Affinity, Frontend, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
-HOLD: Final = 5.0  # seconds in which UDP flows that were there before a take-over must speak to stay where they are
+HOLD: Final = 5.0  # seconds in which UDP flows from before a take-over must send to stay where they are
 
 
 class Publisher:
-    """Publishes backends and frontends. Not for several threads at once.
+    """Publishes backends and frontends. Not thread-safe.
 
     Args:
         ids: what other nodes call this node's backends.
@@ -35,7 +35,7 @@ class Publisher:
         self._ids = ids
         self._pass_if_none = config.no_backend == "pass"
         self._tables = dict(tables)
-        self._placed: dict[int, Location] = {}  # as the maps have them
+        self._placed: dict[int, Location] = {}  # as the maps hold them
         self._held_until: dict[Frontend, float] = {}  # monotonic
 
     def publish(
