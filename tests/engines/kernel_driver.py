@@ -9,6 +9,7 @@ import ipaddress
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,21 @@ class Served:
         from mesh.datapath.kernel import xdp
 
         xdp.CARDS = ("veth",)  # type: ignore[misc]
+
+    def fail_once(self) -> None:
+        """Have the next `open` fail after its threads have started."""
+        from mesh.datapath.kernel.network import Network
+
+        follow = Network.follow
+
+        def fails(*_: Any) -> bool:
+            Network.follow = follow  # type: ignore[method-assign]
+            raise OSError("the network cannot be read")
+
+        Network.follow = fails  # type: ignore[method-assign]
+
+    def threads(self) -> list[str]:
+        return sorted(thread.name for thread in threading.enumerate())
 
     def preflight(self) -> str | None:
         from mesh.datapath.kernel.preflight import preflight
