@@ -81,7 +81,7 @@ class Attachments:
         """Indexes of the interfaces that carry a program."""
         return frozenset(self._on)
 
-    def adopt(self, interfaces: Mapping[int, object]) -> None:
+    def restore(self, interfaces: Mapping[int, object]) -> None:
         """Find what an earlier process left on these interfaces."""
         for pin in self._directory.glob("if_*"):
             link = _bpf.Link.open(str(pin))

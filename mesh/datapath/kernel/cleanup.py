@@ -86,7 +86,7 @@ class StaleState:
         interfaces = {} if foreign_instances(self._config) else self._interfaces()
         hooks = [Hooks({}, pin.parent) for pin in self._home.glob("*/mesh_ports")]
         for each in hooks:
-            each.adopt(interfaces)
+            each.restore(interfaces)
         take_off(self._home, self._state, hooks)
 
     @staticmethod

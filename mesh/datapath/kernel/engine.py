@@ -91,7 +91,7 @@ class KernelDatapath:
             names = self._journal.read()
             parts = self._parts = self._build(home / CONTRACT, names)
             if self._others and not parts.maps.served:
-                self._rebuild(parts, restore.rebuilt(names))
+                self._rebuild(parts, restore.from_journal(names))
             self._resume(parts)
         except BaseException:
             self._threads.close()
@@ -114,7 +114,7 @@ class KernelDatapath:
         nodes = Nodes(loaded, netlink)
         network = Network(config, Locator(netlink, config.floating), maps, nodes)
         maps.configure(node_config(config, netns_cookie()))
-        self._applied = restore.adopted(maps, names, nodes.all)
+        self._applied = restore.from_maps(maps, names, nodes.all)
         tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
         publisher = Publisher(config, maps, Ids(loaded), tables)
         hooks = Hooks(programs, directory, config.cgroup)
@@ -134,7 +134,7 @@ class KernelDatapath:
         for other in self._others:
             if other.name.partition("-")[0] == str(ABI_VERSION):
                 parts.maps.carry_over(other)
-                parts.nodes.adopt()
+                parts.nodes.restore()
         parts.nodes.put(applied.nodes or ())
 
     def _resume(self, parts: Parts) -> None:

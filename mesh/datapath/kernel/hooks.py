@@ -17,7 +17,7 @@ class Hooks:
     """Keeps the programs where the network needs them. Not thread-safe.
 
     Args:
-        programs: by name; without any, hooks can only be adopted and detached.
+        programs: by name; without any, hooks can only be restored and detached.
         directory: the pin directory; the links' pins lie in its `links`.
         cgroup: root of the cgroup2 hierarchy; empty: wherever it is mounted.
 
@@ -30,24 +30,24 @@ class Hooks:
         self._attachments = Attachments(programs, self._links)
         self._xdp = XdpStage(programs.get(PROGRAM), self._links)
         self._cgroup = cgroup
-        self._adopted = False
+        self._restored = False
         self.problems: list[str] = []
 
     @property
     def attached(self) -> bool:
         """Whether `sync` has been called: before the first plan nothing is attached."""
-        return self._adopted
+        return self._restored
 
-    def adopt(self, interfaces: Mapping[int, object]) -> None:
+    def restore(self, interfaces: Mapping[int, object]) -> None:
         """Find the hooks that an earlier process attached on these interfaces."""
-        self._attachments.adopt(interfaces)
-        self._xdp.adopt()
-        self._adopted = True
+        self._attachments.restore(interfaces)
+        self._xdp.restore()
+        self._restored = True
 
     def sync(self, interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> None:
         """Attach just these programs (by name) to just these interfaces (by index), and the socket hooks."""
-        if not self._adopted:
-            self.adopt(interfaces)
+        if not self._restored:
+            self.restore(interfaces)
         cgroup = Path(self._cgroup) if self._cgroup else cgroup_root()
         self.problems = [
             *self._attachments.sync(programs),

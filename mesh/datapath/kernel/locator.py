@@ -127,16 +127,16 @@ class Locator:
         return None if index is None else self.topology.interfaces.get(index)
 
 
-def misplaced(backends: Iterable[BackendEntry], places: Mapping[int, Location]) -> Iterator[str]:
+def misplaced(backends: Iterable[BackendEntry], locations: Mapping[int, Location]) -> Iterator[str]:
     """One sentence for each backend of this node to which there is no route. Pure."""
     for entry in backends:
-        place = places.get(entry.id)
-        if place is not None and not place.via and entry.target.via is None:
+        location = locations.get(entry.id)
+        if location is not None and not location.via and entry.target.via is None:
             yield f"backend {entry.key.backend}: no route to {entry.target.address} (is its network up?)"
 
 
 def wanted(
-    topology: Topology, places: Iterable[Location], patterns: Sequence[str] = (), nodes: Collection[int] = ()
+    topology: Topology, locations: Iterable[Location], patterns: Sequence[str] = (), nodes: Collection[int] = ()
 ) -> Mapping[int, str]:
     """Which program goes on which interface. Pure.
 
@@ -146,7 +146,7 @@ def wanted(
     that is up and not a port of a bridge or bond. BRIDGE: bridges that only have ports of containers and virtual
     machines.
     """
-    vias = {place.via for place in places if not place.own}
+    vias = {location.via for location in locations if not location.own}
     bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
     outward = {i.master for i in topology.interfaces.values() if i.kind not in ("veth", "tun")}
     found: dict[int, str] = {}

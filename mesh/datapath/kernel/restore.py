@@ -19,15 +19,15 @@ from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, Service
 LOCAL: Final = bytes(8)  # mesh_backend.seed of a backend that runs here
 
 
-def adopted(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
+def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
     """What the maps hold, with the journal's names where they match, else with made-up ones."""
     backends: dict[BackendKey, BackendEntry] = {}
     for number, slot in maps.backends.items():
         if slot.state == codec.BACKEND_FREE:
             continue
         entry = names.backends.get(number)
-        if entry is None or _place(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
-            key = BackendKey(f"adopted-{number}", slot.port, slot.protocol)
+        if entry is None or _published(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
+            key = BackendKey(f"restored-{number}", slot.port, slot.protocol)
             weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
             away = slot.address if slot.seed != LOCAL else None
             target = Target(key.backend, slot.address, slot.port, weight, local=away is None, via=away)
@@ -48,13 +48,13 @@ def adopted(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Appli
     return Applied(names.generation, frontends, backends, nodes)
 
 
-def _place(entry: BackendEntry) -> tuple[Address, int, int, bytes]:
+def _published(entry: BackendEntry) -> tuple[Address, int, int, bytes]:
     """What the maps should hold for a backend."""
     away = entry.target.via
     return away or entry.target.address, entry.key.port, entry.key.protocol, seed_of(entry.key) if away else LOCAL
 
 
-def rebuilt(names: Names) -> Applied:
+def from_journal(names: Names) -> Applied:
     """The same tables from the journal, where the maps are of another contract.
 
     Connections stay where they are, except those of slots that were in transition.

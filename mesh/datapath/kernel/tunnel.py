@@ -48,9 +48,9 @@ class Nodes:
         self._next = 0
         self.held: dict[Address, NodeSlot] = {}
         self.all: tuple[Address, ...] = ()
-        self.adopt()
+        self.restore()
 
-    def adopt(self) -> None:
+    def restore(self) -> None:
         """Read back what is in the maps."""
         held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():

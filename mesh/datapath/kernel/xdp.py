@@ -80,7 +80,7 @@ class XdpStage:
     def _pin(self, index: int) -> Path:
         return self._directory / f"xdp_{index}"
 
-    def adopt(self) -> None:
+    def restore(self) -> None:
         """Find what an earlier process left; `sync` replaces or detaches its program."""
         for pin in self._directory.glob("xdp_*"):
             link = _bpf.Link.open(str(pin))

@@ -176,7 +176,7 @@ class Interceptor:
             DatapathError: the port cannot be bound; the message says why.
         """
         if frontend not in self._opened:
-            self._opened[frontend] = self._adopt(frontend) or self._open(frontend)
+            self._opened[frontend] = self._inherit(frontend) or self._open(frontend)
             self._changed = True
         return self._opened[frontend]
 
@@ -222,7 +222,7 @@ class Interceptor:
             with contextlib.suppress(DatapathError):
                 self._table.delete()
 
-    def _adopt(self, frontend: Frontend) -> Opened | None:
+    def _inherit(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)
         if not sockets:
             return None
