@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract between the reconciler and an engine: Applied -> Plan -> Datapath.apply, and Stats back.
 
-An engine is handed complete tables; it never chooses. All calls block and are made from one worker thread, except
-`stats`, `signals`, `lookup` and `explain`, which may be called from any thread at any time.
+An engine gets complete tables and never chooses between backends itself. All calls block and come from one worker
+thread, except `stats`, `signals`, `lookup` and `explain`, which any thread may call at any time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ OWNER_FIRST: Final = 2
 
 
 class BackendKey(NamedTuple):
-    """What an engine addresses: a backend's id and the port of it that one frontend uses.
+    """What an engine addresses: a backend's id, and the port of the backend that one frontend uses.
 
-    A tuple, as a plan hashes each several times.
+    A tuple, because a plan hashes each key several times.
     """
 
     backend: str
@@ -33,7 +33,7 @@ class BackendKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """A backend as an engine holds it. `id` is this node's number for it (mesh_slot.current), never sent elsewhere."""
+    """A backend as an engine holds it. `id` is this node's own number for it (mesh_slot.current), never sent out."""
 
     id: int
     key: BackendKey
@@ -56,19 +56,19 @@ class Applied:
     generation: int = 0
     frontends: Mapping[Frontend, FrontendEntry] = field(default_factory=dict)
     backends: Mapping[BackendKey, BackendEntry] = field(default_factory=dict)
-    nodes: tuple[Address, ...] | None = ()  # who may hand flows to this node; None: not known, put anew
+    nodes: tuple[Address, ...] | None = ()  # nodes that may hand flows to this one; None: unknown, to be put anew
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps from one Applied to the next, in the order in which an engine takes them: make before break."""
+    """The steps from one Applied to the next. An engine takes them in this order: make before break."""
 
     generation: int
     put_backends: tuple[BackendEntry, ...] = ()
     put_frontends: tuple[FrontendEntry, ...] = ()
     drop_frontends: tuple[Frontend, ...] = ()
     drop_backends: tuple[BackendEntry, ...] = ()
-    put_nodes: tuple[Address, ...] | None = None  # all of them, to be taken first; None: as they were
+    put_nodes: tuple[Address, ...] | None = None  # all nodes, put before all else; None: unchanged
     result: Applied = field(default_factory=Applied)  # what Applied is once all steps are done
 
     @property
@@ -90,7 +90,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """What traffic told about a backend: passive health. `ok` after a connection was established."""
+    """Passive health: what traffic showed of a backend. `ok`: a connection was established."""
 
     backend: str
     ok: bool
@@ -100,7 +100,7 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The answer to: where does this flow go, and why."""
+    """Where a flow goes, and why."""
 
     frontend: Frontend
     hash: int
@@ -113,9 +113,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What an engine's running program says of the first packet of a flow."""
+    """What an engine's loaded program does with the first packet of a flow."""
 
-    verdict: str  # a name of abi.h, "not ours" where it serves no frontend there
+    verdict: str  # a name of abi.h; "not ours": the packet is for no frontend
     frontend: int
     hash: int
     slot: int
@@ -125,55 +125,55 @@ class Explanation:
 class Datapath(Protocol):
     """An engine. Implementations: MemoryDatapath, proxy.ProxyDatapath, kernel.KernelDatapath.
 
-    Each reaches the targets of other nodes (Target.via) too, whatever engine those have, and takes flows for this
-    node's targets from them.
+    An engine also reaches targets on other nodes (Target.via), whatever engine those run, and accepts flows from them
+    for the targets of this node.
     """
 
     name: str
 
     def open(self) -> Applied:
-        """Start, adopt what survives from an earlier process and say what it is (nothing: Applied()).
+        """Start, restore what survives of an earlier process, and return it (nothing: Applied()).
 
         Raises:
-            DatapathError: it cannot run here; the message says why and what would help.
+            DatapathError: the engine cannot run here; the message says why and what would help.
         """
 
     def apply(self, plan: Plan) -> Applied:
-        """Carry out a plan, make before break, idempotent: after an error the same plan may be applied again.
+        """Carry out a plan, make before break. Idempotent: after an error the same plan may be applied again.
 
-        Returns what is held now: `plan.result`, or less where single frontends could not be served (a port that
-        is taken), with the reason in `problems()`.
+        Returns what is held now: `plan.result`, or less where single frontends cannot be served (a port that another
+        process has); `problems()` then gives the reason.
 
         Raises:
-            DatapathError: nothing, or only a part, of the plan was done; what was applied before serves on.
+            DatapathError: the plan was carried out in part or not at all; what was applied before stays in service.
         """
 
     def problems(self) -> Sequence[str]:
-        """What is not served as asked, one sentence each, naming the frontend and the remedy."""
+        """What is not served as desired: one sentence each, with the frontend and the remedy."""
 
     def stats(self) -> Stats:
-        """Read all counters; any thread, without stopping traffic."""
+        """Read all counters without stopping traffic; any thread."""
 
     def signals(self) -> Sequence[Signal]:
-        """What traffic told about backends since the last call."""
+        """What traffic showed of backends since the last call."""
 
     def lookup(self, flow: Flow) -> Choice | None:
-        """Which backend a new connection of this flow would get, by the engine's own table; None: not our port."""
+        """Which backend a new connection of this flow would get by the engine's tables; None: no frontend matches."""
 
     def explain(self, flow: Flow) -> Explanation | None:
-        """The same question to the program that runs, which is asked and changes nothing; any thread.
+        """Ask the loaded program the same question, which changes nothing; any thread.
 
-        None: this engine runs no program beside the tables of `lookup`.
+        None: this engine has nothing but the tables of `lookup`.
         """
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
-        """Slots in which a flow of another owner than the current one was seen in the last `seconds`.
+        """Slots in which a flow of an owner other than the current one was seen in the last `seconds`.
 
-        They must stay in transition. Empty for an engine whose connections remember their backend by themselves.
+        They must stay in transition. Empty for an engine whose connections remember their backend themselves.
         """
 
     def drain(self, seconds: float) -> int:
-        """Accept nothing new, let flows end for at most `seconds`. Returns how many were still open."""
+        """Accept nothing new and wait at most `seconds` for flows to end. Returns how many are still open."""
 
     def close(self, *, release: bool) -> None:
-        """Stop. `release`: hand the ports back to whoever served them before; else the data plane may live on."""
+        """Stop. `release`: hand the ports back to whoever served them before; else the data plane may go on."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of an engine by column: what is counted for each frontend and backend."""
+"""An engine's counters per frontend and backend, stored by column."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Counters:
     opened: int = 0  # connections or UDP sessions given to a backend
     closed: int = 0
     active: int = 0
-    retried: int = 0  # a further choice was tried, per backend that was left
+    retried: int = 0  # a further backend was tried; counted for the backend that was left
     failed: Mapping[Failure, int] = field(default_factory=dict)
     bytes_in: int = 0  # from the client
     bytes_out: int = 0  # to the client
@@ -48,19 +48,19 @@ PLAIN: Final = ("opened", "closed", "retried", "bytes_in", "bytes_out", "packets
 
 
 COLUMNS: Final = (*PLAIN, *Failure, *CONNECT_BUCKETS, float("inf"))
-"""What the columns of a Table are, in their order: sums, failures by cause, connect times by bucket."""
+"""The columns of a CounterTable, in their order: sums, failures by cause, connect times by bucket."""
 
 
 _Key = TypeVar("_Key")
 
 
-class Table(Mapping[_Key, Counters]):
-    """Counters by column: many rows are read and shown without an object for each; as a mapping it makes them.
+class CounterTable(Mapping[_Key, Counters]):
+    """Counters by column, so that many rows are read and shown without an object for each. As a mapping it makes them.
 
     Args:
-        order: the keys, row by row. The very same tuple, as long as the rows are the same, lets readers keep what
-            they derived from it.
-        columns: the first few of COLUMNS, or all; those left out are zeros. Each has one number per row.
+        order: the keys, row by row. Pass the identical tuple while the rows are the same: readers then keep what they
+            derived from it.
+        columns: the first few of COLUMNS, or all, with one number per row; those left out are zeros.
     """
 
     def __init__(self, order: tuple[_Key, ...], columns: Sequence[Sequence[int]]) -> None:
@@ -68,9 +68,9 @@ class Table(Mapping[_Key, Counters]):
         self.columns = columns
 
     @classmethod
-    def of(cls, rows: Mapping[_Key, Counters]) -> Table[_Key]:
-        """A Table of any mapping; the mapping itself if it is one."""
-        if isinstance(rows, Table):
+    def of(cls, rows: Mapping[_Key, Counters]) -> CounterTable[_Key]:
+        """A CounterTable of any mapping; the mapping itself if it is one."""
+        if isinstance(rows, CounterTable):
             return rows
         found = list(rows.values())
         columns = [[int(getattr(c, name)) for c in found] for name in PLAIN[:-1]]

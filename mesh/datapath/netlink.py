@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel knows of interfaces, addresses, neighbours and bridges, by rtnetlink (RFC 3549, linux/rtnetlink.h).
+"""Interfaces, addresses, neighbours and bridges of this host, read by rtnetlink (RFC 3549, linux/rtnetlink.h).
 
-A raw socket costs a fraction of a millisecond a table where a process or a general library costs tens, and works in
-whichever network namespace its thread is in.
+A raw socket reads a table in a fraction of a millisecond, where a process or a general library takes tens. It works in
+the network namespace of its thread.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GROUPS: Final = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # links, neighbours, ad
 class Interface:
     """A network interface. `kind` is that of `ip link` ("veth", "bridge"), empty for hardware. `mtu` in bytes.
 
-    `keeps_tags`: a VLAN's that hands frames up with their tags (reorder_hdr off).
+    `keeps_tags`: a VLAN interface that leaves the tags in received frames (reorder_hdr off).
     """
 
     index: int
@@ -65,9 +65,9 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How this host reaches an address. `local`: it is the host's own.
+    """How this host reaches an address. `local`: the address is the host's own.
 
-    `source`: what its packets come from. `mtu`: of the way, in bytes, as configured or learnt; 0: the interface's.
+    `source`: the source address of its packets. `mtu`: of the path in bytes, configured or learnt; 0: the interface's.
     """
 
     interface: int
@@ -104,7 +104,7 @@ def attribute(kind: int, data: bytes) -> bytes:
 
 
 class Netlink:
-    """One request socket in the network namespace of the thread that makes it. Not for several threads at once."""
+    """A request socket in the network namespace of the thread that makes it. Not thread-safe."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
@@ -116,7 +116,7 @@ class Netlink:
         self._socket.close()
 
     def request(self, kind: int, flags: int, payload: bytes) -> Iterator[bytes]:
-        """Send one request; yields the payloads of the answers.
+        """Send one request and yield the payloads of the answers.
 
         Raises:
             OSError: the kernel refused, with its errno.
@@ -132,7 +132,7 @@ class Netlink:
                 body = data[offset + NLMSG.size : offset + length]
                 offset += (length + 3) & ~3
                 if sequence != self._sequence:
-                    continue  # what is left of a request that was given up
+                    continue  # the rest of a request that was abandoned
                 if answer == NLMSG_DONE:
                     return
                 if answer == NLMSG_ERROR:
@@ -186,14 +186,14 @@ class Netlink:
                 yield ipaddress.ip_address(raw)
 
     def _neighbours(self, family: int) -> Iterator[tuple[int, int, dict[int, bytes]]]:
-        # A bridge's dump takes an ifinfomsg, whose family and index lie where ndmsg has them.
+        # The dump of a bridge takes an ifinfomsg, which has family and index where ndmsg has them.
         payload = IFINFO.pack(family, 0, 0, 0, 0) if family == AF_BRIDGE else NDMSG.pack(family, 0, 0, 0, 0)
         for body in self.request(RTM_GETNEIGH, NLM_F_DUMP, payload):
             _, index, state, _, _ = NDMSG.unpack_from(body)
             yield index, state, attributes(body, NDMSG.size)
 
     def route(self, address: Address) -> Route | None:
-        """How the host reaches `address`; None: not at all."""
+        """How the host reaches `address`; None: it has no route."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         header = RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
         try:
@@ -211,7 +211,7 @@ class Netlink:
         return None
 
     def resolve(self, interface: int, address: Address, *, anew: bool = False) -> None:
-        """Have the kernel ask for a neighbour's MAC; the answer arrives as an event. `anew`: forget what it has."""
+        """Have the kernel resolve a neighbour's MAC; the answer arrives as an event. `anew`: discard the known one."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         attrs = attribute(NDA_DST, address.packed)
         steps = [(RTM_NEWNEIGH, NLM_F_CREATE, NTF_USE)]
@@ -223,7 +223,7 @@ class Netlink:
 
 
 class Monitor:
-    """Says when anything of a Topology, or of other `groups` (RTMGRP_* of linux/rtnetlink.h), may have changed."""
+    """Tells when a Topology, or what other `groups` announce (RTMGRP_* of linux/rtnetlink.h), may have changed."""
 
     def __init__(self, groups: int = GROUPS) -> None:
         self._socket = socket.socket(
@@ -240,7 +240,7 @@ class Monitor:
             self._poll.register(each, select.POLLIN)
 
     def wait(self, seconds: float) -> bool:
-        """Block until a change, `wake` or the time is over. Returns whether there was a change."""
+        """Block until a change, a `wake` or the timeout in seconds. Returns whether there was a change."""
         ready = [fd for fd, _ in self._poll.poll(seconds * 1000)]
         if self._wake_out in ready:
             os.read(self._wake_out, 4096)
@@ -252,12 +252,12 @@ class Monitor:
         except BlockingIOError:
             pass
         except OSError as error:
-            if error.errno != errno.ENOBUFS:  # events were lost: a change all the more
+            if error.errno != errno.ENOBUFS:  # events were lost: something has changed
                 raise
         return True
 
     def wake(self) -> None:
-        """Make `wait` return at once; any thread."""
+        """Make `wait` return immediately; any thread."""
         os.write(self._wake_in, b"x")
 
     def close(self) -> None:

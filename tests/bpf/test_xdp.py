@@ -256,13 +256,13 @@ def test_the_next_process_adopts_replaces_and_takes_off(node: str, links: Path, 
         assert first.sync(interfaces, {}) == []
         del first
         second = xdp.XdpStage(new, links)
-        second.adopt()
+        second.restore()
         assert attached(node) == ("xdp", plane.programs["mesh_xdp"].id)
         assert second.sync(interfaces, {}) == []
         assert attached(node) == ("xdp", new.id)
         del second
         off = xdp.XdpStage(None, links)
-        off.adopt()
+        off.restore()
         assert off.sync(interfaces, {}) == []
     assert attached(node) == ("", 0)
     assert list(links.iterdir()) == []

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,21 @@ class Served:
         from mesh.datapath.kernel import xdp
 
         xdp.CARDS = ("veth",)  # type: ignore[misc]
+
+    def fail_once(self) -> None:
+        """Have the next `open` fail after its threads have started."""
+        from mesh.datapath.kernel.network import Network
+
+        follow = Network.follow
+
+        def fails(*_: Any) -> bool:
+            Network.follow = follow  # type: ignore[method-assign]
+            raise OSError("the network cannot be read")
+
+        Network.follow = fails  # type: ignore[method-assign]
+
+    def threads(self) -> list[str]:
+        return sorted(thread.name for thread in threading.enumerate())
 
     def preflight(self) -> str | None:
         from mesh.datapath.kernel.preflight import preflight
@@ -146,23 +162,24 @@ class Served:
 
     def entries(self) -> dict[str, int]:
         return {
-            name: self.engine._maps.entries(f"mesh_{name}") for name in ("flows", "flows_new", "revnat", "revnat_new")
+            name: self.engine._opened().maps.entries(f"mesh_{name}")
+            for name in ("flows", "flows_new", "revnat", "revnat_new")
         }
 
     def forget(self, names: list[str]) -> None:
         """Empty tables of the programs."""
         for name in names:
-            held = self.engine._maps._maps[f"mesh_{name}"]
+            held = self.engine._opened().maps._maps[f"mesh_{name}"]
             held.delete_batch(held.dump()[0])
 
     def ways(self) -> dict[str, int]:
         """MTU of the way to each other node."""
-        return {str(address): slot.mtu for address, slot in self.engine._nodes.held.items()}
+        return {str(address): slot.mtu for address, slot in self.engine._opened().nodes.held.items()}
 
     def sweep(self, seconds: float) -> int:
-        from mesh.datapath.kernel.gc import sweep
+        from mesh.datapath.kernel.gc import collect
 
-        return sweep(self.engine._maps.reverse, seconds)
+        return collect(self.engine._opened().maps.reverse, seconds)
 
     def runs_behind(self, device: str, *, tcx: bool) -> int:
         """How many packets a program behind ours on a device has met so far; the first call attaches it."""

@@ -117,6 +117,22 @@ def test_take_over_and_hand_back_cut_nothing(plane: Plane) -> None:
     closing.join()
 
 
+def test_an_open_that_fails_leaves_no_thread_and_can_be_repeated(plane: Plane) -> None:
+    engine = plane.driver()
+    before = engine.threads()
+    engine.fail_once()
+    with pytest.raises(RuntimeError, match="the network cannot be read"):
+        engine.open()
+    assert engine.threads() == before
+    with pytest.raises(RuntimeError, match="not open"):
+        engine.problems()
+    engine.open()
+    engine.serve(services=[plane.web("b1", "b2")])
+    assert set(plane.calls(30)) == {"b1", "b2"}
+    engine.close(release=True)
+    assert engine.threads() == before
+
+
 def test_hand_back_leaves_nothing(plane: Plane, engine: Driver) -> None:
     plane.calls(20)
     assert plane.pins()

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from mesh.datapath.base import Applied, Datapath
+from mesh.datapath.lookup import lookup
 from mesh.datapath.memory import MemoryDatapath
 from mesh.model import (
     ANY_ADDRESS,
@@ -142,3 +143,27 @@ def test_the_same_plan_again_changes_nothing(datapath: Datapath) -> None:
     assert datapath.apply(steps) == steps.result
     assert datapath.apply(steps) == steps.result
     assert plan(steps.result, desired).empty
+
+
+def test_a_frontend_on_every_address_answers_for_own_addresses_only(datapath: Datapath) -> None:
+    chain = Chain(datapath)
+    chain.to(state(18000, {"b1": 1}), state(18000, {"b2": 1}, address="192.0.2.9"))
+    own = {ipaddress.ip_address("192.0.2.1")}
+    (flow,) = flows(random.Random(3), 18000, 1)
+    asked = {text: replace(flow, destination=ipaddress.ip_address(text)) for text in ("192.0.2.1", "192.0.2.2")}
+    assert lookup(chain.applied, asked["192.0.2.1"], own=own).backend.key.backend == "b1"  # type: ignore[union-attr]
+    assert lookup(chain.applied, asked["192.0.2.2"], own=own) is None
+    mapped = replace(flow, destination=ipaddress.ip_address("::ffff:192.0.2.1"))
+    assert lookup(chain.applied, mapped, own=own).backend.key.backend == "b1"  # type: ignore[union-attr]
+    published = replace(flow, destination=ipaddress.ip_address("192.0.2.9"))
+    assert lookup(chain.applied, published, own=own).backend.key.backend == "b2"  # type: ignore[union-attr]
+
+
+def test_a_lookup_names_as_many_backends_as_asked(datapath: Datapath) -> None:
+    chain = Chain(datapath)
+    chain.to(state(18000, {f"b{i}": 1 for i in range(6)}))
+    for flow in flows(random.Random(4), 18000, 20):
+        for count in (1, 2, 6):
+            choice = lookup(chain.applied, flow, choices=count)
+            assert choice is not None
+            assert len({choice.backend, *choice.next}) == count

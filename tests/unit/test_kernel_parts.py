@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from mesh.datapath.kernel.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel.fallback import needed
 from mesh.datapath.kernel.journal import SPARE, Journal, Names
 from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Location, Locator, keepers, wanted
-from mesh.datapath.kernel.pins import instance
+from mesh.datapath.kernel.pins import OWNER, Owner, instance
 from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.netlink import Interface, Netlink, Route, Topology
 from mesh.errors import MeshError
@@ -324,3 +325,27 @@ def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest
     network.tables = Topology({2: bridge}, neighbours={(2, a): b"\x02abcde" for a in addresses})
     assert places.refresh()
     assert all(places.find(a) == Location(via=2, mac=b"\x02abcde") for a in addresses[:10])
+
+
+def test_the_maps_have_one_writer(tmp_path: Path) -> None:
+    first, second = Owner(tmp_path), Owner(tmp_path)
+    assert first.is_ours() and not first.is_another()
+    first.claim()
+    assert first.is_ours() and not second.is_ours()
+    second.claim()
+    assert second.is_ours() and not first.is_ours()
+    assert not first.is_another()  # this very process
+    (tmp_path / OWNER).write_text(f"{os.getppid()} 1")
+    assert first.is_another()
+    (tmp_path / OWNER).write_text("no number")
+    assert not first.is_another()
+    first.remove()
+    assert first.is_ours()
+
+
+def test_a_writer_without_room_leaves_no_other_ones_name(tmp_path: Path) -> None:
+    owner = Owner(tmp_path)
+    (tmp_path / OWNER).write_text("1 1")
+    with no_room():
+        owner.claim()
+    assert owner.is_ours()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source rules for a longest-prefix match: mesh.allow and mesh.deny as entries of mesh_acl. Pure."""
+"""Access control: mesh.allow and mesh.deny as entries of mesh_acl, a longest-prefix match. Pure."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _covers(outer: Network, inner: Network) -> bool:
 
 
 def compile_rules(allow: Sequence[Network], deny: Sequence[Network]) -> list[tuple[Network, int]]:
-    """Entries whose longest match decides as the lists do: a denied source is denied, whatever allows it.
+    """Entries whose longest match decides as the lists do. `deny` overrides `allow`.
 
-    What matches no entry is denied if `allow` has entries (MESH_FRONTEND_DENY), else allowed. IPv4 lies within IPv6
-    here (IPv4-mapped), so a wide IPv6 prefix such as ::/0 needs an entry that keeps it from IPv4 clients.
+    A source that matches no entry is denied if `allow` has entries (MESH_FRONTEND_DENY), else allowed. IPv4 addresses
+    are IPv4-mapped here, so a wide IPv6 prefix such as ::/0 needs an entry that exempts IPv4 clients.
     """
     rules: dict[Network, int] = dict.fromkeys(deny, ACL_DENY)
     for network in allow:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where slot tables lie: ranges of arenas that are written by plain stores and re-used once nobody reads them."""
+"""Allocates slot tables in arenas. Plain stores write a range; it is reused once no program reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.codec import ARENA_SLOTS, SLOT_SIZE, Table
 from mesh.errors import BpfError, DatapathError
 
-GRACE: Final = 1.0  # seconds; a program runs for microseconds, so nobody reads a range this long after it was replaced
+GRACE: Final = 1.0  # seconds; programs run for microseconds: none reads a range this long after its replacement
 
 
 class Ranges:
@@ -26,7 +26,7 @@ class Ranges:
         self.free = size
 
     def take(self, length: int) -> int | None:
-        """The start of a free range of `length`, now taken; None: there is none."""
+        """Take a free range of `length`. Returns its start; None: there is none."""
         for i, (start, room) in enumerate(self._free):
             if room >= length:
                 self._free[i : i + 1] = [(start + length, room - length)] if room > length else []
@@ -35,7 +35,7 @@ class Ranges:
         return None
 
     def claim(self, start: int, length: int) -> bool:
-        """Take just this range. Returns whether it was free."""
+        """Take exactly this range. Returns whether it was free."""
         i = bisect.bisect_right(self._free, (start, ARENA_SLOTS)) - 1
         if i < 0:
             return False
@@ -48,7 +48,7 @@ class Ranges:
         return True
 
     def give(self, start: int, length: int) -> None:
-        """Give a range back."""
+        """Free a range."""
         self.free += length
         i = bisect.bisect_left(self._free, (start, 0))
         if i < len(self._free) and self._free[i][0] == start + length:
@@ -62,7 +62,7 @@ class Ranges:
 
 @dataclass(slots=True)
 class Arena:
-    """One array of ARENA_SLOTS slots, mapped."""
+    """One memory-mapped array of ARENA_SLOTS slots."""
 
     map: _bpf.Map
     slots: _bpf.Mapping
@@ -88,11 +88,11 @@ class Arenas:
         return len(self._arenas)
 
     def claim(self, table: Table) -> bool:
-        """Take the range of a table that is already in use (adoption). Returns whether that made sense."""
+        """Take the range of a table that the maps already use. Returns whether that range exists and was free."""
         return table.arena < len(self._arenas) and self._arenas[table.arena].ranges.claim(table.offset, table.size)
 
     def publish(self, slots: bytes) -> Table:
-        """Write a table's slots into a free range; nothing refers to it yet."""
+        """Write a table's slots into a free range, to which nothing refers yet."""
         size = len(slots) // SLOT_SIZE
         self._reclaim()
         table = self._take(size) or self._take(size, first=self._grow())
@@ -113,7 +113,7 @@ class Arenas:
         return self._arenas[table.arena].slots.read(table.offset * SLOT_SIZE, table.size * SLOT_SIZE)
 
     def retire(self, table: Table) -> None:
-        """Nothing refers to the table any more: its range is free once no running program can read it."""
+        """Nothing refers to the table any more: free its range once no running program can read it."""
         self._freed.append((time.monotonic() + GRACE, table))
 
     def _reclaim(self) -> None:
@@ -123,7 +123,7 @@ class Arenas:
             self._arenas[table.arena].ranges.give(table.offset, table.size)
 
     def reserve(self, sizes: Iterable[int]) -> None:
-        """Make room for tables of these sizes that are about to be published: one wait of the kernel for all."""
+        """Make room for tables of these sizes at the cost of one kernel wait for all of them."""
         self._reclaim()
         short = sum(sizes) - sum(arena.ranges.free for arena in self._arenas)
         count = min(-(-short // ARENA_SLOTS), codec.MAX_ARENAS - len(self._arenas))
@@ -131,7 +131,7 @@ class Arenas:
             self._grow(count)
 
     def _grow(self, count: int = 1) -> int:
-        """Create more arenas; returns the index of the first. The kernel waits for all CPUs once a call."""
+        """Create more arenas. Returns the index of the first. The kernel waits for all CPUs once per call."""
         first = len(self._arenas)
         if first + count > codec.MAX_ARENAS:
             raise DatapathError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs on interfaces and on the root cgroup: attached, replaced in place and taken off, so that they outlive us.
+"""Attaches programs to interfaces and to the root cgroup, replaces them in place, and detaches them.
 
-From kernel 6.6 on an interface gets a tcx link that is pinned; before, a clsact filter of fixed handle and priority.
-Either is replaced atomically and stays when the agent goes.
+From kernel 6.6 on an interface gets a pinned tcx link; before, a clsact filter with a fixed handle and priority.
+Either is replaced atomically and outlives the agent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def kernel_release() -> tuple[int, int]:
 
 
 def cgroup_root() -> Path | None:
-    """Where the root of the cgroup2 hierarchy is mounted."""
+    """The mount point of the cgroup2 hierarchy; None: it is not mounted."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         fields = line.split()
         if fields[2] == "cgroup2":
@@ -49,7 +49,7 @@ def cgroup_root() -> Path | None:
 
 
 def probe() -> None:
-    """Attach an empty program to the loopback interface, and take it off again.
+    """Attach an empty program to the loopback interface and detach it again.
 
     Raises:
         BpfError: the kernel refuses.
@@ -66,7 +66,7 @@ def probe() -> None:
 
 
 class Attachments:
-    """What is attached where, by one pin directory. Not for several threads at once."""
+    """What one pin directory has attached, and where. Not thread-safe."""
 
     def __init__(self, programs: Mapping[str, _bpf.Program], directory: Path) -> None:
         self._programs = programs
@@ -78,11 +78,11 @@ class Attachments:
 
     @property
     def interfaces(self) -> frozenset[int]:
-        """Indexes of the interfaces that have a program."""
+        """Indexes of the interfaces that carry a program."""
         return frozenset(self._on)
 
-    def adopt(self, interfaces: Mapping[int, object]) -> None:
-        """Find out what an earlier process left on these interfaces."""
+    def restore(self, interfaces: Mapping[int, object]) -> None:
+        """Find what an earlier process left on these interfaces."""
         for pin in self._directory.glob("if_*"):
             link = _bpf.Link.open(str(pin))
             program, index = link.info()
@@ -96,7 +96,7 @@ class Attachments:
                 self._on[index] = program
 
     def sync(self, wanted: Mapping[int, str]) -> list[str]:
-        """Have just these programs (by name) on just these interfaces (by index). Returns what did not work."""
+        """Attach exactly these programs (by name) to exactly these interfaces (by index). Returns what failed."""
         problems = []
         for index, name in wanted.items():
             program = self._programs[name]
@@ -109,7 +109,7 @@ class Attachments:
                 if error.errno not in GONE:
                     problems.append(f"interface {index} is not served: {error}")
         for index in set(self._on) - set(wanted):
-            self._take_off(index)
+            self._detach(index)
         return problems
 
     def _defunct(self, index: int) -> bool:
@@ -129,7 +129,7 @@ class Attachments:
             except BpfError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._tcx = False  # a kernel without it, whatever it calls itself
+                self._tcx = False  # a kernel without tcx, whatever its release says
             else:
                 made.pin(str(self._directory / f"if_{index}"))
                 self._links[index] = made
@@ -142,7 +142,7 @@ class Attachments:
             (self._directory / f"if_{index}").unlink(missing_ok=True)
             link.close()
 
-    def _take_off(self, index: int) -> None:
+    def _detach(self, index: int) -> None:
         if index in self._links:
             self._forget(index)
         else:
@@ -150,7 +150,7 @@ class Attachments:
         self._on.pop(index, None)
 
     def sync_sockets(self, cgroup: Path | None) -> list[str]:
-        """Have the socket hooks on the root cgroup. Returns what did not work."""
+        """Attach the socket hooks to the root cgroup. Returns what failed."""
         if cgroup is None:
             return ["local processes are not served: no cgroup2 is mounted (mount it at /sys/fs/cgroup)"]
         try:
@@ -177,7 +177,7 @@ class Attachments:
         _bpf.Link.create(program, cgroup, kind).pin(str(pin))
 
     def move_from(self, other: Path) -> None:
-        """Take over the links of another build's pin directory; `sync` then replaces their programs."""
+        """Take over the links in another build's pin directory; `sync` then replaces their programs."""
         if not other.is_dir():
             return
         for pin in other.iterdir():
@@ -186,9 +186,9 @@ class Attachments:
                 pin.rename(target)
 
     def detach(self) -> None:
-        """Take everything off."""
+        """Detach everything."""
         for index in list(self._on):
             with contextlib.suppress(BpfError):
-                self._take_off(index)
+                self._detach(index)
         for pin in self._directory.glob("*"):
             pin.unlink(missing_ok=True)

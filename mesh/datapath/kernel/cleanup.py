@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent leaves when it goes: the kernel engine's programs forward on by tables which nobody keeps in step, and
-where a proxy was killed its nftables table leads to sockets that are no more.
+"""Removes what an agent leaves behind. The kernel engine's programs keep forwarding by tables that nobody updates, and
+the nftables table of a proxy that was killed redirects to sockets that no longer exist.
 
-The next agent with the kernel engine adopts the programs. For those who want none there is the way to take them off.
+The next agent with the kernel engine takes the programs over. Everyone else removes them here.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mesh import _bpf
@@ -16,18 +15,17 @@ from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import OWNER_PASS
 from mesh.datapath.kernel import stats
-from mesh.datapath.kernel.attach import Attachments
+from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal
 from mesh.datapath.kernel.maps import KernelMaps
-from mesh.datapath.kernel.pins import CONTRACT, NAMES, OWNER, instance, netns_cookie, pin_home, remove_pins
-from mesh.datapath.kernel.xdp import XdpStage
+from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, instance, netns_cookie, pin_home, remove_pins
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import BpfError
 
 
 def find(config: Config) -> StaleState | None:
-    """What there may be; None where the kernel is too old for the kernel engine."""
+    """The stale state of a configuration; None: the kernel is too old for the kernel engine."""
     try:
         return StaleState(config)
     except OSError:
@@ -35,10 +33,10 @@ def find(config: Config) -> StaleState | None:
 
 
 class StaleState:
-    """Those of one state directory, of an agent that is gone. The caller has the lock of the state directory.
+    """What an agent that is gone has left, for one state directory, whose lock the caller holds.
 
     Attributes:
-        table: a proxy's in nftables, may be absent; a proxy that runs has one, too.
+        table: the proxy's nftables table. It may be absent, and may be that of a running proxy.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +48,7 @@ class StaleState:
 
     @property
     def programs(self) -> bool:
-        """Whether a kernel engine has left any, as far as this process may see."""
+        """Whether a kernel engine has left programs, as far as this process may see."""
         try:
             return any(self._home.glob("*/mesh_ports"))
         except OSError:
@@ -58,18 +56,14 @@ class StaleState:
 
     @property
     def owned(self) -> bool:
-        """Whether the process that has them lives, and lets go of them by itself (a take-over)."""
-        try:
-            pid = int((self._state / OWNER).read_text().split()[0])
-        except (OSError, ValueError, IndexError):
-            return False
-        return pid != os.getpid() and Path(f"/proc/{pid}").exists()
+        """Whether the process that owns them is alive: it releases them itself (a take-over)."""
+        return Owner(self._state).is_another()
 
     def hand_back(self) -> int:
-        """Leave flows that start to the kernel, hence to whoever serves the ports besides.
+        """Pass new flows to the kernel, and so to whoever else serves the ports.
 
         Returns:
-            Flows that are under way and go on as before. 0 also where another build left the tables: it cannot tell.
+            Established flows, which continue. 0 also where another build left the tables, which this one cannot read.
         """
         directory = self._home / CONTRACT
         if (directory / "mesh_config").exists() and self._maps is None:
@@ -79,25 +73,21 @@ class StaleState:
         return stats.live_flows(self._maps) if self._maps else 0
 
     def wait(self, seconds: float) -> int:
-        """Wait until none is under way, at most so long. Returns how many are."""
+        """Wait at most `seconds` for the established flows to end. Returns how many are left."""
         return stats.wait_for_flows(self._maps, seconds) if self._maps else 0
 
     def take_off(self) -> None:
-        """Take the programs off and remove the pins; flows that are under way end.
+        """Detach the programs and remove the pins; established flows are cut.
 
-        Filters, of kernels without tcx, say nothing of whose they are, and an interface has one: where another daemon
-        is, it is that one's.
+        A filter, on kernels without tcx, does not tell who attached it, and an interface has one: where another daemon
+        runs, this takes the filter for the other daemon's.
         """
         self.close()
         interfaces = {} if foreign_instances(self._config) else self._interfaces()
-        for directory in [pin.parent for pin in self._home.glob("*/mesh_ports")]:
-            attached = Attachments({}, directory / "links")
-            attached.adopt(interfaces)
-            XdpStage(None, directory / "links").detach()
-            attached.detach()
-        remove_pins(self._home)
-        Journal(self._state / NAMES).remove()
-        (self._state / OWNER).unlink(missing_ok=True)
+        hooks = [Hooks({}, pin.parent) for pin in self._home.glob("*/mesh_ports")]
+        for each in hooks:
+            each.restore(interfaces)
+        take_off(self._home, self._state, hooks)
 
     @staticmethod
     def _interfaces() -> Mapping[int, object]:
@@ -108,19 +98,28 @@ class StaleState:
             netlink.close()
 
     def close(self) -> None:
-        """Let go of the maps."""
+        """Close the maps."""
         if self._maps is not None:
             self._maps.close()
             self._maps = None
 
 
+def take_off(home: Path, state_dir: Path, hooks: Iterable[Hooks]) -> None:
+    """Detach the hooks, and remove all pins in `home` and the files about them in the state directory."""
+    for each in hooks:
+        each.detach()
+    remove_pins(home)
+    Journal(state_dir / NAMES).remove()
+    Owner(state_dir).remove()
+
+
 def hand_back(maps: KernelMaps) -> None:
-    """Have flows that start left to the kernel; those under way stay where they are."""
+    """Pass new flows to the kernel; established ones stay where they are."""
     maps.arenas.reserve(served.table.size for served in maps.served.values())
     for frontend, served in list(maps.served.items()):
         try:
             table = SlotTable.from_slots(maps.read_table(frontend))
-        except ValueError:  # makes no sense: nor has anybody been served by it
+        except ValueError:  # an invalid table, which serves nobody
             maps.drop_frontend(frontend)
             continue
         table = table.transition(SlotTable.uniform(table.size, OWNER_PASS))
@@ -128,8 +127,11 @@ def hand_back(maps: KernelMaps) -> None:
 
 
 def foreign_instances(config: Config) -> list[Path]:
-    """Pins of daemons with other state directories that have programs in this network namespace: what is attached first
-    serves a flow, whatever this one's tables say. What this process may not see is left out."""
+    """Pins of daemons with other state directories that have programs in this network namespace.
+
+    The program attached first takes a flow, whatever this daemon's tables say. What this process may not see is left
+    out.
+    """
     found = []
     try:
         own, here = instance(config), netns_cookie().to_bytes(8, "little")
@@ -143,7 +145,7 @@ def foreign_instances(config: Config) -> list[Path]:
 
 
 def _cookie(pin: Path) -> bytes:
-    """Of the network namespace that a pinned mesh_config is about; empty if it went meanwhile."""
+    """The network namespace that a pinned mesh_config is for; empty: the pin was removed meanwhile."""
     try:
         held = _bpf.Map.open(str(pin))
         try:

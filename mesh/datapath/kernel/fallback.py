@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine beside the kernel engine: it serves what the programs leave to the kernel, from the same tables.
+"""The fallback proxy: serves the flows that the eBPF programs punt to the stack, from the same slot tables.
 
-These are clients of the IP version that a task does not speak (verdict FAMILY), backends at addresses of this node
-itself (HOST_BACKEND), and, where the task is on another node, what the tunnel does not take (TUNNEL_NO_PATH,
-SOCKET_PASS): flows for nodes that have the proxy engine or no path for the tunnel, and calls of this node's own
-processes and containers.
-Those are handed over at the other node's peer port.
+The programs punt clients of an IP version that the task does not speak (verdict FAMILY) and backends at addresses of
+this node (HOST_BACKEND). For tasks of other nodes they punt what the tunnel does not carry (TUNNEL_NO_PATH,
+SOCKET_PASS): flows for nodes with the proxy engine or without a path for the tunnel, and calls of this node's own
+processes and containers. The fallback proxy hands those over at the other node's peer port.
 
-It also keeps the peer port, at which other nodes hand over such flows for the tasks of this one.
+It also listens on this node's peer port, where other nodes hand over such flows for the tasks of this one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats
-from mesh.datapath.counters import COLUMNS, Table
+from mesh.datapath.counters import COLUMNS, CounterTable
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
@@ -33,10 +32,10 @@ _Key = TypeVar("_Key")
 
 
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
-    """The frontends that the proxy serves, by the frontend's own entry. Pure.
+    """The frontends that the fallback proxy serves, each with its entry. Pure.
 
-    Those with targets on other nodes as they are; else (address of this node, port) for the other IP version. Loopback
-    addresses are left out there: the socket hooks connect local processes whatever the version.
+    A frontend with targets on other nodes is served as it is; any other on this node's addresses of the IP version that
+    its targets do not speak, except loopback: the socket hooks connect local processes whatever the version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -59,14 +58,16 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
 
 
 def for_peers(applied: Applied) -> dict[BackendKey, BackendEntry]:
-    """The backends for which other nodes may hand flows over: all that run here, where there are other nodes. Pure."""
+    """The backends for which other nodes may hand flows over: all local ones, if there are other nodes. Pure."""
     if len(applied.nodes or ()) < 2:
         return {}
     return {key: entry for key, entry in applied.backends.items() if entry.target.via is None}
 
 
-def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | None]) -> Table[_Key]:
-    """`table` with what the rows of `more` counted, under the keys that `name` gives them; None: left out."""
+def added(
+    table: CounterTable[_Key], more: CounterTable[_Key], name: Callable[[_Key], _Key | None]
+) -> CounterTable[_Key]:
+    """`table` plus the counts of `more`, under the keys that `name` gives its rows; None: a row is left out."""
     moved = {row for column in more.columns if any(column) for row, n in enumerate(column) if n}
     if not moved:
         return table
@@ -82,31 +83,31 @@ def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | N
             if at == len(column):
                 column.append(0)
             column[at] += source[row]
-    return Table(table.order if len(rows) == len(table.order) else tuple(rows), columns)
+    return CounterTable(table.order if len(rows) == len(table.order) else tuple(rows), columns)
 
 
 class Fallback:
-    """A ProxyDatapath that is started when the first frontend needs it, or the second node is known."""
+    """A ProxyDatapath that starts when the first frontend needs it, or when a second node is known."""
 
     def __init__(self, config: Config, inherited: Listeners | None, *, docker_host: bool) -> None:
         self._config = dataclasses.replace(config, threads=config.threads or 1)
         self._docker_host = docker_host
-        self._inherited = inherited or {}  # listening sockets of the proxy beside an earlier process
+        self._inherited = inherited or {}  # listening sockets of an earlier process' fallback proxy
         self._proxy: ProxyDatapath | None = None
         self._applied = Applied()
         self._sources: dict[Frontend, FrontendEntry] = {}
         self._peers: tuple[object, ...] = ()
         self._problem = ""
-        if inherited is None:  # else the process that we take over from may need its table
-            NftTable(table_name(config.state_dir)).sweep()
+        if inherited is None:  # else the process that hands over may still need its table
+            NftTable(table_name(config.state_dir)).delete_stale()
 
     def apply(self, applied: Applied, addresses: Iterable[Address]) -> None:
-        """Serve what `applied` needs on these addresses of the node. What fails is told by `problems`."""
+        """Serve what `applied` needs on these addresses of the node. `problems` tells what fails."""
         sources = needed(applied, addresses)
         same = sources.keys() == self._sources.keys() and all(self._sources[f] is e for f, e in sources.items())
         peers = for_peers(applied)
         same = same and self._peers == (applied.nodes, peers)
-        others = len(applied.nodes or ()) > 1  # they may ask at the peer port at any time
+        others = len(applied.nodes or ()) > 1  # they may call the peer port at any time
         if (same and not self._problem) or not (sources or others or self._proxy):
             return
         try:
@@ -158,7 +159,7 @@ class Fallback:
         return self._proxy.signals() if self._proxy else ()
 
     def merge(self, stats: Stats, applied: Applied) -> Stats:
-        """The kernel engine's counters and the proxy's, under the frontends that the user knows."""
+        """The counters of both engines together, under the frontends that the user knows."""
         if self._proxy is None:
             return stats
         ours = self._proxy.stats()
@@ -171,8 +172,8 @@ class Fallback:
             known = names[row[0]]
             return (known, row[1]) if known in applied.frontends and row[1] in applied.backends else None
 
-        frontends = added(Table.of(stats.frontends), Table.of(ours.frontends), front)
-        backends = added(Table.of(stats.backends), Table.of(ours.backends), pair)
+        frontends = added(CounterTable.of(stats.frontends), CounterTable.of(ours.frontends), front)
+        backends = added(CounterTable.of(stats.backends), CounterTable.of(ours.backends), pair)
         return dataclasses.replace(
             stats,
             frontends=frontends,
@@ -195,7 +196,7 @@ class Fallback:
             self._proxy.stop_accepting()
 
     def drop_inherited(self) -> None:
-        """Close inherited sockets, if nothing has needed the proxy."""
+        """Close the inherited sockets, unless the proxy has them."""
         for fd in (fd for fds in self._inherited.values() for fd in fds):
             os.close(fd)
         self._inherited = {}

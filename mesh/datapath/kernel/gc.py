@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reverse entries of flows that both sides have closed: kept for late packets, then taken out by a thread."""
+"""Garbage collection: a thread deletes reverse NAT entries some time after both sides have closed the flow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mesh import _bpf
 from mesh.datapath.kernel import codec
 
 AGE: Final = 60.0  # seconds since the client was last heard
-INTERVAL: Final = 30.0  # seconds between two sweeps
-MOST: Final = 65536  # entries taken out in one sweep; the LRU takes what is more than that
-PAUSE: Final = 1024  # entries after which others get their turn
+INTERVAL: Final = 30.0  # seconds between two collections
+MOST: Final = 65536  # entries deleted in one collection; the LRU evicts the rest
+PAUSE: Final = 1024  # entries after which other threads get their turn
 FLAGS: Final = 34  # offset of mesh_reply.flags' low byte
 STAMP: Final = 52  # offset of mesh_reply.stamp
 CLOSED: Final = 0x4 | 0x8  # MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT
@@ -30,13 +30,13 @@ def _is_over(value: bytes, now: int, age: int) -> bool:
     return value[FLAGS] & CLOSED == CLOSED and (now - seen) & 0xFFFFFFFF >= age
 
 
-def sweep(replies: _bpf.Map, seconds: float = AGE) -> int:
-    """Take closed entries out whose client was last heard at least `seconds` ago; at most MOST. Any thread.
+def collect(replies: _bpf.Map, seconds: float = AGE) -> int:
+    """Delete closed entries whose client was last heard at least `seconds` ago; at most MOST. Any thread.
 
-    An entry is looked at again right before it goes: its client may have used the port again meanwhile.
+    An entry is checked again right before it is deleted: its client may have reused the port meanwhile.
 
     Returns:
-        How many went.
+        How many were deleted.
     """
     keys, values = replies.dump()
     age, now = int(seconds * 1e9) >> codec.STAMP_SHIFT, time.monotonic_ns() >> codec.STAMP_SHIFT
@@ -58,20 +58,20 @@ def sweep(replies: _bpf.Map, seconds: float = AGE) -> int:
 
 
 class Collector:
-    """A thread that sweeps every INTERVAL until it is closed, or `may` says no."""
+    """A thread that collects every INTERVAL seconds until it is closed, or `may` returns False."""
 
     def __init__(self, replies: _bpf.Map, may: Callable[[], bool]) -> None:
         self._replies, self._may = replies, may
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mesh-kernel-sweep", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mesh-kernel-gc", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL) and self._may():
             try:
-                sweep(self._replies)
-            except Exception as error:  # the next sweep tries again
-                log.warning("closed flows not swept", error=str(error))
+                collect(self._replies)
+            except Exception as error:  # the next collection tries again
+                log.warning("cannot delete closed flows; retrying", error=str(error))
 
     def close(self) -> None:
         """End the thread."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of what the pinned maps hold: kept in a file, because maps hold addresses and numbers only.
+"""The journal: a file with the names of what the pinned maps hold, which themselves have addresses and numbers only.
 
-The maps are the truth; the file only names things. Without it, or with one that tells of other things, an agent takes
-what it finds under names of its own, and the next plan replaces them while connections go on.
+The maps are authoritative. Where the journal is missing or does not match them, an agent makes names up for what it
+finds, and the next plan replaces these backends while their connections continue.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mesh.model import (
 )
 
 VERSION: Final = 3
-SPARE: Final = 1 << 16  # bytes of changes for which the file is never written whole
+SPARE: Final = 1 << 16  # bytes of changes for which the file is never rewritten
 _CHANGES: Final = ("backends", "frontends", "gone_backends", "gone_frontends")
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the file says."""
+    """What the journal says."""
 
     generation: int = 0
     backends: dict[int, BackendEntry] = field(default_factory=dict)
@@ -129,18 +129,18 @@ def _backend_in(row: list[Any]) -> BackendEntry:
 
 
 class Journal:
-    """One file: a line with all names, then a line for every change since; written whole again as changes grow."""
+    """One file: a line with all names, then a line per change. It is rewritten when the changes outgrow the names."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._backends: dict[int, msgspec.Raw] = {}
         self._frontends: dict[Frontend, msgspec.Raw] = {}
         self._nodes: list[str] = []
-        self._spent = self._size = 0  # bytes of the changes, and of the line with all
-        self.problem = ""  # why there is no file, should it be so
+        self._spent = self._size = 0  # bytes of the changes, and of the line with all names names
+        self.problem = ""  # why there is no file; empty: there is one
 
     def read(self) -> Names:
-        """What it says; nothing where it is absent, of another version or damaged."""
+        """The names; none where the file is missing, damaged or of another version."""
         try:
             first, *changes = self._path.read_bytes().split(b"\n")
             row = msgspec.json.decode(first)
@@ -149,7 +149,7 @@ class Journal:
             backends = {b.id: b for b in map(_backend_in, row["backends"])}
             frontends = {f.frontend: f for f in map(_frontend_in, row["frontends"])}
             generation, nodes = row["generation"], row["nodes"]
-            for row in map(msgspec.json.decode, changes[:-1]):  # what a line break does not end was not written whole
+            for row in map(msgspec.json.decode, changes[:-1]):  # a line without a line break is incomplete
                 generation, nodes = row["generation"], row.get("nodes", nodes)
                 backends |= {b.id: b for b in map(_backend_in, row["backends"])}
                 frontends |= {f.frontend: f for f in map(_frontend_in, row["frontends"])}
@@ -162,7 +162,7 @@ class Journal:
             return Names()
 
     def put(self, plan: Plan, held: Applied) -> None:
-        """Name what a plan is about to put, beside what there is: by the first call, all that is `held` by then."""
+        """Add the names of what a plan is about to put; the first call also writes all that is `held` before it."""
         if not self._size:
             self._backends = {e.id: _raw(_backend_out(e)) for e in held.backends.values()}
             self._frontends = {f: _raw(_frontend_out(e.state)) for f, e in held.frontends.items()}
@@ -177,7 +177,7 @@ class Journal:
         self._append(plan.generation, **change)
 
     def drop(self, plan: Plan) -> None:
-        """Forget the names of what a plan has dropped."""
+        """Remove the names of what a plan has dropped."""
         held = {entry.id for entry in plan.put_backends}
         gone = [entry.id for entry in plan.drop_backends if entry.id not in held]
         for number in gone:
@@ -189,10 +189,10 @@ class Journal:
             self._append(plan.generation, gone_backends=gone, gone_frontends=places)
 
     def _append(self, generation: int, **change: list[Any]) -> None:
-        """Write a change down. Where that fails there is no file at all: old names would be wrong ones.
+        """Append a change. If that fails, remove the file: outdated names would be wrong ones.
 
         Raises:
-            OSError: what is there cannot even be removed.
+            OSError: the file cannot even be removed.
         """
         try:
             self._append_or_write(generation, **change)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the eBPF objects: opens, sizes, checks the contract, and loads them into the kernel."""
+"""Loads the eBPF objects: opens them, sizes their maps, checks their contract, and loads them into the kernel."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ FILES: Final = ("ingress.bpf.o", "task.bpf.o", "socket.bpf.o")
 def load(
     directory: Path, sizes: Mapping[str, int], more: Sequence[str] = ()
 ) -> tuple[dict[str, _bpf.Program], dict[str, _bpf.Map]]:
-    """Load the objects over the maps pinned in `directory`, and pin those that are new there.
+    """Load the objects with the maps pinned in `directory`, and pin new maps there.
 
     Args:
-        directory: in a bpf file system, may be absent.
+        directory: in a bpf file system; created if absent.
         sizes: entries by map name, for maps that are created now.
-        more: objects beyond those that are always loaded.
+        more: objects besides those that are always loaded.
 
     Raises:
-        DatapathError: an object is missing, is of another build, or is refused by the kernel.
+        DatapathError: an object is missing or of another build, or the kernel rejects it.
     """
     programs: dict[str, _bpf.Program] = {}
     maps: dict[str, _bpf.Map] = {}
@@ -66,10 +66,10 @@ def load(
 
 
 def probe() -> None:
-    """Load the ingress programs over small maps and let go of them again.
+    """Load the ingress programs with small maps and close them again.
 
     Raises:
-        DatapathError: the kernel refuses them, or the object is missing.
+        DatapathError: the kernel rejects them, or the object is missing.
     """
     path = OBJECTS / FILES[0]
     if not path.exists():

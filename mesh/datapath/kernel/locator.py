@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are on this node: which interfaces face clients, and behind which interface each backend is."""
+"""Locates: which interfaces face clients, and behind which interface each backend of this node is."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ INGRESS: Final = "mesh_ingress"
 BRIDGE: Final = "mesh_bridge"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
-ASK_AGAIN: Final = (0.5, 30.0)  # seconds between two questions for one MAC: at first, at most; doubled each time
-ASK_MOST: Final = 32  # unanswered at a time: each takes one of the 1,024 places that all namespaces have together
-ASK_LASTS: Final = 3.5  # seconds until the kernel gives a question up
+ASK_AGAIN: Final = (0.5, 30.0)  # seconds between questions for one MAC: first pause, doubled up to the second
+ASK_MOST: Final = 32  # open questions at a time: each takes one of the 1,024 neighbour entries of all namespaces
+ASK_LASTS: Final = 3.5  # seconds until the kernel gives up a question
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
     """How a packet gets to a backend.
 
-    `veth`: host side of its veth, 0: unknown. `via`: interface by which this node reaches it, 0: not at all.
+    `veth`: host side of its veth, 0: unknown. `via`: interface through which this node reaches it, 0: no route.
     """
 
     veth: int = 0
     via: int = 0
     mac: bytes = NO_MAC
-    own: bool = False  # it is an address of this node itself
+    own: bool = False  # the backend is at an address of this node
 
 
 class Locator:
     """Finds backends. Remembers routes until interfaces or addresses change.
 
     Args:
-        floating: addresses that the node may get at any time; they count as its own (config key `vips`), so that the
-            first packet is served that comes for them.
+        floating: addresses that the node may get at any time (config key `vips`). They count as its own, so that the
+            first packet for them is already served.
     """
 
     def __init__(self, netlink: Netlink, floating: frozenset[Address] = frozenset()) -> None:
         self._netlink = netlink
         self.floating = floating
         self._routes: dict[Address, Route | None] = {}
-        self._ports: dict[tuple[int, bytes], int] = {}  # as topology.ports, those too that aged out while all was quiet
-        self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again, monotonic, and after what pause
-        self._waiting: dict[Address, float] = {}  # asked for, no answer yet: when the kernel gives up, monotonic
-        self._unreached: set[Address] = set()  # to which there was no route
+        self._ports: dict[tuple[int, bytes], int] = {}  # topology.ports, and entries that aged out in the meantime
+        self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again (monotonic), and the pause after that
+        self._waiting: dict[Address, float] = {}  # open questions: when the kernel gives up, monotonic
+        self._unreached: set[Address] = set()  # without a route
         self.topology = Topology()
 
     def refresh(self) -> bool:
-        """Read the tables anew. Returns whether they changed: else only those who are `open` may be elsewhere now."""
+        """Read the tables again. Returns whether they changed; if not, only addresses in `open` may have moved."""
         found = self._netlink.topology()
         new = replace(found, addresses=found.addresses | self.floating)
         if new.interfaces != self.topology.interfaces or new.addresses != self.topology.addresses:
@@ -70,20 +70,22 @@ class Locator:
         return changed
 
     def open(self) -> frozenset[Address]:
-        """Addresses to find again although nothing changed: without a route, or due to be asked for once more, and of
-        those no more than may be asked for now; first those that were asked for least often."""
+        """Addresses to locate again although nothing changed: without a route, or due for another question.
+
+        Of the latter no more than may be asked for now, the least often asked first.
+        """
         now = time.monotonic()
         due = [(pause, when, address) for address, (when, pause) in self._asked.items() if now >= when]
         turn = heapq.nsmallest(self._room(now), due, key=lambda entry: entry[:2])
         return frozenset(address for _, _, address in turn) | self._unreached
 
     def find(self, address: Address) -> Location:
-        """Where a backend's address is. Asks for its MAC if nobody has; the answer is seen by a later `refresh`."""
+        """Locate a backend's address. Asks for its MAC if unknown; a later `refresh` sees the answer."""
         if address not in self._routes:
             self._routes[address] = self._netlink.route(address)
         route = self._routes[address]
         if route is None:
-            del self._routes[address]  # there may be one by the next time
+            del self._routes[address]  # there may be one next time
             self._unreached.add(address)
             return Location()
         self._unreached.discard(address)
@@ -97,7 +99,7 @@ class Locator:
             self._ask(via.index, address)
             return Location(via=via.index, veth=via.index if via.kind == "veth" else 0)
         port = via if via.kind == "veth" else self._port(via, mac)
-        if port is None and via.kind == "bridge":  # a container that is gone had this MAC
+        if port is None and via.kind == "bridge":  # this MAC belonged to a container that is gone
             self._ask(via.index, address, anew=True)
         else:
             self._asked.pop(address, None)
@@ -105,7 +107,7 @@ class Locator:
         return Location(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
 
     def _room(self, now: float) -> int:
-        """How many more may be asked for."""
+        """How many more questions may be asked."""
         self._waiting = {address: end for address, end in self._waiting.items() if end > now}
         return ASK_MOST - len(self._waiting)
 
@@ -125,26 +127,26 @@ class Locator:
         return None if index is None else self.topology.interfaces.get(index)
 
 
-def misplaced(backends: Iterable[BackendEntry], places: Mapping[int, Location]) -> Iterator[str]:
-    """One sentence for each backend of this node that cannot be delivered to. Pure."""
+def misplaced(backends: Iterable[BackendEntry], locations: Mapping[int, Location]) -> Iterator[str]:
+    """One sentence for each backend of this node to which there is no route. Pure."""
     for entry in backends:
-        place = places.get(entry.id)
-        if place is not None and not place.via and entry.target.via is None:
+        location = locations.get(entry.id)
+        if location is not None and not location.via and entry.target.via is None:
             yield f"backend {entry.key.backend}: no route to {entry.target.address} (is its network up?)"
 
 
 def wanted(
-    topology: Topology, places: Iterable[Location], patterns: Sequence[str] = (), nodes: Collection[int] = ()
+    topology: Topology, locations: Iterable[Location], patterns: Sequence[str] = (), nodes: Collection[int] = ()
 ) -> Mapping[int, str]:
     """Which program goes on which interface. Pure.
 
-    Tasks' interfaces: all veths of every bridge through which a backend is reached (containers on it may call ports of
-    this node too), and veths by which one is reached directly. Facing clients: the interfaces that `patterns` name and
-    those of `nodes`, by which other nodes are reached; without patterns every other Ethernet interface that is up and
-    no port of a bridge or bond, bridges included. Bridges that have only ports of containers and virtual machines get a
-    program of their own.
+    TASK: all veths of every bridge through which a backend is reached (its other containers may call ports of this node
+    as well), and veths that lead directly to a backend. INGRESS, facing clients: the interfaces that `patterns` name,
+    and those in `nodes`, which lead to other nodes; without patterns every other Ethernet interface, bridges included,
+    that is up and not a port of a bridge or bond. BRIDGE: bridges that only have ports of containers and virtual
+    machines.
     """
-    vias = {place.via for place in places if not place.own}
+    vias = {location.via for location in locations if not location.own}
     bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
     outward = {i.master for i in topology.interfaces.values() if i.kind not in ("veth", "tun")}
     found: dict[int, str] = {}
@@ -162,7 +164,7 @@ def wanted(
 
 
 def keepers(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> list[str]:
-    """One sentence for each interface whose frames the programs leave alone, because of their tags. Pure."""
+    """One sentence for each interface whose frames the programs do not parse, because of their VLAN tags. Pure."""
     found = [interfaces[index] for index in programs if index in interfaces and interfaces[index].keeps_tags]
     change = "ip link set {0} type vlan reorder_hdr on"
     return [f"interface {i.name} is not served: it leaves VLAN tags in frames ({change.format(i.name)})" for i in found]
@@ -173,7 +175,7 @@ def _outer(interface: Interface, outward: Collection[int]) -> str:
 
 
 def is_held(frontend: Frontend) -> bool:
-    """Whether a socket of this node has the UDP port: someone serves it, so flows may be under way."""
+    """Whether a socket of this node has the UDP port: someone serves it, so it may have flows."""
     if frontend.protocol is not Protocol.UDP:
         return False
     for table in ("/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs' maps as one pin directory holds them: load, adopt, publish. bpf/lib/maps.h has the order of steps."""
+"""The programs' maps in one pin directory: read back, publish. bpf/lib/maps.h has the order of steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CARRIED: Final = {  # maps that are copied from the pins of another build: name 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A frontend as the maps have it."""
+    """A frontend as the maps hold it."""
 
     id: int
     table: Table
@@ -36,7 +36,7 @@ class Served:
 
 
 class KernelMaps:
-    """All writes to the maps. Not for several threads at once, but for `counts` and `notes`."""
+    """All writes to the maps. Not thread-safe, except where a method says so."""
 
     def __init__(self, maps: Mapping[str, _bpf.Map], directory: Path) -> None:
         self._maps = maps
@@ -54,13 +54,13 @@ class KernelMaps:
         self._free: list[int] = list(range(1, codec.MAX_FRONTENDS))
         self._freed: list[tuple[float, int]] = []
         self._acls = 0
-        self._tunnel: set[int] = set()  # offsets of the ports where other nodes' flows come in
-        self._adopt()
+        self._tunnel: set[int] = set()  # offsets in mesh_ports of the ports where other nodes' flows come in
+        self._restore()
 
-    # ---- adoption ----
+    # ---- restore ----
 
-    def _adopt(self) -> None:
-        """Read back what an earlier process left; what makes no sense is taken out."""
+    def _restore(self) -> None:
+        """Read back what an earlier process left, and remove what is invalid."""
         for frontend, number in list(self._published()):
             table = codec.table_of(self._frontends.load64(number * 16))
             flags, acl = codec.options_of(self._frontends.load64(number * 16 + 8))
@@ -83,7 +83,7 @@ class KernelMaps:
                 self.backends[number] = codec.unpack_backend(row)
 
     def _published(self) -> Iterator[tuple[Frontend, int]]:
-        """(frontend, id) of all that ports and exact keys name."""
+        """(frontend, id) of everything in mesh_ports and mesh_exact."""
         words = self._ports.read(0, self._ports.size)
         empty = bytes(8 * 256)
         for base in range(0, len(words), len(empty)):
@@ -107,11 +107,11 @@ class KernelMaps:
     # ---- the node ----
 
     def configure(self, config: codec.ConfigSlot) -> None:
-        """Write what holds for the whole node."""
+        """Write the settings of the whole node."""
         self._config.write(0, codec.pack_config(config))
 
     def listen(self, port: int) -> None:
-        """Have other nodes' flows come in at this UDP port and at no other; 0: nowhere."""
+        """Accept other nodes' flows at this UDP port and at no other; 0: at none."""
         wanted = {codec.port_index(port, Protocol.UDP) * self._ports.step} if port else set()
         for offset in wanted - self._tunnel:
             self._ports.store32(offset, self._ports.load32(offset) | codec.PORT_TUNNEL)
@@ -120,7 +120,7 @@ class KernelMaps:
         self._tunnel = wanted
 
     def set_addresses(self, addresses: Iterable[Address], floating: Collection[Address] = ()) -> None:
-        """Make these, and no others, the node's own; flows to those in `floating` may have begun on another node."""
+        """Make exactly these addresses the node's own. Flows to those in `floating` may have begun on another node."""
         kinds = codec.pack_u32(codec.ADDRESS_OWN), codec.pack_u32(codec.ADDRESS_FLOATING)
         wanted = {codec.pack_address(a): kinds[a in floating] for a in addresses}
         held = dict(self._addresses.rows())
@@ -133,7 +133,7 @@ class KernelMaps:
     # ---- backends ----
 
     def put_backends(self, entries: Mapping[int, BackendSlot]) -> None:
-        """Write backends; `epoch` of the argument is ignored and goes up where an id is given to somebody else."""
+        """Write backends. Their `epoch` is ignored, and increases where an id is given to another backend."""
         fresh = []
         for number, entry in entries.items():
             held = self.backends.get(number)
@@ -165,7 +165,7 @@ class KernelMaps:
         self.backends[number] = new
 
     def free_backends(self, numbers: Iterable[int]) -> None:
-        """These are gone: their flows go to their slots' current owners. Their epochs stay."""
+        """Mark backends as gone: their flows go to their slots' current owners. The epochs stay."""
         for number in numbers:
             held = self.backends.get(number)
             if held is not None and held.state != codec.BACKEND_FREE:
@@ -176,11 +176,11 @@ class KernelMaps:
     def put_frontend(
         self, frontend: Frontend, slots: bytes | None, flags: int, rules: Sequence[tuple[Network, int]] | None
     ) -> None:
-        """Serve a frontend, or change how it is served.
+        """Publish a frontend, or change it.
 
         Args:
-            slots: its table as mesh_slot array; None: as it is.
-            rules: source rules, each with ACL_ALLOW or ACL_DENY; None: as they are.
+            slots: its table as mesh_slot array; None: unchanged.
+            rules: of its acl, each with ACL_ALLOW or ACL_DENY; None: unchanged.
         """
         held = self.served.get(frontend)
         if slots is not None:
@@ -238,7 +238,7 @@ class KernelMaps:
             self._ports.store32(offset, word & ~codec.PORT_EXACT)
 
     def drop_frontend(self, frontend: Frontend) -> None:
-        """Serve it no longer: its packets are left to the kernel."""
+        """Stop serving a frontend: its packets pass to the kernel."""
         held = self.served.get(frontend)
         if held is None:
             return
@@ -252,7 +252,7 @@ class KernelMaps:
         """The slots of a served frontend, as mesh_slot array."""
         return self.arenas.read(self.served[frontend].table)
 
-    # ---- source rules ----
+    # ---- acl ----
 
     def _put_rules(self, rules: Sequence[tuple[Network, int]]) -> int:
         if not rules:
@@ -282,17 +282,17 @@ class KernelMaps:
         return self._maps[name].sums(limit)[1]
 
     def notes(self) -> Iterator[tuple[bytes, codec.Note]]:
-        """(flow as mesh_flow bytes, note) of the whole flow cache, those of one packet included; any thread."""
+        """(flow as mesh_flow bytes, note) of the whole flow cache, flows of one packet included; any thread."""
         for name in ("mesh_flows", "mesh_flows_new"):
             for flow, note in self._maps[name].rows():
                 yield flow, codec.unpack_note(note)
 
     def size(self, name: str) -> int:
-        """How many entries a map has room for."""
+        """The capacity of a map, in entries."""
         return self._maps[name].max_entries
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
-        """(protocol, flags, stamp) of the whole reverse translation, but for backends that are gone; any thread."""
+        """(protocol, flags, stamp) of all of reverse NAT, except for backends that are gone; any thread."""
         for flow, reply in self._maps["mesh_revnat"].rows():
             protocol = codec.FLOW.unpack(flow)[4]
             _, _, _, flags, _, _, owner, epoch, stamp = codec.REPLY.unpack(reply)
@@ -301,12 +301,12 @@ class KernelMaps:
                 yield protocol, flags, stamp
 
     def entries(self, name: str) -> int:
-        """How many entries a hash has; any thread."""
+        """How many entries a hash holds; any thread."""
         source = self._maps[name]
         return len(source.dump()[0]) // source.key_size
 
     def carry_over(self, other: Path) -> None:
-        """Copy the flows under way from the pins of a build whose structs mean the same."""
+        """Copy the established flows from the pins of a build whose structs mean the same."""
         for name, former in CARRIED.items():
             pin = next((pin for pin in (other / name, other / former) if pin.exists()), None)
             if pin is None:
@@ -316,7 +316,7 @@ class KernelMaps:
                 target.update_batch(*source.dump())
 
     def close(self) -> None:
-        """Let go of the descriptors; what is pinned lives on."""
+        """Close the descriptors; pinned maps stay."""
         for each in self._maps.values():
             with contextlib.suppress(BpfError):
                 each.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a daemon's pins are: one directory for each state directory, network namespace and contract."""
+"""A daemon's pins: one directory per state directory, network namespace and contract."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Final
 
@@ -29,19 +30,19 @@ NAMES, OWNER = "kernel-names.json", "kernel-owner"  # files in the state directo
 
 
 def netns_cookie() -> int:
-    """The kernel's number for this network namespace, never given twice."""
+    """The kernel's number for this network namespace, which it never reuses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
         return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
 
 
 def instance(config: Config) -> str:
-    """Name of this daemon's pins: one for each state directory in each network namespace."""
+    """Name of this daemon's pins: one per state directory and network namespace."""
     text = f"{Path(config.state_dir).resolve()}\0{netns_cookie()}"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def pin_home(config: Config) -> Path:
-    """Where this daemon's pins are, a directory for each contract."""
+    """The directory of this daemon's pins, with a directory per contract."""
     return Path(config.bpf_fs) / "mesh" / instance(config)
 
 
@@ -58,7 +59,7 @@ def ensure_bpf_fs(path: Path) -> None:
     """Mount a bpf file system at `path` unless there is one.
 
     Raises:
-        DatapathError: there is none and it cannot be mounted.
+        DatapathError: there is none, and mounting one failed.
     """
     if is_bpf_fs(path):
         return
@@ -74,8 +75,42 @@ def ensure_bpf_fs(path: Path) -> None:
         )
 
 
+class Owner:
+    """Which process writes the maps: they have one writer, whose token is in a file of the state directory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / OWNER
+        self._token = f"{os.getpid()} {time.monotonic_ns()}"
+
+    def claim(self) -> None:
+        """Become the writer. Where the file cannot be written, only the lock of the state directory tells."""
+        try:
+            self._path.write_text(self._token)
+        except OSError:
+            self.remove()
+
+    def is_ours(self) -> bool:
+        """Whether no other process has claimed the maps since."""
+        try:
+            return self._path.read_text() == self._token
+        except FileNotFoundError:
+            return True
+
+    def is_another(self) -> bool:
+        """Whether another process has them and lives: it lets go of them by itself (a take-over)."""
+        try:
+            pid = int(self._path.read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return False
+        return pid != os.getpid() and Path(f"/proc/{pid}").exists()
+
+    def remove(self) -> None:
+        """Nobody has them any more."""
+        self._path.unlink(missing_ok=True)
+
+
 def remove_pins(directory: Path) -> None:
-    """Remove a pin directory with all that is in it; what nothing else holds is freed."""
+    """Remove a pin directory and everything in it. The kernel frees what nothing else holds."""
     if not directory.is_dir():
         return
     for each in directory.iterdir():

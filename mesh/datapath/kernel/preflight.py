@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the kernel engine can run here, and if not, why: one sentence, for the log and for `mesh check`; and where
-it keeps its pins."""
+"""Whether the kernel engine can run here; if not, the reason in one sentence, for the log and for `mesh check`."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ CAPABILITIES: Final = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_BPF: "CAP_BPF", CAP_P
 
 
 def capabilities() -> set[int]:
-    """Effective capabilities of this process, by their numbers."""
+    """Effective capabilities of this process, by number."""
     status = Path("/proc/self/status").read_text()
     effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
     return {bit for bit in range(64) if effective >> bit & 1}
 
 
 def missing_capabilities() -> list[str]:
-    """Names of the capabilities that are needed and that this process does not have."""
+    """Names of the required capabilities that this process lacks."""
     has = capabilities()
     if CAP_SYS_ADMIN in has:
         has |= {CAP_BPF, CAP_PERFMON}
@@ -34,7 +33,7 @@ def missing_capabilities() -> list[str]:
 
 
 def no_bpf_fs(path: Path) -> str | None:
-    """Why there is no bpf file system at `path` to write to and none can be mounted; changes nothing."""
+    """Why `path` has no writable bpf file system and cannot get one; None: it can be used. Changes nothing."""
     if is_bpf_fs(path):
         if os.access(path, os.W_OK | os.X_OK, effective_ids=True):
             return None
@@ -45,7 +44,7 @@ def no_bpf_fs(path: Path) -> str | None:
 
 
 def preflight(config: Config) -> str | None:
-    """Why the kernel engine cannot run here, in one sentence with its remedy; None: it can."""
+    """Why the kernel engine cannot run here, in one sentence with the remedy; None: it can."""
     try:
         from mesh import _bpf  # noqa: PLC0415 -- absent where it was built without libbpf
         from mesh.datapath.kernel import attach, loader  # noqa: PLC0415

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an earlier process left, as an Applied: read back from the maps, or built again from the names alone."""
+"""Restores what an earlier process left, as an Applied: from the maps, or from the journal alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, Service
 LOCAL: Final = bytes(8)  # mesh_backend.seed of a backend that runs here
 
 
-def adopted(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
-    """What the maps hold, named by the file where that fits, else under names of its own."""
+def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
+    """What the maps hold, with the journal's names where they match, else with made-up ones."""
     backends: dict[BackendKey, BackendEntry] = {}
     for number, slot in maps.backends.items():
         if slot.state == codec.BACKEND_FREE:
             continue
         entry = names.backends.get(number)
-        if entry is None or _place(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
-            key = BackendKey(f"adopted-{number}", slot.port, slot.protocol)
+        if entry is None or _published(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
+            key = BackendKey(f"restored-{number}", slot.port, slot.protocol)
             weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
             away = slot.address if slot.seed != LOCAL else None
             target = Target(key.backend, slot.address, slot.port, weight, local=away is None, via=away)
@@ -48,15 +48,17 @@ def adopted(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Appli
     return Applied(names.generation, frontends, backends, nodes)
 
 
-def _place(entry: BackendEntry) -> tuple[Address, int, int, bytes]:
-    """What the maps should say of a backend."""
+def _published(entry: BackendEntry) -> tuple[Address, int, int, bytes]:
+    """What the maps should hold for a backend."""
     away = entry.target.via
     return away or entry.target.address, entry.key.port, entry.key.protocol, seed_of(entry.key) if away else LOCAL
 
 
-def rebuilt(names: Names) -> Applied:
-    """The same tables from the same names, where the maps are of another contract: connections stay where they are,
-    but for those of slots that were in transition."""
+def from_journal(names: Names) -> Applied:
+    """The same tables from the journal, where the maps are of another contract.
+
+    Connections stay where they are, except those of slots that were in transition.
+    """
     entries = {entry.key: entry for entry in names.backends.values()}
     frontends: dict[Frontend, FrontendEntry] = {}
     for frontend, state in names.frontends.items():
@@ -69,10 +71,10 @@ def rebuilt(names: Names) -> Applied:
 
 
 def check_hash(program: _bpf.Program) -> None:
-    """Programs and user space must hash alike, or nodes would disagree: ask the loaded mesh_explain.
+    """Check by the loaded mesh_explain that programs and user space hash alike; nodes would disagree otherwise.
 
     Raises:
-        DatapathError: they do not.
+        DatapathError: they hash differently.
     """
     addresses = ipaddress.ip_address("198.51.100.7"), ipaddress.ip_address("192.0.2.1")
     flow = Flow(addresses[0], 40000, addresses[1], 9, Protocol.TCP)

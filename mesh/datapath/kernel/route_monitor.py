@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the programs that routes have changed: what they remember of next hops is over (bpf/lib/fib.h)."""
+"""Tells the programs that routes have changed: cached next hops are no longer valid (bpf/lib/fib.h)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mesh.datapath.netlink import Monitor
 # links; addresses, routes and rules of both versions; next hop objects: bit n - 1 of RTNLGRP_* n (linux/rtnetlink.h)
 GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000 | 0x80000000
 FOREVER: Final = 3600.0  # seconds
-AGAIN: Final = 1.0  # seconds after which to try again what failed
+AGAIN: Final = 1.0  # seconds until a retry
 
 log = structlog.get_logger(__name__)
 
 
-class RouteWatch:
-    """A thread of its own, which waits for nothing else: until it has spoken, replies may take the old way.
+class RouteMonitor:
+    """A thread that does nothing else: until it reports a change, replies may take the old route.
 
     Args:
-        routes: mesh_fib_gen, of which it is the only writer. It counts changes, and starts as one: nobody may have
+        routes: mesh_fib_gen, of which it is the only writer. It counts changes, and starts with one: nobody may have
             followed them before.
 
     Raises:
-        DatapathError: rtnetlink does not say what changes.
+        DatapathError: the kernel does not announce changes.
     """
 
     def __init__(self, routes: _bpf.Map) -> None:
@@ -46,8 +46,8 @@ class RouteWatch:
             try:
                 if self._monitor.wait(FOREVER):
                     self._changed()
-            except Exception as error:  # whatever changed meanwhile counts by then
-                log.warning("route changes not followed", error=str(error))
+            except Exception as error:  # something may have changed meanwhile
+                log.warning("cannot follow route changes; retrying", error=str(error))
                 self._changed()
                 self._stop.wait(AGAIN)
 

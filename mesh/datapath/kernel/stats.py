@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel engine's counters and look-ups: reads only, any thread."""
+"""The kernel engine's counters, live flows and test runs: reads only, any thread."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Final
 
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
-from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats
-from mesh.datapath.counters import Table
+from mesh.datapath.base import Applied, BackendKey, Explanation, Stats
+from mesh.datapath.counters import CounterTable
 from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.maps import KernelMaps, Served
-from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
+from mesh.model import Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
 SKB: Final = 192  # bytes of struct __sk_buff
@@ -26,7 +26,7 @@ REPLY_CLOSED: Final = 0x4 | 0x8
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which rows of the maps are shown, in which order; the same object until what is held changes."""
+    """Which rows of the maps are shown, in which order; the same object until a row is added or removed."""
 
     applied: Applied
     served: tuple[Served, ...]
@@ -37,7 +37,7 @@ class Order:
 
     @classmethod
     def of(cls, applied: Applied, served: Mapping[Frontend, Served], known: Order | None) -> Order:
-        """`known` itself where it still holds. A backend of several frontends is told once, under the first of them."""
+        """`known` itself while it is valid. A backend of several frontends is counted once, under the first of them."""
         now = tuple(served.values())
         if known is not None and known.applied is applied and known.served == now:
             return known
@@ -54,7 +54,7 @@ class Order:
 
 
 def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> list[Sequence[int]]:
-    """Rows of mesh_counts as columns of a Table. UDP has no end: its flows count as closed, none as active."""
+    """Rows of mesh_counts as columns of a CounterTable. UDP flows have no end: all count as closed, none as active."""
     data = memoryview(raw).cast("Q").tolist()
     width = codec.COUNTS.size // 8
     packets_in, bytes_in, packets_out, bytes_out, opened, ended = (
@@ -66,13 +66,13 @@ def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> 
 
 
 def read(maps: KernelMaps, order: Order) -> Stats:
-    """All counters."""
+    """Read all counters."""
     raw = maps.counts("mesh_fe_metrics", max(order.numbers, default=0) + 1)
     columns = _columns(raw, order.numbers, [frontend.protocol for frontend in order.frontends])
-    frontends = Table(order.frontends, columns)
+    frontends = CounterTable(order.frontends, columns)
     raw = maps.counts("mesh_be_metrics", max(order.ids, default=0) + 1)
     columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])
-    backends = Table(order.backends, columns)
+    backends = CounterTable(order.backends, columns)
     raw = maps.counts("mesh_verdicts", len(VERDICTS))
     verdicts = {name: codec.unpack_u64(raw[8 * i : 8 * i + 8]) for i, name in enumerate(VERDICTS)}
     tracked = any(entry.table.tracked for entry in order.applied.frontends.values())
@@ -85,7 +85,7 @@ def read(maps: KernelMaps, order: Order) -> Stats:
 
 
 def run_time(programs: Mapping[str, _bpf.Program]) -> dict[str, int]:
-    """Runs and nanoseconds of each program that the kernel runs, for Stats.totals."""
+    """Runs and nanoseconds of each program that has run, for Stats.totals."""
     totals: dict[str, int] = {}
     for name, program in programs.items():
         nanoseconds, runs = program.statistics()
@@ -95,37 +95,8 @@ def run_time(programs: Mapping[str, _bpf.Program]) -> dict[str, int]:
     return totals
 
 
-def lookup(applied: Applied, addresses: frozenset[Address], flow: Flow) -> Choice | None:
-    """Where a new flow would go by the applied tables."""
-    protocol = Protocol(flow.protocol)
-    entry = applied.frontends.get(Frontend(flow.destination, flow.destination_port, protocol))
-    if entry is None and flow.destination in addresses:
-        entry = applied.frontends.get(Frontend(ANY_ADDRESS, flow.destination_port, protocol))
-    if entry is None:
-        return None
-    source = codec.pack_address(flow.source)
-    if entry.state.options.affinity is Affinity.CLIENT_IP:
-        number = hash_client(source)
-    else:
-        destination = codec.pack_address(flow.destination)
-        number = hash_flow(source, flow.source_port, destination, flow.destination_port, int(protocol))
-    slot = slot_of(number, entry.table.size)
-    current, previous, _ = entry.table.slot(slot)
-    names = {each.id: each for each in applied.backends.values()}
-    choices = [names[owner] for owner in entry.table.choices(number) if owner in names and owner != current]
-    return Choice(
-        frontend=entry.state.frontend,
-        hash=number,
-        slot=slot,
-        owner=current,
-        previous=previous,
-        backend=names.get(current) if current >= OWNER_FIRST else None,
-        next=tuple(choices),
-    )
-
-
 def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Frontend, frozenset[int]]:
-    """See Datapath.live_slots. Flows noted under the current owner would be sent to it without a note as well."""
+    """See Datapath.live_slots. Flows noted under the current owner need no note to reach it."""
     oldest = (time.monotonic_ns() - int(seconds * 1e9)) >> codec.STAMP_SHIFT
     numbers = {served.id: frontend for frontend, served in maps.served.items()}
     found: dict[Frontend, set[int]] = {}
@@ -147,7 +118,7 @@ def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Fr
 
 
 def live_flows(maps: KernelMaps) -> int:
-    """How many flows are under way, as far as can be told: TCP until both ends closed, UDP for a minute."""
+    """How many flows are established: TCP until both ends have closed, UDP for a minute after the last datagram."""
     now = time.monotonic_ns() >> codec.STAMP_SHIFT
     return sum(
         flags & REPLY_CLOSED != REPLY_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
@@ -156,9 +127,9 @@ def live_flows(maps: KernelMaps) -> int:
 
 
 def wait_for_flows(maps: KernelMaps, seconds: float) -> int:
-    """Wait until no flow is under way, at most so long. Returns how many are.
+    """Wait at most `seconds` until no flow is established. Returns how many are left.
 
-    A count takes as long as there are many: what it takes is a small part of the time.
+    A count takes longer the more flows there are; it stays a small part of the time.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -171,7 +142,7 @@ def wait_for_flows(maps: KernelMaps, seconds: float) -> int:
 
 
 def _packet(flow: Flow) -> bytes:
-    """The first packet of a flow, as it comes in; checksums are not looked at."""
+    """The first packet of a flow as it arrives; the program does not check its checksums."""
     if flow.protocol is Protocol.TCP:
         segment = codec.NETWORK.tcp.pack(flow.source_port, flow.destination_port, 0, 0, 0x50, 0x02, 65535, 0, 0)
     else:
@@ -185,7 +156,7 @@ def _packet(flow: Flow) -> bytes:
 
 
 def explain(program: _bpf.Program, flow: Flow) -> Explanation:
-    """Ask the loaded program (mesh_explain) by a test run; nothing is counted or noted."""
+    """Ask the loaded program mesh_explain by a test run, which counts and notes nothing."""
     answer = program.test_run(_packet(flow), bytes(SKB)).ctx
     verdict, frontend, number, slot, owner = (
         codec.unpack_u32(answer[SKB_CB + 4 * i : SKB_CB + 4 * i + 4]) for i in range(5)

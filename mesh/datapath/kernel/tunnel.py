@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other nodes, for the tunnel: who may send through it, how each is reached, and what its tasks are called there."""
+"""The tunnel to other nodes: which may send through it, how each is reached, and how backends are named there."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mesh.datapath.kernel.codec import ConfigSlot, NodeSlot
 from mesh.datapath.netlink import Netlink, Topology
 from mesh.model import Address, Frontend, Protocol
 
-AGAIN: Final = 4.0  # seconds after which routes are asked for again: they change by more than interfaces and addresses
-# What a task that calls itself sees as its peer: addresses that nothing has (RFC 7600, RFC 6666).
+AGAIN: Final = 4.0  # seconds until routes are read again: they change without interfaces or addresses changing
+# What a task that calls itself sees as its peer: addresses that no host has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
 HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
 NOWHERE: Final = ipaddress.IPv4Address(0)
 
 
 def node_config(config: Config, cookie: int) -> ConfigSlot:
-    """What holds for this node, in the network namespace of this cookie."""
+    """The settings of this node, in the network namespace of this cookie."""
     settings = codec.SETTING_DIRECT if config.return_path == "direct" else 0
     return ConfigSlot(cookie, HAIRPIN, HAIRPIN6, settings, config.tunnel_port, config.error_rate)
 
 
 def seed_of(key: BackendKey) -> bytes:
-    """What a backend is called between nodes, beside its port: the beginning of its permutation's seed, 8 bytes."""
+    """A backend's name between nodes, next to its port: the first 8 bytes of its permutation's seed."""
     return backend_seed(key.backend)[:8]
 
 
 class Nodes:
-    """mesh_nodes and mesh_node_addrs, kept as the cluster and the routes are. Not for several threads at once."""
+    """Keeps mesh_nodes and mesh_node_addrs in line with the cluster and the routes. Not thread-safe."""
 
     def __init__(self, maps: Mapping[str, _bpf.Map], netlink: Netlink) -> None:
         self._nodes = maps["mesh_nodes"]
@@ -48,9 +48,9 @@ class Nodes:
         self._next = 0
         self.held: dict[Address, NodeSlot] = {}
         self.all: tuple[Address, ...] = ()
-        self.adopt()
+        self.restore()
 
-    def adopt(self) -> None:
+    def restore(self) -> None:
         """Read back what is in the maps."""
         held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():
@@ -61,13 +61,13 @@ class Nodes:
         self._seen = ()
 
     def put(self, nodes: Iterable[Address]) -> None:
-        """These, this node among them, are the cluster; seen by the next `refresh`."""
+        """The nodes of the cluster, this one included; the next `refresh` puts them into the maps."""
         self.all = tuple(nodes)
         known = set(self.all)
         self._engines = {address: engine for address, engine in self._engines.items() if address in known}
 
     def learn(self, backends: Iterable[BackendEntry]) -> None:
-        """Take from backends how their nodes forward. A node of which nobody knows keeps what it was known for."""
+        """Learn from backends which engines their nodes run. A node that no backend names keeps its known engine."""
         told = {e.target.via: e.target.engine for e in backends if e.target.via is not None and e.target.engine}
         self._engines |= told
 
@@ -87,7 +87,7 @@ class Nodes:
         self._seen, self._again = seen, now + AGAIN
 
     def _slot(self, address: Address, own: Iterable[Address], topology: Topology) -> NodeSlot:
-        """A way to a node. Without a route it stays as it was: flows wait for it rather than being refused."""
+        """The path to a node. Without a route it stays unchanged: flows wait for it instead of being rejected."""
         held = self.held.get(address)
         number = held.id if held is not None else self._number()
         route = self._netlink.route(address)
@@ -99,7 +99,7 @@ class Nodes:
         return NodeSlot(source, interface.index, min(route.mtu or interface.mtu, interface.mtu) * takes, number)
 
     def _number(self) -> int:
-        """One that no node has; those of nodes that are gone last, as replies may still be on their way to them."""
+        """A free node id. Ids of nodes that are gone come last, because replies to them may still be on their way."""
         used = {slot.id for slot in self.held.values()}
         numbers = (n % codec.MAX_NODES for n in range(self._next, self._next + codec.MAX_NODES))
         number = next((n for n in numbers if n not in used), 0)
@@ -115,11 +115,11 @@ class Nodes:
 
     @property
     def interfaces(self) -> frozenset[int]:
-        """Where other nodes' packets come in."""
+        """Interfaces where other nodes' packets come in."""
         return frozenset(slot.ifindex for slot in self.held.values() if slot.ifindex)
 
     def problems(self, frontends: Iterable[Frontend], tunnel_port: int) -> list[str]:
-        """Nodes that are out of reach, and frontends in whose place the tunnel is."""
+        """Nodes without a route, and frontends whose port the tunnel has."""
         found = [f"node {address}: no route to it" for address, slot in self.held.items() if not slot.ifindex]
         hidden = {f for f in frontends if (f.port, f.protocol) == (tunnel_port, Protocol.UDP)} if self.held else ()
         why = "not served, its port is that of the tunnel between nodes; publish another one, or set tunnel_port"
@@ -127,14 +127,14 @@ class Nodes:
 
 
 class Ids:
-    """mesh_ids: backends of this node as other nodes call them. Not for several threads at once."""
+    """mesh_ids: this node's backends by the names that other nodes use. Not thread-safe."""
 
     def __init__(self, maps: Mapping[str, _bpf.Map]) -> None:
         self._map = maps["mesh_ids"]
         self._owners = {key: codec.unpack_u32(value) for key, value in self._map.rows()}
 
     def put(self, backends: Iterable[BackendEntry]) -> None:
-        """Deliver to those of these that run here."""
+        """Accept other nodes' flows for those of these backends that run here."""
         for entry in backends:
             key = codec.pack_id(seed_of(entry.key), entry.key.port, entry.key.protocol)
             if entry.target.via is not None:
@@ -144,13 +144,13 @@ class Ids:
                 self._owners[key] = entry.id
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Deliver to these owners no more."""
+        """Accept no more flows for these owners."""
         gone = set(numbers)
         for key in [key for key, owner in self._owners.items() if owner in gone] if gone else ():
             self._delete(key)
 
     def keep(self, numbers: Iterable[int]) -> None:
-        """Deliver to these owners at most."""
+        """Accept flows for no other owners than these."""
         self.drop(set(self._owners.values()) - set(numbers))
 
     def _delete(self, key: bytes) -> None:

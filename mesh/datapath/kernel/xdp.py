@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optional XDP stage (config key `xdp`): denied sources are dropped by the network card's driver.
+"""The optional XDP stage (config key `xdp`): the network card's driver drops denied sources.
 
-It only saves work: mesh_ingress behind it applies the same rules, so an interface without it is served alike. Native
-mode only. The generic one runs after the skb is made, saves nothing, and refuses large segments.
+It only saves work: mesh_ingress applies the same acl after it, so an interface without the stage is served alike.
+Native mode only: the generic mode runs after the skb is made, saves nothing, and rejects large segments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROGRAM: Final = "mesh_xdp"
 OBJECT: Final = "xdp.bpf.o"
 XDP: Final = 37  # enum bpf_attach_type
 DRIVER_MODE: Final = 0x4  # XDP_FLAGS_DRV_MODE, linux/if_link.h
-CARDS: Final = ("", "bond")  # kinds of interface at which packets of a wire arrive first
+CARDS: Final = ("", "bond")  # kinds of interface where packets arrive first from the wire
 REASONS: Final = {
     errno.EOPNOTSUPP: "its driver has no native XDP, and generic mode is refused",
     errno.EBUSY: "it has another XDP program",
@@ -33,14 +33,14 @@ REASONS: Final = {
 
 
 def objects(config: Config) -> tuple[str, ...]:
-    """What is to be loaded for it."""
+    """The objects to load for it."""
     return (OBJECT,) if config.xdp == "on" else ()
 
 
 def candidates(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> tuple[list[Interface], list[str]]:
-    """The interfaces for the stage among those that `kernel_places.wanted` names, and why others have none. Pure.
+    """The interfaces for the stage among those that `locator.wanted` names, and why others have none. Pure.
 
-    Bridges, VLANs and the like are left out without a word: their packets were at a card before.
+    Bridges, VLANs and the like are no problem: their packets pass a card before.
     """
     found, problems = [], []
     for index, program in programs.items():
@@ -68,20 +68,20 @@ def exists(index: int) -> bool:
 
 
 class XdpStage:
-    """The program on interfaces, by pinned links that outlive us. Not for several threads at once."""
+    """The program on interfaces, by pinned links that outlive the agent. Not thread-safe."""
 
     def __init__(self, program: _bpf.Program | None, directory: Path) -> None:
-        """`program` None: the stage is off. `directory`: of the links' pins, which exists."""
+        """`program` None: the stage is off. `directory`: an existing one, for the links' pins."""
         self._program = program
         self._directory = directory
         self._links: dict[int, _bpf.Link] = {}
-        self._refused: dict[int, tuple[Interface, str]] = {}  # not tried again until the interface changes
+        self._refused: dict[int, tuple[Interface, str]] = {}  # not retried until the interface changes
 
     def _pin(self, index: int) -> Path:
         return self._directory / f"xdp_{index}"
 
-    def adopt(self) -> None:
-        """Find what an earlier process left; `sync` replaces its program, or takes it off."""
+    def restore(self) -> None:
+        """Find what an earlier process left; `sync` replaces or detaches its program."""
         for pin in self._directory.glob("xdp_*"):
             link = _bpf.Link.open(str(pin))
             index = link.info()[1]
@@ -92,12 +92,12 @@ class XdpStage:
                 pin.unlink()  # its interface is gone
 
     def sync(self, interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> list[str]:
-        """Have the program on just the `candidates`. Returns which have none, and why."""
+        """Attach the program to exactly the `candidates`. Returns which have none, and why."""
         found, problems = ([], []) if self._program is None else candidates(interfaces, programs)
         wanted = {interface.index: interface for interface in found}
         for index, link in list(self._links.items()):
             if index not in wanted or link.info()[1] != index:
-                self._take_off(index)
+                self._detach(index)
         self._refused = {i: refused for i, refused in self._refused.items() if wanted.get(i) == refused[0]}
         for index in wanted.keys() - self._refused.keys():
             try:
@@ -118,11 +118,11 @@ class XdpStage:
         elif link.info()[0] != self._program.id:
             link.update(self._program)
 
-    def _take_off(self, index: int) -> None:
+    def _detach(self, index: int) -> None:
         self._pin(index).unlink(missing_ok=True)
         self._links.pop(index).close()
 
     def detach(self) -> None:
-        """Take everything off."""
+        """Detach everything."""
         for index in list(self._links):
-            self._take_off(index)
+            self._detach(index)

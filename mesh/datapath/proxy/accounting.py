@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine's books: what is kept of each frontend and backend, and what it says in stats and signals."""
+"""Accounting of the proxy engine: records of each frontend and backend, and the stats and signals made of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Final
 
 from mesh._fastpath import Engine, Front, Pair, read_columns
 from mesh.datapath.base import BackendKey, FrontendEntry, Signal
-from mesh.datapath.counters import COLUMNS, PLAIN, Failure, Table
+from mesh.datapath.counters import COLUMNS, PLAIN, CounterTable, Failure
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
 if TYPE_CHECKING:
     from mesh._fastpath import Counts
 
 CAUSES: Final = tuple(Failure)  # the engine's order
-KEEP_COUNTERS: Final = 60.0  # seconds for which the counters of what is gone can still be read
-SUSPECT: Final = (Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE)  # failures that speak against a backend
+KEEP_COUNTERS: Final = 60.0  # seconds for which counters can still be read after their backend is gone
+SUSPECT: Final = (Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE)  # failures that count against a backend
 SUSPECT_COLUMNS: Final = tuple(COLUMNS.index(cause) for cause in SUSPECT)
 ZERO: Final[Counts] = (0, 0, 0, 0, 0, (0,) * len(CAUSES), 0, 0, 0, 0, (0,) * 15, 0)
 
@@ -30,7 +30,7 @@ def sixteen(address: Address) -> bytes:
 
 @dataclass(slots=True)
 class PairRecord:
-    """What is kept of a frontend's backend. `told` is what `signals` has reported: good ones, bad ones by cause."""
+    """A backend of a frontend. `told`: what `signals` has reported, successes and failures by cause."""
 
     pair: Pair
     told: tuple[int, ...] = (0, 0, 0, 0)
@@ -39,7 +39,7 @@ class PairRecord:
 
 @dataclass(slots=True, eq=False)
 class FrontRecord:
-    """What is kept of a frontend; `entry` is None once it was dropped, until its connections have ended."""
+    """A frontend. `entry` is None from the moment it is dropped until its connections have ended."""
 
     front: Front
     entry: FrontendEntry | None = None
@@ -60,20 +60,20 @@ def add(a: Counts, b: Counts) -> Counts:
 
 
 def _columns(raw: bytearray, rows: int) -> list[memoryview]:
-    """What read_columns gave, column by column."""
+    """The result of read_columns, column by column."""
     data = memoryview(raw).cast("Q")
     return [data[i * rows : (i + 1) * rows] for i in range(len(COLUMNS))]
 
 
 def _row(counts: Counts) -> tuple[int, ...]:
-    """Counters in the order of COLUMNS, without failures: what a frontend's clients saw is not lost with a backend."""
+    """Counters in the order of COLUMNS, without failures, which the frontend itself counts."""
     _, _, opened, closed, retried, _, into, out, packets_in, packets_out, connect, spent = counts
     return (opened, closed, retried, into, out, packets_in, packets_out, spent, *(0,) * len(CAUSES), *connect)
 
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What there is to read, row by row; the same object until a record comes or goes."""
+    """The rows to read; the same object until a record is added or removed."""
 
     frontends: tuple[Frontend, ...]
     fronts: tuple[Front, ...]
@@ -97,19 +97,19 @@ class _Order:
 
 
 class Accounting:
-    """Records of all frontends. Changed from one thread, read from any; `lock` is never held while waiting."""
+    """Records of all frontends. One thread changes them, any may read; nobody waits while holding `lock`."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.records: dict[Frontend, FrontRecord] = {}
-        self._users: dict[BackendKey, list[FrontRecord]] = {}  # who has a record of a backend
-        self._leaving: dict[int, tuple[FrontRecord, BackendKey]] = {}  # what nobody uses any more, by identity
-        self._closing: dict[Frontend, FrontRecord] = {}  # dropped, with records of their own still
-        self._order: _Order | None = None  # None: records have come or gone
-        self._told: tuple[_Order | None, bytearray] = (None, bytearray())  # what `signals` has looked at
+        self._users: dict[BackendKey, list[FrontRecord]] = {}  # records that have a backend
+        self._leaving: dict[int, tuple[FrontRecord, BackendKey]] = {}  # pairs out of use, by identity
+        self._closing: dict[Frontend, FrontRecord] = {}  # dropped frontends that still have counters
+        self._order: _Order | None = None  # None: records were added or removed
+        self._told: tuple[_Order | None, bytearray] = (None, bytearray())  # what `signals` has seen
 
     def record(self, frontend: Frontend, engine: Engine) -> FrontRecord:
-        """The record of a frontend, made where it is new."""
+        """The record of a frontend, created if it is new."""
         if frontend not in self.records:
             made = FrontRecord(engine.front(sixteen(frontend.address), frontend.port, frontend.address == ANY_ADDRESS))
             with self.lock:
@@ -118,7 +118,7 @@ class Accounting:
         return self.records[frontend]
 
     def pair(self, record: FrontRecord, key: BackendKey, engine: Engine) -> Pair:
-        """The counters of a backend of a frontend, made where they are new."""
+        """The counters of a backend of a frontend, created if they are new."""
         known = record.pairs.get(key)
         if known is None:
             known = PairRecord(engine.pair(record.front))
@@ -131,20 +131,20 @@ class Accounting:
         return known.pair
 
     def leave(self, key: BackendKey) -> None:
-        """A backend is gone: its counters may go, once they rest."""
+        """A backend is gone: release its counters once they no longer change."""
         for record in self._users.get(key, ()):
             self._leaving[id(record.pairs[key])] = record, key
 
     def close(self, frontend: Frontend, record: FrontRecord) -> None:
-        """A frontend is gone: likewise those of all its backends, and its own."""
+        """A frontend is gone: likewise its own counters and those of all its backends."""
         self._closing[frontend] = record
         for key, pair in record.pairs.items():
             self._leaving[id(pair)] = record, key
 
-    def counters(self) -> tuple[Table[Frontend], Table[tuple[Frontend, BackendKey]]]:
+    def counters(self) -> tuple[CounterTable[Frontend], CounterTable[tuple[Frontend, BackendKey]]]:
         """All counters, by frontend and by backend of a frontend.
 
-        A frontend's `failed` counts what its clients saw, a backend's every attempt.
+        `failed` of a frontend counts what its clients saw, that of a backend every attempt.
         """
         with self.lock:
             order = self._order = self._order or _Order.of(self.records)
@@ -156,10 +156,10 @@ class Accounting:
         for row, retired in order.retired:
             for column, number in zip(frontends, retired, strict=True):
                 column[row] += number
-        return Table(order.frontends, frontends), Table(order.keys, backends)
+        return CounterTable(order.frontends, frontends), CounterTable(order.keys, backends)
 
     def signals(self) -> Sequence[Signal]:
-        """What traffic told since the last call."""
+        """What traffic showed since the last call."""
         with self.lock:
             order = self._order = self._order or _Order.of(self.records)
         raw = read_columns(order.pairs)
@@ -171,7 +171,7 @@ class Accounting:
         good: dict[str, int] = {}
         bad: dict[tuple[str, Failure], int] = {}
         for (frontend, key), record, (opened, answers, *failed) in zip(order.keys, order.records, seen, strict=True):
-            # A UDP session says nothing by itself; an answer does.
+            # A UDP session alone proves nothing; an answer does.
             now = (opened if frontend.protocol is Protocol.TCP else answers, *failed)
             if now == record.told:
                 continue
@@ -188,7 +188,7 @@ class Accounting:
         )
 
     def reap(self, engine: Engine, now: float) -> None:
-        """Let go of counters that nothing changes any more and that could be read for a while."""
+        """Release counters that no longer change and that could be read long enough."""
         for number, (record, key) in list(self._leaving.items()):
             pair = record.pairs[key]
             begun, ended, *_ = pair.pair.read()

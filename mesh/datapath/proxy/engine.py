@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine: `Datapath` over `mesh._fastpath`. It maps the contract's words to the engine's numbers and back."""
+"""The proxy engine: `Datapath` over `mesh._fastpath`. It translates between the contract and the engine's numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh._fastpath import RETRIES_MOST, Engine
-from mesh._maglev import SlotTable, hash_client, hash_flow, slot_of
+from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import (
     OWNER_NONE,
@@ -25,12 +25,13 @@ from mesh.datapath.base import (
     Signal,
     Stats,
 )
+from mesh.datapath.lookup import lookup
 from mesh.datapath.proxy.accounting import Accounting, FrontRecord, sixteen
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
-from mesh.model import ANY_ADDRESS, Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
+from mesh.model import Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
 
 RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
 
@@ -51,16 +52,16 @@ def prefixes(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
 class ProxyDatapath:
     """Forwarding in user space.
 
-    Take-over of the ports by a new process, without a refused connection: the old process sends the descriptors of
-    `listeners()` over a Unix socket (SCM_RIGHTS); the new one is made with `inherited=` those, opens, applies its
-    first plan (from then on both accept), and says so; the old one calls `stop_accepting()`, then `drain()`, then
-    `close(release=False)`. UDP sessions begin anew in the new process, on the same backends.
+    A new process takes over the ports without a refused connection. The old process sends the descriptors of
+    `listeners()` over a Unix socket (SCM_RIGHTS). The new one is made with `inherited=` those, opens, applies its first
+    plan (from then on both accept), and reports that. The old one calls `stop_accepting()`, `drain()` and
+    `close(release=False)`. UDP sessions start over in the new process, on the same backends.
 
     Args:
         config: threads, intercept, connect_timeout, retries, idle_timeout, udp_idle_timeout, udp_max_sessions,
             max_connections and state_dir are used.
-        inherited: listening sockets of an earlier process by frontend, TCP and UDP, those of the peer port among
-            them; they become this engine's.
+        inherited: listening sockets of an earlier process by frontend, TCP and UDP, including those of the peer port;
+            this engine then owns them.
         docker_host: dockerd runs on this host (matters for `intercept = "auto"`).
     """
 
@@ -90,7 +91,7 @@ class ProxyDatapath:
         self._first = True
 
     def open(self) -> Applied:
-        """Start the threads. Nothing survives a proxy but its sockets, so what is held is always nothing."""
+        """Start the threads. Only sockets survive a proxy, so the result is always empty."""
         descriptors = self._descriptor_limit() - RESERVED_DESCRIPTORS
         if descriptors < 64:
             raise DatapathError(
@@ -138,7 +139,7 @@ class ProxyDatapath:
         return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
     def apply(self, plan: Plan) -> Applied:
-        """See `Datapath.apply`. New sockets first, then redirection, then what goes."""
+        """See `Datapath.apply`. Order: new sockets, redirection, removals."""
         engine, intercept = self._opened()
         try:
             for backend in plan.put_backends:
@@ -156,7 +157,7 @@ class ProxyDatapath:
                 self._problems[entry.state.frontend] = str(error)
         wanted = plan.result.frontends
         gone = set(plan.drop_frontends)
-        if self._problems:  # one that could not be served was never held, so no plan drops it
+        if self._problems:  # what could not be served was never held, so no plan drops it
             gone |= {f for f in self._problems if f not in wanted}
         for frontend in gone:
             intercept.forget(frontend)
@@ -180,7 +181,7 @@ class ProxyDatapath:
     def _drop_backend(self, engine: Engine, entry: BackendEntry) -> None:
         held = self._backends.get(entry.id)
         if held is None or held.key != entry.key:
-            return  # its number is somebody else's by now
+            return  # another backend has its number by now
         engine.drop_backend(entry.id)
         self._peers.drop(entry.id)
         self._accounting.leave(entry.key)
@@ -236,12 +237,12 @@ class ProxyDatapath:
             return
         engine.unlisten(record.front)
         record.descriptors = ()
-        self._refuse(record)
+        self._unroute(record)
         record.entry = None
         self._accounting.close(frontend, record)
 
-    def _refuse(self, record: FrontRecord) -> None:
-        """A route to nobody: what still tries to connect finds no further choice."""
+    def _unroute(self, record: FrontRecord) -> None:
+        """Route to nobody: connections that are still connecting find no further backend."""
         engine, _ = self._opened()
         table = SlotTable.uniform(1021, OWNER_NONE)
         engine.put_route(record.front, table, {}, by_client=False, announce=False, allow=[], deny=[])
@@ -292,49 +293,24 @@ class ProxyDatapath:
         return self._accounting.signals()
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
-        """None: a connection's socket, or a session, remembers its backend."""
+        """Empty: a connection's socket, or a session, remembers its backend."""
         return {}
 
     def lookup(self, flow: Flow) -> Choice | None:
-        applied = self._applied
-        called = Frontend(flow.destination, flow.destination_port, flow.protocol)
-        entry = applied.frontends.get(called) or applied.frontends.get(
-            Frontend(ANY_ADDRESS, flow.destination_port, flow.protocol)
-        )
-        if entry is None:
-            return None
-        source = sixteen(flow.source)
-        if entry.state.options.affinity is Affinity.CLIENT_IP:
-            value = hash_client(source)
-        else:
-            value = hash_flow(
-                source, flow.source_port, sixteen(flow.destination), flow.destination_port, int(flow.protocol)
-            )
-        by_id = {b.id: b for b in applied.backends.values()}
-        slot = slot_of(value, entry.table.size)
-        owner, previous, _ = entry.table.slot(slot)
-        further = entry.table.choices(value, min(self._config.retries, RETRIES_MOST) + 1)[1:]
-        return Choice(
-            frontend=entry.state.frontend,
-            hash=value,
-            slot=slot,
-            owner=owner,
-            previous=previous,
-            backend=by_id.get(owner),
-            next=tuple(by_id[o] for o in further if o in by_id),
-        )
+        """See Datapath.lookup. It names as many backends as a connection tries."""
+        return lookup(self._applied, flow, choices=min(self._config.retries, RETRIES_MOST) + 1)
 
     def explain(self, flow: Flow) -> None:
         """None: see Datapath.explain."""
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
-        """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's."""
+        """Descriptors of all listening sockets, for a process that takes over; this engine still owns them."""
         with self._accounting.lock:
             own = {f: r.descriptors for f, r in self._accounting.records.items() if r.descriptors}
         return {**own, **self._peers.listeners()}
 
     def stop_accepting(self) -> None:
-        """Another process has the sockets of `listeners()` now: close ours without touching what waits in them."""
+        """Another process has the sockets of `listeners()`: close ours and leave the waiting connections to it."""
         engine, intercept = self._opened()
         intercept.yield_table()
         engine.yield_sockets()
@@ -344,7 +320,7 @@ class ProxyDatapath:
                 record.descriptors = ()
 
     def drain(self, seconds: float) -> int:
-        """Take no new connections and wait for those there are. UDP is served on until `close`: it has no ends."""
+        """Accept no new connections and wait for the others. UDP is served until `close`: its flows have no end."""
         engine, intercept = self._opened()
         intercept.hand_back()
         self._peers.stop(engine)
@@ -358,7 +334,7 @@ class ProxyDatapath:
         return still
 
     def close(self, *, release: bool) -> None:
-        """Reset what is still open and stop. A process that took over keeps the ports; otherwise they are free."""
+        """Reset open connections and stop. A process that took over keeps the ports; otherwise they are free."""
         self._peers.close()
         if self._intercept is not None:
             self._intercept.close()

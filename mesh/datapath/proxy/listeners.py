@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the proxy engine gets connections: its own sockets on the published ports, or nftables beside whoever has them.
+"""How the proxy engine gets connections: its own sockets on the published ports, or redirection by nftables.
 
-`bind` listens on the published port. `nft` listens on a port of the kernel's choice and lets a table of its own change
-the destination port (never the address, so that the called address stays what it was) of new flows to local addresses,
-ahead of Docker's rules. Connection tracking keeps established flows where they are, in both directions of a change.
+`bind` listens on the published port. `nft` listens on a port that the kernel chooses, and a table of its own redirects
+new flows for local addresses there, ahead of Docker's rules. It changes the port and never the address, so that the
+called address is kept. Connection tracking keeps established flows where they are, whichever way the rules change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Opened:
-    """Listening sockets of one frontend. `port` is where they listen; `redirected` where nftables leads there."""
+    """Listening sockets of one frontend. `port`: where they listen. `redirected`: nftables redirects to it."""
 
     sockets: list[socket.socket]
     port: int
@@ -43,7 +43,7 @@ class Opened:
 
 
 def listening_socket(frontend: Frontend, port: int, *, floating: bool = False) -> socket.socket:
-    """A bound socket (listening, for TCP) that shares its port with the other threads' (SO_REUSEPORT).
+    """A bound socket, listening for TCP, that shares its port with those of the other threads (SO_REUSEPORT).
 
     Args:
         floating: the node need not have the address now.
@@ -67,7 +67,7 @@ def listening_socket(frontend: Frontend, port: int, *, floating: bool = False) -
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, frontend.address != ANY_ADDRESS)
         if kind == socket.SOCK_STREAM:
-            # Accepted sockets inherit these, at no system call each.
+            # Accepted sockets inherit these without a system call.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEP_ALIVE:
@@ -92,7 +92,7 @@ def listening_socket(frontend: Frontend, port: int, *, floating: bool = False) -
 
 
 def listening_sockets(frontend: Frontend, port: int, count: int, *, floating: bool = False) -> list[socket.socket]:
-    """`count` sockets on one port; port 0: the kernel chooses it for the first, the others share it."""
+    """`count` sockets on one port. Port 0: the kernel chooses one, which all share."""
     made: list[socket.socket] = []
     try:
         for _ in range(count):
@@ -106,7 +106,7 @@ def listening_sockets(frontend: Frontend, port: int, count: int, *, floating: bo
 
 
 def why(frontend: Frontend, error: OSError) -> DatapathError:
-    """One sentence for a port that cannot be had."""
+    """One sentence for a port that cannot be bound."""
     where = f"frontend {frontend}"
     if error.errno == errno.EADDRINUSE:
         return DatapathError(
@@ -163,25 +163,25 @@ class Interceptor:
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
         self._touched = False
-        self._changed = False  # what is opened, since the last `commit`
+        self._changed = False  # the opened frontends, since the last `commit`
         self._yielded = False
         self.notes: dict[Frontend, str] = {}
-        if inherited is None:  # else the process that we take over from still needs its table
-            self._table.sweep()
+        if inherited is None:  # else the process that hands over still needs its table
+            self._table.delete_stale()
 
     def listen(self, frontend: Frontend) -> Opened:
-        """The sockets of a frontend, opened now if they are not open yet. Redirection begins with `commit`.
+        """The sockets of a frontend, opened if they are not open yet. Redirection begins with `commit`.
 
         Raises:
-            DatapathError: the port cannot be had; says why.
+            DatapathError: the port cannot be bound; the message says why.
         """
         if frontend not in self._opened:
-            self._opened[frontend] = self._adopt(frontend) or self._open(frontend)
+            self._opened[frontend] = self._inherit(frontend) or self._open(frontend)
             self._changed = True
         return self._opened[frontend]
 
     def forget(self, frontend: Frontend) -> None:
-        """Redirect no more (with the next `commit`); the sockets are the caller's to close."""
+        """Stop redirecting with the next `commit`. The caller closes the sockets."""
         self._changed = self._opened.pop(frontend, None) is not None or self._changed
         self.notes.pop(frontend, None)
 
@@ -189,7 +189,7 @@ class Interceptor:
         """Bring nftables in line.
 
         Raises:
-            DatapathError: nft refused; what was redirected before still is.
+            DatapathError: nft rejected the rules; the former ones stay.
         """
         if not self._changed:
             return
@@ -200,19 +200,19 @@ class Interceptor:
         self._changed = False
 
     def drop_inherited(self) -> None:
-        """Close inherited sockets that no frontend has asked for."""
+        """Close the inherited sockets that no frontend uses."""
         for sockets in self._inherited.values():
             for sock in sockets:
                 sock.close()
         self._inherited.clear()
 
     def hand_back(self) -> None:
-        """Redirect nothing any more, but keep the hooks that established flows need."""
+        """Redirect nothing any more, but keep the chains that established flows need."""
         if self._touched and not self._yielded:
             self._table.replace({})
 
     def yield_table(self) -> None:
-        """Another process has taken the table over."""
+        """Another process has taken over the table."""
         self._yielded = True
 
     def close(self) -> None:
@@ -222,14 +222,14 @@ class Interceptor:
             with contextlib.suppress(DatapathError):
                 self._table.delete()
 
-    def _adopt(self, frontend: Frontend) -> Opened | None:
+    def _inherit(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)
         if not sockets:
             return None
         port: int = sockets[0].getsockname()[1]
         missing = self._threads - len(sockets)
         if missing > 0:
-            with contextlib.suppress(OSError):  # fewer threads then take connections
+            with contextlib.suppress(OSError):  # fewer threads then accept connections
                 sockets.extend(self._listen(frontend, port, missing))
         return Opened(sockets, port, port != frontend.port)
 

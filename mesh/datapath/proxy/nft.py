@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine's table in nftables: how it gets connections ahead of Docker's own rules."""
+"""The proxy engine's nftables table, which redirects connections to it ahead of Docker's own rules."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PRIORITY: Final = -110  # ahead of Docker's chains, which are at dstnat, -100
 
 
 def table_name(state_dir: str) -> str:
-    """The nftables table of this instance: one state directory, one daemon, one table."""
+    """The name of this instance's table: there is one per state directory."""
     return f"mesh_{hashlib.sha256(str(Path(state_dir).resolve()).encode()).hexdigest()[:8]}"
 
 
 class NftTable:
-    """Our nftables table. Every change replaces it whole in one transaction."""
+    """This instance's table. Every change replaces all of it in one transaction."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,14 +35,14 @@ class NftTable:
 
     @staticmethod
     def usable() -> bool:
-        """Whether the nft command is there and may list the ruleset."""
+        """Whether the nft command exists and may list the ruleset."""
         if shutil.which("nft") is None:
             return False
         done = subprocess.run(["nft", "list", "tables"], capture_output=True, check=False, timeout=10)
         return done.returncode == 0
 
     def exists(self) -> bool:
-        """Whether it is there, whoever made it; False also where nft cannot be used."""
+        """Whether the table exists, whoever made it; False also where nft cannot be used."""
         if shutil.which("nft") is None:
             return False
         command = ["nft", "list", "table", "inet", self.name]
@@ -51,19 +51,19 @@ class NftTable:
         except (OSError, subprocess.TimeoutExpired):
             return False
 
-    def sweep(self) -> None:
-        """Take away what a process that was killed has left: it leads nowhere. What fails is logged."""
+    def delete_stale(self) -> None:
+        """Delete the table that a killed process has left: it redirects to closed ports. Failures are logged."""
         try:
             if self.exists():
                 self.delete()
         except DatapathError as error:
-            log.warning("a table of before is in the way", error=str(error))
+            log.warning("cannot delete the nftables table of an earlier process", error=str(error))
 
     def replace(self, ports: Mapping[Frontend, int]) -> None:
-        """Redirect exactly these frontends to these ports. None: the hooks stay, so that established flows go on.
+        """Redirect exactly these frontends to these ports. Without any the chains stay, for established flows.
 
         Raises:
-            DatapathError: nft refused; what was there before is still there.
+            DatapathError: nft rejected the table; the former one stays.
         """
         rules = tuple(self._rules_of(ports))
         if rules == self._rules:
@@ -78,7 +78,7 @@ class NftTable:
         self._rules = rules
 
     def delete(self) -> None:
-        """Take the table away. Where nobody else uses NAT on this host, flows that it redirected end."""
+        """Delete the table. The flows that it redirected end, unless something else uses NAT on this host."""
         self._run(f"table inet {self.name}\ndelete table inet {self.name}\n")
         self._rules = None
 

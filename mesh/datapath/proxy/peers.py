@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine between nodes: who may hand flows over to this node, for what, and where (config `peer_port`)."""
+"""The proxy engine between nodes: which nodes may hand over flows, for which backends, and where (`peer_port`)."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ SEED: Final = 8  # bytes of a backend's seed that name it between nodes
 
 
 def tag_of(key: BackendKey) -> bytes:
-    """What names a backend's port to its own node: the beginning of its seed, the port in network order."""
+    """A backend's name on its own node: the first bytes of its seed, and its port in network order."""
     return backend_seed(key.backend)[:SEED] + key.port.to_bytes(2, "big")
 
 
 def place_of(entry: BackendEntry) -> tuple[bytes, int, int]:
-    """(tag, protocol, owner) of a backend that runs here."""
+    """(tag, protocol, owner) of a backend of this node."""
     return tag_of(entry.key), entry.key.protocol, entry.id
 
 
 def is_peers(frontend: Frontend, config: Config) -> bool:
-    """Whether a frontend stands for the peer port among the sockets that a process hands to the next."""
+    """Whether a frontend stands for the peer port among the sockets that one process hands to the next."""
     return frontend.port == config.peer_port and frontend.address == ANY_ADDRESS
 
 
 class Peers:
-    """The port at which other nodes hand flows over. It opens when a second node is known, and stays open.
+    """The port at which other nodes hand over flows. It opens when a second node is known, and stays open.
 
-    It carries no secret: what admits a caller is its address, which must be a node's. So the network between nodes is
-    trusted not to carry forged sources, as Swarm's own overlay data path trusts it.
+    There is no secret: a caller is admitted by its address, which must be a node's. So mesh trusts the network between
+    nodes not to carry forged source addresses, as Swarm's own overlay network does.
     """
 
     def __init__(self, config: Config, threads: int, inherited: Mapping[Frontend, Sequence[int]] | None = None) -> None:
@@ -52,23 +52,23 @@ class Peers:
         }
         self._fronts: dict[Protocol, Front] = {}
         self._descriptors: dict[Frontend, tuple[int, ...]] = {}  # listening sockets
-        self._nodes: tuple[Address, ...] | None = None  # that are admitted; None: to be told anew
-        self._locator: dict[int, tuple[bytes, int, int]] = {}  # by owner
-        self._stale = False  # places have come or gone
+        self._nodes: tuple[Address, ...] | None = None  # admitted nodes; None: to be put again
+        self._backends: dict[int, tuple[bytes, int, int]] = {}  # by owner
+        self._stale = False  # backends were added or removed
         self.problem = ""
 
     def apply(self, engine: Engine, nodes: tuple[Address, ...], backends: Iterable[BackendEntry]) -> None:
-        """Admit these nodes to those of the backends put so far, and of these, that run here."""
+        """Admit these nodes to all local backends, those put so far and those in `backends`."""
         for entry in backends:
             place = place_of(entry) if entry.target.via is None else None
-            if self._locator.get(entry.id) != place:
+            if self._backends.get(entry.id) != place:
                 self.drop(entry.id)
                 if place is not None:
-                    self._locator[entry.id] = place
+                    self._backends[entry.id] = place
                 self._stale = True
         if nodes == self._nodes and not self._stale:
             return
-        engine.put_peer_acl([sixteen(address) for address in nodes], sorted(self._locator.values()))
+        engine.put_peer_acl([sixteen(address) for address in nodes], sorted(self._backends.values()))
         self._nodes, self._stale = nodes, False
         if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:
@@ -81,8 +81,8 @@ class Peers:
             self.close()
 
     def drop(self, owner: int) -> None:
-        """A backend is gone; the engine knows that, so its place is taken out with the next plan."""
-        self._stale = self._locator.pop(owner, None) is not None or self._stale
+        """A backend is gone. The engine knows, so the next plan is early enough to remove its name."""
+        self._stale = self._backends.pop(owner, None) is not None or self._stale
 
     def _listen(self, engine: Engine) -> None:
         for protocol in Protocol:
@@ -93,7 +93,7 @@ class Peers:
             try:
                 sockets += listening_sockets(frontend, self._port, max(self._threads - len(sockets), 0))
             except OSError as error:
-                if not sockets:  # else fewer threads take connections
+                if not sockets:  # else fewer threads accept connections
                     raise why(frontend, error) from None
             front = self._fronts[protocol] = engine.peers()
             six = sockets[0].family == socket.AF_INET6
@@ -102,28 +102,28 @@ class Peers:
                 engine.listen(front, fd, stream=protocol is Protocol.TCP, six=six, thread=thread)
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
-        """Descriptors of the listening sockets, by frontends that stand for the peer port."""
+        """Descriptors of the listening sockets, by the frontends that stand for the peer port."""
         return dict(self._descriptors)
 
     def yielded(self) -> None:
-        """The engine has let go of all sockets."""
+        """The engine has closed all sockets."""
         self._descriptors.clear()
 
     def close(self) -> None:
-        """Close inherited sockets that were not needed."""
+        """Close the inherited sockets that were not needed."""
         for sock in (sock for sockets in self._inherited.values() for sock in sockets):
             with contextlib.suppress(OSError):
                 sock.close()
         self._inherited.clear()
 
     def stop(self, engine: Engine) -> None:
-        """Take no connection over any more. Datagrams are, until the end: they have none."""
+        """Accept no more connections. Datagrams are accepted until `close`: their flows have no end."""
         if Protocol.TCP in self._fronts:
             engine.unlisten(self._fronts[Protocol.TCP])
             self._descriptors.pop(Frontend(ANY_ADDRESS, self._port, Protocol.TCP), None)
 
     def totals(self) -> dict[str, int]:
-        """Counters of what was handed over, by metric name without prefix and suffix."""
+        """Counters of the flows handed over, by metric name without prefix and suffix."""
         rows = [front.handed() for front in list(self._fronts.values())]
         named = {"peer_opened": 2, "peer_received_bytes": 6, "peer_sent_bytes": 7}
         return {name: sum(row[index] for row in rows) for name, index in named.items()}  # type: ignore[misc]

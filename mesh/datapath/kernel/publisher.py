@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes plans to the maps, make before break: the order of steps is that of bpf/lib/maps.h."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final
+
+from mesh._maglev import SlotTable
+from mesh.config.keys import Config
+from mesh.datapath.base import Applied, BackendEntry, FrontendEntry, Plan
+from mesh.datapath.kernel import codec
+from mesh.datapath.kernel.acl import compile_rules
+from mesh.datapath.kernel.locator import Location, is_held
+from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.tunnel import Ids, seed_of
+from mesh.model import Affinity, Frontend, ServiceOptions
+
+AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
+HOLD: Final = 5.0  # seconds in which UDP flows from before a take-over must send to stay where they are
+
+
+class Publisher:
+    """Publishes backends and frontends. Not thread-safe.
+
+    Args:
+        ids: what other nodes call this node's backends.
+        tables: the slot tables that the maps hold already.
+    """
+
+    def __init__(self, config: Config, maps: KernelMaps, ids: Ids, tables: Mapping[Frontend, SlotTable]) -> None:
+        self._maps = maps
+        self._ids = ids
+        self._pass_if_none = config.no_backend == "pass"
+        self._tables = dict(tables)
+        self._placed: dict[int, Location] = {}  # as the maps hold them
+        self._held_until: dict[Frontend, float] = {}  # monotonic
+
+    def publish(
+        self, plan: Plan, applied: Applied, locations: Mapping[int, Location], *, taking_over: bool = False
+    ) -> None:
+        """Carry out a plan: first what is new, then what refers to it, then what nothing refers to any more.
+
+        Args:
+            applied: what the maps hold before.
+            taking_over: whoever served the ports before may have UDP flows under way, which stay with it.
+        """
+        self._put_backends(plan.put_backends, locations)
+        self._ids.put(plan.put_backends)
+        self._maps.arenas.reserve(e.table.size for e in plan.put_frontends if not self._has_table(e))
+        for entry in plan.put_frontends:
+            self._put_frontend(entry, applied.frontends.get(entry.state.frontend), taking_over=taking_over)
+        for frontend in plan.drop_frontends:
+            self._maps.drop_frontend(frontend)
+            self._tables.pop(frontend, None)
+            self._held_until.pop(frontend, None)
+        self._ids.drop(e.id for e in plan.drop_backends)
+        self._maps.free_backends(e.id for e in plan.drop_backends)
+        for gone in plan.drop_backends:
+            self._placed.pop(gone.id, None)
+
+    def keep(self, backends: Iterable[BackendEntry]) -> None:
+        """Take from other nodes the flows of no other backends than these."""
+        self._ids.keep(e.id for e in backends if e.target.via is None)
+
+    def move(self, backends: Iterable[BackendEntry], locations: Mapping[int, Location]) -> None:
+        """Publish the locations of those backends that are somewhere else than in the maps."""
+        self._put_backends([e for e in backends if self._placed.get(e.id) != locations.get(e.id)], locations)
+
+    def _put_backends(self, backends: Collection[BackendEntry], locations: Mapping[int, Location]) -> None:
+        self._maps.put_backends({e.id: backend_slot(e, locations.get(e.id, Location())) for e in backends})
+        self._placed |= {e.id: locations[e.id] for e in backends if e.id in locations}
+
+    def _put_frontend(self, entry: FrontendEntry, held: FrontendEntry | None, *, taking_over: bool) -> None:
+        frontend, options = entry.state.frontend, entry.state.options
+        new = frontend not in self._maps.served
+        if new and taking_over and is_held(frontend):
+            self._held_until[frontend] = time.monotonic() + HOLD
+        same_rules = (
+            not new
+            and held is not None
+            and (held.state.options.allow, held.state.options.deny) == (options.allow, options.deny)
+        )
+        self._maps.put_frontend(
+            frontend,
+            slots=None if self._has_table(entry) else entry.table.to_bytes(),
+            flags=self._flags(frontend, options),
+            rules=None if same_rules else compile_rules(options.allow, options.deny),
+        )
+        self._tables[frontend] = entry.table
+
+    def _has_table(self, entry: FrontendEntry) -> bool:
+        return self._tables.get(entry.state.frontend) is entry.table
+
+    def _flags(self, frontend: Frontend, options: ServiceOptions) -> int:
+        flags = codec.FRONTEND_CLIENT if options.affinity is Affinity.CLIENT_IP else 0
+        flags |= codec.FRONTEND_DENY if options.allow else 0
+        flags |= codec.FRONTEND_PASS_IF_NONE if self._pass_if_none else 0
+        return flags | (codec.FRONTEND_HOLD if frontend in self._held_until else 0)
+
+    def due(self) -> float:
+        """Seconds until `release_holds` has something to do; infinite: nothing is held."""
+        return max(0.0, min(self._held_until.values(), default=float("inf")) - time.monotonic())
+
+    def release_holds(self, applied: Applied) -> None:
+        """Take over the UDP flows that have been silent since the frontend was published HOLD seconds ago."""
+        now = time.monotonic()
+        for frontend in [f for f, until in self._held_until.items() if until <= now]:
+            del self._held_until[frontend]
+            entry = applied.frontends.get(frontend)
+            if entry is not None and frontend in self._maps.served:
+                self._maps.put_frontend(frontend, None, self._flags(frontend, entry.state.options), None)
+
+
+def backend_slot(entry: BackendEntry, location: Location) -> codec.BackendSlot:
+    """A backend as the programs need it. Pure.
+
+    Args:
+        location: where it is, for a backend of this node.
+    """
+    target = entry.target
+    slot = codec.BackendSlot(
+        address=target.via or target.address,
+        port=entry.key.port,
+        protocol=entry.key.protocol,
+        state=codec.BACKEND_ACTIVE if target.weight else codec.BACKEND_DRAINING,
+        epoch=0,
+    )
+    if target.via is not None:
+        return dataclasses.replace(slot, seed=seed_of(entry.key), version=AWAY_VERSION)
+    bridge = codec.LOOPBACK if location.own else location.via
+    return dataclasses.replace(slot, ifindex=location.veth, bridge=bridge, mac=location.mac)
