@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import msgspec
-
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
 from mesh.incremental import KeyedCache, Latest, same_objects
-from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, ServiceOptions, Target
+from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, Target
+from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
 
@@ -216,7 +215,7 @@ def _about(given: _Input, before: tuple[_Input, _Made] | None) -> Shown:
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
     ports = sorted({port.frontend for port in known.ports}) if isinstance(known, Service) else []
-    return {"id": given.id, "name": name, "ports": [str(port) for port in ports], "options": _options(known.options)}
+    return {"id": given.id, "name": name, "ports": [str(port) for port in ports], "options": to_plain(known.options)}
 
 
 def _target(engine: str, given: _TargetInput, before: tuple[_TargetInput, Shown] | None) -> Shown:
@@ -253,8 +252,3 @@ def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Sum
     table = entry.table
     shares = {names[owner]: slots for owner, slots in table.shares().items() if owner in names}
     return _Summary(table, shares, table.tracked_slots(), table.digest(names))
-
-
-def _options(options: ServiceOptions) -> Shown:
-    plain: Shown = msgspec.to_builtins(options, enc_hook=str)
-    return plain

@@ -39,7 +39,7 @@ class _Translation(Generic[_In, _Out]):
         return self._all.of(whole, lambda _: self._update(given))
 
     def _update(self, given: Iterable[_In]) -> dict[str, _Out]:
-        return self._each.update([(each.id, each) for each in given], lambda each, _: self._translate(each))
+        return self._each.update(((each.id, each) for each in given), lambda each, _: self._translate(each))
 
 
 class Outgoing:

@@ -14,7 +14,8 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, Node, PublishedPort, Service, ServiceOptions
+from mesh.model import Backend, Node, PublishedPort, Service
+from mesh.options import from_compact, to_compact
 
 VERSION: Final = 2
 OLDEST: Final = 1
@@ -34,24 +35,11 @@ class Port(msgspec.Struct, array_like=True, frozen=True):
     address: str = "::"
 
 
-class WireOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """ServiceOptions in words."""
-
-    affinity: str = "flow"
-    proxy_protocol: str = "off"
-    table_size: int = model.TABLE_SIZE_DEFAULT
-    locality: str = "cluster"
-    allow: tuple[str, ...] = ()
-    deny: tuple[str, ...] = ()
-    health: tuple[str, str, float, float, int, int] = ("tcp", "/", 2.0, 1.0, 2, 3)
-    enable: bool = True
-
-
 class WireService(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     name: str
     ports: tuple[Port, ...]
-    options: WireOptions = WireOptions()
+    options: dict[str, Any] = {}  # those that have not their default, in the compact form of mesh.options
 
 
 class WireBackend(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -181,7 +169,7 @@ def check_version(hello: Hello) -> None:
 
 def service_of(service: Service) -> WireService:
     ports = tuple(Port(p.published, p.target, int(p.protocol), str(p.address)) for p in service.ports)
-    return WireService(service.id, service.name, ports, _options_of(service.options))
+    return WireService(service.id, service.name, ports, to_compact(service.options))
 
 
 def backend_of(backend: Backend) -> WireBackend:
@@ -201,7 +189,7 @@ def to_service(wire: WireService) -> Service:
         PublishedPort(p.published, p.target, model.Protocol(p.protocol), ipaddress.ip_address(p.address))
         for p in wire.ports
     )
-    return Service(wire.id, wire.name, tuple(ports), _options(wire.options))
+    return Service(wire.id, wire.name, tuple(ports), from_compact(wire.options))
 
 
 def to_backend(wire: WireBackend) -> Backend:
@@ -213,36 +201,6 @@ def to_backend(wire: WireBackend) -> Backend:
 def to_node(wire: WireNode) -> Node:
     address = ipaddress.ip_address(wire.address) if wire.address else None
     return Node(wire.id, wire.name, address, wire.up, wire.weight, wire.engine)
-
-
-def _options_of(options: ServiceOptions) -> WireOptions:
-    check = options.health
-    return WireOptions(
-        options.affinity.value,
-        options.proxy_protocol.value,
-        options.table_size,
-        options.locality.value,
-        tuple(map(str, options.allow)),
-        tuple(map(str, options.deny)),
-        (check.kind.value, check.path, check.interval, check.timeout, check.rise, check.fall),
-        options.enable,
-    )
-
-
-def _options(wire: WireOptions) -> ServiceOptions:
-    kind, path, interval, timeout, rise, fall = wire.health
-    if wire.table_size not in model.TABLE_SIZES:
-        raise ValueError(f"table size {wire.table_size}")
-    return ServiceOptions(
-        wire.enable,
-        model.Affinity(wire.affinity),
-        model.ProxyProtocol(wire.proxy_protocol),
-        model.HealthCheck(model.ProbeKind(kind), path, interval, timeout, rise, fall),
-        wire.table_size,
-        model.Locality(wire.locality),
-        tuple(map(ipaddress.ip_network, wire.allow)),
-        tuple(map(ipaddress.ip_network, wire.deny)),
-    )
 
 
 def diff(old: Snapshot, new: Snapshot) -> Delta:

@@ -57,6 +57,7 @@ from mesh.model import (
     Protocol,
     PublishedPort,
     Service,
+    ServiceOptions,
 )
 from mesh.providers.base import ProviderStatus, Publish
 from mesh.providers.labels import KEYS, nearest, parse_options
@@ -281,7 +282,7 @@ def _backend(item: _Backend, service: str, path: _Path, here: str) -> Backend:
     )
 
 
-def _options(raw: dict[str, Any], path: _Path) -> Any:
+def _options(raw: dict[str, Any], path: _Path) -> ServiceOptions:
     """Options as labels have them: `health-interval` and a table `health` are other ways to write `health.interval`."""
     names = {key.replace(".", "-"): key for key in KEYS}
     values: dict[str, str] = {}

@@ -282,11 +282,7 @@ def _backend(given: _Input, before: tuple[_Input, Backend | None] | None) -> Bac
     Engine knows that before the swarm does. `before`: an earlier state of the task; a backend that is equal stays the
     same object.
     """
-    backend = _as_backend(*given)
-    return before[1] if before is not None and before[1] == backend else backend
-
-
-def _as_backend(task: schema.Task, service_name: str, here: _Here | None) -> Backend | None:
+    task, service_name, here = given
     state = task.status.state
     draining = task.desired_state != "running"
     if state not in _RUNNING and (draining or state not in _STARTING):
@@ -294,7 +290,7 @@ def _as_backend(task: schema.Task, service_name: str, here: _Here | None) -> Bac
     runs, unready, address = here or (True, False, None)
     if not runs:
         return None
-    return Backend(
+    backend = Backend(
         id=task.id,
         service=task.service_id,
         node=task.node_id,
@@ -305,3 +301,4 @@ def _as_backend(task: schema.Task, service_name: str, here: _Here | None) -> Bac
         local=here is not None,
         container=_container(task) if here is not None else "",
     )
+    return before[1] if before is not None and before[1] == backend else backend
