@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from mesh.cluster import wire
 from mesh.incremental import KeyedCache, Latest
@@ -17,6 +17,7 @@ class _Named(Protocol):
     def id(self) -> str: ...
 
 
+_id: Final[Callable[[Any], str]] = operator.attrgetter("id")
 _In = TypeVar("_In", bound=_Named)
 _Out = TypeVar("_Out")
 
@@ -29,17 +30,16 @@ class _Translation(Generic[_In, _Out]):
         self._all: Latest[object, dict[str, _Out]] = Latest(operator.is_)
         self._each: KeyedCache[str, _In, _Out] = KeyedCache(operator.is_)
 
-    def of(self, given: Iterable[_In], whole: object) -> dict[str, _Out]:
-        """The translations by id, in the order of `given`.
+    def of_all(self, given: Sequence[_In]) -> dict[str, _Out]:
+        """The translations by id, in the order of `given`."""
+        return self._all.of(given, lambda _: self._update(zip(map(_id, given), given, strict=True)))
 
-        Args:
-            given: read only where `whole` is another object than in the last call.
-            whole: the collection that `given` iterates; it is never changed in place.
-        """
-        return self._all.of(whole, lambda _: self._update(given))
+    def of_each(self, given: Mapping[str, _In]) -> dict[str, _Out]:
+        """The same for objects by id. A mapping that was given once is never changed."""
+        return self._all.of(given, lambda _: self._update(given.items()))
 
-    def _update(self, given: Iterable[_In]) -> dict[str, _Out]:
-        return self._each.update(((each.id, each) for each in given), lambda each, _: self._translate(each))
+    def _update(self, given: Iterable[tuple[str, _In]]) -> dict[str, _Out]:
+        return self._each.update(given, lambda each, _: self._translate(each))
 
 
 class Outgoing:
@@ -53,9 +53,9 @@ class Outgoing:
     def content(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> wire.Content:
         """An inventory as it goes over the wire."""
         return wire.Content(
-            self._services.of(inventory.services, inventory.services),
-            self._backends.of(inventory.backends, inventory.backends),
-            self._nodes.of(inventory.nodes, inventory.nodes),
+            self._services.of_all(inventory.services),
+            self._backends.of_all(inventory.backends),
+            self._nodes.of_all(inventory.nodes),
             verdicts,
         )
 
@@ -75,9 +75,9 @@ class Incoming:
             WireError: a value is out of range; the message names it. What was translated before stays.
         """
         try:
-            services = self._services.of(content.services.values(), content.services)
-            backends = self._backends.of(content.backends.values(), content.backends)
-            nodes = self._nodes.of(content.nodes.values(), content.nodes)
+            services = self._services.of_each(content.services)
+            backends = self._backends.of_each(content.backends)
+            nodes = self._nodes.of_each(content.nodes)
         except ValueError as error:
             raise wire.WireError(f"unusable inventory: {error}", where="relay") from error
         return Inventory(_sorted(services), _sorted(backends), _sorted(nodes), source=wire.SOURCE)
