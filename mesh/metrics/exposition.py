@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the engine's counters and the agent's state to the text that Prometheus scrapes. Pulled: no number is kept.
+"""Turns the engine's counters and the agent's state into the text that Prometheus scrapes. No number is kept here.
 
 The text is written directly: at 10,000 backends a scrape has over 10^5 samples, for which prometheus_client's general
 encoder takes most of a second. It still chooses the format and writes the process's own metrics. The text around the
@@ -50,7 +50,7 @@ class Snapshot:
 
 
 class Exposition:
-    """Writes scrapes, on any thread. What it keeps between them is the text of names, never a number."""
+    """Writes scrapes, on any thread. It keeps the text around the numbers between scrapes, never a number."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

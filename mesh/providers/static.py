@@ -24,7 +24,7 @@
     address = "192.0.2.2"             # where the other nodes reach it
     engine = "kernel"                 # or "proxy"; default: the same as here
 
-An error anywhere refuses the whole file: what was read before serves on, and the error names file and line.
+An error anywhere rejects the whole file: the last good inventory stays in use, and the error names file and line.
 """
 
 from __future__ import annotations
@@ -351,8 +351,8 @@ class StaticProvider:
             inventory = await asyncio.to_thread(_read, self._path)
         except ProviderError as error:
             if str(error) != self._error:
-                stays = "the last state serves on" if self._last_good is not None else "nothing is served yet"
-                log.error(f"the file cannot be used, {stays}", error=str(error))
+                stays = "keeping the last known state" if self._last_good is not None else "nothing is served yet"
+                log.error(f"invalid services file; {stays}", error=str(error))
             self._error = str(error)
             return
         self._error = ""

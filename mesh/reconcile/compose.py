@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What exists, how it does and what the operator wants, composed into what this node should serve. Pure."""
+"""Composes inventory, health and the operator's wishes into what this node should serve. Pure."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of what the pinned maps hold: kept in a file, because maps hold addresses and numbers only.
+"""The journal: a file that names what the pinned maps hold, because maps hold addresses and numbers only.
 
-The maps are the truth; the file only names things. Without it, or with one that tells of other things, an agent takes
-what it finds under names of its own, and the next plan replaces them while connections go on.
+The maps are authoritative. Without a journal, or with one that does not match them, an agent restores the maps under
+made-up names, and the next plan replaces these while connections go on.
 """
 
 from __future__ import annotations

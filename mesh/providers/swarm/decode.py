@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Engine answered -> Inventory. Pure: the rules of which task receives what are here and nowhere else."""
+"""The Engine's answers -> Inventory. Pure: the rules that decide which task gets traffic live here only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parse(body: bytes, kind: type[T], source: str) -> T:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProviderError(
-            f"the Engine's answer cannot be used: {error}", where=source, remedy="the last good state serves on"
+            f"unusable answer of the Engine: {error}", where=source, remedy="the last known state stays in use"
         ) from None
 
 
@@ -86,9 +86,9 @@ def decode(answers: Answers) -> Read:
 
 
 class Decoder:
-    """Decodes reads, one after the other: what is as it was the last time stays the same object.
+    """Decodes successive reads. What has not changed since the last read stays the same object.
 
-    Later steps then see by identity that nearly nothing has changed. Not for two threads at once.
+    Later steps compare by identity first. Not safe for two threads at once.
     """
 
     def __init__(self) -> None:
