@@ -268,6 +268,13 @@ def test_an_inventory_of_this_build_is_read_by_the_old_one() -> None:
     assert put == old_reader(recorded("snapshot")).content
 
 
+def test_a_field_that_is_absent_means_what_it_meant() -> None:
+    """A default is part of the protocol: whoever changes one has to send it, and to raise `wire.VERSION`."""
+    assert from_compact({}) == ServiceOptions() == DEFAULTS
+    assert to_compact(DEFAULTS) == {}
+    assert msgspec.convert(to_compact(DEFAULTS, whole=True), OldOptions) == OldOptions()
+
+
 def test_options_of_a_newer_build_are_read_as_far_as_they_are_known() -> None:
     more = to_compact(OTHERS) | {"pacing": 5, "health.threshold": 2}
     assert from_compact(more) == OTHERS
