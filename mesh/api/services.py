@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
-
-import msgspec
 
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
-from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, ServiceOptions, Target
+from mesh.incremental import KeyedCache, Latest, same_objects
+from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, Target
+from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
 
@@ -25,7 +27,9 @@ NOT_KNOWN: Final = (Health.UNKNOWN, "")
 
 Shown = dict[str, Any]
 _Health = tuple[Health, str]  # verdict and reason
-_Kept = dict[str, tuple[tuple[object, ...], Shown]]  # by backend: what its target was made of, and as what it is shown
+_TargetInput = tuple[int, Target, Backend | None, Node | None, _Health, Drained]
+"""All that is shown of a target, its slots in the table first: they change most often."""
+_Targets = KeyedCache[str, _TargetInput, Shown]  # of one frontend, by backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class _Summary:
 class _Input:
     """All that one service's part depends on."""
 
+    id: str
     service: Service | None
     states: tuple[FrontendState, ...]
     served: tuple[FrontendEntry | None, ...]
@@ -54,11 +59,10 @@ class _Input:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """One service's part, what it was made of, and what is kept of its frontends for the next time."""
+    """One service's part, and what is kept of its frontends for the next time."""
 
-    given: _Input
     shown: Shown
-    kept: Mapping[Frontend, tuple[str, _Kept]]  # as text, and its targets
+    kept: Mapping[Frontend, tuple[str, _Targets]]  # as text, and its targets
 
 
 def way_of(target: Target, engine: str) -> str:
@@ -90,23 +94,23 @@ class Services:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-tables")
         self._summing: Future[None] | None = None
         self._summed: Applied | None = None  # whose tables all have a summary
-        self._seen: tuple[object, ...] = ()
-        self._told: tuple[HealthView | None, Mapping[str, _Health]] = (None, {})
-        self._made: dict[str, _Made] = {}
-        self._shown: list[Shown] = []
+        self._health: Latest[HealthView, Mapping[str, _Health]] = Latest(operator.is_)
+        self._each: KeyedCache[str, _Input, _Made] = KeyedCache(_same)
+        self._sorted: Latest[dict[str, _Made], list[Shown]] = Latest(operator.is_)
+        self._shown: Latest[tuple[object, ...], list[Shown]] = Latest(same_objects)
 
     def shown(self, picture: Picture, applied: Applied) -> list[Shown]:
         """Every service, sorted by name. Must not be changed by the caller."""
         with self._lock:
             self._summarize(applied)
             inputs = (picture.inventory, picture.desired, picture.health, picture.drained, applied)
-            seen = (*inputs, *self._summaries.values())
-            if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
-                self._make(picture, applied)
-                self._seen = seen
-            return self._shown
+            return self._shown.of((*inputs, *self._summaries.values()), lambda _: self._make(picture, applied))
 
-    def _make(self, picture: Picture, applied: Applied) -> None:
+    def _make(self, picture: Picture, applied: Applied) -> list[Shown]:
+        made = self._each.update(self._inputs(picture, applied), partial(_service, self._engine))
+        return self._sorted.of(made, _by_name)
+
+    def _inputs(self, picture: Picture, applied: Applied) -> Iterator[tuple[str, _Input]]:
         services = {service.id: service for service in picture.inventory.services}
         nodes = {node.id: node for node in picture.inventory.nodes}
         states: dict[str, list[FrontendState]] = {service: [] for service in services}
@@ -115,37 +119,23 @@ class Services:
         backends: dict[str, list[Backend]] = defaultdict(list)
         for backend in picture.inventory.backends:
             backends[backend.service].append(backend)
-        health = self._health_of(picture.health)
-        made: dict[str, _Made] = {}
-        changed = self._made.keys() != states.keys()
+        health = self._health.of(picture.health, _health_of)
         for service, its in states.items():
             fronts = [state.frontend for state in its]
-            new = _Input(
-                services.get(service),
-                tuple(its),
-                tuple([applied.frontends.get(frontend) for frontend in fronts]),
-                tuple([self._summaries.get(frontend) for frontend in fronts]),
-                tuple(backends[service]),
-                tuple([nodes.get(backend.node) for backend in backends[service]]),
-                picture.drained,
-                tuple([health.get(target.backend, NOT_KNOWN) for state in its for target in state.targets]),
+            yield (
+                service,
+                _Input(
+                    service,
+                    services.get(service),
+                    tuple(its),
+                    tuple([applied.frontends.get(frontend) for frontend in fronts]),
+                    tuple([self._summaries.get(frontend) for frontend in fronts]),
+                    tuple(backends[service]),
+                    tuple([nodes.get(backend.node) for backend in backends[service]]),
+                    picture.drained,
+                    tuple([health.get(target.backend, NOT_KNOWN) for state in its for target in state.targets]),
+                ),
             )
-            known = self._made.get(service)
-            if known is not None and _same(known.given, new):
-                made[service] = known
-            else:
-                changed = True
-                made[service] = _service(service, new, self._engine, known)
-        self._made = made
-        if changed:
-            self._shown = sorted([each.shown for each in made.values()], key=lambda s: (s["name"], s["id"]))
-
-    def _health_of(self, view: HealthView) -> Mapping[str, _Health]:
-        """Verdict and reason by backend: the same objects for the same view."""
-        if view is not self._told[0]:
-            names = view.verdicts.keys() | view.reasons.keys()
-            self._told = view, {name: (view.of(name), view.reasons.get(name, "")) for name in names}
-        return self._told[1]
 
     def _summarize(self, applied: Applied) -> None:
         """Bring the summaries up to date: a few at once, many in the background, so that nobody waits for them."""
@@ -169,6 +159,15 @@ class Services:
             self._summaries |= made
 
 
+def _by_name(made: Mapping[str, _Made]) -> list[Shown]:
+    return sorted([each.shown for each in made.values()], key=lambda s: (s["name"], s["id"]))
+
+
+def _health_of(view: HealthView) -> Mapping[str, _Health]:
+    """Verdict and reason by backend."""
+    return {name: (view.of(name), view.reasons.get(name, "")) for name in view.verdicts.keys() | view.reasons.keys()}
+
+
 def _same(a: _Input, b: _Input) -> bool:
     """Tables and what is held of them by identity, the rest by value."""
     held = zip((*a.served, *a.summaries), (*b.served, *b.summaries), strict=False)
@@ -180,18 +179,20 @@ def _same(a: _Input, b: _Input) -> bool:
     )
 
 
-def _service(service: str, given: _Input, engine: str, old: _Made | None) -> _Made:
-    """`old`: what was made of an earlier state of it."""
+def _service(engine: str, given: _Input, before: tuple[_Input, _Made] | None) -> _Made:
+    """One service. `before`: an earlier state of it, and what was made of that."""
     backends = {b.id: (b, node) for b, node in zip(given.backends, given.nodes, strict=True)}
-    kept: dict[Frontend, tuple[str, _Kept]] = {}
+    held = before[1].kept if before is not None else {}
+    kept: dict[Frontend, tuple[str, _Targets]] = {}
     frontends = []
     health = iter(given.health)
     for state, entry, summary in zip(given.states, given.served, given.summaries, strict=True):
-        name, before = (old.kept.get(state.frontend) if old else None) or (str(state.frontend), {})
-        if old and old.given.drained != given.drained:
-            before = {}
-        after: _Kept = {}
+        name, cache = held.get(state.frontend) or (str(state.frontend), KeyedCache())
         shares = summary.shares if summary and entry else {}
+        inputs = [
+            (t.backend, (shares.get(t.backend, 0), t, *backends.get(t.backend, GONE), said, given.drained))
+            for t, said in zip(state.targets, health, strict=False)
+        ]
         frontends.append(
             {
                 "frontend": name,
@@ -200,68 +201,28 @@ def _service(service: str, given: _Input, engine: str, old: _Made | None) -> _Ma
                 "digest": summary.digest if summary and entry else "",
                 "panic": state.panic,
                 "served": entry is not None,
-                "targets": _targets(state.targets, health, backends, shares, given.drained, engine, before, after),
+                "targets": list(cache.update(inputs, partial(_target, engine)).values()),
             }
         )
-        kept[state.frontend] = name, after
-    return _Made(given, _about(service, given, old) | {"frontends": frontends}, kept)
+        kept[state.frontend] = name, cache
+    return _Made(_about(given, before) | {"frontends": frontends}, kept)
 
 
-def _about(service: str, given: _Input, old: _Made | None) -> Shown:
+def _about(given: _Input, before: tuple[_Input, _Made] | None) -> Shown:
     """What does not depend on targets."""
-    if old and given.service is not None and given.service is old.given.service:
-        return {key: old.shown[key] for key in ("id", "name", "ports", "options")}
+    if before is not None and given.service is not None and given.service is before[0].service:
+        return {key: before[1].shown[key] for key in ("id", "name", "ports", "options")}
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
     ports = sorted({port.frontend for port in known.ports}) if isinstance(known, Service) else []
-    return {"id": service, "name": name, "ports": [str(port) for port in ports], "options": _options(known.options)}
+    return {"id": given.id, "name": name, "ports": [str(port) for port in ports], "options": to_plain(known.options)}
 
 
-def _targets(
-    targets: Sequence[Target],
-    health: Iterator[_Health],
-    backends: Mapping[str, tuple[Backend | None, Node | None]],
-    shares: Mapping[str, int],
-    drained: Drained,
-    engine: str,
-    before: _Kept,
-    after: _Kept,
-) -> list[Shown]:
-    """One frontend's targets.
-
-    Args:
-        health: of the next targets; as many are taken as there are.
-        before: what the last call made of each, under the same `drained`; where only its slots differ it is copied.
-        after: filled with the same of this call.
-    """
-    found = []
-    for target, verdict in zip(targets, health, strict=False):
-        name = target.backend
-        backend, node = backends.get(name, GONE)
-        slots = shares.get(name, 0)
-        given = (target, backend, node, verdict)
-        known = before.get(name)
-        if known is None or known[0] != given:
-            shown = _target(target, backend, node, verdict, drained, slots, engine)
-        elif known[1]["slots"] == slots:
-            shown = known[1]
-        else:
-            shown = {**known[1], "slots": slots}
-        after[name] = given, shown
-        found.append(shown)
-    return found
-
-
-def _target(
-    target: Target,
-    backend: Backend | None,
-    node: Node | None,
-    health: _Health,
-    drained: Drained,
-    slots: int,
-    engine: str,
-) -> Shown:
-    verdict, reason = health
+def _target(engine: str, given: _TargetInput, before: tuple[_TargetInput, Shown] | None) -> Shown:
+    """One target. `before`: an earlier state of it, and as what that was shown: mostly only the slots differ."""
+    slots, target, backend, node, (verdict, reason), drained = given
+    if before is not None and before[0][1:] == given[1:]:
+        return {**before[1], "slots": slots}
     return {
         "backend": target.backend,
         "name": backend.name if backend else "",
@@ -291,8 +252,3 @@ def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Sum
     table = entry.table
     shares = {names[owner]: slots for owner, slots in table.shares().items() if owner in names}
     return _Summary(table, shares, table.tracked_slots(), table.digest(names))
-
-
-def _options(options: ServiceOptions) -> Shown:
-    plain: Shown = msgspec.to_builtins(options, enc_hook=str)
-    return plain

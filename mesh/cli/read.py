@@ -16,6 +16,8 @@ from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import DaemonRefusedError, Exit
 from mesh.cli.output import _ID_SHOWN, Json, address_port, duration, echo_json, echo_table, node_shown
 from mesh.errors import MeshError
+from mesh.model import ServiceOptions
+from mesh.options import to_plain
 
 LEFT = "mesh.enable=false: left to Docker's own mesh"
 
@@ -167,13 +169,11 @@ def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
 
 
 def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options worth a word in a table: those with one value that is not what nearly everybody has."""
-    usual = {"affinity": "flow", "proxy_protocol": "off", "locality": "cluster", "enable": True}
+    """Options worth a word in a table: those that have not their default, but for what has columns of its own."""
+    usual = to_plain(ServiceOptions())
     for key, value in options.items():
-        if key in usual and value != usual[key]:
-            yield key.replace("_", "-"), value
-        elif key in ("allow", "deny") and value:
-            yield key, _few(value, 3)
+        if value != usual.get(key) and not isinstance(value, dict) and key != "table_size":
+            yield key.replace("_", "-"), _few(value, 3) if isinstance(value, list) else value
 
 
 @click.command(short_help="Who serves: health, share of new connections.")

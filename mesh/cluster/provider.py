@@ -26,6 +26,7 @@ from mesh.cluster.relay_server import RelayServer
 from mesh.cluster.reports import Deaths, Reports, Soon
 from mesh.config.keys import Config
 from mesh.errors import MeshError
+from mesh.incremental import KeyedCache
 from mesh.model import Address, Health, HealthView, Inventory, Node
 from mesh.providers.base import Provider, ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
@@ -76,7 +77,7 @@ class ClusterProvider:
         self._told = HealthView()  # by managers, to a worker
         self._own = HealthView()
         self._health = HealthView()
-        self._shown: dict[str, tuple[Node, Node]] = {}  # a node as it was told, and with what agents say
+        self._shown: KeyedCache[str, tuple[Node, bool, str], Node] = KeyedCache()  # nodes with what agents say
         self._readiness = ReadinessGate(lambda node: self._server is not None and node in self._server.nodes)
         self._let_in: asyncio.TimerHandle | None = None  # when the next newcomer has been waited for long enough
         self._liveness = FailureDetector(config.cluster_port, self._address_of, self._pass_on_soon.ask)
@@ -284,17 +285,19 @@ class ClusterProvider:
     def _nodes(self, inventory: Inventory) -> tuple[Node, ...]:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
         engines = {**(self._server.engines if self._server else {}), self._local.look.node: self.engine}
-        before, self._shown = self._shown, {}
-        for node in inventory.nodes:
-            up, engine = node.up and node.id not in self._liveness.lost, engines.get(node.id, node.engine)
-            known = before.get(node.id)
-            if known is None or known[0] is not node or (known[1].up, known[1].engine) != (up, engine):
-                if known is not None and up and not known[1].up:
-                    self._relay.hurry()
-                known = node, replace(node, up=up, engine=engine)
-            self._shown[node.id] = known
-        nodes = tuple(shown for _, shown in self._shown.values())
+        lost = self._liveness.lost
+        inputs = (
+            (node.id, (node, node.up and node.id not in lost, engines.get(node.id, node.engine)))
+            for node in inventory.nodes
+        )
+        nodes = tuple(self._shown.update(inputs, self._show).values())
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
+
+    def _show(self, given: tuple[Node, bool, str], before: tuple[tuple[Node, bool, str], Node] | None) -> Node:
+        node, up, engine = given
+        if before is not None and up and not before[1].up:
+            self._relay.hurry()
+        return replace(node, up=up, engine=engine)
 
     def _address_of(self, node: str) -> Address | None:
         return next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inventories to what goes over the wire and back, where nearly all is as it was the last time."""
+"""Inventories to wire contents and back. What has not changed since the last call stays the very same object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from mesh.cluster import wire
+from mesh.incremental import KeyedCache, Latest
 from mesh.model import Backend, Inventory, Node, Service
 
 
@@ -15,69 +17,69 @@ class _Named(Protocol):
     def id(self) -> str: ...
 
 
+_id: Final[Callable[[Any], str]] = operator.attrgetter("id")
 _In = TypeVar("_In", bound=_Named)
 _Out = TypeVar("_Out")
 
 
-class Memo(Generic[_In, _Out]):
-    """Translates things that have an id, and remembers what each very object became."""
+class _Translation(Generic[_In, _Out]):
+    """Translates objects that have an id; the same object gives the same object again."""
 
-    def __init__(self, make: Callable[[_In], _Out]) -> None:
-        self._make = make
-        self._given: object = None
-        self._held: dict[str, tuple[_In, _Out]] = {}
-        self._made: dict[str, _Out] = {}
+    def __init__(self, translate: Callable[[_In], _Out]) -> None:
+        self._translate = translate
+        self._all: Latest[object, dict[str, _Out]] = Latest(operator.is_)
+        self._each: KeyedCache[str, _In, _Out] = KeyedCache(operator.is_)
 
-    def of(self, given: Iterable[_In], whole: object) -> dict[str, _Out]:
-        """What they become, by id, in their order. `whole`: an object that is the same only if all of them are."""
-        if whole is not self._given:
-            held, self._held = self._held, {}
-            for thing in given:
-                known = held.get(thing.id)
-                self._held[thing.id] = known if known is not None and known[0] is thing else (thing, self._make(thing))
-            self._made = {key: made for key, (_, made) in self._held.items()}
-            self._given = whole
-        return self._made
+    def of_all(self, given: Sequence[_In]) -> dict[str, _Out]:
+        """The translations by id, in the order of `given`."""
+        return self._all.of(given, lambda _: self._update(zip(map(_id, given), given, strict=True)))
+
+    def of_each(self, given: Mapping[str, _In]) -> dict[str, _Out]:
+        """The same for objects by id. A mapping that was given once is never changed."""
+        return self._all.of(given, lambda _: self._update(given.items()))
+
+    def _update(self, given: Iterable[tuple[str, _In]]) -> dict[str, _Out]:
+        return self._each.update(given, lambda each, _: self._translate(each))
 
 
 class Outgoing:
-    """A manager's inventories, one after the other, as contents."""
+    """Translates a manager's successive inventories to contents."""
 
     def __init__(self) -> None:
-        self._services: Memo[Service, wire.WireService] = Memo(wire.service_of)
-        self._backends: Memo[Backend, wire.WireBackend] = Memo(wire.backend_of)
-        self._nodes: Memo[Node, wire.WireNode] = Memo(wire.node_of)
+        self._services: _Translation[Service, wire.WireService] = _Translation(wire.service_of)
+        self._backends: _Translation[Backend, wire.WireBackend] = _Translation(wire.backend_of)
+        self._nodes: _Translation[Node, wire.WireNode] = _Translation(wire.node_of)
 
     def content(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> wire.Content:
         """An inventory as it goes over the wire."""
         return wire.Content(
-            self._services.of(inventory.services, inventory.services),
-            self._backends.of(inventory.backends, inventory.backends),
-            self._nodes.of(inventory.nodes, inventory.nodes),
+            self._services.of_all(inventory.services),
+            self._backends.of_all(inventory.backends),
+            self._nodes.of_all(inventory.nodes),
             verdicts,
         )
 
 
 class Incoming:
-    """Contents, one after the other, as inventories."""
+    """Translates successive contents to inventories."""
 
     def __init__(self) -> None:
-        self._services: Memo[wire.WireService, Service] = Memo(wire.to_service)
-        self._backends: Memo[wire.WireBackend, Backend] = Memo(wire.to_backend)
-        self._nodes: Memo[wire.WireNode, Node] = Memo(wire.to_node)
+        self._services: _Translation[wire.WireService, Service] = _Translation(wire.to_service)
+        self._backends: _Translation[wire.WireBackend, Backend] = _Translation(wire.to_backend)
+        self._nodes: _Translation[wire.WireNode, Node] = _Translation(wire.to_node)
 
     def inventory(self, content: wire.Content) -> Inventory:
-        """The inventory that a content stands for.
+        """The inventory of a content, sorted by id; its `source` is "relay".
 
         Raises:
-            WireError: a value is out of range; the message names it.
+            WireError: a value is out of range; the message names it. What was translated before stays.
         """
         try:
-            services = self._services.of(content.services.values(), content.services)
-            backends = self._backends.of(content.backends.values(), content.backends)
-            nodes = self._nodes.of(content.nodes.values(), content.nodes)
+            services = self._services.of_each(content.services)
+            backends = self._backends.of_each(content.backends)
+            nodes = self._nodes.of_each(content.nodes)
         except ValueError as error:
-            raise wire.WireError(f"an inventory that cannot be used: {error}", where="relay") from error
+            raise wire.WireError(f"unusable inventory: {error}", where="relay") from error
         return Inventory(_sorted(services), _sorted(backends), _sorted(nodes), source=wire.SOURCE)
 
 

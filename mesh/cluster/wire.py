@@ -14,17 +14,18 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, Node, PublishedPort, Service, ServiceOptions
+from mesh.model import Backend, Node, PublishedPort, Service
+from mesh.options import from_compact, to_compact
 
 VERSION: Final = 2
 OLDEST: Final = 1
 CHANGES: Final = 2  # the version from which a report may tell of digests only what has changed
-SOURCE: Final = "relay"  # of an inventory that was told, not read
+SOURCE: Final = "relay"  # `source` of an inventory received over the relay
 MAX_MESSAGE: Final = 32 << 20  # bytes; a snapshot of 10,000 backends has about 2 MB
 
 
 class WireError(MeshError):
-    """A peer sent what cannot be used; the connection is closed and counted."""
+    """A peer sent an unusable message; the connection is closed and counted."""
 
 
 class Port(msgspec.Struct, array_like=True, frozen=True):
@@ -34,24 +35,11 @@ class Port(msgspec.Struct, array_like=True, frozen=True):
     address: str = "::"
 
 
-class WireOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """ServiceOptions in words."""
-
-    affinity: str = "flow"
-    proxy_protocol: str = "off"
-    table_size: int = model.TABLE_SIZE_DEFAULT
-    locality: str = "cluster"
-    allow: tuple[str, ...] = ()
-    deny: tuple[str, ...] = ()
-    health: tuple[str, str, float, float, int, int] = ("tcp", "/", 2.0, 1.0, 2, 3)
-    enable: bool = True
-
-
 class WireService(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     name: str
     ports: tuple[Port, ...]
-    options: WireOptions = WireOptions()
+    options: dict[str, Any] = {}  # those that have not their default, in the compact form of mesh.options
 
 
 class WireBackend(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,7 +80,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Content(msgspec.Struct, frozen=True):
-    """What one generation holds, keyed by id."""
+    """The contents of one generation, keyed by id."""
 
     services: dict[str, WireService] = {}
     backends: dict[str, WireBackend] = {}
@@ -101,14 +89,14 @@ class Content(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct, tag="snapshot", frozen=True):
-    """All there is."""
+    """The whole state of one generation."""
 
     generation: int
     content: Content
 
 
 class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
-    """The step from `base` to `generation`; without that base the receiver asks for a snapshot."""
+    """The changes from generation `base` to `generation`. A receiver that does not hold `base` asks for a snapshot."""
 
     base: int
     generation: int
@@ -138,7 +126,7 @@ class Report(msgspec.Struct, tag="report", frozen=True):
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
-    """Send a snapshot, then deltas. Also asked again where a delta does not fit."""
+    """Asks for a snapshot, then deltas. Sent again when a delta does not fit."""
 
 
 Message = Hello | Snapshot | Delta | Report | Subscribe
@@ -147,15 +135,15 @@ _DECODER: Final = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    """One frame."""
+    """Encode a message as one frame, MessagePack."""
     return _ENCODER.encode(message)
 
 
 def decode(data: bytes) -> Message:
-    """One frame's message.
+    """Decode one frame.
 
     Raises:
-        WireError: it is not one; the message names the place in it.
+        WireError: it is not a valid message; the error names the place in it.
     """
     try:
         message: Message = _DECODER.decode(data)
@@ -165,10 +153,10 @@ def decode(data: bytes) -> Message:
 
 
 def check_version(hello: Hello) -> None:
-    """Whether both sides understand each other.
+    """Check that both sides speak a common protocol version.
 
     Raises:
-        WireError: they do not; the message says who has to be upgraded.
+        WireError: they do not; the remedy says which side to upgrade.
     """
     if hello.version < OLDEST or hello.oldest > VERSION:
         who = "the peer" if hello.version < OLDEST else "this node"
@@ -181,11 +169,11 @@ def check_version(hello: Hello) -> None:
 
 def service_of(service: Service) -> WireService:
     ports = tuple(Port(p.published, p.target, int(p.protocol), str(p.address)) for p in service.ports)
-    return WireService(service.id, service.name, ports, _options_of(service.options))
+    return WireService(service.id, service.name, ports, to_compact(service.options))
 
 
 def backend_of(backend: Backend) -> WireBackend:
-    """A backend's address is its node's business and is left out."""
+    """The address is left out: only the backend's own node reaches it there."""
     b = backend
     draining = b.intent is model.Intent.DRAINING
     return WireBackend(b.id, b.service, b.node, b.name, b.weight, draining, b.ready, b.container)
@@ -196,12 +184,12 @@ def node_of(node: Node) -> WireNode:
 
 
 def to_service(wire: WireService) -> Service:
-    """Raises ValueError where something is out of range, as `to_backend` and `to_node` do."""
+    """Raises ValueError for a value out of range, as do `to_backend` and `to_node`."""
     ports = (
         PublishedPort(p.published, p.target, model.Protocol(p.protocol), ipaddress.ip_address(p.address))
         for p in wire.ports
     )
-    return Service(wire.id, wire.name, tuple(ports), _options(wire.options))
+    return Service(wire.id, wire.name, tuple(ports), from_compact(wire.options))
 
 
 def to_backend(wire: WireBackend) -> Backend:
@@ -215,38 +203,8 @@ def to_node(wire: WireNode) -> Node:
     return Node(wire.id, wire.name, address, wire.up, wire.weight, wire.engine)
 
 
-def _options_of(options: ServiceOptions) -> WireOptions:
-    check = options.health
-    return WireOptions(
-        options.affinity.value,
-        options.proxy_protocol.value,
-        options.table_size,
-        options.locality.value,
-        tuple(map(str, options.allow)),
-        tuple(map(str, options.deny)),
-        (check.kind.value, check.path, check.interval, check.timeout, check.rise, check.fall),
-        options.enable,
-    )
-
-
-def _options(wire: WireOptions) -> ServiceOptions:
-    kind, path, interval, timeout, rise, fall = wire.health
-    if wire.table_size not in model.TABLE_SIZES:
-        raise ValueError(f"table size {wire.table_size}")
-    return ServiceOptions(
-        wire.enable,
-        model.Affinity(wire.affinity),
-        model.ProxyProtocol(wire.proxy_protocol),
-        model.HealthCheck(model.ProbeKind(kind), path, interval, timeout, rise, fall),
-        wire.table_size,
-        model.Locality(wire.locality),
-        tuple(map(ipaddress.ip_network, wire.allow)),
-        tuple(map(ipaddress.ip_network, wire.deny)),
-    )
-
-
 def diff(old: Snapshot, new: Snapshot) -> Delta:
-    """The step from one snapshot to another."""
+    """The changes from one snapshot to another."""
     before, after = old.content, new.content
 
     def put(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -271,10 +229,10 @@ def diff(old: Snapshot, new: Snapshot) -> Delta:
 
 
 def patch(old: Snapshot, delta: Delta) -> Snapshot:
-    """The snapshot after a step.
+    """Apply a delta to a snapshot.
 
     Raises:
-        WireError: the step does not start where `old` is.
+        WireError: the delta does not start at the generation of `old`.
     """
     if delta.base != old.generation:
         raise WireError(f"a delta from generation {delta.base}, this node has {old.generation}", where="relay")

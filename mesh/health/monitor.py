@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes of the backends on this node: who is due when, how many at once, and what it comes to."""
+"""Probes the backends on this node: schedules the probes, limits their rate, and publishes the results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from mesh.model import (
     Service,
 )
 
-AT_ONCE: Final = 256  # probes under way
-RATE: Final = 1000.0  # probes a second at most; with more backends than that allows, intervals stretch
+AT_ONCE: Final = 256  # maximum number of concurrent probes
+RATE: Final = 1000.0  # maximum number of probes per second; with more backends, intervals stretch
 JITTER: Final = 0.2  # share of an interval by which each probe is moved at random
 STARTING: Final = 0.1  # seconds between probes of a backend that is not listening yet, doubled up to its interval
-AGAIN: Final = 0.1  # seconds between probes that traffic's signals ask for
-GATHER: Final = 0.003  # seconds for which verdicts are gathered: a view of all is made once for many
+AGAIN: Final = 0.1  # minimum seconds between probes triggered by failed connections
+GATHER: Final = 0.003  # seconds for which changed verdicts are batched into one view
 SUSPECT: Final = frozenset({Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE})
 
 
@@ -80,7 +80,7 @@ class Monitor:
         self.counts = {"ok": 0, "failed": 0}
 
     def watch(self, inventory: Inventory) -> None:
-        """Take a new inventory: watch what is new, forget what is gone, keep what is known of the others."""
+        """Take a new inventory: start watching new backends, forget removed ones, keep the state of all others."""
         services = {service.id: service for service in inventory.services}
         kept: dict[str, _Watched] = {}
         for backend in inventory.backends:
@@ -102,7 +102,7 @@ class Monitor:
         self._publish()
 
     def signals(self, signals: Iterable[Signal]) -> None:
-        """Take what traffic told: failures to connect count as bad probes and ask for one at once."""
+        """Take signals from traffic: a failure to connect counts as a bad probe and triggers one at once."""
         for signal in signals:
             watched = self._watched.get(signal.backend)
             if watched is None or signal.ok or signal.cause not in SUSPECT or watched.due == float("inf"):
@@ -171,7 +171,7 @@ class Monitor:
             self._publishing = asyncio.get_running_loop().call_later(GATHER, self._publish)
 
     async def _attempt(self, watched: _Watched) -> None:
-        """Probe port after port until one is good."""
+        """Probe the ports in turn until one succeeds."""
         refused, reasons = True, []
         for port in watched.ports:
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One probe of one address: does somebody accept, and does HTTP answer with a good status."""
+"""One probe of one address: is a TCP connection accepted, and does HTTP answer with status 200 to 399."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINE_MOST: Final = 1024  # bytes of a status line
 
 
 class ProbeError(Exception):
-    """A probe's verdict against a backend, in words. `refused`: nobody listens there, as in the first moments."""
+    """A failed probe, with the reason. `refused`: nothing listens on the port, as is usual just after a start."""
 
     def __init__(self, reason: str, *, refused: bool = False) -> None:
         super().__init__(reason)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the engine's counters and the agent's state to the text that Prometheus scrapes. Pulled: no number is kept.
+"""Turns the engine's counters and the agent's state into the text that Prometheus scrapes. No number is kept here.
 
 The text is written directly: at 10,000 backends a scrape has over 10^5 samples, for which prometheus_client's general
 encoder takes most of a second. It still chooses the format and writes the process's own metrics. The text around the
@@ -13,6 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import prometheus_client
@@ -21,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from mesh.api.view import Json
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import CounterTable
+from mesh.incremental import KeyedCache, Latest
 from mesh.metrics import families as f
 from mesh.metrics import series
 from mesh.metrics.families import Family, Kind
@@ -48,7 +50,7 @@ class Snapshot:
 
 
 class Exposition:
-    """Writes scrapes, on any thread. What it keeps between them is the text of names, never a number."""
+    """Writes scrapes, on any thread. It keeps the text around the numbers between scrapes, never a number."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -152,8 +154,9 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
 
 
 _Lines = tuple[str, str, str, str, str]  # a target's, in the order of _OF_TARGET
-_Target = tuple[Json, str, _Lines]  # itself, its labels and lines
-_Kept = dict[int, _Target]  # of one frontend, by the target's id(), which is its own as long as it is held here
+_Target = tuple[str, _Lines]  # its labels and lines
+_Targets = KeyedCache[tuple[str, int], Json, _Target]  # of one frontend, by backend and port
+_Service = tuple[Rows, dict[str, _Targets]]  # lines by family, and the targets by frontend
 _OF_FRONTEND: Final = (f.SERVED, f.PANIC, f.TARGETS, f.ELIGIBLE, f.TABLE, f.TRACKED)
 _OF_TARGET: Final = (f.BACKEND_WEIGHT, f.BACKEND_SLOTS, f.BACKEND_INFO, f.BACKEND_HEALTHY, f.BACKEND_DRAINING)
 
@@ -164,36 +167,28 @@ class _Services:
 
     def __init__(self) -> None:
         self.names: Mapping[str, str] = {}  # a service's name by frontend
-        self._shown: Sequence[Json] | None = None
-        self._made: dict[str, tuple[Json, Rows, dict[str, _Kept]]] = {}
-        self._blocks: Blocks = {}
+        self._blocks: Latest[Sequence[Json], Blocks] = Latest(operator.is_)
+        self._each: KeyedCache[str, Json, _Service] = KeyedCache(operator.is_)
 
     def blocks(self, services: Sequence[Json]) -> Blocks:
-        if services is self._shown:
-            return self._blocks
-        before = self._made
-        self._made = {}
+        return self._blocks.of(services, self._make)
+
+    def _make(self, services: Sequence[Json]) -> Blocks:
         all_of: Rows = defaultdict(list)
-        for service in services:
-            made = before.get(service["id"])
-            if made is None or made[0] is not service:
-                same = made is not None and made[0]["name"] == service["name"]
-                made = service, *_service(service, made[2] if made is not None and same else {})
-            self._made[service["id"]] = made
-            for family, lines in made[1].items():
+        for found, _ in self._each.update([(service["id"], service) for service in services], _service).values():
+            for family, lines in found.items():
                 all_of[family] += lines
-        self._blocks = {family: "\n".join(lines).encode() for family, lines in all_of.items()}
         self.names = {front["frontend"]: service["name"] for service in services for front in service["frontends"]}
-        self._shown = services
-        return self._blocks
+        return {family: "\n".join(lines).encode() for family, lines in all_of.items()}
 
 
-def _service(service: Json, before: Mapping[str, _Kept]) -> tuple[Rows, dict[str, _Kept]]:
-    """Lines by family; and what is kept of each frontend's targets, for the next time."""
+def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
+    """The lines of one service. `before`: the service as it was, and what was made of it."""
+    held = before[1][1] if before is not None and before[0]["name"] == service["name"] else {}
     lines: Rows = defaultdict(list)
     name = escape(service["name"])
     backends: set[str] = set()
-    kept: dict[str, _Kept] = {}
+    kept: dict[str, _Targets] = {}
     for frontend in service["frontends"]:
         key = frontend["frontend"]
         prefix = f'frontend="{escape(key)}",service="{name}"'
@@ -209,8 +204,9 @@ def _service(service: Json, before: Mapping[str, _Kept]) -> tuple[Rows, dict[str
         )
         for family, value in zip(_OF_FRONTEND, values, strict=True):
             lines[family].append(f"{family.name}{{{labels}}} {value}")
-        kept[key] = _targets(targets, before.get(key, {}), prefix, name)
-        found = [of_target for _, _, of_target in kept[key].values()]
+        kept[key] = held.get(key) or KeyedCache(operator.is_)
+        made = kept[key].update([((t["backend"], t["port"]), t) for t in targets], partial(_target, prefix, name))
+        found = [of_target for _, of_target in made.values()]
         ids = [target["backend"] for target in targets]
         fresh = found
         if not backends.isdisjoint(ids):  # of a service that publishes several ports
@@ -225,30 +221,17 @@ def _service(service: Json, before: Mapping[str, _Kept]) -> tuple[Rows, dict[str
 _OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "address")
 
 
-def _targets(targets: Sequence[Json], before: _Kept, prefix: str, service: str) -> _Kept:
-    """The lines of a frontend's targets, made anew where they are not the same objects as before.
+def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target] | None) -> _Target:
+    """The labels and lines of a target.
 
     Args:
-        prefix: first labels of all.
-        service: as a label's value.
+        prefix: the first labels of all.
+        service: the service's name, escaped.
+        before: the target as it was, and what was made of it: often nothing has changed but the slots.
     """
-    kept: _Kept = {}
-    old: dict[tuple[str, int], _Target] | None = None
-    for target in targets:
-        known = before.get(id(target))
-        if known is None:
-            if old is None:
-                old = {(entry[0]["backend"], entry[0]["port"]): entry for entry in before.values()}
-            known = _target(target, old.get((target["backend"], target["port"])), prefix, service)
-        kept[id(target)] = known
-    return kept
-
-
-def _target(target: Json, old: _Target | None, prefix: str, service: str) -> _Target:
-    """What is kept of a target. `old`: the same of an earlier state of it, of which all may hold but the slots."""
-    if old is not None and _OTHERS(old[0]) == _OTHERS(target):
-        _, labels, (weight, _, info, healthy, draining) = old
-        return target, labels, (weight, f"mesh_backend_slots{{{labels}}} {target['slots']}", info, healthy, draining)
+    if before is not None and _OTHERS(before[0]) == _OTHERS(target):
+        labels, (weight, _, info, healthy, draining) = before[1]
+        return labels, (weight, f"mesh_backend_slots{{{labels}}} {target['slots']}", info, healthy, draining)
     backend = escape(target["backend"])
     labels = f'{prefix},backend="{backend}",port="{target["port"]}"'
     one = f'backend="{backend}",service="{service}"'
@@ -260,7 +243,7 @@ def _target(target: Json, old: _Target | None, prefix: str, service: str) -> _Ta
         f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}",
         f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}",
     )
-    return target, labels, lines
+    return labels, lines
 
 
 def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> list[str]:

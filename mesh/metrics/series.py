@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of a CounterTable as sample lines. The text around the numbers is made once while the rows stay the same."""
+"""Counters of a CounterTable as sample lines. The text around the numbers is kept while the rows stay the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from itertools import accumulate, chain
 from typing import Final, Generic, TypeVar
 
 from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, CounterTable, Failure
+from mesh.incremental import Latest
 from mesh.metrics.families import Family
 
 Blocks = dict[Family, bytes]  # sample lines by family, without the last newline
 _Key = TypeVar("_Key")
+_Rows = tuple[tuple[_Key, ...], Mapping[str, str]]  # the rows' keys, and the services' names by frontend
 
 _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _BOUNDS: Final = (*(f"{bound}" for bound in CONNECT_BUCKETS), "+Inf")
@@ -56,34 +58,31 @@ class Series(Generic[_Key]):
         self._failed = failed
         self._connect = connect
         self._histogram = histogram
-        self._order: tuple[_Key, ...] | None = None
-        self._names: Mapping[str, str] = {}
-        self._labels: list[str] = []
-        self._templates: dict[Family, str] = {}
+        self._text: Latest[_Rows[_Key], tuple[list[str], dict[Family, str]]] = Latest(_same_rows)
 
     def blocks(self, table: CounterTable[_Key], names: Mapping[str, str]) -> Blocks:
         """The lines of all rows."""
-        if table.order is not self._order or names != self._names:
-            self._labels = self._label(table.order, names)
-            self._templates = self._made()
-            self._order, self._names = table.order, names
-        found = {family: self._filled(family, of(table)) for family, of in self._single.items()}
+        labels, templates = self._text.of((table.order, names), self._make_text)
+        found = {family: _filled(templates[family], of(table)) for family, of in self._single.items()}
         for family, (into, out, sparse) in self._double.items():
             pairs = zip(table.column(into), table.column(out), strict=True)
             if sparse:
-                found[family] = "\n".join(self._moved(family, pairs)).encode()
+                found[family] = "\n".join(_moved(family, labels, pairs)).encode()
             else:
-                found[family] = self._filled(family, chain.from_iterable(pairs))
-        found[self._failed] = "\n".join(self._failures(table)).encode()
-        found[self._connect] = "\n".join(self._connects(table)).encode()
+                found[family] = _filled(templates[family], chain.from_iterable(pairs))
+        found[self._failed] = "\n".join(self._failures(table, labels)).encode()
+        found[self._connect] = "\n".join(self._connects(table, labels)).encode()
         return found
 
-    def _filled(self, family: Family, numbers: Iterable[int]) -> bytes:
-        return (self._templates[family] % tuple(numbers)).encode()
+    def _make_text(self, rows: _Rows[_Key]) -> tuple[list[str], dict[Family, str]]:
+        """The labels of all rows, and each family's lines with `%d` in place of its numbers.
 
-    def _made(self) -> dict[Family, str]:
-        """By joining only: it takes a fraction of the time that a format per row does."""
-        labels = self._labels
+        Templates are joined, which takes a fraction of the time of a format per row.
+        """
+        labels = self._label(*rows)
+        return labels, self._templates(labels)
+
+    def _templates(self, labels: list[str]) -> dict[Family, str]:
         if "%" in "".join(labels):
             labels = [label.replace("%", "%%") for label in labels]
         if not labels:
@@ -102,32 +101,41 @@ class Series(Generic[_Key]):
                 made[family] = name + "".join(pieces).removesuffix(f"\n{name}")
         return made
 
-    def _moved(self, family: Family, pairs: Iterable[tuple[int, int]]) -> Iterable[str]:
-        for label, (into, out) in zip(self._labels, pairs, strict=True):
-            if into or out:
-                yield f'{family.name}{{{label},direction="in"}} {into}'
-                yield f'{family.name}{{{label},direction="out"}} {out}'
-
-    def _failures(self, table: CounterTable[_Key]) -> Iterable[str]:
+    def _failures(self, table: CounterTable[_Key], labels: Sequence[str]) -> Iterable[str]:
         for i, cause in enumerate(Failure):
             column = table.column(len(PLAIN) + i)
-            for label, count in zip(self._labels, column, strict=True) if any(column) else ():
+            for label, count in zip(labels, column, strict=True) if any(column) else ():
                 if count:
                     yield f'{self._failed.name}{{{label},cause="{cause.value}"}} {count}'
 
-    def _connects(self, table: CounterTable[_Key]) -> Iterable[str]:
+    def _connects(self, table: CounterTable[_Key], labels: Sequence[str]) -> Iterable[str]:
         name = self._connect.name
         buckets = table.columns[_CONNECT:]
         for row, spent in enumerate(table.column(_SPENT) if buckets else ()):
             if not spent:
                 continue
-            label, counts = self._labels[row], [bucket[row] for bucket in buckets]
+            label, counts = labels[row], [bucket[row] for bucket in buckets]
             total = sum(counts)
             if self._histogram:
                 for bound, sofar in zip(_BOUNDS, accumulate(counts), strict=True):
                     yield f'{name}_bucket{{{label},le="{bound}"}} {sofar}'
             yield f"{name}_sum{{{label}}} {spent / 1e9}"
             yield f"{name}_count{{{label}}} {total}"
+
+
+def _same_rows(a: _Rows[_Key], b: _Rows[_Key]) -> bool:
+    return a[0] is b[0] and a[1] == b[1]
+
+
+def _filled(template: str, numbers: Iterable[int]) -> bytes:
+    return (template % tuple(numbers)).encode()
+
+
+def _moved(family: Family, labels: Sequence[str], pairs: Iterable[tuple[int, int]]) -> Iterable[str]:
+    for label, (into, out) in zip(labels, pairs, strict=True):
+        if into or out:
+            yield f'{family.name}{{{label},direction="in"}} {into}'
+            yield f'{family.name}{{{label},direction="out"}} {out}'
 
 
 def opened(table: CounterTable[_Key]) -> Sequence[int]:

@@ -29,13 +29,32 @@ NODE_WEIGHT: Final = "mesh.weight"
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_CHECK: Final = "health."  # prefix of the health check's fields
 _NOBODY: Final[tuple[Network, ...]] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    accepts: str  # for people
-    parse: Callable[[str], Any]  # raises ValueError
+    """A row of the label table.
+
+    Attributes:
+        accepts: what may be written, for people.
+        parse: the value of a text; raises ValueError or KeyError where there is none.
+        fields: fields of ServiceOptions that `parse` returns a tuple of, those of the health check as "health.NAME".
+            Empty: it returns the value of the one field that is named as the label, with "_" for "-".
+    """
+
+    accepts: str
+    parse: Callable[[str], Any]
+    fields: tuple[str, ...] = ()
+
+
+class _EntriesError(ValueError):
+    """Some entries of a list are wrong; the others can be used."""
+
+    def __init__(self, entries: list[str], rest: tuple[Network, ...]) -> None:
+        super().__init__(*entries)
+        self.entries, self.rest = entries, rest
 
 
 def _boolean(text: str) -> bool:
@@ -79,6 +98,20 @@ def _probe(text: str) -> tuple[ProbeKind, str]:
     return {"tcp": ProbeKind.TCP, "off": ProbeKind.OFF}[kind], "/"
 
 
+def _networks(text: str) -> tuple[Network, ...]:
+    found: list[Network] = []
+    wrong: list[str] = []
+    for entry in text.replace(",", " ").split():
+        try:
+            found.append(ipaddress.ip_network(entry, strict=False))
+        except ValueError:
+            wrong.append(entry)
+    networks = tuple(dict.fromkeys(found))
+    if wrong:
+        raise _EntriesError(wrong, networks)
+    return networks
+
+
 def _table_size(text: str) -> int:
     return {str(size): size for size in TABLE_SIZES}[text]
 
@@ -88,16 +121,17 @@ _OPTIONS: Final[dict[str, _Option]] = {
     "enable": _Option("one of: true, false", _boolean),
     "affinity": _one_of(Affinity),
     "proxy-protocol": _one_of(ProxyProtocol),
-    "health": _Option("one of: tcp, http:/path, off", _probe),
+    "health": _Option("one of: tcp, http:/path, off", _probe, ("health.kind", "health.path")),
     "health.interval": _duration(0.1, 3600),
     "health.timeout": _duration(0.01, 300),
     "health.rise": _integer(1, 100),
     "health.fall": _integer(1, 100),
     "table-size": _Option(f"one of: {', '.join(map(str, TABLE_SIZES))}", _table_size),
     "locality": _one_of(Locality),
-    "allow": _Option(_NETWORKS, str),
-    "deny": _Option(_NETWORKS, str),
+    "allow": _Option(_NETWORKS, _networks),
+    "deny": _Option(_NETWORKS, _networks),
 }
+"""The label table: a new label is a row here, a field in `mesh.model`, and what makes use of the field."""
 KEYS: Final = tuple(_OPTIONS)
 """Names of the options, without prefix."""
 
@@ -117,65 +151,48 @@ def shorten(text: str, limit: int = 60) -> str:
 
 
 class _Reader:
+    """Reads options from text, and gathers what is wrong with it."""
+
     def __init__(self, values: Mapping[str, str], place: Callable[[str], str]) -> None:
-        self.values = values
-        self.place = place
+        self._values = values
+        self._place = place
+        self._fields: dict[str, Any] = {}
         self.problems: list[Problem] = []
 
-    def get(self, key: str, default: Any) -> Any:
-        text = self.values.get(key)
-        if text is None:
-            return default
-        option = _OPTIONS[key]
+    def options(self) -> ServiceOptions:
+        """The options, with the default wherever there is no usable text."""
+        for key, option in _OPTIONS.items():
+            if key in self._values:
+                self._read(key, option)
+        check = {name: value for name, value in self._fields.items() if name.startswith(_CHECK)}
+        own = {name: value for name, value in self._fields.items() if name not in check}
+        return ServiceOptions(
+            **own, health=HealthCheck(**{name.removeprefix(_CHECK): value for name, value in check.items()})
+        )
+
+    def _read(self, key: str, option: _Option) -> None:
+        text = self._values[key]
         try:
-            return option.parse(text.strip())
+            value = option.parse(text.strip())
+        except _EntriesError as wrong:
+            value = self._rest(key, wrong)
         except (ValueError, KeyError):
             remedy = "the default applies until it is corrected"
-            self.problems.append(Problem(self.place(key), f"{shorten(text)} is not {option.accepts}", remedy))
-            return default
+            self.problems.append(Problem(self._place(key), f"{shorten(text)} is not {option.accepts}", remedy))
+            return
+        fields = option.fields or (key.replace("-", "_"),)
+        for name, part in zip(fields, value if option.fields else (value,), strict=True):
+            self._fields.setdefault(name, part)
 
-    def networks(self, key: str) -> tuple[Network, ...]:
-        """The right entries. Where `allow` has none that is right, nobody is let in: an error opens nothing."""
-        found: list[Network] = []
-        wrong = False
-        for entry in self.values.get(key, "").replace(",", " ").split():
-            try:
-                found.append(ipaddress.ip_network(entry, strict=False))
-            except ValueError:
-                wrong = True
-                remedy = "the other entries apply" + (", nobody else is let in" if key == "allow" else "")
-                self.problems.append(
-                    Problem(
-                        self.place(key),
-                        f"{shorten(entry)} is not a network such as 10.0.0.0/8 or 2001:db8::/32",
-                        remedy,
-                    )
-                )
-        self._nobody = key == "allow" and wrong and not found
-        return tuple(dict.fromkeys(found))
-
-    def options(self) -> ServiceOptions:
-        default = ServiceOptions()
-        probe, path = self.get("health", (default.health.kind, default.health.path))
-        allow = self.networks("allow")
-        nobody = self._nobody
-        return ServiceOptions(
-            enable=self.get("enable", default.enable),
-            affinity=self.get("affinity", default.affinity),
-            proxy_protocol=self.get("proxy-protocol", default.proxy_protocol),
-            health=HealthCheck(
-                kind=probe,
-                path=path,
-                interval=self.get("health.interval", default.health.interval),
-                timeout=self.get("health.timeout", default.health.timeout),
-                rise=self.get("health.rise", default.health.rise),
-                fall=self.get("health.fall", default.health.fall),
-            ),
-            table_size=self.get("table-size", default.table_size),
-            locality=self.get("locality", default.locality),
-            allow=allow,
-            deny=_NOBODY if nobody else self.networks("deny"),
-        )
+    def _rest(self, key: str, wrong: _EntriesError) -> tuple[Network, ...]:
+        """The usable entries. Where `allow` has none, nobody is let in: an error opens nothing."""
+        remedy = "the other entries apply" + (", nobody else is let in" if key == "allow" else "")
+        for entry in wrong.entries:
+            message = f"{shorten(entry)} is not a network such as 10.0.0.0/8 or 2001:db8::/32"
+            self.problems.append(Problem(self._place(key), message, remedy))
+        if key == "allow" and not wrong.rest:
+            self._fields["deny"] = _NOBODY
+        return wrong.rest
 
 
 def parse_options(values: Mapping[str, str], place: Callable[[str], str]) -> tuple[ServiceOptions, list[Problem]]:

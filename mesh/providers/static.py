@@ -24,7 +24,7 @@
     address = "192.0.2.2"             # where the other nodes reach it
     engine = "kernel"                 # or "proxy"; default: the same as here
 
-An error anywhere refuses the whole file: what was read before serves on, and the error names file and line.
+An error anywhere rejects the whole file: the last good inventory stays in use, and the error names file and line.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from mesh.model import (
     Protocol,
     PublishedPort,
     Service,
+    ServiceOptions,
 )
 from mesh.providers.base import ProviderStatus, Publish
 from mesh.providers.labels import KEYS, nearest, parse_options
@@ -281,7 +282,7 @@ def _backend(item: _Backend, service: str, path: _Path, here: str) -> Backend:
     )
 
 
-def _options(raw: dict[str, Any], path: _Path) -> Any:
+def _options(raw: dict[str, Any], path: _Path) -> ServiceOptions:
     """Options as labels have them: `health-interval` and a table `health` are other ways to write `health.interval`."""
     names = {key.replace(".", "-"): key for key in KEYS}
     values: dict[str, str] = {}
@@ -350,8 +351,8 @@ class StaticProvider:
             inventory = await asyncio.to_thread(_read, self._path)
         except ProviderError as error:
             if str(error) != self._error:
-                stays = "the last state serves on" if self._last_good is not None else "nothing is served yet"
-                log.error(f"the file cannot be used, {stays}", error=str(error))
+                stays = "keeping the last known state" if self._last_good is not None else "nothing is served yet"
+                log.error(f"invalid services file; {stays}", error=str(error))
             self._error = str(error)
             return
         self._error = ""

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What exists, how it does and what the operator wants, composed into what this node should serve. Pure."""
+"""Composes inventory, health and the operator's wishes into what this node should serve. Pure."""
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mesh.config.keys import Config
+from mesh.incremental import KeyedCache, Latest
 from mesh.model import (
     TABLE_SIZES,
     WEIGHT_MAX,
@@ -45,6 +46,8 @@ class _Member:
 
 
 _Part = tuple[tuple[Problem, ...], tuple[tuple[PublishedPort, FrontendState], ...]]
+_Input = tuple[Service, list[Backend], list[Health | None], list[Node | None], Drained, float]
+"""All that a service's part depends on; verdicts and nodes are by backend, the number is the panic threshold."""
 
 
 @dataclass(slots=True)
@@ -54,10 +57,8 @@ class ComposeCache:
     It never changes what is composed. Not to be used by two threads at once.
     """
 
-    whole: tuple[object, ...] = ()  # what every service depends on
-    parts: dict[str, tuple[tuple[object, ...], _Part]] = field(default_factory=dict)  # input and outcome, by service
-    unsorted: list[Frontend] = field(default_factory=list)
-    ordered: list[Frontend] = field(default_factory=list)
+    parts: KeyedCache[str, _Input, _Part] = field(default_factory=KeyedCache)  # by service id
+    order: Latest[list[Frontend], list[Frontend]] = field(default_factory=Latest)  # unsorted to sorted
 
 
 def compose(
@@ -76,30 +77,25 @@ def compose(
         cache: of the calls before, brought up to date; frontends that are as before are then the same objects.
     """
     cache = cache if cache is not None else ComposeCache()
-    whole = (drained, config.panic_threshold)
-    before = cache.parts if whole == cache.whole else {}
     nodes = {node.id: node for node in inventory.nodes}
     node_of = nodes.get
     backends: defaultdict[str, list[Backend]] = defaultdict(list)
     for backend in sorted(inventory.backends, key=_by_id):
         backends[backend.service].append(backend)
     verdict = health.verdicts.get
+
+    def inputs() -> Iterator[tuple[str, _Input]]:
+        for service in services:
+            its = backends[service.id]
+            verdicts, on = [verdict(backend.id) for backend in its], [node_of(backend.node) for backend in its]
+            yield service.id, (service, its, verdicts, on, drained, config.panic_threshold)
+
+    services = [service for service in sorted(inventory.services, key=_by_id) if service.options.enable]
+    parts = cache.parts.update(inputs(), _part)
     frontends: dict[Frontend, FrontendState] = {}
     problems = list(inventory.problems)
-    parts: dict[str, tuple[tuple[object, ...], _Part]] = {}
-    for service in sorted(inventory.services, key=_by_id):
-        if not service.options.enable:
-            continue
-        its = backends[service.id]
-        given = (service, its, [verdict(backend.id) for backend in its], [node_of(backend.node) for backend in its])
-        known = before.get(service.id)
-        if known is None or known[0] != given:
-            placed = ((b, nodes.get(b.node), _place(b, nodes.get(b.node))) for b in its)
-            members = [_member(b, node, place, health, drained) for b, node, place in placed if place is not None]
-            known = given, _part(service, members, config)
-        parts[service.id] = known
-        problems += _add(frontends, service, known[1])
-    cache.whole, cache.parts = whole, parts
+    for service in services:
+        problems += _add(frontends, service, parts[service.id])
     addresses = {node.address for node in inventory.nodes if node.address is not None}
     by_version = sorted(addresses, key=lambda a: (a.version, a.packed))
     return DesiredState(0, _sorted(frontends, cache), tuple(problems), tuple(by_version))
@@ -109,14 +105,10 @@ _by_id: Final = operator.attrgetter("id")
 
 
 def _sorted(frontends: dict[Frontend, FrontendState], cache: ComposeCache) -> dict[Frontend, FrontendState]:
-    unsorted = list(frontends)
-    if unsorted != cache.unsorted:
-        cache.unsorted, cache.ordered = unsorted, sorted(unsorted)
-    return {frontend: frontends[frontend] for frontend in cache.ordered}
+    return {frontend: frontends[frontend] for frontend in cache.order.of(list(frontends), sorted)}
 
 
-def _member(backend: Backend, node: Node | None, address: Address, health: HealthView, drained: Drained) -> _Member:
-    verdict = health.of(backend.id)
+def _member(backend: Backend, node: Node | None, address: Address, verdict: Health, drained: Drained) -> _Member:
     away = node is not None and not node.up
     reachable = replace(node, up=True) if node is not None and away else node
     probed = verdict if verdict is Health.AWAITED else Health.UNKNOWN
@@ -134,10 +126,17 @@ def _without_those_away(members: Sequence[_Member]) -> tuple[Sequence[_Member], 
     return [replace(m, weight=0, up=False) if m.away else m for m in members], False
 
 
-def _part(service: Service, members: Sequence[_Member], config: Config) -> _Part:
+def _part(given: _Input, _: object) -> _Part:
     """A service by itself: problems, and what each of its ports would be."""
+    service, backends, verdicts, nodes, drained, panic_threshold = given
     problems: list[Problem] = []
-    members, all_away = _without_those_away(members)
+    members, all_away = _without_those_away(
+        [
+            _member(backend, node, place, verdict or Health.UNKNOWN, drained)
+            for backend, verdict, node in zip(backends, verdicts, nodes, strict=True)
+            if (place := _place(backend, node)) is not None
+        ]
+    )
     if all_away:
         problems.append(
             Problem(
@@ -148,7 +147,7 @@ def _part(service: Service, members: Sequence[_Member], config: Config) -> _Part
         )
     eligible = [m for m in members if m.weight]
     healthy = sum(m.up for m in eligible)
-    panic = healthy < len(eligible) and healthy <= config.panic_threshold * len(eligible)
+    panic = healthy < len(eligible) and healthy <= panic_threshold * len(eligible)
     if panic:
         problems.append(
             Problem(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slows removals that look like a source's mistake rather than somebody's wish. Pure: time is an argument.
+"""Holds back removals that look like a fault of the source rather than an intended change. Pure: time is an argument.
 
 What goes at once: anything that had no new flows before it went (draining, not ready, down, drained), one service or
 one backend at a time, and losses of up to `guard_max_removal` of all backends (or services). What is held for

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one writer: whatever changes marks the loop dirty; it composes, guards, plans and applies, on a worker thread."""
+"""The only writer of the datapath: a change wakes the loop, which composes, guards, plans and applies on a worker."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import FOREVER, Guarded, Held, guard
 from mesh.reconcile.plan import doubtful, plan, settle
 
-COALESCE: Final = 0.01  # seconds from the first change to its apply: what comes meanwhile costs nothing more
-BACKOFF: Final = (0.2, 30.0)  # seconds until a failed apply is tried again: first, most; doubled each time
-RESERVED_PLANS: Final = 16  # an id freed by one of so many plans is not given out again
+COALESCE: Final = 0.01  # seconds from the first change to its apply; changes within them share one apply
+BACKOFF: Final = (0.2, 30.0)  # seconds until a failed apply is retried: first and maximum; doubled after each failure
+RESERVED_PLANS: Final = 16  # ids freed by the last so many plans are not reused
 
 _Result = TypeVar("_Result")
 log = structlog.get_logger("mesh.reconcile")
@@ -157,7 +157,7 @@ class Reconciler:
         self._dirty.set()
 
     async def on_worker(self, function: Callable[..., _Result], *args: object) -> _Result:
-        """Call something of the engine on its thread; it is waited for even if the caller is cancelled."""
+        """Call a function of the engine on its thread, and wait for it even if the caller is cancelled."""
         future = asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
         try:
             return await asyncio.shield(future)
@@ -178,7 +178,7 @@ class Reconciler:
         return self.applied
 
     async def run(self) -> None:
-        """Follow changes until cancelled. Errors stay in here, are shown in `counts`, and are retried."""
+        """Follow changes until cancelled. Errors do not leave the loop: they are counted in `counts`, and retried."""
         while True:
             await self._wait()
             await asyncio.sleep(COALESCE)
@@ -194,7 +194,7 @@ class Reconciler:
             self._changed.update(dict.fromkeys(task.settling, self._clock()))  # what stays is due after another calm
 
     async def _wait(self) -> None:
-        """Until something changed, or time has come for what was put off."""
+        """Wait for a change, or until a retry, a settling table or a held removal is due."""
         until = min(self._retry_at, self._next_settling(), min(self._held.values(), default=FOREVER))
         if until < FOREVER:
             try:
@@ -237,7 +237,7 @@ class Reconciler:
         self._held = outcome.guarded.held
         self.applied = outcome.applied
         for message in outcome.guarded.messages:
-            log.warning("guard", message=message)
+            log.warning("guard holds back a removal or lets it go", message=message)
         now = self._clock()
         if not outcome.plan.empty or outcome.error:
             self._count(outcome)
@@ -248,7 +248,7 @@ class Reconciler:
         self._freed.append(frozenset(entry.id for entry in outcome.plan.drop_backends))
         for problem in outcome.problems:
             if problem not in self.problems:
-                log.error("not served as asked", problem=problem)
+                log.error("configuration not fully applied", problem=problem)
         self.problems = outcome.problems
         if outcome.complete:
             self._failures, self._retry_at = 0, FOREVER
@@ -265,9 +265,9 @@ class Reconciler:
         self.counts.count += 1
         self.counts.last_seconds = outcome.seconds
         if outcome.error and outcome.error != self.counts.last_error:
-            log.error("apply failed; what was applied before serves on", error=outcome.error)
+            log.error("apply failed; keeping the last applied state", error=outcome.error)
         elif self.counts.last_error and not outcome.error:
-            log.info("apply works again", failed=self.counts.failed)
+            log.info("apply succeeded again", failed=self.counts.failed)
         self.counts.failed += bool(outcome.error)
         self.counts.last_error = outcome.error
 

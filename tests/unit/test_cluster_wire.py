@@ -112,7 +112,7 @@ def test_unknown_fields_are_ignored_and_unknown_values_named() -> None:
     wire.check_version(hello)
     with pytest.raises(wire.WireError, match="upgrade this node"):
         wire.check_version(wire.Hello(9, 8, "9"))
-    odd = wire.Content(services={"s": wire.WireService("s", "s", (), wire.WireOptions("sticky"))})
+    odd = wire.Content(services={"s": wire.WireService("s", "s", (), {"affinity": "sticky"})})
     with pytest.raises(wire.WireError, match="sticky"):
         Incoming().inventory(odd)
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mesh"
 
 LAYERS = (
     {"model", "errors", "netaddr", "_abi", "__init__"},
-    {"config", "supervisor", "incremental", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"},
+    {"config", "supervisor", "incremental", "options", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"},
     {"providers", "datapath"},
     {"cluster", "health", "reconcile", "metrics"},
     {"api"},

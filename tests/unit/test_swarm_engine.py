@@ -289,7 +289,7 @@ async def test_detect_is_false_for_garbage(peer: Peer) -> None:
     peer.answer = lambda _: BAD["no JSON"]
     with structlog.testing.capture_logs() as said:
         assert not await detect(config)
-    assert [entry["event"] for entry in said] == ["whether there is a swarm is not known: Docker cannot be asked"]
+    assert [entry["event"] for entry in said] == ["cannot tell whether this node is in a swarm: docker does not answer"]
     with structlog.testing.capture_logs() as said:
         assert not await detect(Config(docker_host=f"unix://{peer.path}.none"))
     assert said == []

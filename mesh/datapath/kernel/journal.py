@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal: a file with the names of what the pinned maps hold, which themselves have addresses and numbers only.
+"""The journal: a file that names what the pinned maps hold, because maps hold addresses and numbers only.
 
-The maps are authoritative. Where the journal is missing or does not match them, an agent makes names up for what it
-finds, and the next plan replaces these backends while their connections continue.
+The maps are authoritative. Without a journal, or with one that does not match them, an agent restores the maps under
+made-up names, and the next plan replaces these while connections go on.
 """
 
 from __future__ import annotations
@@ -15,19 +15,8 @@ from typing import Any, Final
 import msgspec
 
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
-from mesh.model import (
-    Address,
-    Affinity,
-    Frontend,
-    FrontendState,
-    HealthCheck,
-    Locality,
-    ProbeKind,
-    Protocol,
-    ProxyProtocol,
-    ServiceOptions,
-    Target,
-)
+from mesh.model import Address, Frontend, FrontendState, Protocol, Target
+from mesh.options import from_compact, to_compact
 
 VERSION: Final = 3
 SPARE: Final = 1 << 16  # bytes of changes for which the file is never rewritten
@@ -55,34 +44,6 @@ def _target_in(row: list[Any]) -> Target:
     return Target(backend, ipaddress.ip_address(address), port, weight, local, node, container, away, engine)
 
 
-def _options_out(options: ServiceOptions) -> dict[str, Any]:
-    health = options.health
-    return {
-        "enable": options.enable,
-        "affinity": options.affinity.value,
-        "proxy_protocol": options.proxy_protocol.value,
-        "health": [health.kind.value, health.path, health.interval, health.timeout, health.rise, health.fall],
-        "table_size": options.table_size,
-        "locality": options.locality.value,
-        "allow": [str(network) for network in options.allow],
-        "deny": [str(network) for network in options.deny],
-    }
-
-
-def _options_in(row: dict[str, Any]) -> ServiceOptions:
-    kind, *rest = row["health"]
-    return ServiceOptions(
-        enable=row["enable"],
-        affinity=Affinity(row["affinity"]),
-        proxy_protocol=ProxyProtocol(row["proxy_protocol"]),
-        health=HealthCheck(ProbeKind(kind), *rest),
-        table_size=row["table_size"],
-        locality=Locality(row["locality"]),
-        allow=tuple(ipaddress.ip_network(text) for text in row["allow"]),
-        deny=tuple(ipaddress.ip_network(text) for text in row["deny"]),
-    )
-
-
 def _place_out(frontend: Frontend) -> list[Any]:
     return [str(frontend.address), frontend.port, int(frontend.protocol)]
 
@@ -101,7 +62,7 @@ def _frontend_out(state: FrontendState) -> dict[str, Any]:
     return {
         "frontend": _place_out(frontend),
         "service": [state.service, state.service_name],
-        "options": _options_out(state.options),
+        "options": to_compact(state.options, whole=True),
         "targets": [_target_out(target) for target in state.targets],
         "panic": state.panic,
     }
@@ -113,7 +74,7 @@ def _frontend_in(row: dict[str, Any]) -> FrontendState:
         frontend=_place_in(row["frontend"]),
         service=service,
         service_name=name,
-        options=_options_in(row["options"]),
+        options=from_compact(row["options"]),
         targets=tuple(_target_in(target) for target in row["targets"]),
         panic=row["panic"],
     )

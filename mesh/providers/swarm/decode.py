@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Engine answered -> Inventory. Pure: the rules of which task receives what are here and nowhere else."""
+"""The Engine's answers -> Inventory. Pure: the rules that decide which task gets traffic live here only."""
 
 from __future__ import annotations
 
 import ipaddress
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import msgspec
 
 from mesh.errors import ProviderError
+from mesh.incremental import KeyedCache, Latest
 from mesh.model import Address, Backend, Intent, Inventory, Node, Problem, PublishedPort, Service
 from mesh.model import Protocol as Transport
 from mesh.providers import labels
@@ -70,11 +71,13 @@ def parse(body: bytes, kind: type[T], source: str) -> T:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProviderError(
-            f"the Engine's answer cannot be used: {error}", where=source, remedy="the last good state serves on"
+            f"unusable answer of the Engine: {error}", where=source, remedy="the last known state stays in use"
         ) from None
 
 
-_Known = tuple[schema.Task, str, Backend | None]  # a task, its service's name, what it is to the mesh
+_Here = tuple[bool, bool, Address | None]  # of a task's container on this node: it runs, is not ready, its address
+_Input = tuple[schema.Task, str, _Here | None]  # a task, its service's name, and its container if it is on this node
+_Parsed = tuple[tuple[T, ...], list[Problem]]
 
 
 def decode(answers: Answers) -> Read:
@@ -83,16 +86,18 @@ def decode(answers: Answers) -> Read:
 
 
 class Decoder:
-    """Decodes reads, one after the other: what is as it was the last time stays the same object.
+    """Decodes successive reads. What has not changed since the last read stays the same object.
 
-    Later steps then see by identity that nearly nothing has changed. Not for two threads at once.
+    Later steps compare by identity first. Not safe for two threads at once.
     """
 
     def __init__(self) -> None:
-        self._services: tuple[bytes | None, tuple[Service, ...], list[Problem]] = (None, (), [])
-        self._nodes: tuple[bytes | None, tuple[Node, ...], list[Problem]] = (None, (), [])
-        self._tasks: dict[str, _Known] = {}
-        self._mine: set[str] = set()  # those on this node
+        self._parse_services: Latest[bytes, _Parsed[Service]] = Latest()
+        self._parse_nodes: Latest[bytes, _Parsed[Node]] = Latest()
+        self._services: _Parsed[Service] = (), []
+        self._nodes: _Parsed[Node] = (), []
+        self._tasks: KeyedCache[str, _Input, Backend | None] = KeyedCache()
+        self._own: dict[str, schema.Task] = {}  # those on this node
         self._backends: tuple[Backend, ...] = ()
 
     def decode(self, answers: Answers) -> Read:
@@ -102,19 +107,11 @@ class Decoder:
             ProviderError: a body cannot be used, or the node is no manager.
         """
         local = _manager(answers)
-        if self._services[0] != answers.services:
-            found: list[Problem] = []
-            services = parse(answers.services, list[schema.Service], "GET /services")
-            self._services = answers.services, _services(services, found), found
+        self._services = self._parse_services.of(answers.services, _services)
         tasks = parse(answers.tasks, list[schema.Task], "GET /tasks")
-        if self._nodes[0] != answers.nodes:
-            found = []
-            nodes = parse(answers.nodes, list[schema.Node], "GET /nodes")
-            self._nodes = answers.nodes, _nodes(nodes, found), found
-        before, self._tasks = self._tasks, {}
-        self._mine.clear()
-        self._take(tasks, before, local)
-        return self._read(local)
+        self._nodes = self._parse_nodes.of(answers.nodes, _nodes)
+        self._own.clear()
+        return self._read(self._tasks.update(self._inputs(tasks, local), _backend), local)
 
     def update(self, answers: Answers, asked: Collection[str]) -> Read:
         """The inventory after a read of some tasks, by id: those that were not found are gone, all others are as they
@@ -125,40 +122,38 @@ class Decoder:
         """
         local = _manager(answers)
         tasks = {task.id: task for task in parse(answers.tasks, list[schema.Task], "GET /tasks")}
-        for gone in asked:
-            if gone not in tasks:
-                self._tasks.pop(gone, None)
-                self._mine.discard(gone)
-        own = (self._tasks[task][0] for task in self._mine if task not in tasks)  # their containers may have changed
-        self._take([*tasks.values(), *own], self._tasks, local)
-        return self._read(local)
+        gone = [task for task in asked if task not in tasks]
+        for task in gone:
+            self._own.pop(task, None)
+        own = [task for key, task in self._own.items() if key not in tasks]  # their containers may have changed
+        return self._read(self._tasks.amend(self._inputs([*tasks.values(), *own], local), gone, _backend), local)
 
-    def _take(self, tasks: Iterable[schema.Task], before: Mapping[str, _Known], local: Local) -> None:
-        names = {service.id: service.name for service in self._services[1]}
+    def _inputs(self, tasks: Iterable[schema.Task], local: Local) -> Iterator[tuple[str, _Input]]:
+        names = {service.id: service.name for service in self._services[0]}
+        addresses = local.addresses or {}
         for task in tasks:
             name = names.get(task.service_id)
             if name is None:
                 continue
-            known = before.get(task.id)
+            here = None
             if task.node_id == local.node:
-                self._mine.add(task.id)
-            if known is None or task.node_id == local.node or known[1] != name or known[0] != task:
-                backend = _backend(task, name, local)
-                known = task, name, known[2] if known is not None and known[2] == backend else backend
-            self._tasks[task.id] = known
+                self._own[task.id] = task
+                container = _container(task)
+                here = container in local.running, container in local.unready, addresses.get(container)
+            yield task.id, (task, name, here)
 
-    def _read(self, local: Local) -> Read:
-        backends = tuple(sorted((b for _, _, b in self._tasks.values() if b is not None), key=_by_id))
+    def _read(self, found: Mapping[str, Backend | None], local: Local) -> Read:
+        backends = tuple(sorted((backend for backend in found.values() if backend is not None), key=_by_id))
         if backends != self._backends:
             self._backends = backends
         inventory = Inventory(
-            services=self._services[1],
+            services=self._services[0],
             backends=self._backends,
-            nodes=self._nodes[1],
-            problems=(*self._nodes[2], *self._services[2]),
+            nodes=self._nodes[0],
+            problems=(*self._nodes[1], *self._services[1]),
             source="swarm",
         )
-        return Read(inventory, local, _unseen((self._tasks[task][0] for task in self._mine), local))
+        return Read(inventory, local, _unseen(self._own.values(), local))
 
 
 _by_id: Final = operator.attrgetter("id")
@@ -220,9 +215,10 @@ def _address(text: str) -> Address | None:
     return None if address.is_unspecified else address
 
 
-def _nodes(nodes: Iterable[schema.Node], problems: list[Problem]) -> tuple[Node, ...]:
-    found = []
-    for node in sorted(nodes, key=lambda n: n.id):
+def _nodes(body: bytes) -> _Parsed[Node]:
+    found: list[Node] = []
+    problems: list[Problem] = []
+    for node in sorted(parse(body, list[schema.Node], "GET /nodes"), key=_by_id):
         name = node.description.hostname or node.id
         weight, wrong = labels.node_weight(name, node.spec.labels or {})
         problems += wrong
@@ -230,13 +226,14 @@ def _nodes(nodes: Iterable[schema.Node], problems: list[Problem]) -> tuple[Node,
         address = _address(node.status.addr) or _address(node.manager_status.addr if node.manager_status else "")
         # A new leader calls every node "unknown" until it has called; only "down" is a verdict.
         found.append(Node(node.id, name, address, node.status.state != "down", weight))
-    return tuple(found)
+    return tuple(found), problems
 
 
-def _services(services: Iterable[schema.Service], problems: list[Problem]) -> tuple[Service, ...]:
+def _services(body: bytes) -> _Parsed[Service]:
     """Services with a port in ingress mode, as allocated (Endpoint.Ports); others are no business of the mesh."""
-    found = []
-    for service in sorted(services, key=lambda s: s.id):
+    found: list[Service] = []
+    problems: list[Problem] = []
+    for service in sorted(parse(body, list[schema.Service], "GET /services"), key=_by_id):
         ports = []
         for port in (service.endpoint.ports if service.endpoint else None) or ():
             if port.publish_mode != "ingress" or not port.published_port:
@@ -252,7 +249,7 @@ def _services(services: Iterable[schema.Service], problems: list[Problem]) -> tu
             options, wrong = labels.service_options(service.spec.name, service.spec.labels or {})
             problems += wrong + labels.misplaced(service.spec.name, service.spec.labels or {}, _of_containers(service))
             found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options))
-    return tuple(found)
+    return tuple(found), problems
 
 
 def _of_containers(service: schema.Service) -> Mapping[str, str]:
@@ -273,29 +270,35 @@ def _unseen(tasks: Iterable[schema.Task], local: Local) -> dict[str, str]:
     return found
 
 
-def _backend(task: schema.Task, service_name: str, local: Local) -> Backend | None:
+def _container(task: schema.Task) -> str:
+    """The id of the task's container; empty while it has none."""
+    return status.container_id if (status := task.status.container_status) else ""
+
+
+def _backend(given: _Input, before: tuple[_Input, Backend | None] | None) -> Backend | None:
     """The task as a backend, or None while it has nothing that could answer.
 
     It drains from the moment its desired state leaves `running`, and is gone when its container has ended: the local
-    Engine knows that before the swarm does.
+    Engine knows that before the swarm does. `before`: an earlier state of the task; a backend that is equal stays the
+    same object.
     """
+    task, service_name, here = given
     state = task.status.state
     draining = task.desired_state != "running"
     if state not in _RUNNING and (draining or state not in _STARTING):
         return None
-    status = task.status.container_status
-    container = status.container_id if status else ""
-    here = task.node_id == local.node
-    if here and container not in local.running:
+    runs, unready, address = here or (True, False, None)
+    if not runs:
         return None
-    return Backend(
+    backend = Backend(
         id=task.id,
         service=task.service_id,
         node=task.node_id,
-        address=(local.addresses or {}).get(container) if here else None,
+        address=address,
         name=f"{service_name}.{task.slot or task.node_id}",
         intent=Intent.DRAINING if draining else Intent.ACTIVE,
-        ready=state in _RUNNING and not (here and container in local.unready),
-        local=here,
-        container=container if here else "",
+        ready=state in _RUNNING and not unready,
+        local=here is not None,
+        container=_container(task) if here is not None else "",
     )
+    return before[1] if before is not None and before[1] == backend else backend

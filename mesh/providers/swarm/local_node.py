@@ -133,7 +133,7 @@ class LocalNode:
                     self._on_change()
             except Exception as error:  # whatever it is: the last look stands
                 if str(error) != self.error:
-                    log.warning("the local Engine cannot be read", error=str(error))
+                    log.warning("local docker cannot be read", error=str(error))
                 self.error, pause = str(error), _RETRY
             self.looked.set()
             await asyncio.sleep(_QUIET)

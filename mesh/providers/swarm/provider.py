@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The swarm provider: re-reads the Engine when the doorbell rings, publishes what it found when it differs.
+"""The swarm provider: re-reads the Engine when the doorbell rings, and publishes the inventory when it has changed.
 
-Where Watch has announced tasks only, these are read again and not all there are, which an Engine takes long to write.
+Where Watch announced nothing but tasks, only those tasks are read: a full list takes an Engine long to write.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.events import Overlay
 from mesh.providers.swarm.watch import watch
 
-_QUIET_SECONDS: Final = 0.02  # at least so long between the end of a read and the next
-_QUIET_SHARE: Final = 1.0  # and so many times as long as the read took, so that a slow Engine is not swamped
+_QUIET_SECONDS: Final = 0.02  # minimum pause between the end of a read and the next
+_QUIET_SHARE: Final = 1.0  # pause as a share of the time that the read took, so that a slow Engine is not overloaded
 _QUIET_MOST: Final = 2.0
 _RETRY_FIRST: Final = 0.2
 _RETRY_MOST: Final = 3.0
-_STREAM_CALM: Final = 5.0  # a stream that lived so long starts its retries from the first again
+_STREAM_CALM: Final = 5.0  # a stream that lived this long resets the retry delay
 
 _EARLY: Final = ("pause", "unpause")  # the Engine's list shows them only some time after the event
 _LATER: Final = 0.5  # seconds after which to read again because of these
-_SOME: Final = 256  # tasks that are asked for by name; more are read with all others
+_SOME: Final = 256  # maximum number of tasks read by id; for more, everything is read
 
 log = structlog.get_logger()
 
@@ -148,7 +148,7 @@ class SwarmProvider:
                 retry = min(retry * 2, _RETRY_MOST)
                 continue
             if self._error:
-                log.info("docker can be read again")
+                log.info("docker is reachable again")
                 self._error = ""
             retry = _RETRY_FIRST
             took = time.monotonic() - started
@@ -166,12 +166,12 @@ class SwarmProvider:
         return await asyncio.to_thread(self._decoder.update, await engine.read_tasks(tasks), tasks)
 
     def _failed(self, error: Exception) -> None:
-        """Whatever went wrong, also what nobody thought of: the last state serves on, and the read is tried again."""
+        """Log a failed read, whatever its cause. The last known state stays in use, and the read is retried."""
         foreseen = isinstance(error, ProviderError)
         said = str(error) if foreseen else f"{type(error).__name__}: {error}"
         if said != self._error:
-            stays = "the last state serves on" if self._last_good is not None else "nothing is served yet"
-            log.warning(f"docker cannot be read, {stays}", error=said, exc_info=not foreseen)
+            stays = "keeping the last known state" if self._last_good is not None else "nothing is served yet"
+            log.warning(f"docker cannot be read; {stays}", error=said, exc_info=not foreseen)
         self._error = said
 
     def _interval(self) -> float:
@@ -201,7 +201,7 @@ class SwarmProvider:
         known = set(self._published.problems) if self._published else set()
         for problem in inventory.problems:
             if problem not in known:
-                log.warning("label cannot be used", problem=str(problem))
+                log.warning("invalid label ignored", problem=str(problem))
         self._published = inventory
         self._publish(inventory)
 
@@ -225,7 +225,7 @@ class SwarmProvider:
             async for tasks in rings:
                 if not self._watching:
                     self._watching = True
-                    log.info("changes are announced by the swarm", doorbell="watch")
+                    log.info("following changes announced by the swarm", doorbell="watch")
                     tasks = None  # noqa: PLW2901 -- nor what happened before
                 self._bell.ring(tasks)
 
@@ -239,7 +239,7 @@ class SwarmProvider:
                 await follow()
             except ProviderError as error:
                 if str(error) != said:
-                    log.info("changes are not announced for now", doorbell=name, reason=str(error))
+                    log.info("change stream ended; retrying", doorbell=name, reason=str(error))
                 said = str(error)
             finally:
                 if name == "watch":
@@ -264,7 +264,7 @@ async def detect(config: Config) -> bool:
         return (await engine.info()).swarm.local_node_state == "active"
     except ProviderError as error:
         if _is_there(config.docker_host):
-            log.warning("whether there is a swarm is not known: Docker cannot be asked", error=str(error))
+            log.warning("cannot tell whether this node is in a swarm: docker does not answer", error=str(error))
         return False
     finally:
         await engine.close()
