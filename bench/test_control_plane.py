@@ -22,7 +22,7 @@ from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
 from mesh.api.services import Services
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
-from mesh.datapath.counters import Table
+from mesh.datapath.counters import CounterTable
 from mesh.datapath.kernel import loader
 from mesh.datapath.kernel.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.kernel.maps import KernelMaps
@@ -155,7 +155,7 @@ def test_compose_one_of_10000_backends_changed(benchmark: BenchmarkFixture):
 def by_column(services: int, replicas: int) -> Snapshot:
     """A snapshot with counters as the engines give them."""
     shown = snapshot(services, replicas)
-    tables = Table.of(shown.stats.frontends), Table.of(shown.stats.backends)
+    tables = CounterTable.of(shown.stats.frontends), CounterTable.of(shown.stats.backends)
     return dataclasses.replace(shown, stats=dataclasses.replace(shown.stats, frontends=tables[0], backends=tables[1]))
 
 

@@ -123,7 +123,7 @@ class Explanation:
 
 
 class Datapath(Protocol):
-    """An engine. Implementations: MemoryDatapath, proxy.ProxyDatapath, kernel.KernelDatapath.
+    """An engine. Implementations: proxy.ProxyDatapath, kernel.KernelDatapath.
 
     Each reaches the targets of other nodes (Target.via) too, whatever engine those have, and takes flows for this
     node's targets from them.

@@ -48,13 +48,13 @@ PLAIN: Final = ("opened", "closed", "retried", "bytes_in", "bytes_out", "packets
 
 
 COLUMNS: Final = (*PLAIN, *Failure, *CONNECT_BUCKETS, float("inf"))
-"""What the columns of a Table are, in their order: sums, failures by cause, connect times by bucket."""
+"""What the columns of a CounterTable are, in their order: sums, failures by cause, connect times by bucket."""
 
 
 _Key = TypeVar("_Key")
 
 
-class Table(Mapping[_Key, Counters]):
+class CounterTable(Mapping[_Key, Counters]):
     """Counters by column: many rows are read and shown without an object for each; as a mapping it makes them.
 
     Args:
@@ -68,9 +68,9 @@ class Table(Mapping[_Key, Counters]):
         self.columns = columns
 
     @classmethod
-    def of(cls, rows: Mapping[_Key, Counters]) -> Table[_Key]:
-        """A Table of any mapping; the mapping itself if it is one."""
-        if isinstance(rows, Table):
+    def of(cls, rows: Mapping[_Key, Counters]) -> CounterTable[_Key]:
+        """A CounterTable of any mapping; the mapping itself if it is one."""
+        if isinstance(rows, CounterTable):
             return rows
         found = list(rows.values())
         columns = [[int(getattr(c, name)) for c in found] for name in PLAIN[:-1]]

@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 
 from mesh.api.view import Json
 from mesh.datapath.base import BackendKey, Stats
-from mesh.datapath.counters import Table
+from mesh.datapath.counters import CounterTable
 from mesh.metrics import families as f
 from mesh.metrics import series
 from mesh.metrics.families import Family, Kind
@@ -101,8 +101,8 @@ class Exposition:
         found = {family: "\n".join(lines).encode() for family, lines in agent.items()}
         with self._lock:
             found |= self._services.blocks(state["services"])
-            found |= self._frontends.blocks(Table.of(stats.frontends), self._services.names)
-            found |= self._backends.blocks(Table.of(stats.backends), self._services.names)
+            found |= self._frontends.blocks(CounterTable.of(stats.frontends), self._services.names)
+            found |= self._backends.blocks(CounterTable.of(stats.backends), self._services.names)
         result = {family: found[family] for family in sorted(found, key=_ORDER.__getitem__) if found[family]}
         for kind, values in ((Kind.GAUGE, stats.gauges), (Kind.COUNTER, stats.totals)):
             for name in sorted(values):

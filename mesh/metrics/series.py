@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of a Table as sample lines: the text around the numbers is made once for rows that stay as they are."""
+"""A CounterTable as sample lines: the text around the numbers is made once for rows that stay as they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Final, Generic, TypeVar
 
-from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, Failure, Table
+from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, CounterTable, Failure
 from mesh.metrics.families import Family
 
 Blocks = dict[Family, bytes]  # sample lines by family, without the last newline
@@ -44,7 +44,7 @@ class Series(Generic[_Key]):
         self,
         labels: Callable[[Sequence[_Key], Mapping[str, str]], list[str]],
         *,
-        single: Mapping[Family, Callable[[Table[_Key]], Sequence[int]]],
+        single: Mapping[Family, Callable[[CounterTable[_Key]], Sequence[int]]],
         double: Mapping[Family, tuple[int, int, bool]],
         failed: Family,
         connect: Family,
@@ -61,7 +61,7 @@ class Series(Generic[_Key]):
         self._labels: list[str] = []
         self._templates: dict[Family, str] = {}
 
-    def blocks(self, table: Table[_Key], names: Mapping[str, str]) -> Blocks:
+    def blocks(self, table: CounterTable[_Key], names: Mapping[str, str]) -> Blocks:
         """The lines of all rows."""
         if table.order is not self._order or names != self._names:
             self._labels = self._label(table.order, names)
@@ -108,14 +108,14 @@ class Series(Generic[_Key]):
                 yield f'{family.name}{{{label},direction="in"}} {into}'
                 yield f'{family.name}{{{label},direction="out"}} {out}'
 
-    def _failures(self, table: Table[_Key]) -> Iterable[str]:
+    def _failures(self, table: CounterTable[_Key]) -> Iterable[str]:
         for i, cause in enumerate(Failure):
             column = table.column(len(PLAIN) + i)
             for label, count in zip(self._labels, column, strict=True) if any(column) else ():
                 if count:
                     yield f'{self._failed.name}{{{label},cause="{cause.value}"}} {count}'
 
-    def _connects(self, table: Table[_Key]) -> Iterable[str]:
+    def _connects(self, table: CounterTable[_Key]) -> Iterable[str]:
         name = self._connect.name
         buckets = table.columns[_CONNECT:]
         for row, spent in enumerate(table.column(_SPENT) if buckets else ()):
@@ -130,19 +130,19 @@ class Series(Generic[_Key]):
             yield f"{name}_count{{{label}}} {total}"
 
 
-def opened(table: Table[_Key]) -> Sequence[int]:
+def opened(table: CounterTable[_Key]) -> Sequence[int]:
     return table.column(_OPENED)
 
 
-def closed(table: Table[_Key]) -> Sequence[int]:
+def closed(table: CounterTable[_Key]) -> Sequence[int]:
     return table.column(_CLOSED)
 
 
-def active(table: Table[_Key]) -> Sequence[int]:
+def active(table: CounterTable[_Key]) -> Sequence[int]:
     return [a - b for a, b in zip(table.column(_OPENED), table.column(_CLOSED), strict=True)]
 
 
-def retried(table: Table[_Key]) -> Sequence[int]:
+def retried(table: CounterTable[_Key]) -> Sequence[int]:
     return table.column(_RETRIED)
 
 

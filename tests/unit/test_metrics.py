@@ -16,7 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from mesh.datapath.base import BackendKey
-from mesh.datapath.counters import COLUMNS, PLAIN, Counters, Failure, Table
+from mesh.datapath.counters import COLUMNS, PLAIN, Counters, CounterTable, Failure
 from mesh.datapath.kernel.fallback import added
 from mesh.metrics import families
 from mesh.metrics.exposition import Exposition, Snapshot, collect, render
@@ -136,15 +136,15 @@ def test_promtool_finds_nothing_to_object_to(size: tuple[int, int]) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
-def rows_of(numbers: list[list[int]]) -> Table[str]:
+def rows_of(numbers: list[list[int]]) -> CounterTable[str]:
     """A table of rows "0", "1", ... with these numbers in the order of COLUMNS."""
-    return Table(tuple(str(i) for i in range(len(numbers))), list(zip(*numbers, strict=True)))
+    return CounterTable(tuple(str(i) for i in range(len(numbers))), list(zip(*numbers, strict=True)))
 
 
 @given(st.lists(st.lists(st.integers(0, 2**63), min_size=len(COLUMNS), max_size=len(COLUMNS)), min_size=1, max_size=5))
 def test_a_table_is_the_mapping_that_it_shows(numbers: list[list[int]]) -> None:
     table = rows_of([[closed + opened % 1000, closed, *rest] for opened, closed, *rest in numbers])
-    again = Table.of(dict(table))
+    again = CounterTable.of(dict(table))
     assert again == table and len(table) == len(numbers)
     spent = PLAIN.index("connect_ns")  # shown in seconds
     for i in range(len(COLUMNS)):
@@ -153,7 +153,7 @@ def test_a_table_is_the_mapping_that_it_shows(numbers: list[list[int]]) -> None:
 
 
 def test_the_proxy_beside_is_added_up() -> None:
-    kernel = Table(("a", "b"), [[5, 6], [1, 2]])
+    kernel = CounterTable(("a", "b"), [[5, 6], [1, 2]])
     proxy = rows_of([[1] * len(COLUMNS), [0] * len(COLUMNS), [2] * len(COLUMNS)])
     both = added(kernel, proxy, {"0": "b", "1": "x", "2": "c"}.get)
     assert list(both) == ["a", "b", "c"]
@@ -167,7 +167,9 @@ def test_text_that_is_kept_follows_what_it_names() -> None:
     kept = Exposition()
     for services, backends in ((1, 2), (2, 3), (2, 3), (1, 3), (0, 0), (2, 1)):
         snap = snapshot(services, backends)
-        columns = replace(snap.stats, frontends=Table.of(snap.stats.frontends), backends=Table.of(snap.stats.backends))
+        columns = replace(
+            snap.stats, frontends=CounterTable.of(snap.stats.frontends), backends=CounterTable.of(snap.stats.backends)
+        )
         for shown in (replace(snap, stats=columns), replace(snap, stats=columns, ready=False)):
             assert kept.collect(shown) == Exposition().collect(shown)
     renamed = state(2, 1)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats
-from mesh.datapath.counters import COLUMNS, Table
+from mesh.datapath.counters import COLUMNS, CounterTable
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
@@ -65,7 +65,9 @@ def for_peers(applied: Applied) -> dict[BackendKey, BackendEntry]:
     return {key: entry for key, entry in applied.backends.items() if entry.target.via is None}
 
 
-def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | None]) -> Table[_Key]:
+def added(
+    table: CounterTable[_Key], more: CounterTable[_Key], name: Callable[[_Key], _Key | None]
+) -> CounterTable[_Key]:
     """`table` with what the rows of `more` counted, under the keys that `name` gives them; None: left out."""
     moved = {row for column in more.columns if any(column) for row, n in enumerate(column) if n}
     if not moved:
@@ -82,7 +84,7 @@ def added(table: Table[_Key], more: Table[_Key], name: Callable[[_Key], _Key | N
             if at == len(column):
                 column.append(0)
             column[at] += source[row]
-    return Table(table.order if len(rows) == len(table.order) else tuple(rows), columns)
+    return CounterTable(table.order if len(rows) == len(table.order) else tuple(rows), columns)
 
 
 class Fallback:
@@ -171,8 +173,8 @@ class Fallback:
             known = names[row[0]]
             return (known, row[1]) if known in applied.frontends and row[1] in applied.backends else None
 
-        frontends = added(Table.of(stats.frontends), Table.of(ours.frontends), front)
-        backends = added(Table.of(stats.backends), Table.of(ours.backends), pair)
+        frontends = added(CounterTable.of(stats.frontends), CounterTable.of(ours.frontends), front)
+        backends = added(CounterTable.of(stats.backends), CounterTable.of(ours.backends), pair)
         return dataclasses.replace(
             stats,
             frontends=frontends,

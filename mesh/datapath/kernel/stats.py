@@ -11,7 +11,7 @@ from typing import Final
 from mesh import _bpf
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath.base import OWNER_FIRST, Applied, BackendKey, Choice, Explanation, Stats
-from mesh.datapath.counters import Table
+from mesh.datapath.counters import CounterTable
 from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.maps import KernelMaps, Served
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
@@ -54,7 +54,7 @@ class Order:
 
 
 def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> list[Sequence[int]]:
-    """Rows of mesh_counts as columns of a Table. UDP has no end: its flows count as closed, none as active."""
+    """Rows of mesh_counts as columns of a CounterTable. UDP has no end: its flows count as closed, none as active."""
     data = memoryview(raw).cast("Q").tolist()
     width = codec.COUNTS.size // 8
     packets_in, bytes_in, packets_out, bytes_out, opened, ended = (
@@ -69,10 +69,10 @@ def read(maps: KernelMaps, order: Order) -> Stats:
     """All counters."""
     raw = maps.counts("mesh_fe_metrics", max(order.numbers, default=0) + 1)
     columns = _columns(raw, order.numbers, [frontend.protocol for frontend in order.frontends])
-    frontends = Table(order.frontends, columns)
+    frontends = CounterTable(order.frontends, columns)
     raw = maps.counts("mesh_be_metrics", max(order.ids, default=0) + 1)
     columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])
-    backends = Table(order.backends, columns)
+    backends = CounterTable(order.backends, columns)
     raw = maps.counts("mesh_verdicts", len(VERDICTS))
     verdicts = {name: codec.unpack_u64(raw[8 * i : 8 * i + 8]) for i, name in enumerate(VERDICTS)}
     tracked = any(entry.table.tracked for entry in order.applied.frontends.values())

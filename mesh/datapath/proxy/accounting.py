@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mesh._fastpath import Engine, Front, Pair, read_columns
 from mesh.datapath.base import BackendKey, FrontendEntry, Signal
-from mesh.datapath.counters import COLUMNS, PLAIN, Failure, Table
+from mesh.datapath.counters import COLUMNS, PLAIN, CounterTable, Failure
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Accounting:
         for key, pair in record.pairs.items():
             self._leaving[id(pair)] = record, key
 
-    def counters(self) -> tuple[Table[Frontend], Table[tuple[Frontend, BackendKey]]]:
+    def counters(self) -> tuple[CounterTable[Frontend], CounterTable[tuple[Frontend, BackendKey]]]:
         """All counters, by frontend and by backend of a frontend.
 
         A frontend's `failed` counts what its clients saw, a backend's every attempt.
@@ -156,7 +156,7 @@ class Accounting:
         for row, retired in order.retired:
             for column, number in zip(frontends, retired, strict=True):
                 column[row] += number
-        return Table(order.frontends, frontends), Table(order.keys, backends)
+        return CounterTable(order.frontends, frontends), CounterTable(order.keys, backends)
 
     def signals(self) -> Sequence[Signal]:
         """What traffic told since the last call."""
