@@ -266,7 +266,7 @@ class ClusterProvider:
         if not self._reads:
             self._pass_on()
 
-    def _pass_on(self, verdicts: dict[str, wire.Verdict] | None = None) -> None:
+    def _pass_on(self, verdicts: dict[str, wire.HealthReport] | None = None) -> None:
         """Publish what is known now, and to other nodes where this one is a manager: with these verdicts, or those that
         are known now."""
         if self._inventory is None:
@@ -314,23 +314,23 @@ class ClusterProvider:
             self._told = view
             self._merge_health()
 
-    def _verdicts(self) -> dict[str, wire.Verdict]:
+    def _verdicts(self) -> dict[str, wire.HealthReport]:
         """All that is known of all backends: what each node says of its own, and who is new."""
         found = self._reports.verdicts
         known = {b.id for b in self._inventory.backends} if self._inventory else set()
         said = {key: verdict for key, verdict in {**found, **self._own_verdicts()}.items() if key in known}
         return self._readiness.apply(said)
 
-    def _own_verdicts(self) -> dict[str, wire.Verdict]:
+    def _own_verdicts(self) -> dict[str, wire.HealthReport]:
         """This node's word for its own backends; one that the others cannot see to have ended, or to be unready, is
         down to them."""
         found = {
-            key: wire.Verdict(health.value, self._own.reasons.get(key, ""))
+            key: wire.health_report(health, self._own.reasons.get(key, ""))
             for key, health in self._own.verdicts.items()
             if health is not Health.UNKNOWN
         }
         if self._reads:
-            return found | {t: wire.Verdict(Health.DOWN.value, why) for t, why in self._swarm.unseen.items()}
+            return found | {t: wire.health_report(Health.DOWN, why) for t, why in self._swarm.unseen.items()}
         if self._inventory is None:
             return found
         node = self._local.look.node
@@ -339,14 +339,14 @@ class ClusterProvider:
             if backend.node == node and backend.ready:
                 here = mine.get(backend.id)
                 if here is None or not here.ready:
-                    found[backend.id] = wire.Verdict(Health.DOWN.value, "not ready" if here else "no container runs")
+                    found[backend.id] = wire.health_report(Health.DOWN, "not ready" if here else "no container runs")
         return found
 
     def _merge_health(self) -> None:
         verdicts = self._verdicts() if self._reads else None
         others = self._told if verdicts is None else view_of(verdicts)
         told = others.of
-        own = {k: v for k, v in self._own.verdicts.items() if v is Health.UP or told(k) is not Health.AWAITED}
+        own = {k: v for k, v in self._own.verdicts.items() if v is Health.UP or told(k) is not Health.PENDING}
         view = HealthView(
             {**others.verdicts, **own},
             {**{k: r for k, r in others.reasons.items() if k not in own}, **self._own.reasons},

@@ -22,7 +22,7 @@ from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.relay_server import CLOSED
 from mesh.cluster.translate import Incoming
 from mesh.errors import MeshError, plain
-from mesh.model import Health, HealthView
+from mesh.model import HealthView
 from mesh.providers.base import ProviderStatus, Publish
 
 _CONNECT_TIMEOUT: Final = 1.5
@@ -319,10 +319,9 @@ class RelayProvider:
             self._on_verdicts(view_of(snapshot.content.verdicts))
 
 
-def view_of(verdicts: dict[str, wire.Verdict]) -> HealthView:
+def view_of(verdicts: dict[str, wire.HealthReport]) -> HealthView:
     """Verdicts off the wire as the reconciler takes them; a health that is not known yet is UNKNOWN."""
-    known = {health.value: health for health in Health}
     return HealthView(
-        {key: known.get(verdict.health, Health.UNKNOWN) for key, verdict in verdicts.items()},
+        {key: wire.health_of(verdict) for key, verdict in verdicts.items()},
         {key: verdict.reason for key, verdict in verdicts.items() if verdict.reason},
     )

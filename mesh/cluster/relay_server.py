@@ -93,7 +93,7 @@ class RelayServer:
         self._outgoing = Outgoing()
         self._known: object = None  # the backends that are in `_owners`
         self._snapshot = wire.Snapshot(0, wire.Content())
-        self._next: tuple[Inventory, dict[str, wire.Verdict]] | None = None  # to be told soon
+        self._next: tuple[Inventory, dict[str, wire.HealthReport]] | None = None  # to be told soon
         self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
@@ -133,7 +133,7 @@ class RelayServer:
             if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
                 self._report(peer, peer.early)
 
-    def publish(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> None:
+    def publish(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> None:
         """Hand a new state to all subscribers: at once, or with what comes meanwhile when they have time for it."""
         self.know(inventory)
         self._next = inventory, verdicts

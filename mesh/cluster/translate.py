@@ -48,7 +48,7 @@ class Outgoing:
         self._backends: Memo[Backend, wire.WireBackend] = Memo(wire.backend_of)
         self._nodes: Memo[Node, wire.WireNode] = Memo(wire.node_of)
 
-    def content(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> wire.Content:
+    def content(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> wire.Content:
         """An inventory as it goes over the wire."""
         return wire.Content(
             self._services.of(inventory.services, inventory.services),

@@ -11,7 +11,7 @@ import pytest
 
 from mesh.cluster import provider as agent_cluster
 from mesh.cluster.provider import ClusterProvider
-from mesh.cluster.wire import Report, Verdict
+from mesh.cluster.wire import HealthReport, Report
 from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Node
 from mesh.providers.base import ProviderStatus
@@ -26,9 +26,9 @@ def test_a_manager_tells_the_others_what_its_own_engine_knows() -> None:
     provider._reads = True  # a manager
     provider._swarm._read = decode(answers(tasks=[task("t1"), task("t2")], running=["c-t1", "c-t2"]))
     provider.own_health(HealthView({"t1": Health.UP, "t2": Health.UP}))
-    assert provider._own_verdicts() == {"t1": Verdict("up"), "t2": Verdict("up")}
+    assert provider._own_verdicts() == {"t1": HealthReport("up"), "t2": HealthReport("up")}
     provider._swarm._overlay.hear(event("die"), 1)
-    assert provider._own_verdicts() == {"t1": Verdict("down", "no container runs"), "t2": Verdict("up")}
+    assert provider._own_verdicts() == {"t1": HealthReport("down", "no container runs"), "t2": HealthReport("up")}
 
 
 class Server:
@@ -37,7 +37,7 @@ class Server:
     def __init__(self, *nodes: str) -> None:
         self.nodes, self.engines = dict.fromkeys(nodes, ""), dict[str, str]()
         self.tells: list[bool] = []
-        self.told: list[dict[str, Verdict]] = []
+        self.told: list[dict[str, HealthReport]] = []
 
     def tell(self, tells: bool) -> None:
         self.tells.append(tells)
@@ -45,7 +45,7 @@ class Server:
     def know(self, inventory: Inventory) -> None:
         pass
 
-    def publish(self, inventory: Inventory, verdicts: dict[str, Verdict]) -> None:
+    def publish(self, inventory: Inventory, verdicts: dict[str, HealthReport]) -> None:
         self.told.append(verdicts)
 
 
@@ -77,7 +77,7 @@ async def test_a_manager_whose_engine_is_back_reads_once_all_nodes_report_to_it(
     provider._reads, provider._since = True, clock.now
     read = Inventory((), BACKENDS, NODES, source="swarm")
     provider._on_read(read)
-    provider._reports.take("b", Report({"t-b": Verdict("down", "refused")}, reads=True))
+    provider._reports.take("b", Report({"t-b": HealthReport("down", "refused")}, reads=True))
     assert provider._may_read()
 
     engine = ProviderStatus("swarm", connected=False, age_seconds=0.0)
@@ -101,7 +101,7 @@ async def test_a_manager_whose_engine_is_back_reads_once_all_nodes_report_to_it(
     assert provider._may_read()
     provider._turn(True)
     assert (provider._inventory.backends, server.tells) == (BACKENDS[:2], [False, True])
-    assert server.told[-1] == {"t-b": Verdict("down", "refused")}
+    assert server.told[-1] == {"t-b": HealthReport("down", "refused")}
 
 
 async def test_a_manager_does_not_wait_for_agents_that_are_not_there(clock: Clock) -> None:
