@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 
 from mesh.datapath.base import Applied, Datapath
-from mesh.datapath.memory import MemoryDatapath
 from mesh.model import (
     ANY_ADDRESS,
     Affinity,
@@ -26,6 +25,7 @@ from mesh.model import (
 )
 from mesh.reconcile.plan import plan
 from tests.oracle import selection
+from tests.support.memory import MemoryDatapath
 
 SIZE = 1021
 

@@ -42,8 +42,8 @@ class Locator:
     """Finds backends. Remembers routes until interfaces or addresses change.
 
     Args:
-        floating: addresses that the node may get at any time; they count as its own (config key `vips`), so that the
-            first packet is served that comes for them.
+        floating: addresses that the node may get at any time; they count as its own (config key
+            `floating_addresses`), so that the first packet is served that comes for them.
     """
 
     def __init__(self, netlink: Netlink, floating: frozenset[Address] = frozenset()) -> None:
