@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that forwards nothing: it holds what it is given and answers look-ups. For tests and dry runs."""
+"""An engine that forwards nothing: it holds what it is given and answers look-ups."""
 
 from __future__ import annotations
 
