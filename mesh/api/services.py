@@ -14,7 +14,18 @@ import msgspec
 
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
-from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, ServiceOptions, Target
+from mesh.model import (
+    Backend,
+    Frontend,
+    FrontendState,
+    Health,
+    HealthView,
+    Locality,
+    Node,
+    Service,
+    ServiceOptions,
+    Target,
+)
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
 
@@ -105,6 +116,11 @@ class Services:
                 self._make(picture, applied)
                 self._seen = seen
             return self._shown
+
+    def digests(self, picture: Picture, applied: Applied) -> dict[str, str]:
+        """The digest of each table on which all nodes should agree, by frontend."""
+        agreed = (s for s in self.shown(picture, applied) if s["options"]["locality"] != Locality.LOCAL_FIRST.value)
+        return {f["frontend"]: f["digest"] for s in agreed for f in s["frontends"] if f["digest"]}
 
     def _make(self, picture: Picture, applied: Applied) -> None:
         services = {service.id: service for service in picture.inventory.services}

@@ -172,6 +172,19 @@ class Datapath(Protocol):
         They must stay in transition. Empty for an engine whose connections remember their backend by themselves.
         """
 
+    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+        """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's.
+
+        Empty for an engine without any, which is the default.
+        """
+        return {}
+
+    def stop_accepting(self) -> None:
+        """Another process has the sockets of `listeners` now: close ours without touching what waits in them.
+
+        The default does nothing, for an engine without any.
+        """
+
     def drain(self, seconds: float) -> int:
         """Accept nothing new, let flows end for at most `seconds`. Returns how many were still open."""
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from mesh.datapath.base import Applied, Choice, Plan, Signal, Stats
+from mesh.datapath.base import Applied, Choice, Datapath, Plan, Signal, Stats
 from mesh.datapath.counters import Counters
 from mesh.datapath.lookup import lookup
 from mesh.errors import DatapathError
 from mesh.model import Flow, Frontend
 
 
-class MemoryDatapath:
+class MemoryDatapath(Datapath):
     """Keeps every plan in `plans`. `before_apply` is called in `apply` and may block or raise, as an engine may."""
 
     name = "memory"

@@ -8,10 +8,8 @@ import ipaddress
 from dataclasses import replace
 from typing import Any
 
-from mesh.cluster.provider import ClusterProvider
 from mesh.cluster.readiness import HOLD, ReadinessGate
 from mesh.cluster.wire import HealthReport, Report
-from mesh.config.keys import Config
 from mesh.model import (
     Backend,
     Health,
@@ -26,6 +24,7 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
+from tests.support.cluster_provider import Server, make_provider
 
 UP, DOWN = HealthReport("up"), HealthReport("down", "refused")
 PENDING = HealthReport("awaited")  # the word on the wire
@@ -125,21 +124,6 @@ def test_a_node_that_is_told_holds_nobody_back_and_knows_whom_it_was_told_of() -
     assert (new.apply({}), new.due) == ({}, None)
 
 
-class Server:
-    """What a manager's relay server is asked and told."""
-
-    def __init__(self, *nodes: str) -> None:
-        self.nodes = dict.fromkeys(nodes, "")
-        self.engines: dict[str, str] = {}
-        self.told: list[dict[str, HealthReport]] = []
-
-    def know(self, inventory: Inventory) -> None:
-        pass
-
-    def publish(self, inventory: Inventory, verdicts: dict[str, HealthReport]) -> None:
-        self.told.append(verdicts)
-
-
 async def until(condition: Any) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110
@@ -147,18 +131,18 @@ async def until(condition: Any) -> None:
 
 
 async def test_a_manager_tells_the_others_who_is_pending() -> None:
-    provider: Any = ClusterProvider(Config())
-    provider._server, provider._reads = (server := Server("n2")), True
     seen: list[HealthView] = []
     published: list[Inventory] = []
-    provider.on_health, provider._publish = seen.append, published.append
+    provider = make_provider(on_health=seen.append)
+    provider._roles.server, provider._roles.reads = (server := Server("n2")), True
+    provider._publish = published.append
     provider._take(inventory(backend("old")))
     assert server.told[-1] == {}
     provider._take(inventory(backend("a"), backend("b"), backend("old")))
     assert server.told[-1] == {"a": PENDING, "b": PENDING}  # with the very inventory that names them first
     assert [seen[-1].of(b) for b in ("a", "b", "old")] == [Health.PENDING, Health.PENDING, Health.UNKNOWN]
     assert len(published) == 2
-    provider._reports.take("n2", Report({"a": UP}))
+    provider._verdicts.reports.take("n2", Report({"a": UP}))
     await until(lambda: server.told[-1] == {"a": UP, "b": PENDING})
     await until(lambda: server.told[-1] == {"a": UP})  # b's node never told
     assert seen[-1].verdicts == {"a": Health.UP}
@@ -166,9 +150,8 @@ async def test_a_manager_tells_the_others_who_is_pending() -> None:
 
 def test_a_node_takes_its_own_good_probe_for_it_at_once() -> None:
     """A worker; a bad one changes nothing while the managers wait."""
-    provider: Any = ClusterProvider(Config())
     seen: list[HealthView] = []
-    provider.on_health = seen.append
+    provider = make_provider(on_health=seen.append)
     provider._on_verdicts(HealthView({"a": Health.PENDING, "b": Health.PENDING}))
     provider.own_health(HealthView({"a": Health.UP, "b": Health.DOWN}, {"b": "refused"}))
     assert seen[-1] == HealthView({"a": Health.UP, "b": Health.PENDING}, {"b": "refused"})

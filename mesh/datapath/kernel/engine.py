@@ -65,7 +65,6 @@ class KernelDatapath:
     def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
         self._config = config
         self._fallback = Fallback(config, inherited, docker_host=docker_host)
-        self.listeners, self.stop_accepting = self._fallback.listeners, self._fallback.stop_accepting
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._lock = threading.RLock()
         self._names = Journal(Path(config.state_dir) / NAMES)
@@ -347,6 +346,14 @@ class KernelDatapath:
         return kernel_stats.live_slots(self._maps, self._applied, seconds)
 
     # ---- stop ----
+
+    def listeners(self) -> Listeners:
+        """See Datapath.listeners: those of the fallback proxy."""
+        return self._fallback.listeners()
+
+    def stop_accepting(self) -> None:
+        """See Datapath.stop_accepting."""
+        self._fallback.stop_accepting()
 
     def drain(self, seconds: float) -> int:
         """Flows in the kernel go on without this process; those of the proxy beside are waited for."""

@@ -328,13 +328,13 @@ class ProxyDatapath:
         """None: see Datapath.explain."""
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
-        """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's."""
+        """See Datapath.listeners."""
         with self._accounting.lock:
             own = {f: r.descriptors for f, r in self._accounting.records.items() if r.descriptors}
         return {**own, **self._peers.listeners()}
 
     def stop_accepting(self) -> None:
-        """Another process has the sockets of `listeners()` now: close ours without touching what waits in them."""
+        """See Datapath.stop_accepting."""
         engine, intercept = self._opened()
         intercept.yield_table()
         engine.yield_sockets()
