@@ -3,5 +3,5 @@
 
 `engine` is the Datapath; `maps` and `arenas` hold the tables; `loader`, `attach` and `pins` bring programs into the
 kernel; `restore` and `journal` take over what an earlier process left, and `cleanup` takes it off.
-Only this package imports `mesh._bpf`.
+Only this package imports `mesh._bpf`. Maps are pinned and have one writer; their layout is bpf/include/mesh/abi.h.
 """
