@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -186,7 +185,6 @@ class RelayProvider:
         self._error = "no manager has answered yet"
         self._look = asyncio.Event()
         self.pulses = Heartbeats()
-        self.totals: Counter[str] = Counter()
 
     async def run(self, publish: Publish) -> None:
         """Keep a link to every manager until cancelled."""
@@ -276,7 +274,6 @@ class RelayProvider:
         if link is self._source:
             self._source = None
             self._heard = time.monotonic()
-            self.totals["relay_sources_lost"] += 1
             other = self._preferred() if self._inventory else None
             if other is not None:
                 asyncio.get_running_loop().create_task(self._subscribe(other))

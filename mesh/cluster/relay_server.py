@@ -103,7 +103,6 @@ class RelayServer:
         self._silent: set[str] = set()
         self.engines: dict[str, str] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
-        self.totals: Counter[str] = Counter()
 
     @property
     def nodes(self) -> dict[str, str]:
@@ -163,7 +162,6 @@ class RelayServer:
         try:
             peer.queue.put_nowait(frame)
         except asyncio.QueueFull:  # back-pressure: one snapshot stands for all that was not taken
-            self.totals["relay_snapshots_for_slow_nodes"] += 1
             while not peer.queue.empty():
                 peer.queue.get_nowait()
             peer.queue.put_nowait(self._whole())
@@ -294,7 +292,6 @@ class RelayServer:
         socket = peer.socket
         while True:
             frame = await peer.queue.get()
-            self.totals["relay_sent_bytes"] += len(frame)
             if len(frame) < LARGE:
                 await socket.send_bytes(frame)
             else:

@@ -150,7 +150,6 @@ class Interceptor:
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         floating: frozenset[Address] = frozenset(),
     ) -> None:
-        self._mode = mode
         self._threads = threads
         self._floating = floating
         self._table = NftTable(table)
