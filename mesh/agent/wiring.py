@@ -66,7 +66,7 @@ class Opened:
 class Hooks:
     """What the parts are given of the daemon.
 
-    Args:
+    Attributes:
         stop: stops the daemon; `release` hands the ports back.
         stopping: whether it is about to end.
         problems: what is wrong with the daemon itself, one sentence each.
