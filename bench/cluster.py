@@ -35,7 +35,7 @@ REPLICAS: Final = 10
 ROUNDS: Final = 25  # of three changes with four announcements
 ILL: Final = 6  # containers that turn unhealthy
 IN_USE: Final = frozenset({"backend serving", "backend up"})
-RUNS: Final = IN_USE | {"backend first probe awaited", "backend down"}
+RUNS: Final = IN_USE | {"backend first probe pending", "backend down"}
 KINDS: Final = {
     "known": "a task runs",
     "up": "a new task gets flows",

@@ -216,7 +216,7 @@ class Swarm:
 
     def report(self, node: int, told: dict[str, str]) -> bytes:
         """As a node's agent says it that has `told` digests before."""
-        verdicts = {task.id: wire.Verdict("up") for task in self.by_node.get(node, {}).values()}
+        verdicts = {task.id: wire.HealthReport("up") for task in self.by_node.get(node, {}).values()}
         digests = {frontend: digest for frontend, digest in self.digests.items() if told.get(frontend) != digest}
         return wire.encode(wire.Report(verdicts, digests, 1, "proxy", changes=bool(told)))
 

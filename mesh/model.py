@@ -62,7 +62,7 @@ class Health(enum.Enum):
     """What the probes say of a backend."""
 
     UNKNOWN = "unknown"
-    AWAITED = "awaited"  # new: no flows before its first good probe, or before that has been waited for long enough
+    PENDING = "pending"  # at the readiness gate: no new flows before its first good probe, or before the gate times out
     UP = "up"
     DOWN = "down"
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The composition root: what the daemon is made of, how it starts, and how it ends."""
+"""The composition root: how the daemon starts, what happens while it runs, and how it ends.
+
+What it is made of is built in mesh.agent.wiring.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,37 +20,29 @@ import structlog
 import uvloop
 
 from mesh import __version__
-from mesh.agent import changelog, logging, remains
-from mesh.agent.handover import HandOver
+from mesh.agent import changelog, logging
 from mesh.agent.lock import Lock
+from mesh.agent.reload import Reloader
 from mesh.agent.systemd import Notifier
-from mesh.agent.takeover import SERVING_TIMEOUT, Successor, TakeoverError, close_all
-from mesh.agent.wiring import Engine, choose_engine, choose_provider, make_engine
-from mesh.api.server import Servers
-from mesh.api.state import Facts, View
-from mesh.cluster.provider import ClusterProvider
+from mesh.agent.takeover import SERVING_TIMEOUT, HandOver, Successor, TakeoverError, close_all
+from mesh.agent.wiring import (
+    Engine,
+    Hooks,
+    Listeners,
+    MakeSource,
+    Opened,
+    Parts,
+    assemble,
+    choose_engine,
+    choose_provider,
+    make_cleanup,
+    open_engine,
+)
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Datapath
-from mesh.datapath.paths.monitor import PathMonitor
-from mesh.errors import ConfigError, DatapathError
-from mesh.health.monitor import Monitor
-from mesh.model import Backend, Frontend, HealthView, Inventory, Node
-from mesh.providers.base import Provider
-from mesh.reconcile.loop import Picture, Reconciler
+from mesh.model import Frontend, Inventory
+from mesh.reconcile.loop import Picture
 from mesh.supervisor import end, supervise
 
-LIVE_KEYS: Final = frozenset(
-    {
-        "drain_timeout",
-        "panic_threshold",
-        "guard_max_removal",
-        "guard_hold",
-        "transition_calm",
-        "log_level",
-        "log_format",
-    }
-)
-"""Keys that SIGHUP changes in a running daemon; the others take effect when it starts."""
 SIGNALS_EVERY: Final = 0.2  # seconds between looks at what traffic tells of backends
 READY_WITHIN: Final = 10.0  # seconds after which systemd is told READY although nothing is known yet
 DRAIN_SLICE: Final = 0.25  # seconds after which a drain looks up whether it should end at once
@@ -69,50 +63,61 @@ def run(config: Config, *, reload: Callable[[], Config], take_over: bool = False
     """
     logging.configure(config)
     os.umask(0o077)
-    return uvloop.run(Agent(config, reload).run(take_over=take_over))
+    return uvloop.run(_run(config, reload, take_over))
+
+
+async def _run(asked: Config, read: Callable[[], Config], take_over: bool) -> int:
+    config, make_source = await choose_provider(asked)
+    chosen = await choose_engine(config)
+    return await Agent(asked, config, read, make_source, chosen).run(take_over=take_over)
 
 
 class Agent:
-    """The daemon. Implements `agent_handover.Host`."""
+    """The daemon. Implements mesh.agent.takeover.Host.
 
-    engine = ""
+    Args:
+        asked: the configuration as it was read.
+        config: the same, with the provider that `auto` came to.
+        read: reads it again; may raise ConfigError.
+    """
 
-    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
-        self._asked = config
-        self._config = config
-        self._reload_config = reload
+    def __init__(
+        self, asked: Config, config: Config, read: Callable[[], Config], make_source: MakeSource, chosen: Engine
+    ) -> None:
+        self._reloader = Reloader(asked, config, read, self._take_config)
+        self._make_source = make_source
+        self._chosen = chosen
         self._state_dir = Path(config.state_dir)
+        self._cleanup = make_cleanup(config)
         self._notifier = Notifier()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._started = asyncio.Event()
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self._ended = asyncio.Event()
         self._release = False
         self._handed_to = ""  # the successor's engine
-        self._connected: bool | None = None
-        self._inventory = Inventory()
-        self._lost: dict[str, Backend] = {}  # gone from the inventory, but held back by the guard
-        self._provider: Provider
-        self._datapath: Datapath
-        self._reconciler: Reconciler
-        self._monitor: Monitor
-        self._view: View
-        self._servers: Servers
+        self._connected: bool | None = None  # the provider, as it was told last
+        self._parts: Parts  # from `_start` on
+
+    @property
+    def engine(self) -> str:
+        """How this daemon forwards."""
+        return self._parts.engine.name
+
+    # ---- start ----
 
     async def run(self, *, take_over: bool) -> int:
         """Start, serve, stop."""
-        self._config, self._provider = await choose_provider(self._config)
-        chosen = await choose_engine(self._config)
-        self.engine = chosen.name
         successor = None
         if take_over:
-            successor = await asyncio.to_thread(Successor.connect, self._state_dir, chosen.name)
+            successor = await asyncio.to_thread(Successor.connect, self._state_dir, self._chosen.name)
             if successor is None:
                 log.info("no daemon runs here, so there is nothing to take over", state_dir=str(self._state_dir))
         lock = successor.lock if successor else Lock.acquire(self._state_dir)
         self._handle_signals()
         try:
-            await self._start(chosen, successor)
+            await self._start(successor)
         except BaseException:
             await self._cancel()
             if successor:
@@ -129,118 +134,76 @@ class Agent:
         self._ended.set()
         return 0
 
-    async def _start(self, chosen: Engine, successor: Successor | None) -> None:
-        inherited = successor.listeners if successor else None
-        if successor and inherited and chosen.name != successor.engine:  # both have the peer port, and no other
-            close_all([each for f, them in inherited.items() if f.port != self._config.peer_port for each in them])
-            inherited = {f: them for f, them in inherited.items() if f.port == self._config.peer_port}
-        chosen, applied = await self._open(chosen, inherited)
-        self._monitor = Monitor(self._on_health)
-        if isinstance(self._provider, ClusterProvider):
-            self._provider.engine, self._provider.on_health = chosen.name, self._reconciler.set_health
-        facts = Facts(chosen.name, chosen.reason, self._state_dir, time.time())
-        ways = PathMonitor(self._config, chosen.name, self._nodes)
-        self._view = View(facts, self._reconciler, self._provider, self._monitor, self.stop, ways)
-        if isinstance(self._provider, ClusterProvider):
-            self._provider.tables = self._view.tables
-        self._servers = Servers(self._view, self._config.http_listen, self._state_dir)
-        self._reconciler.set_drained(self._view.drained)
+    async def _start(self, successor: Successor | None) -> None:
+        config = self._reloader.config
+        opened = await open_engine(self._chosen, config, self._inherited(successor), self._changed)
+        hooks = Hooks(self.stop, self._stopping.is_set, self._problems)
+        try:
+            parts = self._parts = assemble(config, opened, self._make_source, hooks)
+            parts.reconciler.set_drained(parts.view.drained)
+            self._log_start(opened)
+            try:
+                await self._serve(parts, successor)
+            except BaseException:
+                await self._cancel()
+                await parts.servers.stop()
+                raise
+        except BaseException:
+            await opened.reconciler.close(release=False)
+            raise
+
+    def _inherited(self, successor: Successor | None) -> Listeners | None:
+        """Sockets of the process before; where it has another engine, both have the peer port and no other."""
+        if successor is None:
+            return None
+        inherited, peer_port = successor.listeners, self._reloader.config.peer_port
+        if not inherited or self._chosen.name == successor.engine:
+            return inherited
+        close_all([each for f, them in inherited.items() if f.port != peer_port for each in them])
+        return {f: them for f, them in inherited.items() if f.port == peer_port}
+
+    def _log_start(self, opened: Opened) -> None:
         log.info(
             "mesh starts",
             version=__version__,
-            engine=chosen.name,
-            reason=chosen.reason,
-            provider=self._config.provider,
-            adopted=len(applied.frontends),
+            engine=opened.engine.name,
+            reason=opened.engine.reason,
+            provider=self._reloader.config.provider,
+            adopted=len(opened.applied.frontends),
             state_dir=str(self._state_dir),
         )
-        try:
-            if successor is None:
-                await self._servers.start()
-            self._spawn("reconcile", self._reconciler.run)
-            self._spawn("health", self._monitor.run)
-            self._spawn("provider", lambda: self._provider.run(self._publish))
-            self._spawn("ways", ways.run)
-            self._spawn("foreign_instances", lambda: remains.watch(self._config, self._obstructed))
-            self._clear_remains()
-            self._spawn("signals", self._listen_to_traffic)
-            self._spawn("tick", self._tick)
-            if successor:
-                await self._replace(successor)
-        except BaseException:
-            await self._cancel()
-            await self._servers.stop()
-            await self._reconciler.close(release=False)
-            raise
 
-    async def _open(self, chosen: Engine, inherited: Mapping[Frontend, Sequence[int]] | None) -> tuple[Engine, Applied]:
-        """Open the engine; where the choice was ours and the kernel engine fails after all, the other one."""
-        self._datapath = make_engine(chosen, self._config, inherited)
-        self._reconciler = Reconciler(self._datapath, self._config, on_change=self._changed)
-        try:
-            return chosen, await self._reconciler.open()
-        except DatapathError as error:
-            if chosen.name == "proxy" or self._config.engine != "auto":
-                raise
-            await self._reconciler.close(release=False)
-            self.engine = "proxy"
-            return await self._open(Engine("proxy", f"the kernel engine cannot run here: {error}"), None)
+    async def _serve(self, parts: Parts, successor: Successor | None) -> None:
+        if successor is None:
+            await parts.servers.start()
+        self._spawn("reconcile", parts.reconciler.run)
+        self._spawn("health", parts.monitor.run)
+        self._spawn("provider", lambda: parts.provider.run(self._publish))
+        self._spawn("paths", parts.paths.run)
+        if self._cleanup is not None:
+            self._spawn("foreign instances", self._cleanup.watch_foreign_instances)
+        self._clear_stale_state()
+        self._spawn("signals", self._listen_to_traffic)
+        self._spawn("tick", self._tick)
+        if successor:
+            await self._replace(successor)
+        self._started.set()
 
     async def _replace(self, successor: Successor) -> None:
         """Serve beside the old process, then tell it to go."""
+        reconciler = self._parts.reconciler
         try:
             async with asyncio.timeout(SERVING_TIMEOUT - 10):
-                while not self._reconciler.in_step:  # noqa: ASYNC110 -- any cause, polled for moments
+                while not reconciler.in_step:  # noqa: ASYNC110 -- any cause, polled for moments
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            error = self._provider.status().error or "no state to serve was found in time"
+            error = self._parts.provider.status().error or "no state to serve was found in time"
             raise TakeoverError(f"pid {successor.pid} keeps its place: {error}") from None
-        if self._reconciler.counts.last_error:
-            raise TakeoverError(f"pid {successor.pid} keeps its place: {self._reconciler.counts.last_error}")
+        if reconciler.counts.last_error:
+            raise TakeoverError(f"pid {successor.pid} keeps its place: {reconciler.counts.last_error}")
         await asyncio.to_thread(successor.serving)
         log.info("taken over", pid=successor.pid)
-        await self._servers.start()
-
-    def _on_health(self, view: HealthView) -> None:
-        if isinstance(self._provider, ClusterProvider):
-            self._provider.own_health(view)
-        else:
-            self._reconciler.set_health(view)
-
-    def _publish(self, inventory: Inventory) -> None:
-        self._inventory = inventory
-        self._watch()
-        self._reconciler.publish(inventory)
-
-    def _changed(self, before: Picture, after: Picture) -> None:
-        changelog.tell(before, after)
-        if not self._lost and not self._reconciler.held:
-            return
-        known = self._lost | {backend.id: backend for backend in before.inventory.backends}
-        present = {backend.id for backend in after.inventory.backends}
-        lost = {b: known[b] for _, b in self._reconciler.held if b in known and b not in present}
-        if lost != self._lost:
-            self._lost = lost
-            self._watch()
-
-    def _clear_remains(self) -> None:
-        if self.engine == "proxy":
-            self._spawn("remains", lambda: remains.clear(self._config, lambda: self._reconciler.in_step))
-
-    def _obstructed(self, by: Sequence[str]) -> None:
-        self._view.obstacles = by
-
-    def _nodes(self) -> tuple[str, Sequence[Node]]:
-        return self._provider.status().node_id, self._inventory.nodes
-
-    def _watch(self) -> None:
-        """Have all backends probed, also those that the guard holds back: it lets go of one that is dead."""
-        if not self._lost:
-            self._monitor.watch(self._inventory)
-            return
-        present = {backend.id for backend in self._inventory.backends}
-        lost = (backend for backend in self._lost.values() if backend.id not in present)
-        self._monitor.watch(replace(self._inventory, backends=(*self._inventory.backends, *lost)))
+        await self._parts.servers.start()
 
     def _spawn(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._tasks[name] = supervise(name, work)
@@ -249,63 +212,45 @@ class Agent:
         """Cancel these tasks, or all, and wait until they have ended."""
         await end([self._tasks.pop(name) for name in names or list(self._tasks) if name in self._tasks])
 
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn("reload", self._reload))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_stop_signal, number.name)
+    # ---- what happens while it runs ----
 
-    def _on_stop_signal(self, name: str) -> None:
-        if self._stopping.is_set():
-            self._at_once.set()
-        else:
-            log.info("stopping", signal=name, drain_timeout=self._config.drain_timeout)
-            self._stopping.set()
+    def _publish(self, inventory: Inventory) -> None:
+        self._parts.held.publish(inventory)
+        self._parts.reconciler.publish(inventory)
 
-    async def stop(self, release: bool) -> None:
-        """Stop as SIGTERM does, and wait for the end; `release` hands the ports back."""
-        if not self._stopping.is_set():
-            log.info("stopping", release=release, drain_timeout=self._config.drain_timeout)
-            self._release = release
-            self._stopping.set()
-        await self._ended.wait()
+    def _changed(self, before: Picture, after: Picture) -> None:
+        changelog.tell(before, after)
+        self._parts.held.changed(before, after)
 
-    async def _end(self) -> None:
-        """Let connections end, within the bound, then close everything."""
-        self._view.stopping = True
-        self._notifier.stopping("waiting for connections to end")
-        await self._cancel(*(name for name in self._tasks if name not in ("handover", "tick")))
-        deadline = time.monotonic() + self._config.drain_timeout
-        left = 0
-        while not self._at_once.is_set():
-            seconds = min(DRAIN_SLICE, max(deadline - time.monotonic(), 0.0))
-            left = await self._reconciler.on_worker(self._datapath.drain, seconds)
-            if not left or time.monotonic() >= deadline:
-                break
-        release = self._release or (self._handed_to not in ("", self.engine) and self.engine == "kernel")
-        await self._reconciler.close(release=release)
-        await self._cancel()
-        log.info("stopped", connections_cut=left, handed_to=self._handed_to or None)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await self._servers.stop(keep_socket=bool(self._handed_to))
+    def _problems(self) -> list[str]:
+        """What is wrong with the daemon itself."""
+        return [*self._reloader.problems, *(self._cleanup.problems if self._cleanup else ())]
+
+    def _clear_stale_state(self) -> None:
+        cleanup, reconciler = self._cleanup, self._parts.reconciler
+        if self.engine == "proxy" and cleanup is not None:
+            self._spawn("cleanup", lambda: cleanup.clear_stale_state(lambda: reconciler.in_step))
+
+    async def _listen_to_traffic(self) -> None:
+        while True:
+            await asyncio.sleep(SIGNALS_EVERY)
+            self._parts.monitor.signals(await asyncio.to_thread(self._parts.datapath.signals))
 
     async def _announce(self) -> None:
         """Tell systemd once the first state is applied."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_WITHIN):
-                while not self._reconciler.in_step:  # noqa: ASYNC110 -- any cause, polled for moments
+                while not self._parts.reconciler.in_step:  # noqa: ASYNC110 -- any cause, polled for moments
                     await asyncio.sleep(0.02)
         gc.freeze()  # else every full collection stops the loop to look at all of the inventory again
         self._notifier.ready(self._status())
-        ready, reasons = self._view.ready()
+        ready, reasons = self._parts.view.ready()
         log.info("ready" if ready else "started, but not ready", **({} if ready else {"reasons": list(reasons)}))
 
     def _status(self) -> str:
-        frontends = len(self._reconciler.applied.frontends)
-        status = self._provider.status()
+        applied, status = self._parts.reconciler.applied, self._parts.provider.status()
         away = "" if status.connected else f"; {status.kind} is away: {status.error or 'nothing read yet'}"
-        return f"{self.engine} engine, {frontends} ports, {len(self._reconciler.applied.backends)} backends{away}"
+        return f"{self.engine} engine, {len(applied.frontends)} ports, {len(applied.backends)} backends{away}"
 
     async def _tick(self) -> None:
         """Watch the provider, and tell systemd that the loop turns."""
@@ -319,7 +264,7 @@ class Agent:
             await asyncio.sleep(min(1.0, self._notifier.watchdog / 3 or 1.0))
 
     def _follow_provider(self) -> None:
-        status = self._provider.status()
+        status = self._parts.provider.status()
         if status.connected == self._connected or (self._connected is None and not status.error):
             return
         age = None if status.age_seconds is None else round(status.age_seconds, 1)
@@ -330,52 +275,83 @@ class Agent:
             log.info("provider regained", kind=status.kind)
         self._connected = status.connected
 
-    async def _listen_to_traffic(self) -> None:
-        while True:
-            await asyncio.sleep(SIGNALS_EVERY)
-            self._monitor.signals(await asyncio.to_thread(self._datapath.signals))
+    # ---- signals ----
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn("reload", self._reload))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop_signal, number.name)
 
     async def _reload(self) -> None:
+        await self._started.wait()
         self._notifier.reloading()
-        try:
-            new = await asyncio.to_thread(self._reload_config)
-        except ConfigError as error:
-            log.error("configuration not used; the one before stays", error=str(error))
-            self._view.refused = str(error)
-        else:
-            self._view.refused = ""
-            self._take_config(new)
-        self._provider.reload()
+        await self._reloader.reload()
+        self._parts.provider.reload()
         self._notifier.ready(self._status())
 
-    def _take_config(self, new: Config) -> None:
-        changed = [f.name for f in fields(Config) if getattr(new, f.name) != getattr(self._asked, f.name)]
-        live = {name: getattr(new, name) for name in changed if name in LIVE_KEYS}
-        self._asked = replace(self._asked, **live)
-        self._config = replace(self._config, **live)
-        logging.configure(self._config)
-        self._reconciler.set_config(self._config)
-        log.info("configuration read again", changed=sorted(live))
-        if waiting := sorted(set(changed) - LIVE_KEYS):
-            log.warning("these keys take effect at the next start (mesh run --take-over)", keys=waiting)
+    def _take_config(self, config: Config) -> None:
+        logging.configure(config)
+        self._parts.reconciler.set_config(config)
+
+    def _on_stop_signal(self, name: str) -> None:
+        if self._stopping.is_set():
+            self._at_once.set()
+        else:
+            log.info("stopping", signal=name, drain_timeout=self._reloader.config.drain_timeout)
+            self._stopping.set()
+
+    async def stop(self, release: bool) -> None:
+        """Stop as SIGTERM does, and wait for the end; `release` hands the ports back."""
+        if not self._stopping.is_set():
+            log.info("stopping", release=release, drain_timeout=self._reloader.config.drain_timeout)
+            self._release = release
+            self._stopping.set()
+        await self._ended.wait()
+
+    # ---- end ----
+
+    async def _end(self) -> None:
+        """Let connections end, within the bound, then close everything."""
+        reconciler, datapath = self._parts.reconciler, self._parts.datapath
+        self._notifier.stopping("waiting for connections to end")
+        await self._cancel(*(name for name in self._tasks if name not in ("handover", "tick")))
+        deadline = time.monotonic() + self._reloader.config.drain_timeout
+        left = 0
+        while not self._at_once.is_set():
+            seconds = min(DRAIN_SLICE, max(deadline - time.monotonic(), 0.0))
+            left = await reconciler.on_worker(datapath.drain, seconds)
+            if not left or time.monotonic() >= deadline:
+                break
+        release = self._release or (self._handed_to not in ("", self.engine) and self.engine == "kernel")
+        await reconciler.close(release=release)
+        await self._cancel()
+        log.info("stopped", connections_cut=left, handed_to=self._handed_to or None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self._parts.servers.stop(keep_socket=bool(self._handed_to))
+
+    # ---- a hand-over: mesh.agent.takeover.Host ----
 
     async def pause(self) -> None:
-        await self._cancel("reconcile", "remains")
+        """See Host.pause."""
+        await self._cancel("reconcile", "cleanup")
 
     async def resume(self) -> None:
-        self._spawn("reconcile", self._reconciler.run)
-        self._clear_remains()
+        """See Host.resume."""
+        self._spawn("reconcile", self._parts.reconciler.run)
+        self._clear_stale_state()
 
     async def listeners(self) -> Mapping[Frontend, Sequence[int]]:
-        listeners: Callable[[], Mapping[Frontend, Sequence[int]]] = getattr(self._datapath, "listeners", dict)
-        return await self._reconciler.on_worker(listeners)
+        """See Host.listeners."""
+        return await self._parts.reconciler.on_worker(self._parts.datapath.listeners)
 
     async def let_go(self, successor: str) -> None:
+        """See Host.let_go."""
         self._handed_to = successor
-        stop_accepting = getattr(self._datapath, "stop_accepting", None)
-        if stop_accepting is not None and successor == self.engine:
-            await self._reconciler.on_worker(stop_accepting)
-        await self._servers.stop(keep_socket=True)
+        if successor == self.engine:
+            await self._parts.reconciler.on_worker(self._parts.datapath.stop_accepting)
+        await self._parts.servers.stop(keep_socket=True)
 
     async def _handed_over(self) -> None:
         self._stopping.set()

@@ -17,14 +17,18 @@ A new process that goes away before `serving` leaves the old one as it was.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import structlog
 
 from mesh.agent.lock import Lock
 from mesh.errors import MeshError
@@ -36,6 +40,8 @@ ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no work
 SERVING_TIMEOUT: Final = 60.0  # seconds that the new process has until it serves
 _BATCH: Final = 200  # descriptors a message; the kernel takes 253
 _LINE_MOST: Final = 8 << 20
+
+log = structlog.get_logger("mesh")
 
 
 class TakeoverError(MeshError):
@@ -100,12 +106,14 @@ def close_all(descriptors: Sequence[int]) -> None:
 class Successor:
     """The new process's side. Blocking; call it from a thread."""
 
-    def __init__(self, sock: socket.socket, header: Mapping[str, Any], lock: Lock) -> None:
+    def __init__(
+        self, sock: socket.socket, header: Mapping[str, Any], lock: Lock, listeners: Mapping[Frontend, Sequence[int]]
+    ) -> None:
         self._sock = sock
         self.pid = int(header["pid"])
         self.engine = str(header["engine"])  # of the old process
         self.lock = lock
-        self.listeners: dict[Frontend, list[int]] = {}
+        self.listeners = listeners
 
     @classmethod
     def connect(cls, state_dir: Path, engine: str) -> Successor | None:
@@ -125,17 +133,16 @@ class Successor:
             _send(sock, {"hello": VERSION, "engine": engine})
             header = _receive(sock)
             (lock,) = _receive_descriptors(sock, 1)
-            successor = cls(sock, header, Lock(lock))
             counts = [(_frontend(f), int(f["descriptors"])) for f in header["frontends"]]
             descriptors = iter(_receive_descriptors(sock, sum(count for _, count in counts)))
-            successor.listeners = {frontend: [next(descriptors) for _ in range(count)] for frontend, count in counts}
+            listeners = {frontend: [next(descriptors) for _ in range(count)] for frontend, count in counts}
         except OSError as error:
             sock.close()
             raise TakeoverError(f"cannot talk to the running daemon: {error}", where=str(state_dir)) from error
         except BaseException:
             sock.close()
             raise
-        return successor
+        return cls(sock, header, Lock(lock), listeners)
 
     def serving(self) -> None:
         """Tell that this process serves, and wait until the other has let go.
@@ -213,3 +220,77 @@ class Predecessor:
 
     def close(self) -> None:
         self._sock.close()
+
+
+class Host(typing.Protocol):
+    """What the agent does for a hand-over."""
+
+    @property
+    def engine(self) -> str:
+        """How this daemon forwards."""
+
+    async def pause(self) -> None:
+        """Change nothing from now on."""
+
+    async def resume(self) -> None:
+        """Nobody took over: go on."""
+
+    async def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+        """Descriptors of the engine's listening sockets; empty for an engine without."""
+
+    async def let_go(self, successor: str) -> None:
+        """The new process, with that engine, serves: stop accepting, close what it will open."""
+
+
+class HandOver:
+    """The running daemon's side: listens on `takeover.sock`; one hand-over at a time."""
+
+    def __init__(self, state_dir: Path, lock: Lock, host: Host, done: Callable[[], Awaitable[None]]) -> None:
+        self._path = state_dir / SOCKET
+        self._lock = lock
+        self._host = host
+        self._done = done
+
+    async def run(self) -> None:
+        """Until cancelled, or until somebody took over; then `done` is called."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as server:
+            new = self._path.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            server.bind(str(new))
+            new.chmod(0o600)
+            server.listen(1)
+            new.rename(self._path)  # in place of the process before us, if there was one
+            while True:
+                connection, _ = await asyncio.get_running_loop().sock_accept(server)
+                if await self._hand_over(Predecessor(connection)):
+                    await self._done()
+                    return
+
+    async def _hand_over(self, asking: Predecessor) -> bool:
+        """Whether the new process has our place now."""
+        try:
+            await asyncio.to_thread(asking.hello)
+            log.info("hand-over begins", engine=asking.engine)
+            await self._host.pause()
+            try:
+                listeners = await self._host.listeners()
+                await asyncio.to_thread(asking.offer, self._host.engine, self._lock, listeners)
+            except BaseException:
+                await self._host.resume()
+                raise
+            await self._host.let_go(asking.engine)
+            await asyncio.to_thread(asking.yours)
+        except (MeshError, OSError) as error:
+            log.error("hand-over failed; this process serves on", error=str(error))
+            if not isinstance(error, TakeoverError):
+                asking.refuse(str(error))
+            return False
+        finally:
+            asking.close()
+        log.info("handed over")
+        return True
+
+    def remove(self) -> None:
+        """Take the socket away, unless it is a successor's."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()

@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which provider and which engine a configuration means on this host, and why."""
+"""Which parts a configuration means on this host, and how they are put together: the only place that builds any."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mesh.cluster.provider import ClusterProvider
+from mesh.agent.held import HeldBackends
+from mesh.api.server import Servers
+from mesh.api.services import Services
+from mesh.api.state import Facts, View
+from mesh.cluster.provider import ClusterProvider, Tables
 from mesh.config.keys import Config
-from mesh.datapath.base import Datapath
+from mesh.datapath.base import Applied, Datapath
+from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import ConfigError, DatapathError
-from mesh.model import Frontend
-from mesh.providers.base import Provider
+from mesh.health.monitor import Monitor
+from mesh.model import Frontend, HealthView
+from mesh.providers.base import ClusterView, Provider
+from mesh.reconcile.loop import OnChange, Reconciler
+
+if TYPE_CHECKING:
+    from mesh.datapath.kernel.cleanup import Cleanup
+
+Listeners = Mapping[Frontend, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +39,61 @@ class Engine:
     reason: str
 
 
-async def choose_provider(config: Config) -> tuple[Config, Provider]:
-    """The provider, and the configuration with its name in place of `auto`.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A provider, and where this node's probes are told: to the cluster's, where it serves one, else to the loop."""
+
+    provider: Provider
+    cluster: ClusterView | None
+    own_health: Callable[[HealthView], None]
+
+
+MakeSource = Callable[[str, Reconciler, Tables], Source]
+"""Makes the provider that was chosen, of this node's engine, the loop, and what tells digests of tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The engine that runs, and the loop over it. `applied` is what it has adopted."""
+
+    engine: Engine
+    datapath: Datapath
+    reconciler: Reconciler
+    applied: Applied
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the parts are given of the daemon.
+
+    Attributes:
+        stop: stops the daemon; `release` hands the ports back.
+        stopping: whether it is about to end.
+        problems: what is wrong with the daemon itself, one sentence each.
+    """
+
+    stop: Callable[[bool], Awaitable[None]]
+    stopping: Callable[[], bool]
+    problems: Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that the daemon is made of, wired and not yet running but for the engine."""
+
+    engine: Engine
+    datapath: Datapath
+    reconciler: Reconciler
+    monitor: Monitor
+    held: HeldBackends
+    provider: Provider
+    paths: PathMonitor
+    view: View
+    servers: Servers
+
+
+async def choose_provider(config: Config) -> tuple[Config, MakeSource]:
+    """The configuration with the provider's name in place of `auto`, and what makes that provider.
 
     Raises:
         ConfigError: the provider cannot be used as configured.
@@ -38,12 +104,28 @@ async def choose_provider(config: Config) -> tuple[Config, Provider]:
         kind = "static" if config.static_file else "swarm" if await swarm.detect(config) else "demo"
     config = replace(config, provider=kind)
     if kind == "swarm":
-        return config, ClusterProvider(config)
+        return config, _cluster_source(config)
     if kind == "static":
         if not config.static_file:
             raise ConfigError("provider = static needs a file", where="static_file", remedy="set --static-file")
-        return config, importlib.import_module("mesh.providers.static").StaticProvider(config)
-    return config, importlib.import_module("mesh.providers.demo").DemoProvider(config)
+        return config, _single_source(importlib.import_module("mesh.providers.static").StaticProvider(config))
+    return config, _single_source(importlib.import_module("mesh.providers.demo").DemoProvider(config))
+
+
+def _single_source(provider: Provider) -> MakeSource:
+    return lambda engine, reconciler, tables: Source(provider, None, reconciler.set_health)
+
+
+def _cluster_source(config: Config) -> MakeSource:
+    module: Any = importlib.import_module("mesh.providers.swarm")
+    local, swarm = module.LocalNode(config), module.SwarmProvider(config)
+
+    def make(engine: str, reconciler: Reconciler, tables: Tables) -> Source:
+        on_health = reconciler.set_health
+        provider = ClusterProvider(config, local, swarm, engine=engine, tables=tables, on_health=on_health)
+        return Source(provider, provider, provider.own_health)
+
+    return make
 
 
 async def choose_engine(config: Config) -> Engine:
@@ -72,17 +154,34 @@ def _kernel_obstacle(config: Config) -> str | None:
     return obstacle
 
 
-def make_engine(engine: Engine, config: Config, inherited: Mapping[Frontend, Sequence[int]] | None) -> Datapath:
-    """The engine itself, not yet open.
+async def open_engine(chosen: Engine, config: Config, inherited: Listeners | None, on_change: OnChange) -> Opened:
+    """Open the engine; where the choice was ours and the kernel engine fails after all, the proxy engine.
 
     Args:
         inherited: listening sockets of a process that is taken over from, as far as this engine has a use for them.
+        on_change: see Reconciler.
+
+    Raises:
+        DatapathError: it cannot run here.
     """
+    datapath = _make_engine(chosen, config, inherited)
+    reconciler = Reconciler(datapath, config, on_change=on_change)
+    try:
+        return Opened(chosen, datapath, reconciler, await reconciler.open())
+    except DatapathError as error:
+        if chosen.name == "proxy" or config.engine != "auto":
+            raise
+        await reconciler.close(release=False)
+        proxy = Engine("proxy", f"the kernel engine cannot run here: {error}")
+        return await open_engine(proxy, config, None, on_change)
+
+
+def _make_engine(engine: Engine, config: Config, inherited: Listeners | None) -> Datapath:
     make: Callable[..., Datapath]
     if engine.name == "kernel":
         make = importlib.import_module("mesh.datapath.kernel.engine").KernelDatapath
-        return make(config, inherited=inherited, docker_host=is_docker_host(config))
-    make = importlib.import_module("mesh.datapath.proxy.engine").ProxyDatapath
+    else:
+        make = importlib.import_module("mesh.datapath.proxy.engine").ProxyDatapath
     return make(config, inherited=inherited, docker_host=is_docker_host(config))
 
 
@@ -90,3 +189,52 @@ def is_docker_host(config: Config) -> bool:
     """Whether dockerd runs here: its socket is there, or its swarm is what is served."""
     path = config.docker_host.removeprefix("unix://")
     return config.provider == "swarm" or (path != config.docker_host and Path(path).is_socket())
+
+
+def make_cleanup(config: Config) -> Cleanup | None:
+    """What looks after programs of earlier and other daemons; None where this build has no kernel engine."""
+    try:
+        module: Any = importlib.import_module("mesh.datapath.kernel.cleanup")
+    except ImportError:
+        return None
+    cleanup: Cleanup = module.Cleanup(config)
+    return cleanup
+
+
+def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hooks) -> Parts:
+    """Put everything around an engine that is open."""
+    reconciler, name = opened.reconciler, opened.engine.name
+    services = Services(name)
+
+    async def tables() -> tuple[int, dict[str, str]]:
+        picture, applied = reconciler.picture, reconciler.applied
+        return applied.generation, await asyncio.to_thread(services.digests, picture, applied)
+
+    source = make_source(name, reconciler, tables)
+    provider = source.provider
+    monitor = Monitor(source.own_health)
+    paths = PathMonitor(config, name, lambda: (provider.status().node_id, reconciler.picture.inventory.nodes))
+    state_dir = Path(config.state_dir)
+    view = View(
+        Facts(name, opened.engine.reason, state_dir, time.time()),
+        reconciler,
+        provider,
+        monitor,
+        hooks.stop,
+        services=services,
+        cluster=source.cluster,
+        paths=paths,
+        problems=hooks.problems,
+        stopping=hooks.stopping,
+    )
+    return Parts(
+        engine=opened.engine,
+        datapath=opened.datapath,
+        reconciler=reconciler,
+        monitor=monitor,
+        held=HeldBackends(reconciler, monitor),
+        provider=provider,
+        paths=paths,
+        view=view,
+        servers=Servers(view, config.http_listen, state_dir),
+    )

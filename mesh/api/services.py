@@ -15,7 +15,7 @@ from typing import Any, Final
 from mesh._maglev import SlotTable
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
 from mesh.incremental import KeyedCache, Latest, same_objects
-from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Node, Service, Target
+from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Locality, Node, Service, Target
 from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
@@ -105,6 +105,11 @@ class Services:
             self._summarize(applied)
             inputs = (picture.inventory, picture.desired, picture.health, picture.drained, applied)
             return self._shown.of((*inputs, *self._summaries.values()), lambda _: self._make(picture, applied))
+
+    def digests(self, picture: Picture, applied: Applied) -> dict[str, str]:
+        """The digest of each table on which all nodes should agree, by frontend."""
+        agreed = (s for s in self.shown(picture, applied) if s["options"]["locality"] != Locality.LOCAL_FIRST.value)
+        return {f["frontend"]: f["digest"] for s in agreed for f in s["frontends"] if f["digest"]}
 
     def _make(self, picture: Picture, applied: Applied) -> list[Shown]:
         made = self._each.update(self._inputs(picture, applied), partial(_service, self._engine))

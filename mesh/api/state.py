@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
-from mesh.model import Flow, Inventory, Locality
-from mesh.providers.base import Provider
+from mesh.model import Flow, Inventory
+from mesh.providers.base import ClusterView, Provider
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
 
@@ -46,7 +46,11 @@ class View:
 
     Args:
         stop: how the daemon is stopped; `release` hands the ports back.
-        ways: what is known of the ways to other nodes, for who has any.
+        services: what is shown of services; None: of its own.
+        cluster: of a provider that serves all nodes of a cluster.
+        paths: what is known of the paths to other nodes, for who has any.
+        problems: what is wrong with the daemon itself, one sentence each.
+        stopping: whether the daemon is about to end.
     """
 
     def __init__(
@@ -56,19 +60,24 @@ class View:
         provider: Provider,
         monitor: Monitor,
         stop: Callable[[bool], Awaitable[None]],
-        ways: PathMonitor | None = None,
+        *,
+        services: Services | None = None,
+        cluster: ClusterView | None = None,
+        paths: PathMonitor | None = None,
+        problems: Callable[[], Iterable[str]] = tuple,
+        stopping: Callable[[], bool] = bool,
     ) -> None:
         self._facts = facts
         self._reconciler = reconciler
         self._provider = provider
         self._monitor = monitor
         self._stop = stop
-        self._paths = ways
-        self._services = Services(facts.engine)
+        self._cluster = cluster
+        self._paths = paths
+        self._own_problems = problems
+        self._stopping = stopping
+        self._services = services or Services(facts.engine)
         self._explainer = Explainer(reconciler)
-        self.stopping = False
-        self.refused = ""  # why the configuration that SIGHUP read is not used
-        self.obstacles: Sequence[str] = ()  # what other daemons have in the kernel
         self.drained = _load_drained(facts.state_dir / DRAINED_FILE)
 
     def state(self) -> Json:
@@ -96,30 +105,20 @@ class View:
             "probes": dict(self._monitor.counts),
             "node": {"id": status.node_id, "name": _node_name(picture.inventory, status.node_id)},
             "problems": [
-                *([f"configuration not used, the one before stays: {self.refused}"] if self.refused else []),
+                *self._own_problems(),
                 *(str(p) for p in picture.desired.problems),
-                *(*loop.problems, *self.obstacles, *status.problems, *paths),
+                *(*loop.problems, *status.problems, *paths),
             ],
             "paths_down": len(paths),
             "services": self._services.shown(picture, applied),
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
-            "stopping": self.stopping,
+            "stopping": self._stopping(),
         }
 
-    async def tables(self) -> tuple[int, dict[str, str]]:
-        """The generation that is applied, and the digest of each table on which all nodes should agree."""
-        picture, applied = self._reconciler.picture, self._reconciler.applied
-        services = await asyncio.to_thread(self._services.shown, picture, applied)
-        agreed = (s for s in services if s["options"]["locality"] != Locality.LOCAL_FIRST.value)
-        digests = {f["frontend"]: f["digest"] for s in agreed for f in s["frontends"] if f["digest"]}
-        return applied.generation, digests
-
     def cluster(self) -> Json:
-        ask = getattr(self._provider, "cluster", None)
-        if ask is None:
+        if self._cluster is None:
             raise MeshError("this daemon serves one node only", where="cluster", remedy="provider = swarm serves all")
-        answer: Json = ask()
-        return answer
+        return self._cluster.cluster()
 
     def nodes(self) -> Json:
         own, nodes = self._provider.status().node_id, self._reconciler.picture.inventory.nodes
@@ -131,7 +130,7 @@ class View:
     def ready(self) -> tuple[bool, Sequence[str]]:
         loop = self._reconciler
         reasons = []
-        if self.stopping:
+        if self._stopping():
             reasons.append("stopping")
         if not loop.known:
             error = self._provider.status().error

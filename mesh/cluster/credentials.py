@@ -24,7 +24,6 @@ from mesh.config.keys import Config
 from mesh.errors import MeshError, plain
 
 MANAGER: Final = "swarm-manager"
-WORKER: Final = "swarm-worker"
 _REMEDY_AUTOLOCK: Final = (
     "the swarm is autolocked, so its key is encrypted: give this node a certificate of the swarm's CA "
     "with cluster_certificate, cluster_key and cluster_ca"

@@ -14,12 +14,10 @@ from mesh.cluster import wire
 from mesh.model import Backend, Health, Intent, Inventory, ProbeKind, Protocol, Service
 
 HOLD: Final = 1.0  # seconds at most from the first inventory that calls a backend ready
-_UP: Final = Health.UP.value
-_AWAITED: Final = Health.AWAITED.value
 
 
 class ReadinessGate:
-    """Which backends are awaited. Those of the first inventory are not: they may have served for long.
+    """Which backends are pending. Those of the first inventory are not: they may have served for long.
 
     Every manager comes to the same answer by itself, within the moments by which they hear of things: all are told of
     all probes, and all count from Docker's word.
@@ -65,17 +63,17 @@ class ReadinessGate:
     def _is_told_of(self, backend: Backend) -> bool:
         return backend.intent is Intent.ACTIVE and (backend.local or self._hears(backend.node))
 
-    def apply(self, verdicts: Mapping[str, wire.Verdict]) -> dict[str, wire.Verdict]:
-        """The verdicts with AWAITED for whom it applies; who is UP, or whose time is over, is a newcomer no more."""
+    def apply(self, verdicts: Mapping[str, wire.HealthReport]) -> dict[str, wire.HealthReport]:
+        """The verdicts, with PENDING for backends at the gate. One that is UP, or whose time is over, is let in."""
         now = self._clock()
         for key, until in list(self._until.items()):
-            if until <= now or ((said := verdicts.get(key)) is not None and said.health == _UP):
+            if until <= now or ((said := verdicts.get(key)) is not None and wire.health_of(said) is Health.UP):
                 del self._until[key]
-        awaited = {
-            key: wire.Verdict(_AWAITED, said.reason if (said := verdicts.get(key)) is not None else "")
+        pending = {
+            key: wire.health_report(Health.PENDING, said.reason if (said := verdicts.get(key)) is not None else "")
             for key in self._until
         }
-        return {**verdicts, **awaited}
+        return {**verdicts, **pending}
 
 
 def _is_probed(service: Service) -> bool:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -22,7 +21,7 @@ from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.relay_server import CLOSED
 from mesh.cluster.translate import Incoming
 from mesh.errors import MeshError, plain
-from mesh.model import Health, HealthView
+from mesh.model import HealthView
 from mesh.providers.base import ProviderStatus, Publish
 
 _CONNECT_TIMEOUT: Final = 1.5
@@ -186,7 +185,6 @@ class RelayProvider:
         self._error = "no manager has answered yet"
         self._look = asyncio.Event()
         self.pulses = Heartbeats()
-        self.totals: Counter[str] = Counter()
 
     async def run(self, publish: Publish) -> None:
         """Keep a link to every manager until cancelled."""
@@ -276,7 +274,6 @@ class RelayProvider:
         if link is self._source:
             self._source = None
             self._heard = time.monotonic()
-            self.totals["relay_sources_lost"] += 1
             other = self._preferred() if self._inventory else None
             if other is not None:
                 asyncio.get_running_loop().create_task(self._subscribe(other))
@@ -319,10 +316,9 @@ class RelayProvider:
             self._on_verdicts(view_of(snapshot.content.verdicts))
 
 
-def view_of(verdicts: dict[str, wire.Verdict]) -> HealthView:
+def view_of(verdicts: dict[str, wire.HealthReport]) -> HealthView:
     """Verdicts off the wire as the reconciler takes them; a health that is not known yet is UNKNOWN."""
-    known = {health.value: health for health in Health}
     return HealthView(
-        {key: known.get(verdict.health, Health.UNKNOWN) for key, verdict in verdicts.items()},
+        {key: wire.health_of(verdict) for key, verdict in verdicts.items()},
         {key: verdict.reason for key, verdict in verdicts.items() if verdict.reason},
     )

@@ -93,7 +93,7 @@ class RelayServer:
         self._outgoing = Outgoing()
         self._known: object = None  # the backends that are in `_owners`
         self._snapshot = wire.Snapshot(0, wire.Content())
-        self._next: tuple[Inventory, dict[str, wire.Verdict]] | None = None  # to be told soon
+        self._next: tuple[Inventory, dict[str, wire.HealthReport]] | None = None  # to be told soon
         self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
@@ -103,7 +103,6 @@ class RelayServer:
         self._silent: set[str] = set()
         self.engines: dict[str, str] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
-        self.totals: Counter[str] = Counter()
 
     @property
     def nodes(self) -> dict[str, str]:
@@ -133,7 +132,7 @@ class RelayServer:
             if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
                 self._report(peer, peer.early)
 
-    def publish(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> None:
+    def publish(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> None:
         """Hand a new state to all subscribers: at once, or with what comes meanwhile when they have time for it."""
         self.know(inventory)
         self._next = inventory, verdicts
@@ -163,7 +162,6 @@ class RelayServer:
         try:
             peer.queue.put_nowait(frame)
         except asyncio.QueueFull:  # back-pressure: one snapshot stands for all that was not taken
-            self.totals["relay_snapshots_for_slow_nodes"] += 1
             while not peer.queue.empty():
                 peer.queue.get_nowait()
             peer.queue.put_nowait(self._whole())
@@ -294,7 +292,6 @@ class RelayServer:
         socket = peer.socket
         while True:
             frame = await peer.queue.get()
-            self.totals["relay_sent_bytes"] += len(frame)
             if len(frame) < LARGE:
                 await socket.send_bytes(frame)
             else:

@@ -13,7 +13,6 @@ from mesh.model import Health, Inventory
 
 GATHER: Final = 0.005  # seconds for which changes are gathered
 LINGER: Final = 10.0  # seconds for which a dead backend is reported that its node's inventory does not name any more
-_DOWN: Final = Health.DOWN.value
 SHARE: Final = 3.0  # and so many times as long as the work took: at most a quarter of the time goes into it
 
 
@@ -44,12 +43,14 @@ class Deaths:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._down: dict[str, tuple[wire.Verdict, float]] = {}  # with when it was last true
+        self._down: dict[str, tuple[wire.HealthReport, float]] = {}  # with when it was last true
 
-    def keep(self, verdicts: Mapping[str, wire.Verdict], inventory: Inventory | None) -> dict[str, wire.Verdict]:
+    def keep(
+        self, verdicts: Mapping[str, wire.HealthReport], inventory: Inventory | None
+    ) -> dict[str, wire.HealthReport]:
         """What to report, of this node's verdicts and the inventory as it knows it."""
         now = self._clock()
-        self._down |= {key: (said, now) for key, said in verdicts.items() if said.health == _DOWN}
+        self._down |= {key: (said, now) for key, said in verdicts.items() if wire.health_of(said) is Health.DOWN}
         missing = self._down.keys() - verdicts.keys()
         known = {b.id for b in inventory.backends if b.id in missing} if missing and inventory else set()
         self._down = {key: held for key, held in self._down.items() if now - held[1] < LINGER and key not in known}
@@ -66,11 +67,11 @@ class Reports:
     def __init__(self, on_verdicts: Callable[[], None]) -> None:
         self._last: dict[str, wire.Report] = {}
         self._heard: dict[str, float] = {}  # when, monotonic
-        self._verdicts: dict[str, wire.Verdict] = {}
+        self._verdicts: dict[str, wire.HealthReport] = {}
         self._soon = Soon(on_verdicts)
 
     @property
-    def verdicts(self) -> Mapping[str, wire.Verdict]:
+    def verdicts(self) -> Mapping[str, wire.HealthReport]:
         """Of all nodes over their own backends."""
         return self._verdicts
 

@@ -50,7 +50,7 @@ class Outgoing:
         self._backends: _Translation[Backend, wire.WireBackend] = _Translation(wire.backend_of)
         self._nodes: _Translation[Node, wire.WireNode] = _Translation(wire.node_of)
 
-    def content(self, inventory: Inventory, verdicts: dict[str, wire.Verdict]) -> wire.Content:
+    def content(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> wire.Content:
         """An inventory as it goes over the wire."""
         return wire.Content(
             self._services.of_all(inventory.services),

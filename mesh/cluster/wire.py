@@ -62,9 +62,8 @@ class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: str = ""
 
 
-class Verdict(msgspec.Struct, array_like=True, frozen=True):
-    """A backend's health as its own node sees it; of a manager also `awaited`, which builds that do not know it take
-    for unknown."""
+class HealthReport(msgspec.Struct, array_like=True, frozen=True):
+    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS."""
 
     health: str
     reason: str = ""
@@ -85,7 +84,7 @@ class Content(msgspec.Struct, frozen=True):
     services: dict[str, WireService] = {}
     backends: dict[str, WireBackend] = {}
     nodes: dict[str, WireNode] = {}
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, HealthReport] = {}
 
 
 class Snapshot(msgspec.Struct, tag="snapshot", frozen=True):
@@ -117,7 +116,7 @@ class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
 class Report(msgspec.Struct, tag="report", frozen=True):
     """A node's verdicts over its own backends, whole, and what it says of its tables."""
 
-    verdicts: dict[str, Verdict]
+    verdicts: dict[str, HealthReport]
     digests: dict[str, str] = {}  # table digests by frontend, for `mesh status --cluster`
     generation: int = 0
     engine: str = ""
@@ -130,6 +129,10 @@ class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
 
 
 Message = Hello | Snapshot | Delta | Report | Subscribe
+HEALTH_WORDS: Final = {health: health.value for health in model.Health} | {model.Health.PENDING: "awaited"}
+"""Health on the wire. PENDING is called "awaited" there for ever: builds before that name know only this word, and take
+one that they do not know for UNKNOWN, which would let new tasks in at once."""
+_HEALTH_OF: Final = {word: health for health, word in HEALTH_WORDS.items()}
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Message)
 
@@ -165,6 +168,15 @@ def check_version(hello: Hello) -> None:
             where="relay",
             remedy=f"upgrade {who}; versions one apart work together",
         )
+
+
+def health_report(health: model.Health, reason: str = "") -> HealthReport:
+    return HealthReport(HEALTH_WORDS[health], reason)
+
+
+def health_of(report: HealthReport) -> model.Health:
+    """The health that a report tells; UNKNOWN for a word that this build does not know."""
+    return _HEALTH_OF.get(report.health, model.Health.UNKNOWN)
 
 
 def service_of(service: Service) -> WireService:

@@ -4,25 +4,45 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from mesh.errors import ConfigError
-from mesh.model import Address
+from mesh.model import Address, Problem
 
 DEFAULT_CONFIG_FILE: Final = Path("/etc/mesh/mesh.toml")
 DEFAULT_STATE_DIR: Final = Path("/run/mesh")
 
 
-def _key(default: Any, meaning: str, *, choices: tuple[str, ...] = (), most: float | None = None) -> Any:
-    """A key: numbers are never negative, and at most `most`; a string with `choices` is one of them."""
-    return field(default=default, metadata={"help": meaning, "choices": choices, "most": most})
+def _key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    most: float | None = None,
+    live: bool = False,
+    was: tuple[str, ...] = (),
+) -> Any:
+    """A key: numbers are never negative, and at most `most`; a string with `choices` is one of them.
+
+    Args:
+        live: SIGHUP changes it in a running daemon; the others take effect when the daemon starts.
+        was: former names, which are still accepted and reported in `Config.problems`.
+    """
+    return field(
+        default=default, metadata={"help": meaning, "choices": choices, "most": most, "live": live, "was": was}
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All keys. A key `a_b` is `a_b` in the file, `MESH_A_B` in the environment and `--a-b` as a flag."""
+    """All keys. A key `a_b` is `a_b` in the file, `MESH_A_B` in the environment and `--a-b` as a flag.
+
+    Attributes:
+        problems: what is accepted as it is, but should be changed, such as a former name of a key. No key itself.
+    """
 
     provider: str = _key(
         "auto",
@@ -69,11 +89,15 @@ class Config:
     udp_idle_timeout: float = _key(60.0, "seconds without a datagram until a UDP session ends")
     udp_max_sessions: int = _key(65536, "UDP sessions at once; the oldest gives way")
     max_connections: int = _key(0, "TCP connections at once; 0: what the descriptor limit allows")
-    drain_timeout: float = _key(30.0, "seconds that SIGTERM waits for connections")
-    panic_threshold: float = _key(0.0, "share of healthy backends at or below which all are used again", most=1)
-    guard_max_removal: float = _key(0.5, "share of backends whose loss at once is held back first", most=1)
-    guard_hold: float = _key(5.0, "seconds for which it is held back")
-    transition_calm: float = _key(8100.0, "seconds of calm after which a slot leaves its transition; 0: never")
+    drain_timeout: float = _key(30.0, "seconds that SIGTERM waits for connections", live=True)
+    panic_threshold: float = _key(
+        0.0, "share of healthy backends at or below which all are used again", most=1, live=True
+    )
+    guard_max_removal: float = _key(0.5, "share of backends whose loss at once is held back first", most=1, live=True)
+    guard_hold: float = _key(5.0, "seconds for which it is held back", live=True)
+    transition_calm: float = _key(
+        8100.0, "seconds of calm after which a slot leaves its transition; 0: never", live=True
+    )
     cluster_port: int = _key(9551, "agents of other nodes connect here (managers); the same on all nodes", most=65535)
     cluster_managers: str = _key("", "host[:port], comma separated; empty: those that the local Engine names")
     cluster_ca: str = _key("", "PEM file instead of swarm's own root under docker_data_root (autolock)")
@@ -91,23 +115,28 @@ class Config:
         "client, as from the address that it called",
         choices=("tunnel", "direct"),
     )
-    vips: str = _key("", "addresses that move between nodes, comma separated: served as soon as they arrive")
-    log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"))
-    log_format: str = _key(
-        "auto", "auto: console on a terminal, else logfmt", choices=("auto", "console", "json", "logfmt")
+    floating_addresses: str = _key(
+        "", "addresses that move between nodes, comma separated: served as soon as they arrive", was=("vips",)
     )
+    log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"), live=True)
+    log_format: str = _key(
+        "auto", "auto: console on a terminal, else logfmt", choices=("auto", "console", "json", "logfmt"), live=True
+    )
+    problems: tuple[Problem, ...] = ()
 
     @property
     def floating(self) -> frozenset[Address]:
-        """`vips` as addresses.
+        """`floating_addresses` as addresses.
 
         Raises:
             ConfigError: an entry is no address.
         """
         try:
-            return frozenset(ipaddress.ip_address(part.strip()) for part in self.vips.split(",") if part.strip())
+            parts = filter(None, (part.strip() for part in self.floating_addresses.split(",")))
+            return frozenset(ipaddress.ip_address(part) for part in parts)
         except ValueError as error:
-            raise ConfigError(str(error), where="vips", remedy="addresses without prefix length, by commas") from error
+            remedy = "addresses without prefix length, by commas"
+            raise ConfigError(str(error), where="floating_addresses", remedy=remedy) from error
 
     @property
     def managers(self) -> list[tuple[str, int]]:
@@ -125,3 +154,9 @@ class Config:
                 raise ConfigError(f"{entry!r} is not host or host:port", where="cluster_managers")
             found.append((host.strip("[]"), int(number)))
         return found
+
+
+KEYS: Final[Mapping[str, Field[Any]]] = {key.name: key for key in fields(Config) if "help" in key.metadata}
+"""All keys by name, with their defaults and metadata."""
+FORMER: Final[Mapping[str, str]] = {was: name for name, key in KEYS.items() for was in key.metadata["was"]}
+"""Former names of keys, and what they are called now."""

@@ -123,7 +123,7 @@ class Explanation:
 
 
 class Datapath(Protocol):
-    """An engine. Implementations: MemoryDatapath, proxy.ProxyDatapath, kernel.KernelDatapath.
+    """An engine. Implementations: proxy.ProxyDatapath, kernel.KernelDatapath.
 
     An engine also reaches targets on other nodes (Target.via), whatever engine those run, and accepts flows from them
     for the targets of this node.
@@ -170,6 +170,19 @@ class Datapath(Protocol):
         """Slots in which a flow of an owner other than the current one was seen in the last `seconds`.
 
         They must stay in transition. Empty for an engine whose connections remember their backend themselves.
+        """
+
+    def listeners(self) -> Mapping[Frontend, Sequence[int]]:
+        """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's.
+
+        Empty for an engine without any, which is the default.
+        """
+        return {}
+
+    def stop_accepting(self) -> None:
+        """Another process has the sockets of `listeners` now: close ours without touching what waits in them.
+
+        The default does nothing, for an engine without any.
         """
 
     def drain(self, seconds: float) -> int:

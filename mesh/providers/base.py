@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from mesh.model import Inventory
+from mesh.model import HealthView, Inventory
 
 Publish = Callable[[Inventory], None]
 
@@ -42,3 +42,20 @@ class Provider(Protocol):
 
     def status(self) -> ProviderStatus:
         """How it is doing, without I/O."""
+
+
+class ClusterView(Protocol):
+    """What a provider that serves all nodes of a cluster can do besides. Implementation: mesh.cluster.ClusterProvider.
+
+    The composition root passes it on where there is one; a provider of one node has none.
+    """
+
+    def own_health(self, view: HealthView) -> None:
+        """Take what this node's probes say, to be merged with what other nodes report. On the event loop."""
+
+    def cluster(self) -> Mapping[str, Any]:
+        """All nodes side by side, and where they differ: see mesh.api.view.AgentView.cluster.
+
+        Raises:
+            MeshError: this node is a worker, which is told services, but not of other agents.
+        """

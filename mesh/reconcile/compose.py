@@ -67,7 +67,7 @@ def compose(
     """What the node should serve. `generation` is left at 0: the loop counts.
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
-    weighs nothing, its first probe is not awaited, and probes do not say DOWN. Otherwise it stays with weight 0, so
+    weighs nothing, its first probe is not pending, and probes do not say DOWN. Otherwise it stays with weight 0, so
     that its flows stay. A backend of another node is reached by way of that node; without an address of it, it is left
     out. Where all that could serve are on nodes that are down, they are used nevertheless: it may be this node that is
     cut off. Where the share of backends that probes let through is at or below `config.panic_threshold`, the probes of
@@ -111,7 +111,7 @@ def _sorted(frontends: dict[Frontend, FrontendState], cache: ComposeCache) -> di
 def _member(backend: Backend, node: Node | None, address: Address, verdict: Health, drained: Drained) -> _Member:
     away = node is not None and not node.up
     reachable = replace(node, up=True) if node is not None and away else node
-    probed = verdict if verdict is Health.AWAITED else Health.UNKNOWN
+    probed = verdict if verdict is Health.PENDING else Health.UNKNOWN
     if standing(backend, reachable, probed, drained) != SERVING:
         return _Member(backend, node, address, 0, up=False)
     weight = min(backend.weight * (node.weight if node else 1), WEIGHT_MAX)

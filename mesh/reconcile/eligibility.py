@@ -29,7 +29,7 @@ def standing(backend: Backend, node: Node | None, health: Health, drained: Drain
     """Why a backend gets no new flows, in a word or two for people; `SERVING` where it does.
 
     One of: serving, draining, not ready, drained, node drained, node down, node weight 0, weight 0, no address,
-    first probe awaited, down.
+    first probe pending, down.
     """
     reasons = (
         (backend.intent is Intent.DRAINING, "draining"),
@@ -40,7 +40,7 @@ def standing(backend: Backend, node: Node | None, health: Health, drained: Drain
         (node is not None and node.weight <= 0, "node weight 0"),
         (backend.weight <= 0, "weight 0"),
         (_place(backend, node) is None, "no address"),
-        (health is Health.AWAITED, "first probe awaited"),
+        (health is Health.PENDING, "first probe pending"),
         (health is Health.DOWN, "down"),
     )
     return next((reason for holds, reason in reasons if holds), SERVING)

@@ -231,7 +231,7 @@ def test_frontend_with_an_address_of_its_own(plane: Plane, engine: Driver) -> No
 
 def test_a_floating_address_is_served_from_its_first_packet(plane: Plane) -> None:
     """Even while the engine's process hears of nothing; clients of the other IP version meet the proxy beside it."""
-    engine = plane.driver(vips="192.0.2.240, 2001:db8::240")
+    engine = plane.driver(floating_addresses="192.0.2.240, 2001:db8::240")
     engine.open()
     engine.serve(services=[plane.web("b1", "b2", "b3")])
     plane.node.add_address("eth0", "2001:db8::240/64")

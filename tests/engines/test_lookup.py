@@ -13,7 +13,6 @@ import pytest
 
 from mesh.datapath.base import Applied, Datapath
 from mesh.datapath.lookup import lookup
-from mesh.datapath.memory import MemoryDatapath
 from mesh.model import (
     ANY_ADDRESS,
     Affinity,
@@ -27,6 +26,7 @@ from mesh.model import (
 )
 from mesh.reconcile.plan import plan
 from tests.oracle import selection
+from tests.support.memory import MemoryDatapath
 
 SIZE = 1021
 

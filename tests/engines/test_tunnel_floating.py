@@ -23,7 +23,7 @@ class Floating(Pair):
     """With an address that either node may have."""
 
     def __init__(self, lab: Lab) -> None:
-        super().__init__(lab, vips=VIP)
+        super().__init__(lab, floating_addresses=VIP)
         self.tasks["also"] = self.task("also", self.a, 2)
 
     def move(self, to: Namespace) -> None:

@@ -31,7 +31,7 @@ HALF = SIZE // PART // 2
 
 @pytest.fixture
 def cluster(shared_swarm3: Swarm, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"), engine="kernel", vips=VIP)
+    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"), engine="kernel", floating_addresses=VIP)
     try:
         cluster.wait_ready()
         yield cluster

@@ -78,9 +78,9 @@ class Follower:
         """Wait until no read has begun for so long; the reads so far."""
         async with asyncio.timeout(PATIENCE):
             while True:
-                before = self.provider.reads
+                before = self.provider._begun
                 await asyncio.sleep(seconds)
-                if self.provider.reads == before:
+                if self.provider._begun == before:
                     return before
 
 
@@ -199,7 +199,7 @@ async def test_a_burst_costs_few_reads(swarm1: Swarm, follower: Follower) -> Non
     before = await follower.until_quiet()
     for _ in range(1000):
         follower.provider.reload()
-    await follower.until_status(lambda: follower.provider.reads > before, "a read")
+    await follower.until_status(lambda: follower.provider._begun > before, "a read")
     # Far from a thousand; and more than one, for the swarm may have something of its own to announce meanwhile.
     assert await follower.until_quiet() - before <= 50
 
@@ -208,7 +208,7 @@ async def test_of_a_change_only_its_tasks_are_read(swarm1: Swarm, follower: Foll
     await asyncio.to_thread(swarm1.create, "web", "--restart-delay=100ms", replicas=3, publish=["8000:8080"])
     await follower.until(lambda: len(follower.usable("web")) == 3, "three")
     dead, *others = follower.usable("web")
-    whole, before = follower.provider.whole_reads, follower.provider.reads
+    whole, before = follower.provider._begun_whole, follower.provider._begun
     await asyncio.to_thread(swarm1.manager.docker, "kill", dead.container)
 
     def replaced() -> bool:
@@ -217,8 +217,8 @@ async def test_of_a_change_only_its_tasks_are_read(swarm1: Swarm, follower: Foll
 
     await follower.until(replaced, "replaced")
     assert all(backend in follower.usable("web") for backend in others)
-    assert follower.provider.reads > before
-    assert follower.provider.whole_reads == whole
+    assert follower.provider._begun > before
+    assert follower.provider._begun_whole == whole
     # All that is known this way is what a provider finds that has just begun.
     known = follower.backends("web")
     async with following(config_of(swarm1.manager)) as fresh:

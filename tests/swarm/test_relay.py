@@ -99,14 +99,14 @@ async def test_snapshot_deltas_reports_and_failover(swarm3: Swarm) -> None:
             await until(lambda: bool(seen), "the snapshot")
             assert seen[-1] == inventory(me.node, her.node)
             for made in (one, two):
-                made.server.publish(inventory(me.node), {"t-x": wire.Verdict("down", "refused")})
+                made.server.publish(inventory(me.node), {"t-x": wire.HealthReport("down", "refused")})
             await until(lambda: len(seen) == 2, "the delta")
             assert seen[-1] == inventory(me.node)
             assert views[-1].of("t-x") is Health.DOWN
-            verdicts = {f"t-{me.node}": wire.Verdict("up"), "t-foreign": wire.Verdict("down")}
+            verdicts = {f"t-{me.node}": wire.HealthReport("up"), "t-foreign": wire.HealthReport("down")}
             for made in (one, two):
                 made.server.publish(replace(inventory(me.node, her.node)), {})
-            await provider.report(wire.Report({**verdicts, f"t-{her.node}": wire.Verdict("down")}))
+            await provider.report(wire.Report({**verdicts, f"t-{her.node}": wire.HealthReport("down")}))
             for made in (one, two):
                 await until(lambda m=made: me.node in m.reports, "the report")  # type: ignore[misc]
                 await until(lambda m=made: bool(m.reports[me.node].verdicts), "its verdicts")  # type: ignore[misc]
@@ -122,13 +122,13 @@ async def test_a_report_may_come_before_the_manager_knows_its_backends(swarm3: S
     async with manager(first) as made, agent(worker, made) as (provider, seen):
         made.server.publish(inventory(), {})
         await until(lambda: bool(seen), "the snapshot")
-        await provider.report(wire.Report({f"t-{n}": wire.Verdict("up") for n in (me, her)}))
+        await provider.report(wire.Report({f"t-{n}": wire.HealthReport("up") for n in (me, her)}))
         await until(lambda: me in made.reports, "the report")
         assert made.reports[me].verdicts == {}
         made.server.publish(inventory(her), {})
         assert made.reports[me].verdicts == {}
         made.server.publish(inventory(me, her), {})
-        assert made.reports[me].verdicts == {f"t-{me}": wire.Verdict("up")}
+        assert made.reports[me].verdicts == {f"t-{me}": wire.HealthReport("up")}
 
 
 async def test_digests_are_told_by_what_has_changed(swarm3: Swarm) -> None:
@@ -179,7 +179,7 @@ async def test_a_manager_that_tells_nobody_is_still_told(swarm3: Swarm) -> None:
         away.server.tell(False)
         await until(lambda: not provider.status().connected, "sent away")
         await until(lambda: node in away.server.nodes, "it calls again")
-        await provider.report(wire.Report({f"t-{node}": wire.Verdict("up")}, generation=7))
+        await provider.report(wire.Report({f"t-{node}": wire.HealthReport("up")}, generation=7))
         await until(lambda: away.reports[node].generation == 7, "the report")
         away.server.know(inventory(node, "b"))
         away.server.publish(inventory(node, "b"), {})

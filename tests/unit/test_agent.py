@@ -259,6 +259,19 @@ def test_sighup_takes_new_values_and_refuses_broken_ones(world: World) -> None:
     wait_for(lambda: not world.state()["problems"], "the mended file")
 
 
+def test_a_deprecated_key_is_used_and_shown_until_it_is_renamed(world: World) -> None:
+    """A file of an older build must not stop the node."""
+    world.configure(vips="192.0.2.240")
+    process = world.start()
+    assert world.call() in {"a", "b", "c"}
+    assert any("vips is deprecated (rename it to floating_addresses)" in said for said in world.state()["problems"])
+    assert world.log().count("vips is deprecated") == 1
+    world.configure(floating_addresses="192.0.2.240")
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: not world.state()["problems"], "the mended file")
+    assert "take effect at the next start" not in world.log()  # it is the same value
+
+
 def test_sigterm_waits_for_connections_within_the_bound(world: World) -> None:
     world.configure(drain_timeout=3600.0)
     process = world.start()

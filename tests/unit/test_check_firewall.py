@@ -71,7 +71,7 @@ def test_check_lists_the_rules_of_this_namespace(namespace: Namespace, tmp_path:
 
     def findings() -> list[tuple[str, str, str]]:
         done = namespace.run(*command, "--json", check=False)
-        return [(f["verdict"], f["found"], f["remedy"]) for f in json.loads(done.stdout) if f["what"] == "firewall"]
+        return [(f["level"], f["found"], f["remedy"]) for f in json.loads(done.stdout) if f["what"] == "firewall"]
 
     assert findings() == [("ok", "no rule in DOCKER-USER", "")]
     for tool in ("iptables", "ip6tables"):
@@ -83,7 +83,7 @@ def test_check_lists_the_rules_of_this_namespace(namespace: Namespace, tmp_path:
     namespace.run("iptables", "-I", "DOCKER-USER", "-p", "tcp", "--dport", "8080", "-j", "DROP")
     namespace.run("ip6tables", "-I", "DOCKER-USER", "!", "-s", "2001:db8::/32", "-j", "REJECT")
     found = findings()
-    assert [verdict for verdict, _, _ in found] == ["warn"] * 3
+    assert [level for level, _, _ in found] == ["warn"] * 3
     shown = {text.partition(": ")[2]: remedy for _, text, remedy in found}
     assert "mesh.deny=203.0.113.0/24" in shown["DOCKER-USER -s 203.0.113.0/24 -j DROP"]
     (sixth,) = [remedy for rule, remedy in shown.items() if "2001:db8::/32" in rule]

@@ -87,7 +87,7 @@ def test_inventory_survives_the_wire(inventory: model.Inventory) -> None:
 def test_a_delta_leads_from_one_snapshot_to_the_next(a: model.Inventory, b: model.Inventory, v: dict[str, str]) -> None:
     outgoing = Outgoing()
     old = wire.Snapshot(4, outgoing.content(a, {}))
-    new = wire.Snapshot(5, outgoing.content(b, {key: wire.Verdict(value) for key, value in v.items()}))
+    new = wire.Snapshot(5, outgoing.content(b, {key: wire.HealthReport(value) for key, value in v.items()}))
     delta = passed(wire.diff(old, new))
     assert isinstance(delta, wire.Delta)
     assert wire.patch(old, delta) == new
@@ -137,3 +137,12 @@ def test_what_stays_is_the_same_object(a: model.Inventory, b: model.Inventory) -
     assert [incoming.inventory(content) for content in both] == [a, b]
     first = incoming.inventory(both[1])
     assert all(x is y for x, y in zip(incoming.inventory(both[1]).backends, first.backends, strict=True))
+
+
+def test_pending_is_called_awaited_on_the_wire() -> None:
+    """Builds before the name PENDING know this word only: to them any other would be UNKNOWN, which lets tasks in."""
+    assert wire.health_report(model.Health.PENDING, "refused") == wire.HealthReport("awaited", "refused")
+    assert wire.health_of(wire.HealthReport("awaited")) is model.Health.PENDING
+    assert wire.health_of(wire.HealthReport("of a later build")) is model.Health.UNKNOWN
+    for health in model.Health:
+        assert wire.health_of(wire.health_report(health)) is health

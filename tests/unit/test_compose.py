@@ -248,12 +248,12 @@ def test_one_change_is_composed_as_if_it_were_new(
 
 def test_a_backend_whose_first_probe_is_awaited_gets_nothing_and_counts_for_nothing() -> None:
     """Not among those that are down either: no panic because of it."""
-    health = HealthView({"a": Health.AWAITED, "b": Health.UP})
+    health = HealthView({"a": Health.PENDING, "b": Health.UP})
     assert weights(compose(of(backend("a"), backend("b")), health, Drained(), CONFIG)) == {"a": 0, "b": 1}
     alone = compose(of(backend("a")), health, Drained(), CONFIG)
     (state,) = alone.frontends.values()
     assert (weights(alone), state.panic, alone.problems) == ({"a": 0}, False, ())
-    down = HealthView({"a": Health.AWAITED, "b": Health.DOWN})
+    down = HealthView({"a": Health.PENDING, "b": Health.DOWN})
     panic = compose(of(backend("a"), backend("b")), down, Drained(), CONFIG)
     assert weights(panic) == {"a": 0, "b": 1}
-    assert standing(backend("a"), None, Health.AWAITED, Drained()) == "first probe awaited"
+    assert standing(backend("a"), None, Health.PENDING, Drained()) == "first probe pending"

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from mesh.config.keys import Config
+from mesh.config.keys import FORMER, KEYS, Config
 from mesh.config.load import config_options, load
 from mesh.errors import ConfigError
 
@@ -93,15 +92,49 @@ def test_every_key_is_a_flag() -> None:
         seen.update(flags)
 
     given = {"str": "auto", "int": "3", "float": "0.5"}
-    args = [part for f in fields(Config) for part in (f"--{f.name.replace('_', '-')}", given[str(f.type)])]
+    args = [part for f in KEYS.values() for part in (f"--{f.name.replace('_', '-')}", given[str(f.type)])]
     assert CliRunner().invoke(command, args).exit_code == 0
-    assert seen.keys() == {*asdict(Config()), "config"}
+    assert seen.keys() == {*KEYS, *FORMER, "config"}
     text = CliRunner().invoke(command, ["--help"]).output
-    assert all(f"--{f.name.replace('_', '-')}" in text for f in fields(Config))
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in KEYS.values())
 
 
 def test_floating_addresses_are_addresses() -> None:
-    found = load({"vips": "192.0.2.9, 2001:db8::9,"}, {}).floating
+    found = load({"floating_addresses": "192.0.2.9, 2001:db8::9,"}, {}).floating
     assert {str(address) for address in found} == {"192.0.2.9", "2001:db8::9"}
-    with pytest.raises(ConfigError, match=r"vips.*192\.0\.2\.9/24"):
-        load({"vips": "192.0.2.9/24"}, {})
+    with pytest.raises(ConfigError, match=r"floating_addresses.*192\.0\.2\.9/24"):
+        load({"floating_addresses": "192.0.2.9/24"}, {})
+
+
+def test_a_former_name_of_a_key_is_accepted_and_reported(tmp_path: Path) -> None:
+    """An upgrade must not stop a node whose file, environment or unit says `vips`."""
+    flags = written(tmp_path, 'threads = 2\nvips = "192.0.2.9"\n')
+    for source, environ, where, said in (
+        (flags, {}, f"{flags['config']}:2", "vips is deprecated (rename it to floating_addresses)"),
+        ({}, {"MESH_VIPS": "192.0.2.9"}, "MESH_VIPS", "MESH_VIPS is deprecated (rename it to MESH_FLOATING_ADDRESSES)"),
+        ({"vips": "192.0.2.9"}, {}, "--vips", "--vips is deprecated (rename it to --floating-addresses)"),
+    ):
+        config = load(source, environ)
+        assert config.floating_addresses == "192.0.2.9"
+        assert [str(problem) for problem in config.problems] == [f"{where}: {said}"]
+    assert load(flags, {"MESH_FLOATING_ADDRESSES": "192.0.2.8"}).floating_addresses == "192.0.2.8"
+    assert load(written(tmp_path, 'floating_addresses = "192.0.2.9"'), {}).problems == ()
+
+
+def test_a_former_name_beside_the_present_one_is_refused(tmp_path: Path) -> None:
+    flags = written(tmp_path, 'vips = "192.0.2.9"\nfloating_addresses = "192.0.2.8"\n')
+    with pytest.raises(ConfigError, match=r":1.*both are set.*remove vips"):
+        load(flags, {})
+
+
+def test_a_former_name_is_a_flag_that_help_does_not_show() -> None:
+    seen: dict[str, object] = {}
+
+    @click.command()
+    @config_options
+    def command(**flags: object) -> None:
+        seen.update(flags)
+
+    assert CliRunner().invoke(command, ["--vips", "192.0.2.9"]).exit_code == 0
+    assert load(seen, {}).floating_addresses == "192.0.2.9"
+    assert "--vips" not in CliRunner().invoke(command, ["--help"]).output

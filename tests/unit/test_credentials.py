@@ -17,11 +17,11 @@ import pytest
 
 from bench import scale_certificates
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
-from mesh.cluster.provider import ClusterProvider
 from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.errors import plain
+from tests.support.cluster_provider import make_provider
 from tests.support.lab.netns import PATIENCE
 from tests.support.ports import free_port
 
@@ -141,7 +141,7 @@ async def test_a_manager_whose_relay_cannot_listen_says_so(authority: Authority)
         docker_exec_root=str(authority.directory),
         cluster_port=free_port(),
     )
-    provider = ClusterProvider(config)
+    provider = make_provider(config)
     async with running(provider.run(lambda inventory: None)):
         await until(lambda: provider.status().problems)
         (problem,) = provider.status().problems

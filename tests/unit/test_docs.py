@@ -7,15 +7,13 @@ import configparser
 import json
 import re
 import subprocess
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from mesh.agent.agent import LIVE_KEYS
 from mesh.cli.exit import Exit
 from mesh.cli.main import main
-from mesh.config.keys import Config
+from mesh.config import keys
 from mesh.config.load import load
 from mesh.datapath.counters import Failure
 from mesh.metrics import families
@@ -32,12 +30,13 @@ SUFFIXES = ("_bucket", "_sum", "_count")
 
 def config_table() -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
-    for key in fields(Config):
+    for key in keys.KEYS.values():
         default = f"{key.default:g}" if key.type == "float" else str(key.default)
         meaning = key.metadata["help"]
         if key.metadata["choices"]:
             meaning += f" ({', '.join(f'`{choice}`' for choice in key.metadata['choices'])})"
-        live = " ↻" if key.name in LIVE_KEYS else ""
+        live = " ↻" if key.metadata["live"] else ""
+        meaning += "".join(f" (formerly `{was}`)" for was in key.metadata["was"])
         rows.append(f"| `{key.name}`{live} | {f'`{default}`' if default else ''} | {meaning} |")
     return "\n".join(rows)
 
@@ -49,7 +48,7 @@ def example() -> str:
         "# /etc/mesh/mesh.toml: every key with its default. Keep what you change. Environment (MESH_ENGINE, ...) and",
         "# flags (--engine, ...) win over it; unknown keys are refused. `mesh check` judges it, SIGHUP reads it again.",
     ]
-    for key in fields(Config):
+    for key in keys.KEYS.values():
         meaning, choices = key.metadata["help"], key.metadata["choices"]
         value = json.dumps(key.default) if key.type == "str" else str(key.default)
         one_of = f" One of: {', '.join(choices)}." if choices else ""
@@ -133,7 +132,7 @@ def test_commands_that_are_shown_exist() -> None:
 
 
 def test_the_example_is_the_default() -> None:
-    assert load({"config": str(EXAMPLE)}, {}) == Config()
+    assert load({"config": str(EXAMPLE)}, {}) == keys.Config()
     assert EXAMPLE.read_text() == example(), "run: python -m tests.unit.test_docs"
 
 
@@ -165,7 +164,7 @@ def test_the_unit_waits_longer_than_the_daemon_drains() -> None:
     unit.read(ROOT / "deploy/mesh.service")
     service = unit["Service"]
     assert service["Type"] == "notify" and int(service["WatchdogSec"]) > 0
-    assert int(service["TimeoutStopSec"]) > Config().drain_timeout
+    assert int(service["TimeoutStopSec"]) > keys.Config().drain_timeout
     assert service["ExecReload"].endswith("-HUP $MAINPID")
 
 

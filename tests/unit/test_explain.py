@@ -12,7 +12,6 @@ from typing import Any
 
 from mesh.api.state import Facts, View
 from mesh.config.keys import Config
-from mesh.datapath.memory import MemoryDatapath
 from mesh.health.monitor import Monitor
 from mesh.model import (
     Backend,
@@ -31,6 +30,7 @@ from mesh.model import (
 from mesh.providers.demo import DemoProvider
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
+from tests.support.memory import MemoryDatapath
 
 ONE, TWO = Node("id-of-one", "one"), Node("id-of-two", "two", weight=0)
 HOME = ipaddress.ip_address("127.0.0.1")

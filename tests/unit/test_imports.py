@@ -108,6 +108,12 @@ def test_every_part_has_a_layer():
     assert {part(name_of(path)) for path in PACKAGE.rglob("*.py*") if "__pycache__" not in path.parts} <= set(RANK)
 
 
+@pytest.mark.parametrize("init", sorted(PACKAGE.rglob("*/__init__.py")), ids=lambda path: path.parent.name)
+def test_every_package_says_what_is_in_it_and_what_it_imports(init):
+    said = ast.get_docstring(ast.parse(init.read_text())) or ""
+    assert len(said.splitlines()) > 2 and re.search(r"\b[Ii]mports?\b", said), said
+
+
 def test_imports_point_one_way():
     wrong = [f"{a} imports {b}: {why}" for a, b in inside(edges()) if (why := breaks(a, b))]
     assert not wrong, "\n".join(wrong)

@@ -262,7 +262,7 @@ def test_a_frontend_of_a_floating_address_waits_for_it(node: Namespace, outside:
     frontend = Frontend(ipaddress.ip_address(address), PORT, Protocol.TCP)
     with node.entered():
         refusing = Interceptor("bind", docker_host=False, threads=1, table="mesh_test")
-        with pytest.raises(DatapathError, match="vips"):
+        with pytest.raises(DatapathError, match="floating_addresses"):
             refusing.listen(frontend)
         waiting = Interceptor(
             "bind", docker_host=False, threads=1, table="mesh_test", floating=frozenset({frontend.address})

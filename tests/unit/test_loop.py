@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Plan
-from mesh.datapath.memory import MemoryDatapath
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Health, HealthView, Inventory
 from mesh.reconcile import loop as loops
@@ -25,6 +24,7 @@ from mesh.reconcile.loop import Picture, Reconciler
 from mesh.reconcile.plan import doubtful, key_of, plan
 from tests.support.inventories import inventories
 from tests.support.lab.netns import PATIENCE
+from tests.support.memory import MemoryDatapath
 from tests.unit.test_compose import ADDRESS, backend, of
 
 

@@ -8,10 +8,8 @@ import ipaddress
 from dataclasses import replace
 from typing import Any
 
-from mesh.cluster.provider import ClusterProvider
 from mesh.cluster.readiness import HOLD, ReadinessGate
-from mesh.cluster.wire import Report, Verdict
-from mesh.config.keys import Config
+from mesh.cluster.wire import HealthReport, Report
 from mesh.model import (
     Backend,
     Health,
@@ -26,9 +24,10 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
+from tests.support.cluster_provider import Server, make_provider
 
-UP, DOWN = Verdict("up"), Verdict("down", "refused")
-AWAITED = Verdict("awaited")
+UP, DOWN = HealthReport("up"), HealthReport("down", "refused")
+PENDING = HealthReport("awaited")  # the word on the wire
 TCP, UDP = PublishedPort(80, 8080, Protocol.TCP), PublishedPort(53, 53, Protocol.UDP)
 SERVICES = (
     Service("web", "web", (TCP,)),
@@ -76,7 +75,7 @@ def test_only_what_is_new_and_will_be_told_of_is_awaited() -> None:
         ),
         hold=True,
     )
-    assert new.apply({"old": DOWN}) == {"old": DOWN, "a": AWAITED, "g": AWAITED}
+    assert new.apply({"old": DOWN}) == {"old": DOWN, "a": PENDING, "g": PENDING}
     assert new.due == HOLD
 
 
@@ -84,7 +83,7 @@ def test_a_good_probe_ends_it_and_a_bad_one_does_not() -> None:
     new, _ = newcomers()
     new.take(inventory(), hold=True)
     new.take(inventory(backend("a"), backend("b")), hold=True)
-    assert new.apply({"a": UP, "b": DOWN}) == {"a": UP, "b": Verdict("awaited", "refused")}
+    assert new.apply({"a": UP, "b": DOWN}) == {"a": UP, "b": HealthReport("awaited", "refused")}
     assert new.apply({"a": DOWN, "b": UP}) == {"a": DOWN, "b": UP}  # once and for all
     assert new.due is None
 
@@ -95,9 +94,9 @@ def test_time_ends_it() -> None:
     new.take(inventory(backend("a")), hold=True)
     clock.now = HOLD / 2
     new.take(inventory(backend("a"), backend("b")), hold=True)
-    assert (new.due, new.apply({})) == (HOLD / 2, {"a": AWAITED, "b": AWAITED})
+    assert (new.due, new.apply({})) == (HOLD / 2, {"a": PENDING, "b": PENDING})
     clock.now = HOLD
-    assert (new.due, new.apply({"a": DOWN})) == (0, {"a": DOWN, "b": AWAITED})
+    assert (new.due, new.apply({"a": DOWN})) == (0, {"a": DOWN, "b": PENDING})
     assert new.due == HOLD / 2
     new.take(inventory(backend("a")), hold=True)
     assert (new.due, new.apply({})) == (None, {})
@@ -110,7 +109,7 @@ def test_who_was_ready_once_is_not_new_again() -> None:
     new.take(inventory(a, b), hold=True)
     new.take(inventory(replace(a, ready=False), b), hold=True)
     new.take(inventory(a, replace(b, ready=True)), hold=True)
-    assert new.apply({}) == {"b": AWAITED}
+    assert new.apply({}) == {"b": PENDING}
 
 
 def test_a_node_that_is_told_holds_nobody_back_and_knows_whom_it_was_told_of() -> None:
@@ -120,24 +119,9 @@ def test_a_node_that_is_told_holds_nobody_back_and_knows_whom_it_was_told_of() -
     new.take(inventory(backend("a"), backend("b")), hold=False)
     assert (new.apply({}), new.due) == ({}, None)
     new.take(inventory(backend("a"), backend("b"), backend("c")), hold=True)
-    assert new.apply({}) == {"c": AWAITED}
+    assert new.apply({}) == {"c": PENDING}
     new.take(inventory(backend("a"), backend("b"), backend("c"), backend("d")), hold=False)
     assert (new.apply({}), new.due) == ({}, None)
-
-
-class Server:
-    """What a manager's relay server is asked and told."""
-
-    def __init__(self, *nodes: str) -> None:
-        self.nodes = dict.fromkeys(nodes, "")
-        self.engines: dict[str, str] = {}
-        self.told: list[dict[str, Verdict]] = []
-
-    def know(self, inventory: Inventory) -> None:
-        pass
-
-    def publish(self, inventory: Inventory, verdicts: dict[str, Verdict]) -> None:
-        self.told.append(verdicts)
 
 
 async def until(condition: Any) -> None:
@@ -146,31 +130,30 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_a_manager_tells_the_others_who_is_awaited() -> None:
-    provider: Any = ClusterProvider(Config())
-    provider._server, provider._reads = (server := Server("n2")), True
+async def test_a_manager_tells_the_others_who_is_pending() -> None:
     seen: list[HealthView] = []
     published: list[Inventory] = []
-    provider.on_health, provider._publish = seen.append, published.append
+    provider = make_provider(on_health=seen.append)
+    provider._roles.server, provider._roles.reads = (server := Server("n2")), True
+    provider._publish = published.append
     provider._take(inventory(backend("old")))
     assert server.told[-1] == {}
     provider._take(inventory(backend("a"), backend("b"), backend("old")))
-    assert server.told[-1] == {"a": AWAITED, "b": AWAITED}  # with the very inventory that names them first
-    assert [seen[-1].of(b) for b in ("a", "b", "old")] == [Health.AWAITED, Health.AWAITED, Health.UNKNOWN]
+    assert server.told[-1] == {"a": PENDING, "b": PENDING}  # with the very inventory that names them first
+    assert [seen[-1].of(b) for b in ("a", "b", "old")] == [Health.PENDING, Health.PENDING, Health.UNKNOWN]
     assert len(published) == 2
-    provider._reports.take("n2", Report({"a": UP}))
-    await until(lambda: server.told[-1] == {"a": UP, "b": AWAITED})
+    provider._verdicts.reports.take("n2", Report({"a": UP}))
+    await until(lambda: server.told[-1] == {"a": UP, "b": PENDING})
     await until(lambda: server.told[-1] == {"a": UP})  # b's node never told
     assert seen[-1].verdicts == {"a": Health.UP}
 
 
 def test_a_node_takes_its_own_good_probe_for_it_at_once() -> None:
     """A worker; a bad one changes nothing while the managers wait."""
-    provider: Any = ClusterProvider(Config())
     seen: list[HealthView] = []
-    provider.on_health = seen.append
-    provider._on_verdicts(HealthView({"a": Health.AWAITED, "b": Health.AWAITED}))
+    provider = make_provider(on_health=seen.append)
+    provider._on_verdicts(HealthView({"a": Health.PENDING, "b": Health.PENDING}))
     provider.own_health(HealthView({"a": Health.UP, "b": Health.DOWN}, {"b": "refused"}))
-    assert seen[-1] == HealthView({"a": Health.UP, "b": Health.AWAITED}, {"b": "refused"})
+    assert seen[-1] == HealthView({"a": Health.UP, "b": Health.PENDING}, {"b": "refused"})
     provider._on_verdicts(HealthView({"a": Health.UP}))
     assert seen[-1] == HealthView({"a": Health.UP, "b": Health.DOWN}, {"b": "refused"})

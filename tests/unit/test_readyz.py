@@ -9,12 +9,12 @@ from pathlib import Path
 
 from mesh.api.state import Facts, View
 from mesh.config.keys import Config
-from mesh.datapath.memory import MemoryDatapath
 from mesh.health.monitor import Monitor
 from mesh.model import Backend, Inventory, Protocol, PublishedPort, Service
 from mesh.providers.demo import DemoProvider
 from mesh.reconcile.loop import Reconciler
 from tests.support.lab.netns import PATIENCE
+from tests.support.memory import MemoryDatapath
 
 
 async def stop(release: bool) -> None: ...

@@ -6,14 +6,14 @@ from __future__ import annotations
 import asyncio
 
 from mesh.cluster.reports import LINGER, Deaths, Reports
-from mesh.cluster.wire import Report, Verdict
+from mesh.cluster.wire import HealthReport, Report
 from mesh.model import Backend, Inventory
 
-UP, DOWN = Verdict("up"), Verdict("down", "refused")
+UP, DOWN = HealthReport("up"), HealthReport("down", "refused")
 
 
 async def test_verdicts_of_all_nodes_are_one_and_told_once_for_many() -> None:
-    told: list[dict[str, Verdict]] = []
+    told: list[dict[str, HealthReport]] = []
     reports = Reports(lambda: told.append(dict(reports.verdicts)))
     assert (reports.of("n1"), reports.age("n1")) == (Report({}), None)
     for number in range(50):

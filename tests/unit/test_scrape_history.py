@@ -13,7 +13,6 @@ from mesh.api.services import Services
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Stats
 from mesh.datapath.counters import Counters
-from mesh.datapath.memory import MemoryDatapath
 from mesh.metrics.exposition import Exposition, Snapshot
 from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
 from mesh.reconcile.compose import ComposeCache, compose
@@ -21,6 +20,7 @@ from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture
 from mesh.reconcile.plan import key_of, plan
 from tests.support.inventories import health_views, inventories
+from tests.support.memory import MemoryDatapath
 from tests.support.metrics_samples import state as sample
 
 histories = st.lists(st.tuples(inventories(), health_views(), st.booleans()), min_size=1, max_size=4)

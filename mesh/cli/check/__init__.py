@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mesh check`: whether the daemon can run here, and what would help."""
+"""`mesh check`: whether the daemon can run here, and what would help.
+
+`command` asks, `host`, `docker`, `firewall` and `cluster` answer with Findings (`finding`). Changes nothing, and works
+beside a daemon that runs. May import everything below the CLI.
+"""

@@ -2,13 +2,18 @@
 """Removes what an agent leaves behind. The kernel engine's programs keep forwarding by tables that nobody updates, and
 the nftables table of a proxy that was killed redirects to sockets that no longer exist.
 
-The next agent with the kernel engine takes the programs over. Everyone else removes them here.
+The next agent with the kernel engine takes the programs over. Everyone else removes them here: `Cleanup` for a daemon
+that runs, `StaleState` for `mesh stop --release` after the daemon has gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
 
 from mesh import _bpf
 from mesh._maglev import SlotTable
@@ -21,7 +26,19 @@ from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, instance, netns_cookie, pin_home, remove_pins
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.proxy.nft import NftTable, table_name
-from mesh.errors import BpfError
+from mesh.errors import BpfError, MeshError
+
+GRACE: Final = 5.0  # seconds in which the other nodes learn that this one has another engine now
+EVERY: Final = 10.0  # seconds between two looks for foreign instances
+POLL: Final = 1.0  # seconds in which a thread waits for flows at a time
+
+FOREIGN: Final = (
+    "a daemon with another state directory has programs here too, which may serve flows by tables of its own: "
+    "`mesh stop --release` with its --state-dir; if that is forgotten, rm -r {} and, before kernel 6.6, a reboot"
+)
+
+_Result = TypeVar("_Result")
+log = structlog.get_logger("mesh")
 
 
 def find(config: Config) -> StaleState | None:
@@ -154,3 +171,60 @@ def _cookie(pin: Path) -> bytes:
             held.close()
     except BpfError:
         return b""
+
+
+async def _thread(work: Callable[..., _Result], *arguments: object) -> _Result:
+    """In a thread, to its end: who is cancelled waits for it, for the next process may change the same things."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+class Cleanup:
+    """What a daemon that runs does about programs of earlier and other daemons.
+
+    Attributes:
+        problems: foreign instances in this network namespace, one sentence each.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.problems: Sequence[str] = ()
+
+    async def clear_stale_state(self, serving: Callable[[], bool]) -> None:
+        """Once the proxy engine serves: take off what the kernel engine has left in the same state directory.
+
+        Flows that start are the proxy's from then on; those under way go on, and the programs go with the last.
+
+        Args:
+            serving: whether the proxy engine serves all that is known.
+        """
+        state = find(self._config)
+        if state is None or not state.programs:
+            return
+        while not serving() or state.owned:  # noqa: ASYNC110 -- any cause, polled
+            await asyncio.sleep(0.2)
+        if not state.programs:
+            return
+        try:
+            flows = await _thread(state.hand_back)
+            log.info("the kernel engine served here before: its programs go with the flows under way", flows=flows)
+            await asyncio.sleep(GRACE)
+            while await _thread(state.wait, POLL):
+                pass
+            await _thread(state.take_off)
+            log.info("the kernel engine's programs are taken off")
+        except (MeshError, OSError, ValueError, KeyError) as error:
+            log.warning("the kernel engine's programs of before are in the way: mesh stop --release", error=str(error))
+
+    async def watch_foreign_instances(self) -> None:
+        """Keep `problems`, until cancelled."""
+        while True:
+            found = [FOREIGN.format(path) for path in await asyncio.to_thread(foreign_instances, self._config)]
+            for line in found if found != self.problems else ():
+                log.warning(line)
+            self.problems = found
+            await asyncio.sleep(EVERY)

@@ -187,11 +187,11 @@ class Fallback:
         return frontend if frontend in applied.frontends else dataclasses.replace(frontend, address=ANY_ADDRESS)
 
     def listeners(self) -> Listeners:
-        """See ProxyDatapath.listeners."""
+        """See Datapath.listeners."""
         return self._proxy.listeners() if self._proxy else {}
 
     def stop_accepting(self) -> None:
-        """See ProxyDatapath.stop_accepting."""
+        """See Datapath.stop_accepting."""
         if self._proxy is not None:
             self._proxy.stop_accepting()
 

@@ -42,8 +42,8 @@ class Locator:
     """Finds backends. Remembers routes until interfaces or addresses change.
 
     Args:
-        floating: addresses that the node may get at any time (config key `vips`). They count as its own, so that the
-            first packet for them is already served.
+        floating: addresses that the node may get at any time (config key `floating_addresses`). They count as its own,
+            so that the first packet for them is already served.
     """
 
     def __init__(self, netlink: Netlink, floating: frozenset[Address] = frozenset()) -> None:

@@ -304,13 +304,13 @@ class ProxyDatapath:
         """None: see Datapath.explain."""
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
-        """Descriptors of all listening sockets, for a process that takes over; this engine still owns them."""
+        """See Datapath.listeners."""
         with self._accounting.lock:
             own = {f: r.descriptors for f, r in self._accounting.records.items() if r.descriptors}
         return {**own, **self._peers.listeners()}
 
     def stop_accepting(self) -> None:
-        """Another process has the sockets of `listeners()`: close ours and leave the waiting connections to it."""
+        """See Datapath.stop_accepting."""
         engine, intercept = self._opened()
         intercept.yield_table()
         engine.yield_sockets()

@@ -122,7 +122,7 @@ def why(frontend: Frontend, error: OSError) -> DatapathError:
         return DatapathError(
             "this node does not have the address",
             where=where,
-            remedy="publish on an address of the node or on all, or name it in vips",
+            remedy="publish on an address of the node or on all, or name it in floating_addresses",
         )
     return DatapathError(f"cannot listen: {error.strerror}", where=where)
 
@@ -150,7 +150,6 @@ class Interceptor:
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         floating: frozenset[Address] = frozenset(),
     ) -> None:
-        self._mode = mode
         self._threads = threads
         self._floating = floating
         self._table = NftTable(table)

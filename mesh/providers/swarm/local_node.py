@@ -88,15 +88,11 @@ def merge(inventory: Inventory, look: LocalView) -> Inventory:
 
 
 class LocalNode:
-    """Follows the local Engine.
+    """Follows the local Engine."""
 
-    Args:
-        on_change: called on the event loop whenever `look` or `local_inventory` would answer otherwise.
-    """
-
-    def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._on_change = on_change
+        self._on_change: Callable[[], None] = lambda: None
         self._overlay = Overlay()
         self._begun = 0
         self._ring = asyncio.Event()
@@ -104,8 +100,13 @@ class LocalNode:
         self.error = ""
         self.looked = asyncio.Event()  # once, with whatever result
 
-    async def run(self) -> None:
-        """Follow until cancelled."""
+    async def run(self, on_change: Callable[[], None]) -> None:
+        """Follow until cancelled.
+
+        Args:
+            on_change: called on the event loop whenever `look` or `local_inventory` would answer otherwise.
+        """
+        self._on_change = on_change
         engine = Engine(self._config.docker_host)
         try:
             async with asyncio.TaskGroup() as group:

@@ -124,16 +124,6 @@ class SwarmProvider:
         """Why tasks of this node do not serve that other nodes take for ready, by task."""
         return self._overlay.unseen(self._read) if self._read else {}
 
-    @property
-    def reads(self) -> int:
-        """Reads of the Engine that have begun, since the start."""
-        return self._begun
-
-    @property
-    def whole_reads(self) -> int:
-        """Of these, those of everything and not of single tasks."""
-        return self._begun_whole
-
     async def _read_forever(self, engine: Engine) -> None:
         retry = _RETRY_FIRST
         while True:

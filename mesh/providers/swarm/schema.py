@@ -29,7 +29,6 @@ class RemoteManager(_Part, frozen=True):
 
 class SwarmInfo(_Part, frozen=True):
     node_id: str = field(default="", name="NodeID")
-    node_addr: str = ""
     local_node_state: str = ""
     control_available: bool = False
     remote_managers: list[RemoteManager] | None = None

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that forwards nothing: it holds what it is given and answers look-ups. For tests and dry runs."""
+"""An engine that forwards nothing: it holds what it is given and answers look-ups."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from mesh.datapath.base import Applied, Choice, Plan, Signal, Stats
+from mesh.datapath.base import Applied, Choice, Datapath, Plan, Signal, Stats
 from mesh.datapath.counters import Counters
 from mesh.datapath.lookup import lookup
 from mesh.errors import DatapathError
 from mesh.model import Flow, Frontend
 
 
-class MemoryDatapath:
+class MemoryDatapath(Datapath):
     """Keeps every plan in `plans`. `before_apply` is called in `apply` and may block or raise, as an engine may."""
 
     name = "memory"
