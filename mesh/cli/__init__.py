@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `mesh`: nouns read, verbs change. Talks to the daemon through `<state_dir>/mesh.sock`."""
+"""The command `mesh`, one file per command; `check` and `bench` are packages.
 
-from mesh.cli.main import main
-
-__all__ = ["main"]
+Commands that read or change a running daemon talk to it through `<state_dir>/mesh.sock` (`client`). `main` registers
+the commands; a command imports `exit`, `client` and `output` of this package and no other command.
+"""

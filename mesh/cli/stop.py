@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs: drain, undrain, stop. They change a running daemon."""
+"""`mesh stop`: stop the daemon, and hand the ports back if asked to."""
 
 from __future__ import annotations
 
@@ -12,55 +12,8 @@ import click
 from mesh.agent.lock import Lock
 from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import DaemonUnreachableError, Exit
-from mesh.cli.output import Json, echo_json
+from mesh.cli.output import echo_json
 from mesh.config.load import load
-
-KIND = click.Choice(["backend", "node"])
-
-
-def _named(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not value:
-        raise click.BadParameter("is empty")
-    return value
-
-
-@click.command(short_help="No new connections to a backend or a node.")
-@click.argument("kind", type=KIND)
-@click.argument("name", callback=_named)
-@daemon_options
-def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
-    """Give a backend, or all backends of a node, no new connections. Those they have stay.
-
-    NAME is a name, an id, or the beginning of an id. It holds on this node until `mesh undrain`, also across restarts.
-    To take a node out for the whole swarm, use `docker node update --label-add mesh.weight=0 NODE`.
-
-    \b
-    Example:   mesh drain backend web.3
-               mesh drain node worker-3
-    """
-    _set_drained("/drain", kind, name, state_dir, as_json)
-
-
-@click.command(short_help="Take back a drain.")
-@click.argument("kind", type=KIND)
-@click.argument("name", callback=_named)
-@daemon_options
-def undrain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
-    """Take back a drain: new connections again.
-
-    \b
-    Example:   mesh undrain backend web.3
-    """
-    _set_drained("/undrain", kind, name, state_dir, as_json)
-
-
-def _set_drained(path: str, kind: str, name: str, state_dir: Path, as_json: bool) -> None:
-    answer = call(state_dir, path, body={"kind": kind, "name": name})
-    if as_json:
-        echo_json(answer)
-        return
-    what = "gets no new connections" if path == "/drain" else "gets new connections again"
-    click.echo(f"{kind} {answer.get('name') or answer.get('id') or name} {what}")
 
 
 @click.command(short_help="Stop the daemon, optionally hand the ports back.")
@@ -136,7 +89,7 @@ def _wait_gone(state_dir: Path, timeout: float) -> bool:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
-            _: Json = call(state_dir, "/readyz", accept=(503,))
+            call(state_dir, "/readyz", accept=(503,))
         except DaemonUnreachableError:
             return True
         time.sleep(0.1)
