@@ -50,7 +50,7 @@ def maps(bpf_fs: str | None, state_dir: Path, as_json: bool) -> None:
 
 
 def render(found: Json) -> str:
-    """The answer of mesh.datapath.kernel.dump.read as text: equal maps give equal text."""
+    """The answer of mesh.datapath.kernel.dump.read as text, but for where tables lie, which depends on timing."""
     return "\n".join(line.rstrip() for line in _lines(found)) + "\n"
 
 
@@ -93,10 +93,9 @@ def _lines(found: Json) -> Iterator[str]:
 
 def _frontend(frontend: Json) -> Iterator[str]:
     yield f"frontend {frontend['id']}  {frontend['frontend']}  {frontend['service'] or '(no name)'}"
-    place = f"arena {frontend['arena']} at {frontend['offset']}"
     yield from _table(
         [
-            ("table", f"{frontend['table_size']} slots, {place}"),
+            ("table", f"{frontend['table_size']} slots"),
             ("digest", frontend["digest"] or "the slots make no sense"),
             ("flags", ", ".join(frontend["flags"]) or "none"),
             ("acl", frontend["acl"] or "none"),
