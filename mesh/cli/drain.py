@@ -20,15 +20,15 @@ def _named(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-@click.command(short_help="No new connections to a backend or a node.")
+@click.command(short_help="Stop new connections to a backend or a node.")
 @click.argument("kind", type=KIND)
 @click.argument("name", callback=_named)
 @daemon_options
 def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
-    """Give a backend, or all backends of a node, no new connections. Those they have stay.
+    """Stop new connections to a backend, or to all backends of a node. Open connections stay.
 
-    NAME is a name, an id, or the beginning of an id. It holds on this node until `mesh undrain`, also across restarts.
-    To take a node out for the whole swarm, use `docker node update --label-add mesh.weight=0 NODE`.
+    NAME is a name, an id, or the beginning of an id. The drain applies to this node, until `mesh undrain`, and
+    survives restarts. To drain a node for the whole swarm, use `docker node update --label-add mesh.weight=0 NODE`.
 
     \b
     Example:   mesh drain backend web.3
@@ -37,12 +37,12 @@ def drain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
     _set_drained("/drain", kind, name, state_dir, as_json)
 
 
-@click.command(short_help="Take back a drain.")
+@click.command(short_help="Resume new connections to a backend or a node.")
 @click.argument("kind", type=KIND)
 @click.argument("name", callback=_named)
 @daemon_options
 def undrain(kind: str, name: str, state_dir: Path, as_json: bool) -> None:
-    """Take back a drain: new connections again.
+    """Resume new connections to a backend or a node that was drained.
 
     \b
     Example:   mesh undrain backend web.3

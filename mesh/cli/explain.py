@@ -23,20 +23,20 @@ def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-@click.command(short_help="Where a connection goes, and why.")
+@click.command(short_help="Which backend a connection gets, and why.")
 @click.argument("source", metavar="SRC:PORT", callback=_endpoint)
 @click.argument("destination", metavar="DST:PORT", callback=_endpoint)
 @click.option("--proto", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True, help="Protocol.")
 @daemon_options
 def explain(source: str, destination: str, proto: str, state_dir: Path, as_json: bool) -> None:
-    """Where a new connection goes, and why: its slot, its backend, and the next choices.
+    """Explain which backend a new connection gets: its slot, its backend, the next choices, and the reasons.
 
-    SRC:PORT is the client's address as this node sees it, DST:PORT what the client calls: an address of this node
-    and a published port. IPv6 in brackets.
-    With the kernel engine the loaded program is asked as well (line `program`), and it is said if it disagrees.
+    SRC:PORT is the client's address as this node sees it. DST:PORT is what the client calls: an address of this node
+    and a published port. Write IPv6 addresses in brackets. With the kernel engine the loaded program is asked too
+    (line `program`); a disagreement is reported.
 
     \b
-    Exit code: 0 a backend takes it; 1 none does, or tables and program disagree; 4 nothing is published there.
+    Exit code: 0 a backend gets it; 1 none does, or tables and program disagree; 4 nothing is published there.
     Example:   mesh explain 192.0.2.7:40000 192.0.2.1:8080
                mesh explain '[2001:db8::7]:40000' '[2001:db8::1]:53' --proto udp
     """
@@ -50,20 +50,26 @@ def explain(source: str, destination: str, proto: str, state_dir: Path, as_json:
         sys.exit(Exit.NOT_READY)
 
 
-def describe(backend: object) -> str:
+def describe(backend: Json) -> str:
     """A backend of an explanation in a few words."""
-    if not isinstance(backend, dict):
-        return "whoever served the port before mesh" if backend == "pass" else str(backend or "none")
     name = backend.get("name") or backend.get("backend") or backend.get("id")
     where = f" at {address_port(backend)}" if backend.get("address") else ""
     where += f" by {backend['way']}" if backend.get("way", "here") != "here" else ""
     return f"{name}{where}" + (f" on node {node_shown(backend)}" if backend.get("node") else "")
 
 
+def _previous(answer: Json) -> str:
+    """The slot's previous owner."""
+    if answer["previous_backend"]:
+        return describe(answer["previous_backend"])
+    owner = str(answer["previous"])
+    return "whoever served the port before mesh" if owner == "pass" else owner
+
+
 def _print_explanation(answer: Json) -> None:
     rows = [
         ("service", f"{answer['service']} ({answer['frontend']})"),
-        ("backend", describe(answer["backend"])),
+        ("backend", describe(answer["backend"]) if answer["backend"] else "none"),
         ("slot", f"{answer['slot']} of {answer['table_size']} (hash {answer['hash']:#010x})"),
     ]
     if answer["program"] is None:
@@ -71,9 +77,7 @@ def _print_explanation(answer: Json) -> None:
     else:
         rows.append(("program", _program_says(answer["program"], agree=answer["agree"])))
     if answer.get("previous") not in (None, answer.get("current")):
-        rows.append(
-            ("previous", f"{describe(answer['previous_backend'] or answer['previous'])}: keeps the connections it has")
-        )
+        rows.append(("previous", f"{_previous(answer)}: keeps the connections it has"))
     rows += [("next" if i == 0 else "", f"{i + 1}. {describe(choice)}") for i, choice in enumerate(answer["next"])]
     for title, text in rows:
         click.echo(f"{title:<10}{text}")

@@ -28,15 +28,15 @@ def _selected(state: Json, names: tuple[str, ...]) -> list[Json]:
     return chosen
 
 
-@click.command(short_help="What is published.")
+@click.command(short_help="Published services and ports.")
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
 @daemon_options
 def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
-    """What is published: services, their ports, and how many backends take new connections.
+    """List published services, their ports, and how many backends accept new connections.
 
     \b
-    TAKING NEW   backends that new connections can be given to, of all that are known
-    TRANSITION   slots of the table whose connections from before stay with an earlier owner (first: Docker's mesh)
+    TAKING NEW   backends that get new connections, of all that are known
+    TRANSITION   slots whose earlier connections stay with a previous owner (at first: Docker's mesh)
     Example:     mesh services web
     """
     chosen = _selected(call(state_dir, "/state"), names)
@@ -61,7 +61,7 @@ def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
 
 
 def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options worth a word in a table: those with one value that is not what nearly everybody has."""
+    """The options to show in a table: those that differ from the default."""
     usual = {"affinity": "flow", "proxy_protocol": "off", "locality": "cluster", "enable": True}
     for key, value in options.items():
         if key in usual and value != usual[key]:
@@ -70,16 +70,16 @@ def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, few(value, 3)
 
 
-@click.command(short_help="Who serves: health, share of new connections.")
+@click.command(short_help="Backends: health and share of new connections.")
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
 @daemon_options
 def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
-    """Who serves: every backend with its health, and its share of new connections.
+    """List every backend with its health and its share of new connections.
 
     \b
     TAKES NEW    whether it gets new connections; if not, why: drained, draining (it stops), down, node down, …
-    WEIGHT 0     keeps the connections it has
-    SHARE        of the slots, hence of new connections
+    WEIGHT       0: it keeps its connections and gets no new ones
+    SHARE        share of the slots, which is its share of new connections
     Example:     mesh backends web
                  mesh backends --json | jq '.[] | select(.health == "down") | .name'
     """
@@ -118,8 +118,8 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
 
 
 def _without(service: Json, source: str) -> str:
-    """Why a service has no backend, as far as is known here."""
+    """Why a service has no backend, as far as this node knows."""
     if not service["frontends"]:
         return f"{service['name']}: {LEFT}."
     who = "the static file names none" if source == "static" else f"`docker service ps {service['name']}` says why"
-    return f"{service['name']}: no backend that could be reached is known, so new connections fail; {who}."
+    return f"{service['name']}: no reachable backend is known, so new connections fail; {who}."

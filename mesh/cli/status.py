@@ -14,15 +14,15 @@ from mesh.cli.exit import Exit
 from mesh.cli.output import Json, duration, each_target, echo_json, echo_table, few
 
 
-@click.command(short_help="Is it well, and what is wrong.")
-@click.option("--cluster", is_flag=True, help="All nodes side by side, and where they differ (on a manager).")
+@click.command(short_help="Is the node healthy, and if not, why.")
+@click.option("--cluster", is_flag=True, help="Compare all nodes of the swarm (on a manager).")
 @daemon_options
 def status(state_dir: Path, as_json: bool, cluster: bool) -> None:
-    """Is it well: engine, source of services, what is served, and what is wrong.
+    """Show the engine, the source of services, what is served, and every problem.
 
     \b
-    Exit code: 0 if the node serves all that it should, 1 if not (the reasons are printed);
-               with --cluster 0 if all nodes agree.
+    Exit code: 0 if the node serves everything that it should, 1 if not (the reasons are printed);
+               with --cluster 0 if all nodes agree, 1 if not.
     Example:   mesh status --json | jq .ready
     """
     if cluster:
@@ -59,7 +59,7 @@ def _status_of_cluster(found: Json, *, as_json: bool) -> None:
 
 
 def _drained(state: Json, nodes: list[Json]) -> list[str]:
-    """What an operator drained, by name where somebody knows one."""
+    """What an operator drained, by name where the name is known."""
     backends = {target["backend"]: target["name"] for _, _, target in each_target(state["services"])}
     names = {node["id"]: node["name"] for node in nodes}
     found = [f"node {names.get(node) or node}" for node in state["drained"]["nodes"]]

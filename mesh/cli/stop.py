@@ -16,22 +16,24 @@ from mesh.cli.output import echo_json
 from mesh.config.load import load
 
 
-@click.command(short_help="Stop the daemon, optionally hand the ports back.")
+@click.command(short_help="Stop the daemon; hand the ports back if asked to.")
 @click.option("--release", is_flag=True, help="Also hand the ports back to Docker's own mesh.")
-@click.option("--now", is_flag=True, help="With --release, where no daemon runs: do not wait for connections.")
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the daemon is gone.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait, seconds.")
+@click.option("--now", is_flag=True, help="With --release and without a daemon: do not wait for open connections.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the daemon has exited.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Maximum wait in seconds."
+)
 @daemon_options
 def stop(release: bool, now: bool, wait: bool, timeout: float, state_dir: Path, as_json: bool) -> None:
-    """Stop the daemon as SIGTERM does: accept nothing new, let connections end (at most drain_timeout), leave.
+    """Stop the daemon as SIGTERM does: accept no new connections, wait for open ones (at most drain_timeout), exit.
 
-    What the kernel engine has in the kernel forwards on without a daemon, by the tables of that moment. --release takes
-    it off, also where no daemon runs any more: flows that start are left to whoever serves the ports besides at once,
-    those under way are waited for, unless it is to be --now. (Where they are pinned, bpf_fs, is as configured for
-    `mesh run` by the default file or MESH_BPF_FS.)
+    The kernel engine's programs stay in the kernel and forward by the last tables. --release removes them, even when
+    no daemon runs any more: new connections are left to Docker's own mesh at once, open ones are waited for unless
+    --now is given. Without a daemon, the pins are looked for in the bpf file system that the default configuration
+    file or MESH_BPF_FS names.
 
     \b
-    Exit code: 0 it is gone (or going, with --no-wait); 1 still there after --timeout.
+    Exit code: 0 the daemon has exited (or is exiting, with --no-wait); 1 it still runs after --timeout.
     Example:   mesh stop --release
     """
     try:
@@ -54,33 +56,31 @@ def stop(release: bool, now: bool, wait: bool, timeout: float, state_dir: Path, 
 
 
 def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachable: DaemonUnreachableError) -> None:
-    """Take off what a kernel engine has left whose daemon is gone."""
+    """Remove what a kernel engine left whose daemon is gone."""
     try:
         from mesh.datapath.kernel import cleanup  # noqa: PLC0415 -- absent where it was built without libbpf
     except ImportError:
         raise unreachable from None
-    remains = cleanup.find(load({"state_dir": str(state_dir)}))
-    if not state_dir.is_dir() or remains is None or not (remains.programs or remains.table.exists()):
+    stale = cleanup.find(load({"state_dir": str(state_dir)}))
+    if not state_dir.is_dir() or stale is None or not (stale.programs or stale.table.exists()):
         raise unreachable
     lock = Lock.acquire(state_dir)
     try:
-        if remains.table.exists():
-            remains.table.delete()
-        remains.hand_back()
-        flows = 0 if now else remains.wait(seconds)
-        if remains.programs and not flows:
-            remains.take_off()
+        if stale.table.exists():
+            stale.table.delete()
+        stale.hand_back()
+        flows = 0 if now else stale.wait(seconds)
+        if stale.programs and not flows:
+            stale.take_off()
     finally:
-        remains.close()
+        stale.close()
         lock.close()
     if as_json:
         echo_json({"pid": None, "flows": flows, "gone": not flows})
     elif flows:
-        click.echo(
-            f"no daemon ran; the ports are handed back; {flows} flows still go through the programs (--now cuts them)"
-        )
+        click.echo(f"no daemon ran; the ports are handed back; {flows} flows still use the programs (--now ends them)")
     else:
-        click.echo("no daemon ran; what it had left in the kernel is taken off")
+        click.echo("no daemon ran; its stale programs and pins are removed")
     if flows:
         sys.exit(Exit.NOT_READY)
 

@@ -45,7 +45,7 @@ def check(daemon: Daemon, *flags: str, cluster: bool = True) -> tuple[int, Findi
 
 
 def bad(findings: Findings) -> dict[str, str]:
-    return {what: finding["found"] for what, finding in findings.items() if finding["verdict"] != "ok"}
+    return {what: finding["found"] for what, finding in findings.items() if finding["level"] != "ok"}
 
 
 def check_until(

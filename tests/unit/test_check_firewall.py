@@ -71,7 +71,7 @@ def test_check_lists_the_rules_of_this_namespace(namespace: Namespace, tmp_path:
 
     def findings() -> list[tuple[str, str, str]]:
         done = namespace.run(*command, "--json", check=False)
-        return [(f["verdict"], f["found"], f["remedy"]) for f in json.loads(done.stdout) if f["what"] == "firewall"]
+        return [(f["level"], f["found"], f["remedy"]) for f in json.loads(done.stdout) if f["what"] == "firewall"]
 
     assert findings() == [("ok", "no rule in DOCKER-USER", "")]
     for tool in ("iptables", "ip6tables"):

@@ -186,7 +186,7 @@ async def test_what_answers_is_not_the_daemon(tmp_path: Path) -> None:
 async def test_check_judges_the_configuration_that_would_run(tmp_path: Path) -> None:
     args = ("check", "--json", "--provider", "demo", "--state-dir", tmp_path / "new", "--http-listen", "127.0.0.1:0")
     done = await mesh(*args)
-    verdicts = {finding["what"]: finding["verdict"] for finding in done.json()}
+    verdicts = {finding["what"]: finding["level"] for finding in done.json()}
     assert verdicts["configuration"] == verdicts["state directory"] == verdicts["HTTP port"] == "ok"
     assert verdicts["Docker"] == "ok"
     assert done.code == (Exit.NOT_READY if "fail" in verdicts.values() else Exit.OK)
@@ -207,14 +207,14 @@ async def test_check_names_remedies(tmp_path: Path) -> None:
         taken = server.sockets[0].getsockname()[1]
         done = await mesh("check", "--http-listen", f"127.0.0.1:{taken}", "--json")
     (finding,) = [f for f in done.json() if f["what"] == "HTTP port"]
-    assert finding["verdict"] == "fail" and "free one" in finding["remedy"]
+    assert finding["level"] == "fail" and "free one" in finding["remedy"]
 
 
 async def test_check_sees_the_running_daemon(daemon: Daemon) -> None:
     _, run = daemon
     done = await run("check", "--json", "--provider", "demo")
     (finding,) = [f for f in done.json() if f["what"] == "state directory"]
-    assert finding["verdict"] == "warn" and "pid 4711" in finding["found"] and "--take-over" in finding["remedy"]
+    assert finding["level"] == "warn" and "pid 4711" in finding["found"] and "--take-over" in finding["remedy"]
 
 
 async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
@@ -244,17 +244,17 @@ async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
     await web.UnixSite(runner, tmp_path / "docker.sock").start()
     args = ("check", "--json", "--provider", "swarm", "--docker-host", f"unix://{tmp_path}/docker.sock")
     findings = (await mesh(*args)).json()
-    warned = [f["found"] for f in findings if (f["what"], f["verdict"]) == ("published ports", "warn")]
+    warned = [f["found"] for f in findings if (f["what"], f["level"]) == ("published ports", "warn")]
     assert len(warned) == 1 and f"(pid {os.getpid()})" in warned[0] and str(listener.getsockname()[1]) in warned[0]
     listener.close()
-    found = {f["what"]: (f["verdict"], f["found"]) for f in findings}
+    found = {f["what"]: (f["level"], f["found"]) for f in findings}
     assert found["Docker"] == ("ok", "Engine 20.10.24, API 1.41")
     assert found["swarm"] == ("ok", "manager n1") and found["published ports"][1].startswith("2 published")
     manager = False
     done = await mesh(*args)
     assert done.code == Exit.NOT_READY and "worker that knows no manager" in done.out
     managers.append({"NodeID": "n2", "Addr": "192.0.2.2:2377"})
-    found = {f["what"]: (f["verdict"], f["found"]) for f in (await mesh(*args)).json()}
+    found = {f["what"]: (f["level"], f["found"]) for f in (await mesh(*args)).json()}
     assert found["swarm"] == ("ok", "worker n1, told by 192.0.2.2:2377")
     await runner.cleanup()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check --cluster` finds out about the way from this node to every other one."""
+"""`mesh check --cluster`: the paths from this node to every other one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mesh import __version__
-from mesh.cli.check.finding import Finding, Verdict
+from mesh.cli.check.finding import Finding, Level
 from mesh.cli.client import call
 from mesh.cluster.credentials import CredentialsError, Files, load
 from mesh.config.keys import Config
@@ -70,7 +70,7 @@ def check_cluster(config: Config) -> Findings:
     try:
         known, state = call(Path(config.state_dir), "/nodes"), call(Path(config.state_dir), "/state")
     except MeshError as error:
-        yield Finding("nodes", Verdict.FAIL, str(MeshError(error.message, where=error.where)), error.remedy)
+        yield Finding("nodes", Level.FAIL, str(MeshError(error.message, where=error.where)), error.remedy)
         return
     own = next((node for node in known["nodes"] if node["id"] == known["node"]), None)
     others = [
@@ -79,22 +79,22 @@ def check_cluster(config: Config) -> Findings:
         if n["id"] != known["node"]
     ]
     if own is None and state["provider"]["kind"] not in ("swarm", "relay"):
-        found = "this daemon serves one node only"
-        yield Finding("nodes", Verdict.FAIL, found, "provider = swarm, on a node of a swarm")
+        found = "this daemon does not serve a swarm"
+        yield Finding("nodes", Level.FAIL, found, "provider = swarm, on a node of a swarm")
         return
     if own is None:
         found = "this node is not among those it knows" if known["nodes"] else "it has not been told of any node yet"
-        yield Finding("nodes", Verdict.FAIL, found, "`mesh status` says what it waits for")
+        yield Finding("nodes", Level.FAIL, found, "`mesh status` says what it waits for")
     else:
         found = f"this is {own['name']} at {own['address'] or 'no known address'}, with {len(others)} others"
-        yield Finding("nodes", Verdict.OK, found)
+        yield Finding("nodes", Level.OK, found)
     try:
         credentials = load(Files.of(config))
     except CredentialsError as error:
-        yield Finding("own certificate", Verdict.FAIL, f"{error.where}: {error.message}", error.remedy)
+        yield Finding("own certificate", Level.FAIL, f"{error.where}: {error.message}", error.remedy)
         return
     yield expiry("own certificate", credentials.begins, credentials.expires, credentials.identity.role)
-    yield Finding("clock", Verdict.OK, CLOCK)
+    yield Finding("clock", Level.OK, CLOCK)
     if own is None:
         return
     here = Own(_address(own["address"]), state["engine"])
@@ -122,7 +122,7 @@ async def _one(
 ) -> list[Finding]:
     if peer.address is None:
         remedy = "docker node inspect; join with --advertise-addr"
-        return [Finding(f"{peer.name} address", Verdict.FAIL, "no address of it is known", remedy)]
+        return [Finding(f"{peer.name} address", Level.FAIL, "no address of it is known", remedy)]
     answer, refusal, mtu = await asyncio.gather(
         ask_control(peer, config.cluster_port, context),
         ask_stream(peer.address, config.peer_port),
@@ -178,18 +178,18 @@ def control(peer: Peer, port: int, answer: Answer) -> Findings:
     """The control port, the certificate behind it, and who answered."""
     what = f"{peer.name} control port"
     if answer.obstacle:
-        yield Finding(what, Verdict.FAIL, f"{peer.address} tcp {port}: {answer.obstacle}", answer.remedy)
+        yield Finding(what, Level.FAIL, f"{peer.address} tcp {port}: {answer.obstacle}", answer.remedy)
     else:
-        yield Finding(what, Verdict.OK, f"{peer.address} tcp {port}: mutual TLS, {answer.seconds * 1000:.0f} ms")
+        yield Finding(what, Level.OK, f"{peer.address} tcp {port}: mutual TLS, {answer.seconds * 1000:.0f} ms")
     if answer.valid is not None:
         yield expiry(f"{peer.name} certificate", *answer.valid, str(answer.about.get("role", "")))
     if answer.valid is None or answer.obstacle:
         return
     version, engine = answer.about.get("mesh"), answer.about.get("engine")
-    found = f"{version}, engine {engine or 'unknown'}" if version else "an older one, that does not tell"
+    found = f"{version}, engine {engine or 'unknown'}" if version else "an older version, which does not report itself"
     same = version == __version__
     remedy = "" if same else f"this is {__version__}; versions one apart work together, upgrade the older one"
-    yield Finding(f"{peer.name} mesh", Verdict.OK if same else Verdict.WARN, found, remedy)
+    yield Finding(f"{peer.name} mesh", Level.OK if same else Level.WARN, found, remedy)
 
 
 def expiry(what: str, begins: datetime, expires: datetime, role: str) -> Finding:
@@ -199,10 +199,10 @@ def expiry(what: str, begins: datetime, expires: datetime, role: str) -> Finding
     found = f"{role + ', ' if role else ''}valid until {expires:%Y-%m-%d %H:%M} UTC"
     remedy = "swarm should have renewed it: is dockerd there in reach of a manager (TCP 2377)? docker swarm ca --rotate"
     if left <= 0:
-        return Finding(what, Verdict.FAIL, f"{found}: expired", remedy)
+        return Finding(what, Level.FAIL, f"{found}: expired", remedy)
     if left < EXPIRY_WARN * life:
-        return Finding(what, Verdict.WARN, f"{found}: {left / 86400:.1f} days left", remedy)
-    return Finding(what, Verdict.OK, found)
+        return Finding(what, Level.WARN, f"{found}: {left / 86400:.1f} days left", remedy)
+    return Finding(what, Level.OK, found)
 
 
 def peer_port(peer: Peer, port: int, refusal: str, mtu: PathMtu) -> Findings:
@@ -216,32 +216,32 @@ def peer_port(peer: Peer, port: int, refusal: str, mtu: PathMtu) -> Findings:
     def finding(protocol: str, obstacle: str) -> Finding:
         what, found = f"{peer.name} peer port {protocol}", f"{peer.address} {protocol} {port}"
         if not obstacle:
-            return Finding(what, Verdict.OK, f"{found}: answers")
+            return Finding(what, Level.OK, f"{found}: answers")
         remedy = remedies.get(obstacle, "is the node up, and is there a route to it?")
-        return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy.format(protocol.upper()))
+        return Finding(what, Level.FAIL, f"{found}: {obstacle}", remedy.format(protocol.upper()))
 
     yield finding("tcp", refusal)
     yield finding("udp", mtu.obstacle)
     what = f"{peer.name} path MTU"
     if not mtu.mtu:
-        yield Finding(what, Verdict.WARN, "not known without an answer by UDP", "first the peer port")
+        yield Finding(what, Level.WARN, "not known without an answer by UDP", "first the peer port")
     elif mtu.black_hole:
         found = f"{mtu.mtu} bytes; larger packets vanish and no router tells, this interface sends {mtu.device}"
         remedy = f"set the MTU of the interfaces between the nodes to {mtu.mtu}, or let ICMP too-big messages through"
-        yield Finding(what, Verdict.FAIL, found, remedy)
+        yield Finding(what, Level.FAIL, found, remedy)
     elif mtu.mtu < mtu.device:
-        yield Finding(what, Verdict.OK, f"{mtu.mtu} bytes of {mtu.device} on this interface; senders are told (ICMP)")
+        yield Finding(what, Level.OK, f"{mtu.mtu} bytes of {mtu.device} on this interface; senders are told (ICMP)")
     else:
-        yield Finding(what, Verdict.OK, f"{mtu.mtu} bytes")
+        yield Finding(what, Level.OK, f"{mtu.mtu} bytes")
 
 
 def tunnel(peer: Peer, port: int, obstacle: str) -> Finding:
     """The tunnel between two kernel engines, there and back."""
     what, found = f"{peer.name} tunnel", f"{peer.address} udp {port}"
     if not obstacle:
-        return Finding(what, Verdict.OK, f"{found}: answers")
+        return Finding(what, Level.OK, f"{found}: answers")
     if obstacle == NO_RIGHT:
-        return Finding(what, Verdict.WARN, f"{found}: not tried, without the right to see packets", "run this as root")
+        return Finding(what, Level.WARN, f"{found}: not tried, without the right to see packets", "run this as root")
     if obstacle == NOBODY:
         remedy = "is mesh running there with the kernel engine and the same tunnel_port? `mesh status` there says more"
     else:
@@ -249,7 +249,7 @@ def tunnel(peer: Peer, port: int, obstacle: str) -> Finding:
             f"let UDP {port} of all nodes through, both ways; mesh_verdicts_total there: tunnel_foreign grows if it "
             "takes this node for none of the swarm's, tunnel_no_backend if only answers are lost"
         )
-    return Finding(what, Verdict.FAIL, f"{found}: {obstacle}", remedy)
+    return Finding(what, Level.FAIL, f"{found}: {obstacle}", remedy)
 
 
 def device_mtus(addresses: Iterable[Address]) -> dict[Address, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mesh check`: can the daemon run here, one verdict per question, with the remedy."""
+"""`mesh check`: can the daemon run here, one finding per question, with its remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from mesh.agent.wiring import choose_provider
 from mesh.cli.check.cluster import check_cluster
 from mesh.cli.check.docker import check_docker
-from mesh.cli.check.finding import Finding, Verdict
+from mesh.cli.check.finding import Finding, Level
 from mesh.cli.check.firewall import check_firewall
 from mesh.cli.check.host import check_host
 from mesh.cli.exit import Exit
@@ -23,36 +23,36 @@ from mesh.config.load import config_options, load
 from mesh.errors import ConfigError, MeshError
 
 
-@click.command(short_help="Can it run here: verdicts and remedies.")
-@click.option("--cluster", is_flag=True, help="The way from this node to every other one instead; the daemon must run.")
+@click.command(short_help="Can the daemon run here: findings and remedies.")
+@click.option("--cluster", is_flag=True, help="Check the paths to all other nodes instead; needs a running daemon.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options
 def check(as_json: bool, cluster: bool, **flags: Any) -> None:
-    """Can it run here: configuration, engine, limits, ports, Docker, firewall, each with a verdict and a remedy.
+    """Check whether the daemon can run here: configuration, engine, limits, ports, Docker, firewall, with remedies.
 
     Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
 
-    With --cluster it asks the daemon for the swarm's nodes and tries the way to each from here, as traffic takes it:
+    With --cluster it asks the daemon for the swarm's nodes and tries the path to each of them as traffic takes it:
     control port (mutual TLS; certificates, version, engine), peer port by TCP and UDP, path MTU, and between kernel
-    engines the tunnel, there and back. Clocks are not needed.
+    engines the tunnel in both directions. Clocks need not agree.
 
     \b
-    Exit code: 0 all ok, or warnings only; 1 something would keep the daemon, or the nodes together, from serving.
+    Exit code: 0 no finding fails; 1 a finding would keep the daemon, or the nodes together, from serving.
     Example:   mesh check --engine proxy --http-listen 127.0.0.1:9551
-               mesh check --cluster --json | jq '.[] | select(.verdict == "fail")'
+               mesh check --cluster --json | jq '.[] | select(.level == "fail")'
     """
     config, findings = _config(flags)
     findings += check_cluster(config) if cluster else _check_here(config)
     if as_json:
         echo_json([asdict(finding) for finding in findings])
     else:
-        rows: list[tuple[object, ...]] = [(f.verdict.value, f.what, f.found) for f in findings]
-        echo_table(rows, "VERDICT", "WHAT", "FOUND", empty="")
+        rows: list[tuple[object, ...]] = [(f.level.value, f.what, f.found) for f in findings]
+        echo_table(rows, "LEVEL", "WHAT", "FOUND", empty="")
         click.echo()
-        remedies = [(f.verdict.value, f.what, f.remedy) for f in findings if f.remedy and f.verdict is not Verdict.OK]
+        remedies = [(f.level.value, f.what, f.remedy) for f in findings if f.remedy and f.level is not Level.OK]
         for remedy in dict.fromkeys(remedies):
             click.echo(": ".join(remedy))
-    if any(finding.verdict is Verdict.FAIL for finding in findings):
+    if any(finding.level is Level.FAIL for finding in findings):
         sys.exit(Exit.NOT_READY)
 
 
@@ -64,10 +64,10 @@ def _check_here(config: Config) -> list[Finding]:
 def _config(flags: dict[str, Any]) -> tuple[Config, list[Finding]]:
     """The configuration, or the default one and what is wrong with it."""
     try:
-        return load(flags), [Finding("configuration", Verdict.OK, "can be used")]
+        return load(flags), [Finding("configuration", Level.OK, "can be used")]
     except ConfigError as error:
         found = f"{error.where}: {error.message}" if error.where else error.message
-        return Config(), [Finding("configuration", Verdict.FAIL, found, error.remedy or "correct it")]
+        return Config(), [Finding("configuration", Level.FAIL, found, error.remedy or "correct it")]
 
 
 def _resolved(config: Config) -> Config:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check` finds out about Docker and the swarm through the Engine's socket. Reads only."""
+"""`mesh check`: Docker and the swarm, through the Engine's socket. Reads only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
-from mesh.cli.check.finding import Finding, Verdict
+from mesh.cli.check.finding import Finding, Level
 from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
@@ -26,10 +26,10 @@ _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
 def check_docker(config: Config) -> Iterator[Finding]:
     """Whether the Engine answers, whether this node is of a swarm, and who holds its published ports."""
     if config.provider in ("static", "demo"):
-        yield Finding("Docker", Verdict.OK, f"not needed with provider = {config.provider}")
+        yield Finding("Docker", Level.OK, f"not needed with provider = {config.provider}")
         return
     # auto serves the demo where there is no Docker; swarm has nothing to serve then.
-    missing = Verdict.FAIL if config.provider == "swarm" else Verdict.WARN
+    missing = Level.FAIL if config.provider == "swarm" else Level.WARN
     try:
         version, info, services = asyncio.run(_ask(config.docker_host))
     except PermissionError:
@@ -39,7 +39,7 @@ def check_docker(config: Config) -> Iterator[Finding]:
         found = f"{config.docker_host}: {plain(error)}"
         yield Finding("Docker", missing, found, "start Docker, or set docker_host to its socket")
         return
-    yield Finding("Docker", Verdict.OK, f"Engine {version.get('Version')}, API {version.get('ApiVersion')}")
+    yield Finding("Docker", Level.OK, f"Engine {version.get('Version')}, API {version.get('ApiVersion')}")
     swarm = info.get("Swarm") or {}
     if swarm.get("LocalNodeState") != "active":
         yield Finding("swarm", missing, f"this node is {swarm.get('LocalNodeState') or 'of none'}", "docker swarm init")
@@ -49,9 +49,9 @@ def check_docker(config: Config) -> Iterator[Finding]:
         if not managers:
             yield Finding("swarm", missing, "this node is a worker that knows no manager", "docker swarm join")
             return
-        yield Finding("swarm", Verdict.OK, f"worker {swarm.get('NodeID')}, told by {', '.join(managers)}")
+        yield Finding("swarm", Level.OK, f"worker {swarm.get('NodeID')}, told by {', '.join(managers)}")
         return
-    yield Finding("swarm", Verdict.OK, f"manager {swarm.get('NodeID')}")
+    yield Finding("swarm", Level.OK, f"manager {swarm.get('NodeID')}")
     yield from _ports(services, config)
     yield from _tunnel(services, config, int(swarm.get("Nodes") or 1))
 
@@ -89,10 +89,10 @@ def _ports(services: list[dict[str, Any]], config: Config) -> Iterator[Finding]:
     yield from _strangers({port: listeners[port] for port in held}, config)
     if held and config.intercept == "bind":
         found = f"{len(held)} of {len(published)} published TCP ports are held by a process: {held[:5]}"
-        yield Finding("published ports", Verdict.WARN, found, "set intercept = auto, which takes them over by nftables")
+        yield Finding("published ports", Level.WARN, found, "set intercept = auto, which takes them over by nftables")
     else:
         found = f"{len(published)} published TCP ports" + (f", {len(held)} also held by a process" if held else "")
-        yield Finding("published ports", Verdict.OK, found)
+        yield Finding("published ports", Level.OK, found)
 
 
 def _tunnel(services: list[dict[str, Any]], config: Config, nodes: int) -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _tunnel(services: list[dict[str, Any]], config: Config, nodes: int) -> Itera
                 when = "is not served" if nodes > 1 else "will not be served once there is another node"
                 found = f"UDP {config.tunnel_port} of service {name} {when}: it is the port of the tunnel between nodes"
                 remedy = "publish another port, or set tunnel_port to another one on all nodes"
-                yield Finding("published ports", Verdict.FAIL if nodes > 1 else Verdict.WARN, found, remedy)
+                yield Finding("published ports", Level.FAIL if nodes > 1 else Level.WARN, found, remedy)
 
 
 def _strangers(held: Mapping[int, set[str]], config: Config) -> Iterator[Finding]:
@@ -119,7 +119,7 @@ def _strangers(held: Mapping[int, set[str]], config: Config) -> Iterator[Finding
         found = f"TCP {port} is also held by {name} (pid {pid}): clients reach the service, not that process"
         if config.intercept == "bind" and config.engine != "kernel":
             found = f"TCP {port} is held by {name} (pid {pid}): the proxy engine cannot serve it with intercept = bind"
-        yield Finding("published ports", Verdict.WARN, found, "publish another port, or have that process use one")
+        yield Finding("published ports", Level.WARN, found, "publish another port, or have that process use one")
 
 
 def _daemon(config: Config) -> int | None:

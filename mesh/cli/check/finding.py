@@ -7,8 +7,8 @@ import enum
 from dataclasses import dataclass
 
 
-class Verdict(enum.Enum):
-    """What a finding means for the daemon."""
+class Level(enum.Enum):
+    """How serious a finding is for the daemon."""
 
     OK = "ok"
     WARN = "warn"
@@ -20,6 +20,6 @@ class Finding:
     """One question, its answer, and what to do about it."""
 
     what: str
-    verdict: Verdict
+    level: Level
     found: str
     remedy: str = ""

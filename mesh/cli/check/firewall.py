@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Final
 
-from mesh.cli.check.finding import Finding, Verdict
+from mesh.cli.check.finding import Finding, Level
 from mesh.config.keys import Config
 
 WHAT: Final = "firewall"
@@ -39,9 +39,9 @@ def check_firewall(config: Config) -> Iterator[Finding]:
             return
         rules += found
     if not rules:
-        yield Finding(WHAT, Verdict.OK, f"no rule in {CHAIN}")
+        yield Finding(WHAT, Level.OK, f"no rule in {CHAIN}")
     for rule in rules:
-        yield Finding(WHAT, Verdict.WARN, f"does not apply to what mesh forwards: {rule}", remedy_for(rule))
+        yield Finding(WHAT, Level.WARN, f"does not apply to what mesh forwards: {rule}", remedy_for(rule))
 
 
 def _read(readers: tuple[tuple[str, ...], ...]) -> list[str] | Finding:
@@ -56,7 +56,7 @@ def _read(readers: tuple[tuple[str, ...], ...]) -> list[str] | Finding:
         if command == "nft" and os.geteuid() == 0:  # there is no such chain
             return []
         error = (done.stderr.strip().splitlines() or ["?"])[0]
-        return Finding(WHAT, Verdict.WARN, f"{CHAIN} cannot be read: {error}", "run this as root")
+        return Finding(WHAT, Level.WARN, f"{CHAIN} cannot be read: {error}", "run this as root")
     return []
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check` finds out about the host: engine, limits, nftables, state directory, ports."""
+"""`mesh check`: the host, that is engine, limits, nftables, state directory, ports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from mesh.cli.check.finding import Finding, Verdict
+from mesh.cli.check.finding import Finding, Level
 from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
@@ -22,7 +22,7 @@ from mesh.errors import MeshError
 
 FILES_WANTED: Final = 65536
 TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
-LEAST_MTU: Final = 1228  # what a way with an MTU of 1280 leaves
+LEAST_MTU: Final = 1228  # what a path with an MTU of 1280 leaves
 
 
 def check_host(config: Config) -> Iterator[Finding]:
@@ -45,30 +45,30 @@ def _engine(config: Config) -> Finding:
     """Which engine would be taken. The proxy engine runs everywhere, so only who insists on the other one can fail."""
     release = platform.release()
     if config.engine == "proxy":
-        return Finding("engine", Verdict.OK, "proxy, as configured")
+        return Finding("engine", Level.OK, "proxy, as configured")
     obstacle = preflight(config)
     if obstacle is None:
-        return Finding("engine", Verdict.OK, f"kernel, on {release}")
+        return Finding("engine", Level.OK, f"kernel, on {release}")
     if config.engine == "kernel":
-        return Finding("engine", Verdict.FAIL, f"not kernel: {obstacle}", "remove it, or set engine = auto")
-    remedy = "remove that obstacle for the kernel engine, or say engine = proxy"
-    return Finding("engine", Verdict.OK if config.provider == "demo" else Verdict.WARN, f"proxy: {obstacle}", remedy)
+        return Finding("engine", Level.FAIL, f"not kernel: {obstacle}", "remove it, or set engine = auto")
+    remedy = "remove that obstacle for the kernel engine, or set engine = proxy"
+    return Finding("engine", Level.OK if config.provider == "demo" else Level.WARN, f"proxy: {obstacle}", remedy)
 
 
 def _files() -> Finding:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
     if hard == resource.RLIM_INFINITY or hard >= FILES_WANTED:
-        return Finding("open files", Verdict.OK, shown)
+        return Finding("open files", Level.OK, shown)
     remedy = "the proxy engine needs two or more descriptors per connection; raise LimitNOFILE or `ulimit -Hn`"
-    return Finding("open files", Verdict.WARN, shown, remedy)
+    return Finding("open files", Level.WARN, shown, remedy)
 
 
 def _nft(config: Config) -> Finding:
     """Only the proxy engine on a Docker host needs it."""
     if config.intercept == "bind" or config.engine == "kernel":
-        return Finding("nftables", Verdict.OK, "not needed with this configuration")
-    bad = Verdict.FAIL if config.intercept == "nft" else Verdict.WARN
+        return Finding("nftables", Level.OK, "not needed with this configuration")
+    bad = Level.FAIL if config.intercept == "nft" else Level.WARN
     command = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if command is None:
         return Finding("nftables", bad, "no command nft", "install the package nftables")
@@ -76,7 +76,7 @@ def _nft(config: Config) -> Finding:
     if done.returncode:
         error = (done.stderr.strip().splitlines() or ["?"])[0]
         return Finding("nftables", bad, error, "run as root, on a kernel with nf_tables")
-    return Finding("nftables", Verdict.OK, "usable")
+    return Finding("nftables", Level.OK, "usable")
 
 
 def _tunnel_port(port: int) -> Finding:
@@ -87,8 +87,8 @@ def _tunnel_port(port: int) -> Finding:
             probe.bind(("", port))
     except OSError as error:
         remedy = f"`ss -lnup 'sport = {port}'` names it; set tunnel_port to another one on all nodes"
-        return Finding(what, Verdict.WARN, f"UDP {port}: {error.strerror}; who has it gets nothing of it", remedy)
-    return Finding(what, Verdict.OK, f"UDP {port} is free; rules of this host do not apply to it, those in between do")
+        return Finding(what, Level.WARN, f"UDP {port}: {error.strerror}; its owner receives nothing", remedy)
+    return Finding(what, Level.OK, f"UDP {port} is free; rules of this host do not apply to it, those in between do")
 
 
 def _tunnel_mtu() -> Finding:
@@ -101,12 +101,12 @@ def _tunnel_mtu() -> Finding:
             if destination == "00000000":
                 found[name] = int(Path(f"/sys/class/net/{name}/mtu").read_text())
     if not found:
-        return Finding(what, Verdict.OK, "no default route: that of the way to each node applies")
+        return Finding(what, Level.OK, "no default route: the MTU of the path to each node applies")
     name, mtu = min(found.items(), key=lambda item: item[1])
     shown = f"{mtu} on {name}, so {mtu - TUNNEL_ROOM} for packets to tasks of other nodes"
     if mtu - TUNNEL_ROOM < LEAST_MTU:
-        return Finding(what, Verdict.WARN, shown, f"raise it to {LEAST_MTU + TUNNEL_ROOM} or more")
-    return Finding(what, Verdict.OK, shown)
+        return Finding(what, Level.WARN, shown, f"raise it to {LEAST_MTU + TUNNEL_ROOM} or more")
+    return Finding(what, Level.OK, shown)
 
 
 def _state_dir(path: Path) -> tuple[bool, Finding]:
@@ -118,13 +118,13 @@ def _state_dir(path: Path) -> tuple[bool, Finding]:
         pass
     else:
         remedy = "`mesh run --take-over` replaces it without refusing a connection"
-        return True, Finding(what, Verdict.WARN, f"{path}: a daemon runs there, pid {pid}", remedy)
+        return True, Finding(what, Level.WARN, f"{path}: a daemon runs there, pid {pid}", remedy)
     nearest = next((p for p in (path, *path.parents) if p.exists()), path)
     if not nearest.is_dir():
-        return False, Finding(what, Verdict.FAIL, f"{nearest} is not a directory", "set state_dir to another one")
+        return False, Finding(what, Level.FAIL, f"{nearest} is not a directory", "set state_dir to another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return False, Finding(what, Verdict.FAIL, f"{nearest} cannot be written", "run as root, or set state_dir")
-    return False, Finding(what, Verdict.OK, f"{path}" + ("" if nearest == path else ", will be created"))
+        return False, Finding(what, Level.FAIL, f"{nearest} cannot be written", "run as root, or set state_dir")
+    return False, Finding(what, Level.OK, f"{path}" + ("" if nearest == path else ", will be created"))
 
 
 def split_listen(listen: str) -> tuple[str, int] | None:
@@ -137,9 +137,7 @@ def _http(listen: str, running: bool) -> Finding:
     what = "HTTP port"
     address = split_listen(listen)
     if address is None:
-        return Finding(
-            what, Verdict.FAIL, f"{listen!r} is not HOST:PORT", "set http_listen, for example 127.0.0.1:9550"
-        )
+        return Finding(what, Level.FAIL, f"{listen!r} is not HOST:PORT", "set http_listen, for example 127.0.0.1:9550")
     try:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family[0], socket.SOCK_STREAM) as probe:
@@ -147,15 +145,13 @@ def _http(listen: str, running: bool) -> Finding:
             probe.bind(family[4])
     except OSError as error:
         if running:
-            return Finding(what, Verdict.OK, f"{listen}, held by the running daemon")
-        return Finding(
-            what, Verdict.FAIL, f"{listen}: {error.strerror}", "set http_listen to a free one, or to nothing"
-        )
-    return Finding(what, Verdict.OK, f"{listen} is free")
+            return Finding(what, Level.OK, f"{listen}, held by the running daemon")
+        return Finding(what, Level.FAIL, f"{listen}: {error.strerror}", "set http_listen to a free one, or to nothing")
+    return Finding(what, Level.OK, f"{listen} is free")
 
 
 def _static_file(path: str) -> Finding:
     what = "static file"
     if path and os.access(path, os.R_OK):
-        return Finding(what, Verdict.OK, path)
-    return Finding(what, Verdict.FAIL, path or "none given", "set static_file to a readable TOML file")
+        return Finding(what, Level.OK, path)
+    return Finding(what, Level.FAIL, path or "none given", "set static_file to a readable TOML file")
