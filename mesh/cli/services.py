@@ -122,4 +122,4 @@ def _without(service: Json, source: str) -> str:
     if not service["frontends"]:
         return f"{service['name']}: {LEFT}."
     who = "the static file names none" if source == "static" else f"`docker service ps {service['name']}` says why"
-    return f"{service['name']}: no reachable backend is known, so new connections fail; {who}."
+    return f"{service['name']}: no backend is reachable, so new connections fail; {who}."

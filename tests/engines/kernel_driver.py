@@ -71,7 +71,7 @@ class Served:
         """Take every veth for a network card, as far as XDP is concerned."""
         from mesh.datapath.kernel import xdp
 
-        xdp.CARDS = ("veth",)  # type: ignore[misc]
+        xdp.CARDS = ("veth",)  # type: ignore[misc, assignment]
 
     def preflight(self) -> str | None:
         from mesh.datapath.kernel.preflight import preflight

@@ -66,7 +66,7 @@ address = "{plane.namespaces[name].address}"
         "drain_timeout": 0,
         "guard_hold": 0,
     } | config
-    return contextlib.closing(Daemon(plane.node, plane.lab.directory / "daemon", **options))
+    return contextlib.closing(Daemon(plane.node, plane.lab.directory / "daemon", **options))  # type: ignore[arg-type]
 
 
 def test_released_without_a_daemon(plane: Plane, engine: Driver) -> None:
