@@ -5,13 +5,17 @@
 #   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
 #   make test-all     the same with other random examples, and long scenarios with the second engine too: some minutes more
 #   make unit         the fast loop: pure tests, seconds
-#   make lint         ruff, mypy --strict, clang-format
+#   make lint         ruff, mypy, clang-format, codespell
+#   make format       ruff and clang-format, in place
+#   make golden       write the golden files of tests/scenarios anew (root): read the difference before you commit it
+#   make docs         write the generated parts of the documents anew
+#   make coverage     the unit tests with coverage of mesh/, as a table and in build/coverage/
+#   make lock         resolve the requirements anew: requirements.lock (runtime and build), requirements-dev.lock (all)
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make annotate     HTML of what Cython made of each line of the proxy engine, in build/annotate/
 #   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 6;
 #                     bench-scale: a large swarm on paper, 5
-#   make docs         write the generated parts of the documents anew
 #   make verifier     what the kernel's verifier says of each program, against bpf/verifier.tsv (root); UPDATE=1 writes the table
 #   make clean        remove everything that was built
 
@@ -25,18 +29,19 @@ BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 l
 TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
                   python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod
 
+C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit docs verifier lint sanitize annotate bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock sanitize annotate bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
 
 build: $(VENV)/.built
 
-$(VENV)/.deps: requirements.lock
+$(VENV)/.deps: requirements-dev.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps pyproject.toml setup.py $(SOURCES)
@@ -72,7 +77,33 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	clang-format-16 --dry-run --Werror $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
+	clang-format-16 --dry-run --Werror $(C_FILES)
+	$(BIN)/codespell
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	clang-format-16 -i $(C_FILES)
+
+golden: packages-test build
+	$(PYTEST) -q tests/scenarios --update-golden $(ARGS)
+
+# Commands that tests start are measured too.
+coverage: build
+	mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q tests/unit $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
+
+# One resolution for Python 3.11 to 3.13 on every platform, with the hashes of all files of a release.
+LOCK := build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate pyproject.toml
+lock: export UV_CUSTOM_COMPILE_COMMAND = make lock
+lock:
+	test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv; }
+	$(LOCK) --extra build -o requirements.lock $(ARGS)
+	$(LOCK) --extra build --extra dev -c requirements.lock -o requirements-dev.lock $(ARGS)
 
 # Measurements need root, and a machine that does nothing else: bench/README.md.
 BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux \

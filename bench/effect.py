@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.lab import BACKENDS, NODE, Lab, LabError
-from bench.peers.base import Side
 from bench.peers.mesh import MeshKernel, MeshProxy
 from mesh.cli.client import call
 
@@ -93,7 +92,7 @@ def of_engine(lab: Lab, kind: type[MeshKernel | MeshProxy]) -> list[dict[str, An
                 self.processes[0], lambda: "backend0" in lab.run("client", *argv, stdin="x"), self.log("node")
             )
 
-    side: Side = Effect(lab)
+    side = Effect(lab)
     try:
         side.start()
 

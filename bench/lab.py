@@ -226,7 +226,7 @@ class Lab:
                 return
             time.sleep(0.01)
         said = self.tail(log)
-        raise LabError(f"does not serve: {said.rpartition(chr(10))[2]}\n{' '.join(process.args)}\n{said}")
+        raise LabError(f"does not serve: {said.rpartition(chr(10))[2]}\n{' '.join(process.args)}\n{said}")  # type: ignore[arg-type]
 
     def tail(self, log: str) -> str:
         """The last lines of a process's log."""

@@ -206,7 +206,7 @@ class Loop:
     def scrape(self) -> bytes:
         """What the daemon does off its event loop for a scrape."""
         picture = Picture(self.inventory, HealthView(), Drained(), self.desired)
-        shown = snapshot(0, 0).state | {"services": self.services.shown(picture, self.applied)}
+        shown = snapshot(0, 0).state | {"services": self.services.shown(picture, self.applied)}  # type: ignore[operator]
         return self.exposition.render(Snapshot(self.engine.stats(), shown, ready=True))[0]
 
 
@@ -248,9 +248,9 @@ def test_read_10000_backends(benchmark: BenchmarkFixture, tmp_path: Path):
     engine.open()
     try:
         for frontend, entry in held.frontends.items():
-            record = books.record(frontend, engine._engine)
+            record = books.record(frontend, engine._engine)  # type: ignore[arg-type]
             for target in entry.state.targets:
-                books.pair(record, key_of(entry.state, target), engine._engine)
+                books.pair(record, key_of(entry.state, target), engine._engine)  # type: ignore[arg-type]
         assert len(benchmark(engine.stats).backends) == SERVICES * REPLICAS
     finally:
         engine.close(release=True)
@@ -282,7 +282,8 @@ def test_map_writes_of_a_change_10000_backends(benchmark: BenchmarkFixture, maps
     held, ids = maps
     both = [dataclasses.replace(inventory().backends[n], id=f"new{n}") for n in range(2)]
     entries = [
-        BackendEntry(20000 + n, BackendKey(b.id, 80, 6), Target(b.id, b.address, 80, 1)) for n, b in enumerate(both)
+        BackendEntry(20000 + n, BackendKey(b.id, 80, 6), Target(b.id, b.address, 80, 1))  # type: ignore[arg-type]
+        for n, b in enumerate(both)
     ]
     tables = [
         SlotTable.build(16381, [*members(9), (backend_seed(b.id), 20000 + n, 1)]).to_bytes() for n, b in enumerate(both)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m mesh` is the command `mesh`."""
 
-from mesh.cli import main
+from mesh.cli.main import main
 
 main(prog_name="mesh")

@@ -27,7 +27,7 @@ class Relay(asyncio.Protocol):
         self.early: list[bytes] = []  # what arrived before there was a peer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment] -- uvloop's transports do not derive from it
+        self.transport = transport  # type: ignore[assignment]  # uvloop's do not derive from it
 
     def data_received(self, data: bytes) -> None:
         if self.peer:
@@ -61,7 +61,7 @@ class Upstream(Relay):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        return self.peer is not None and not self.peer.ended
+        return self.peer is not None and not self.peer.ended  # type: ignore[attr-defined]
 
 
 class Downstream(Relay):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent over HTTP: reading on the loopback port, reading and changing on the control socket of the CLI."""
+"""The control API over HTTP: read-only on the loopback port, read and write on the control socket."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 INDEX: Final = """mesh
 /metrics   Prometheus, OpenMetrics where asked for
 /healthz   200 while the process runs
-/readyz    200 while the node serves all that it should, else 503 with reasons
-/state     everything the daemon knows, JSON
-/cluster   all nodes side by side, on a manager
+/readyz    200 while the node serves everything that it should, else 503 with reasons
+/state     the daemon's whole state, JSON
+/cluster   all nodes compared, on a manager
 /nodes     the cluster's nodes, on any node
-/explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   where a connection goes, and why
+/explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   which backend a connection gets, and why
 """
 
 
@@ -38,7 +38,7 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     """The HTTP application for a view.
 
     Args:
-        control: also answer POST /drain, /undrain and /stop. Only for the control socket, which only root can open.
+        control: also serve POST /drain, /undrain and /stop. For the control socket only, which only root can open.
     """
     app = web.Application(middlewares=[_errors])
     app[VIEW] = view
@@ -86,7 +86,7 @@ def _json(value: object, status: int = 200) -> web.Response:
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """What was wrong, as JSON: 400 for a request that cannot be served as it was put."""
+    """Turn errors into JSON: 400 for a request that is wrong."""
     try:
         return await handler(request)
     except MeshError as error:
@@ -109,7 +109,7 @@ async def _metrics(request: web.Request) -> web.Response:
         return exposition.render(Snapshot(stats, view.state(), view.ready()[0]), accept)
 
     body, content_type = await asyncio.to_thread(write)
-    # Not compressed: the scraper is on this host or near, and compressing would take longer than all the rest.
+    # Not compressed: the scraper is near, and compression would take longer than everything else.
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
@@ -173,7 +173,7 @@ async def _set_drained(request: web.Request, *, drained: bool) -> web.Response:
 
 
 async def _stop(request: web.Request) -> web.Response:
-    """Answered before the daemon goes, which takes as long as its connections do."""
+    """Responds before the daemon exits, which may take until its connections end."""
     release = bool((await _body(request)).get("release", False))
     tasks = request.app[_TASKS]
     task = asyncio.create_task(request.app[VIEW].stop(release=release), name="stop")

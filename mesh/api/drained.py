@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was drained by hand: kept in a file, found by name."""
+"""What operators drained: stored in a file, found by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _find(kind: str, name: str, things: Mapping[str, str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise MeshError(f"{name!r} may be any of {', '.join(sorted(found)[:5])}", where=f"{kind} {name}")
+        raise MeshError(f"{name!r} is ambiguous: {', '.join(sorted(found)[:5])}", where=f"{kind} {name}")
     raise MeshError(f"there is no {kind} {name!r}", remedy=f"`mesh backends` lists {kind}s" if things else "")
 
 
@@ -42,7 +42,7 @@ def _load_drained(file: Path) -> Drained:
     except FileNotFoundError:
         return Drained()
     except (OSError, msgspec.DecodeError) as error:
-        log.error("what was drained cannot be read, so nothing is", file=str(file), error=str(error))
+        log.error("the list of what was drained cannot be read; nothing is drained", file=str(file), error=str(error))
         return Drained()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the agent listens for people: HTTP on a TCP address, and the CLI's control socket."""
+"""The sockets of the control API: HTTP on a TCP address, and the CLI's control socket."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Servers:
                 raise MeshError(
                     f"cannot listen: {os.strerror(error.errno).lower() if error.errno else error}",
                     where=f"http_listen = {self._listen}",
-                    remedy='`ss -ltnp` names who does; set --http-listen to another address, or to "" for none',
+                    remedy='`ss -ltnp` names the listener; set --http-listen to another address, or to "" for none',
                 ) from error
         runner = await self._runner(control=True)
         new = self._control.with_suffix(".new")

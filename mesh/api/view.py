@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent shows to the outside: the contract between mesh.agent.agent and the HTTP server, hence the CLI."""
+"""The contract between the agent and the control API: what can be read and changed from outside."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's control socket as a function call, and the options that every command with a daemon shares."""
+"""Calls the daemon through its control socket; the options that every such command shares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TIMEOUT: Final = 10.0
 
 
 def daemon_options(function: _Function) -> _Function:
-    """--state-dir and --json."""
+    """Add --state-dir and --json to a command."""
     function = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
     return click.option(
         "--state-dir",
@@ -32,7 +32,7 @@ def daemon_options(function: _Function) -> _Function:
         envvar="MESH_STATE_DIR",
         default=DEFAULT_STATE_DIR,
         show_default=True,
-        help="State directory of the daemon to talk to; its socket mesh.sock is there.",
+        help="State directory of the daemon; its control socket is mesh.sock in it.",
     )(function)
 
 
@@ -44,14 +44,14 @@ def call(
     body: Json | None = None,
     accept: tuple[int, ...] = (),
 ) -> Json:
-    """One request to the daemon: GET, or POST where there is a body. Returns the JSON object that it answers.
+    """Send one request to the daemon, POST if there is a body, else GET. Returns the JSON object of the response.
 
     Args:
-        accept: statuses from 400 on that are answers all the same, not refusals.
+        accept: HTTP statuses of 400 and above that count as a response, not as a refusal.
 
     Raises:
-        DaemonUnreachableError: nobody answers on the socket.
-        DaemonRefusedError: the daemon says that it cannot do this, and why.
+        DaemonUnreachableError: no daemon answers on the socket.
+        DaemonRefusedError: the daemon refused the request; the message says why.
     """
     return asyncio.run(_call(state_dir / "mesh.sock", path, query or {}, body, accept))
 
@@ -67,36 +67,38 @@ async def _call(socket: Path, path: str, query: Mapping[str, str], body: Json | 
             session.request(method, path, params=query, json=body) as response,
         ):
             answer = msgspec.json.decode(await response.read(), type=Json)
-    except (OSError, aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
-        raise _unreachable(socket, error) from error
+    except TimeoutError as error:
+        raise DaemonUnreachableError(
+            f"the daemon did not answer within {_TIMEOUT:g} s", where=str(socket), remedy="look at its log"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise DaemonUnreachableError(
+            "something other than the daemon answers", where=str(socket), remedy="set --state-dir to its directory"
+        ) from error
+    except (OSError, aiohttp.ClientError) as error:
+        raise _unreachable(socket) from error
     if response.status >= 400 and response.status not in accept:
         raise DaemonRefusedError(str(answer.get("error", response.reason)), remedy=str(answer.get("remedy", "")))
     return answer
 
 
-def _unreachable(socket: Path, error: Exception) -> DaemonUnreachableError:
-    """Why nobody answered, and what to do about it."""
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(error, TimeoutError):
-        message, remedy = f"the daemon did not answer within {_TIMEOUT:g} s", "look at its log"
-    elif isinstance(error, msgspec.DecodeError):
-        message, remedy = "what answers there is not the daemon", "name its directory by --state-dir"
-    elif isinstance(cause, PermissionError) or (socket.exists() and not os.access(socket, os.W_OK)):
-        message, remedy = "no permission to talk to the daemon", "run this as root"
-    else:
-        message, remedy = "no daemon answers there", "start it with `mesh run`, or name its directory by --state-dir"
-        if _forwards(socket.parent):
-            message += ", but what it has in the kernel forwards on, by the tables of before"
-            remedy = "`mesh run` keeps them in step again, `mesh stop --release` takes it off"
+def _unreachable(socket: Path) -> DaemonUnreachableError:
+    """Why no daemon answered, and what to do about it."""
+    if socket.exists() and not os.access(socket, os.W_OK):
+        return DaemonUnreachableError("no permission to talk to the daemon", where=str(socket), remedy="run as root")
+    message, remedy = "no daemon answers there", "start it with `mesh run`, or set --state-dir to its directory"
+    if _forwards(socket.parent):
+        message += ", but its eBPF programs still forward by the last tables"
+        remedy = "`mesh run` brings the tables up to date, `mesh stop --release` removes the programs"
     return DaemonUnreachableError(message, where=str(socket), remedy=remedy)
 
 
 def _forwards(state_dir: Path) -> bool:
-    """Whether a kernel engine's programs are there, as far as this user may see."""
+    """Whether the kernel engine's programs are pinned, as far as this user can see."""
     try:
         from mesh.datapath.kernel import cleanup  # noqa: PLC0415 -- absent where it was built without libbpf
 
-        remains = cleanup.find(load({"state_dir": str(state_dir)}))
+        stale = cleanup.find(load({"state_dir": str(state_dir)}))
     except (ImportError, ConfigError):
         return False
-    return remains is not None and remains.programs
+    return stale is not None and stale.programs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exit codes of all commands, and the errors that lead to them."""
+"""Exit codes of all commands, and the two errors that a daemon causes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Exit(enum.IntEnum):
 
 
 class DaemonUnreachableError(MeshError):
-    """Nobody answers on the control socket."""
+    """No daemon answers on the control socket."""
 
 
 class DaemonRefusedError(MeshError):
-    """The daemon answered that it cannot do what was asked."""
+    """The daemon refused the request."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command group: what all commands share, and how errors and exit codes reach the shell."""
+"""The command group: registers the commands, and turns errors into a line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -9,70 +9,72 @@ from typing import Any
 
 import click
 
+from mesh.cli.bench.command import bench
+from mesh.cli.check.command import check
+from mesh.cli.drain import drain, undrain
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
+from mesh.cli.explain import explain
+from mesh.cli.maps import maps
+from mesh.cli.run import run
+from mesh.cli.services import backends, services
+from mesh.cli.status import status
+from mesh.cli.stop import stop
+from mesh.cli.trace import trace
 from mesh.errors import ConfigError, MeshError
 
 
-def _exit_code(error: MeshError) -> Exit:
-    if isinstance(error, ConfigError):
-        return Exit.USAGE
-    if isinstance(error, DaemonUnreachableError):
-        return Exit.UNREACHABLE
-    return Exit.REFUSED if isinstance(error, DaemonRefusedError) else Exit.NOT_READY
-
-
 class _Group(click.Group):
-    """Errors a person can act on are one line on stderr, not a traceback; commands are listed as they were added."""
+    """Prints an error that a user can act on as one line on stderr; lists commands in the order of registration."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ConfigError as error:
+            _fail(error, Exit.USAGE)
+        except DaemonUnreachableError as error:
+            _fail(error, Exit.UNREACHABLE)
+        except DaemonRefusedError as error:
+            _fail(error, Exit.REFUSED)
         except MeshError as error:
-            click.echo(f"mesh: {error}", err=True)
-            sys.exit(_exit_code(error))
+            _fail(error, Exit.NOT_READY)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
+def _fail(error: MeshError, code: Exit) -> None:
+    click.echo(f"mesh: {error}", err=True)
+    sys.exit(code)
+
+
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done and well; 1 not ready, or a check failed; 2 wrong usage or configuration; "
-    "3 the daemon does not answer; 4 the daemon cannot do what was asked.",
+    epilog="Exit codes: 0 success; 1 not ready, or a check failed; 2 wrong usage or configuration; "
+    "3 the daemon does not answer; 4 the daemon refused the request.",
 )
 @click.version_option(metadata.version("mesh"), prog_name="mesh")
 def main() -> None:
-    """A routing mesh for Docker Swarm: carries every connection to a published port to one healthy backend.
+    """A routing mesh for Docker Swarm: forwards every connection to a published port to one healthy backend.
 
     \b
-    Start:    mesh check          can it run here, and what would help
-              mesh run            the daemon (the local swarm, else a demo with its own backends)
-    LocalView:     mesh status         is it well
-              mesh services       what is published
-              mesh backends web   who serves it
-              mesh explain 192.0.2.7:40000 192.0.2.1:8080    where does this connection go, and why
-              mesh trace --service web      connections as they come and go
-              mesh bench 8080               how fast is it, and who answers
-              mesh check --cluster          does this node reach every other one, and why not
-    Change:   mesh drain node worker-3      no new connections there; those it has stay
+    Start:    mesh check                    can the daemon run here, and what to fix first
+              mesh run                      the daemon: serves the local swarm, or a demo where there is none
+    Read:     mesh status                   is the node healthy, and if not, why
+              mesh services                 published services and ports
+              mesh backends web             the backends of a service, their health and share of connections
+              mesh explain 192.0.2.7:40000 192.0.2.1:8080    which backend a connection gets, and why
+              mesh trace --service web      connections as they open and close
+              mesh bench 8080               measure a service, and which backends answer
+              mesh check --cluster          can this node reach every other node
+              mesh maps                     what the kernel engine's programs forward by, as text
+    Change:   mesh drain node worker-3      no new connections to that node; open ones stay
               mesh undrain node worker-3
-              mesh stop --release           stop and hand the ports back to Docker
+              mesh stop --release           stop the daemon and hand the ports back to Docker
 
     Commands that read take --json for scripts.
     """
 
 
-def _register() -> None:
-    from mesh.cli import change, read, run, trace  # noqa: PLC0415 -- they import what is above
-    from mesh.cli.bench import command as bench  # noqa: PLC0415 -- they import what is above
-    from mesh.cli.check import command as check  # noqa: PLC0415 -- they import what is above
-
-    for command in (
-        run.run, check.check, read.status, read.services, read.backends, read.explain, trace.trace, bench.bench,
-        change.drain, change.undrain, change.stop,
-    ):  # fmt: skip
-        main.add_command(command)
-
-
-_register()
+for _command in (run, check, status, services, backends, explain, maps, trace, bench, drain, undrain, stop):
+    main.add_command(_command)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands print: JSON, tables, durations, addresses."""
+"""How commands print: JSON, tables, durations, addresses, and the targets of a state."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -30,15 +31,30 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
-_ID_SHOWN = 12
+def few(items: Sequence[str], most: int = 5) -> str:
+    """The first items as one text, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def id_shown(identity: str) -> str:
+    """As much of an id as people read; Docker shows as much."""
+    return identity[:12]
 
 
 def node_shown(target: Json) -> str:
     """A target's node by its name, else the beginning of its id."""
-    return str(target.get("node_name") or target["node"][:_ID_SHOWN])
+    return str(target.get("node_name") or id_shown(target["node"]))
 
 
 def address_port(target: Json) -> str:
     """ADDRESS:PORT, IPv6 in brackets."""
     address = str(target["address"])
     return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
+
+
+def each_target(services: Iterable[Json]) -> Iterator[tuple[Json, Json, Json]]:
+    """Every target in the `services` of `GET /state`, with its service and its frontend."""
+    for service in services:
+        for frontend in service["frontends"]:
+            for target in frontend["targets"]:
+                yield service, frontend, target

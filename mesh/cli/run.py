@@ -11,23 +11,21 @@ import click
 from mesh.config.load import config_options, load
 
 
-@click.command(short_help="The daemon.")
-@click.option(
-    "--take-over", is_flag=True, help="Take the ports over from the daemon that runs in this state directory."
-)
+@click.command(short_help="Run the daemon.")
+@click.option("--take-over", is_flag=True, help="Take over the ports of the daemon that runs in this state directory.")
 @config_options
 def run(take_over: bool, **flags: Any) -> None:
-    """The daemon: serve what the local swarm publishes, else an embedded demo with its own backends.
+    """Run the daemon: serve what the local swarm publishes, or an embedded demo where there is no swarm.
 
-    Every key of the configuration is a flag here. A flag wins over the environment (MESH_ENGINE, …), the environment
-    over the file (--config, normally /etc/mesh/mesh.toml), the file over the default.
+    Every configuration key is a flag. Flags override the environment (MESH_ENGINE, …), the environment overrides the
+    file (--config, by default /etc/mesh/mesh.toml), and the file overrides the defaults.
 
     \b
-    Signals:   SIGTERM, SIGINT   accept nothing new, let connections end (--drain-timeout), leave; twice: at once
-               SIGHUP            read the configuration again
+    Signals:   SIGTERM, SIGINT   stop accepting, wait for connections (--drain-timeout), exit; twice: exit at once
+               SIGHUP            reload the configuration
     Example:   mesh run                                   the swarm, or the demo where there is none
                mesh run --provider static --static-file services.toml
-               mesh run --take-over                       upgrade: no connection is refused
+               mesh run --take-over                       upgrade without a refused connection
     """
     config = load(flags)
     from mesh.agent import agent  # noqa: PLC0415 -- late: the engines are not needed by the other commands

@@ -48,19 +48,19 @@ def _line(values: tuple[object, ...]) -> str:
     return " ".join(shown(value, width) for value, width in zip(values, _WIDTHS, strict=True)).rstrip()
 
 
-@click.command(short_help="Live connections: who, whence, where to, how long, how much, why reset or dropped.")
+@click.command(short_help="Connections as they open, close, are reset or dropped.")
 @click.option("--service", default="", help="Only this service.")
-@click.option("--backend", default="", help="Only backends whose name begins so.")
-@click.option("--client", default="", help="Only clients in this address or network.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), help="Stop after so long (default: on ctrl-C).")
+@click.option("--backend", default="", help="Only backends whose name starts with this.")
+@click.option("--client", default="", help="Only clients with this address or in this network.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Stop after this time (default: at ctrl-C).")
 @daemon_options
 def trace(service: str, backend: str, client: str, seconds: float | None, state_dir: Path, as_json: bool) -> None:
-    """Show connections through the mesh as they open and end, from the local tasks' own sockets.
+    """Show connections through the mesh as they open and close, as the sockets of the local tasks see them.
 
-    Needs root, Debian's python3-bpfcc and kernel headers; it costs nothing while it is not running. With the kernel
-    engine the client is the real one. The proxy engine has two connections for one: the client's own is shown with an
-    empty backend, the one to the task with the node as its client. Health probes are connections too: from the node
-    itself, without a byte.
+    Needs root, Debian's python3-bpfcc and kernel headers. It costs nothing while it does not run. With the kernel
+    engine the client is the real one. The proxy engine uses two connections: the client's own is shown without a
+    backend, the one to the task with this node as its client. Health probes appear as connections from this node that
+    carry no data.
 
     \b
     Example:   mesh trace --service web
@@ -91,4 +91,4 @@ def trace(service: str, backend: str, client: str, seconds: float | None, state_
     except KeyboardInterrupt:
         pass
     if running.lost:
-        click.echo(f"mesh: {running.lost} events came too fast and are missing; narrow the filter", err=True)
+        click.echo(f"mesh: {running.lost} events were lost because they came too fast; narrow the filter", err=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live connections of the mesh, as the tasks' own sockets see them. Needs root and Debian's python3-bpfcc."""
+"""Live connections through the mesh, as the tasks' own sockets see them. Needs root and Debian's python3-bpfcc."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Row:
 
 
 def import_bcc() -> Any:
-    """The bcc module: Debian's package serves any Python 3, PyPI's `bcc` is something else.
+    """The bcc module: Debian's package works with any Python 3, PyPI's `bcc` is unrelated.
 
     Raises:
-        MeshError: it is not installed, or what is installed is not it.
+        MeshError: it is not installed, or another module has its name.
     """
     remedy = "apt install python3-bpfcc (PyPI's bcc is an unrelated package)"
     if _DEBIAN_PACKAGES not in sys.path:
@@ -123,7 +123,7 @@ class ConnectionTrace:
             try:
                 bpf = module.BPF(text=text, cflags=["-Wno-everything"])
             except Exception as error:  # bcc raises bare Exception
-                raise MeshError(f"bcc could not load its program: {error}", remedy="run it as root") from error
+                raise MeshError(f"bcc could not load its program: {error}", remedy="run as root") from error
         try:
             self._follow(bpf["ends"])
             bpf["events"].open_perf_buffer(self._on_event, page_cnt=_PAGES, lost_cb=self._on_lost)
@@ -147,7 +147,7 @@ class ConnectionTrace:
         except MeshError:
             if not self._ends:
                 raise
-            return  # the daemon is away: go on with what it said last
+            return  # the daemon is gone: continue with its last state
         for address, port in wanted.keys() - self._ends.keys():
             table[table.Key.from_buffer_copy(bytes(Key((ctypes.c_uint8 * 16)(*address), port)))] = table.Leaf(1)
         for address, port in self._ends.keys() - wanted.keys():

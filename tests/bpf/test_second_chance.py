@@ -62,7 +62,7 @@ class Pair:
         self.there.maps["mesh_ids"].update(ID, u32(9))
 
     def call(self, flags: str = "A", data: bytes = b"question", sport: int = 40000) -> Ether:
-        return segment(CLIENT[self.inner], sport, VIP[self.inner], 80, flags, data)
+        return segment(CLIENT[self.inner], sport, VIP[self.inner], 80, flags, data)  # type: ignore[return-value]
 
     def leaves(self, frame: bytes) -> tuple[bytes, bytes, str]:
         """(id, inner packet, node) of what `here` makes of a frame."""

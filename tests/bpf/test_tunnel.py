@@ -40,7 +40,7 @@ def prepared(*, settings: int = 0, mtu: int = 1500, own: str = NODE4, peer: str 
 
 def caller(**options: int) -> Plane:
     """The node that is called: the backend is on PEER4."""
-    plane = prepared(**options)
+    plane = prepared(**options)  # type: ignore[arg-type]
     plane.away(2, PEER4, 8080, SEED)
     plane.frontend(1, 80, [(2, 2)])
     return plane

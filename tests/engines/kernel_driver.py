@@ -72,7 +72,7 @@ class Served:
         """Take every veth for a network card, as far as XDP is concerned."""
         from mesh.datapath.kernel import xdp
 
-        xdp.CARDS = ("veth",)  # type: ignore[misc]
+        xdp.CARDS = ("veth",)  # type: ignore[misc, assignment]
 
     def fail_once(self) -> None:
         """Have the next `open` fail after its threads have started."""
@@ -84,7 +84,7 @@ class Served:
             Network.follow = follow  # type: ignore[method-assign]
             raise OSError("the network cannot be read")
 
-        Network.follow = fails  # type: ignore[method-assign]
+        Network.follow = fails  # type: ignore[assignment, method-assign]
 
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())

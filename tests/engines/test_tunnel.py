@@ -69,7 +69,7 @@ class Pair:
         """An engine on a node; what an earlier one there has left is adopted."""
         options = {"bpf_fs": self.bpffs, "state_dir": self.lab.directory / node.short, "return_path": return_path}
         options |= self.config
-        driver = Driver(node, engine="kernel", provider="static", drain_timeout=1.0, **options)
+        driver = Driver(node, engine="kernel", provider="static", drain_timeout=1.0, **options)  # type: ignore[arg-type]
         self.drivers[node], self.back[node] = driver, return_path
         self.lab.on_close(lambda: driver.process.poll() is None and driver.kill())
         driver.open()

@@ -136,7 +136,7 @@ class Topology:
             provider="static",
             static_file=self.static_file,
             engine=self.engine,
-            **config,
+            **config,  # type: ignore[arg-type]
         )
         self.lab.on_close(self.daemon.close)
         return self.daemon

@@ -62,7 +62,7 @@ def main() -> None:
             for thread in threads:
                 thread.start()
         started = True
-        return state
+        return state  # type: ignore[return-value]
 
     trace = ConnectionTrace(read_state, lambda row: row.backend == "web.1")
     for row in trace.rows(150):

@@ -230,7 +230,7 @@ def golden() -> dict[str, Any]:
                 "weights": list(weights),
                 "head": owners[:32],
                 "digest": digest(owners, names),
-                "choices": [choices(owners, f["hash"]) for f in flows],
+                "choices": [choices(owners, f["hash"]) for f in flows],  # type: ignore[arg-type]
             }
         )
     seeds = {name: seed_of(name).hex() for name in ("backend-0", "", "tâche")}

@@ -76,6 +76,9 @@ class MemoryDatapath(Datapath):
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         return self.live
 
+    def stop_accepting(self) -> None:
+        """It has no sockets."""
+
     def drain(self, seconds: float) -> int:
         return 0
 

@@ -76,10 +76,10 @@ def test_managers_die_one_after_the_other(cluster5: Cluster) -> None:
         assert {kind for kind, _, _ in failed} == {"read: ECONNRESET"}, node
         assert sum(count for _, _, count in failed) <= 16, node  # as many as a client has under way
     swarm.revive()  # Docker replaces all tasks then, at once
-    tasks = cluster5.agree("web", 8)
-    for node in swarm.nodes:
-        report = peers.load(cluster5.client, node.address, WEB, "-n", "200", "-c", "16")
-        assert (report.ok, set(report.identities)) == (200, tasks)
+    agreed = cluster5.agree("web", 8)
+    for host in swarm.nodes:
+        report = peers.load(cluster5.client, host.address, WEB, "-n", "200", "-c", "16")
+        assert (report.ok, set(report.identities)) == (200, agreed)
 
 
 def test_managers_are_promoted_and_demoted(cluster5: Cluster) -> None:

@@ -116,8 +116,8 @@ def test_partition_and_heal(cluster5: Cluster) -> None:
                 assert (report.ok, report.failures) == (50, ())
         cluster5.agree("web", 10)
         reports = loads.stop()
-    for node, report in reports.items():
-        assert report.failures_but_of(*(tasks - sides[node]), "") == []
+    for name, report in reports.items():
+        assert report.failures_but_of(*(tasks - sides[name]), "") == []
         assert report.failed <= 16
     cluster5.agree("web", 10)
 

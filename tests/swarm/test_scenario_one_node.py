@@ -44,7 +44,7 @@ class Site:
         self.daemon = Daemon(
             node.namespace,
             swarm.lab.directory / f"mesh-{engine}",
-            **extra,
+            **extra,  # type: ignore[arg-type]
             provider="swarm",
             engine=engine,
             docker_host=node.host,

@@ -28,7 +28,8 @@ def test_every_program_and_map_of_the_objects_is_found() -> None:
 
 
 def test_each_has_a_purpose_and_maps_have_their_sizes() -> None:
-    assert [each.name for each in (*PROGRAMS.values(), *MAPS.values()) if not each.purpose.endswith((".", ")"))] == []
+    purposes = {name: each.purpose for name, each in PROGRAMS.items()} | {n: each.purpose for n, each in MAPS.items()}
+    assert [name for name, purpose in purposes.items() if not purpose.endswith((".", ")"))] == []
     assert {name: MAPS[name].entries for name in ("mesh_ports", "mesh_recent", "mesh_backends", "mesh_verdicts")} == {
         "mesh_ports": 2 * 65536,
         "mesh_recent": 1 << 17,

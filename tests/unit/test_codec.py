@@ -19,7 +19,7 @@ ports = st.integers(0, 65535)
 protocols = st.sampled_from(Protocol)
 addresses = st.one_of(
     st.ip_addresses(v=4),
-    st.ip_addresses(v=6).filter(lambda a: a.ipv4_mapped is None),  # type: ignore[union-attr]
+    st.ip_addresses(v=6).filter(lambda a: a.ipv4_mapped is None),  # type: ignore[arg-type]
 )
 backends = st.builds(
     codec.BackendSlot,

@@ -45,8 +45,8 @@ def outside(tree: ast.AST) -> Iterator[ast.Attribute]:
         match node:
             case ast.Assign(targets=found):
                 targets = [part for target in found for part in ast.walk(target) if isinstance(part, ast.expr)]
-            case ast.AugAssign(target=target) | ast.AnnAssign(target=target):
-                targets = [target]
+            case ast.AugAssign(target=one) | ast.AnnAssign(target=one):
+                targets = [one]
         for target in targets:
             match target:
                 case ast.Attribute(value=ast.Name(id="self" | "cls")):

@@ -170,4 +170,4 @@ def test_arguments_out_of_range_are_refused(flow):
     with pytest.raises(ValueError, match=r"address is 16 bytes|ports are"):
         _maglev.hash_flow(*flow)
     with pytest.raises((TypeError, ValueError)):
-        _maglev.hash_flow(None, *flow[1:])
+        _maglev.hash_flow(None, *flow[1:])  # type: ignore[arg-type]

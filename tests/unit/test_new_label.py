@@ -110,9 +110,9 @@ def test_a_new_label_travels_from_the_label_to_the_control_api(tmp_path: Path) -
             text = text.replace(found, found + added)
         path.write_text(text)
     command = [sys.executable, "-c", JOURNEY, str(tmp_path)]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert found.returncode == 0, found.stderr
-    shown = json.loads(found.stdout)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
     assert (shown["pacing"], shown["trusted"], shown["health"]["threshold"]) == (5, ["10.0.0.0/8", "fd00::/8"], 2.5)
 
 

@@ -123,8 +123,8 @@ def test_labels_on_containers_are_said_to_mean_nothing() -> None:
     (problem,) = decode(answers(services=[service(Spec=spec)])).inventory.problems
     assert problem.where == "service web, container label mesh.affinity"
     assert "deploy: labels:" in problem.remedy
-    for template in ({}, {"ContainerSpec": None}, {"ContainerSpec": {"Labels": None}}):
-        spec = {"Name": "web", "TaskTemplate": template}
+    for empty in ({}, {"ContainerSpec": None}, {"ContainerSpec": {"Labels": None}}):
+        spec = {"Name": "web", "TaskTemplate": empty}
         assert not decode(answers(services=[service(Spec=spec)])).inventory.problems
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mesh bench`: what a service does, through the mesh and past it."""
+"""`mesh bench`: measure a service, through the mesh and directly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLE: Final = 128  # connections that are held to see where the kernel engine 
 SPARE_FILES: Final = 64
 MAX_DATAGRAM: Final = 65507
 MAX_CONNECTIONS, MAX_SECONDS, MAX_COUNT, MAX_SIZE = 1024, 60, 1_000_000, 1 << 20
-Phase = tuple[str, Call, bool]  # title, what is asked, on kept connections
+Phase = tuple[str, Call, bool]  # title, what is asked, on open connections
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,45 +52,59 @@ class Options:
     insecure: bool
 
 
-@click.command(short_help="Measure a service: connections, latency, throughput, who answers.")
+@click.command(short_help="Measure a service: connections, latency, throughput, distribution.")
 @click.argument("target", metavar="TARGET")
 @click.option(
-    "-c", "--connections", type=click.IntRange(1, MAX_CONNECTIONS), default=16, show_default=True, help="At once."
+    "-c",
+    "--connections",
+    type=click.IntRange(1, MAX_CONNECTIONS),
+    default=16,
+    show_default=True,
+    help="Concurrent connections.",
 )
 @click.option(
     "-t", "--seconds", type=click.FloatRange(0.1, MAX_SECONDS), default=3.0, show_default=True,
-    help="Longest time per phase and side.",
+    help="Maximum time per phase and side.",
 )  # fmt: skip
 @click.option(
     "-n", "--count", type=click.IntRange(1, MAX_COUNT), default=10_000, show_default=True,
-    help="Most connections, or requests, per phase and side.",
+    help="Maximum connections, or requests, per phase and side.",
 )  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0.01, 60), default=5.0, show_default=True, help="For one answer.")
-@click.option("--echo", is_flag=True, help="tcp, udp: the service sends back what it gets; that is checked.")
-@click.option("--send", default="", metavar="TEXT", help="tcp, udp: what is sent (\\n, \\x00 are understood).")
-@click.option("--size", type=click.IntRange(1, MAX_SIZE), default=64, show_default=True, help="Bytes, without --send.")
-@click.option("--header", multiple=True, metavar="'NAME: VALUE'", help="http: one more; repeatable.")
-@click.option("--by", default="", metavar="HEADER", help="http: what tells backends apart: a header, or `body`.")
-@click.option("--direct/--no-direct", default=True, show_default=True, help="Compare with calling the tasks here.")
-@click.option("--insecure", is_flag=True, help="https: any certificate will do.")
+@click.option(
+    "--timeout", type=click.FloatRange(0.01, 60), default=5.0, show_default=True, help="Timeout for one response."
+)
+@click.option("--echo", is_flag=True, help="tcp, udp: the service echoes; verify that it does.")
+@click.option("--send", default="", metavar="TEXT", help="tcp, udp: the payload (\\n and \\x00 are escapes).")
+@click.option(
+    "--size", type=click.IntRange(1, MAX_SIZE), default=64, show_default=True, help="Payload in bytes, without --send."
+)
+@click.option("--header", multiple=True, metavar="'NAME: VALUE'", help="http: an extra header; repeatable.")
+@click.option(
+    "--by", default="", metavar="HEADER", help="http: identify backends by this response header, or by `body`."
+)
+@click.option(
+    "--direct/--no-direct", default=True, show_default=True, help="Compare with direct calls to this node's tasks."
+)
+@click.option("--insecure", is_flag=True, help="https: accept any certificate.")
 @daemon_options
 def bench(target: str, state_dir: Path, as_json: bool, **options: Any) -> None:
-    """Measure a service: new connections per second, requests on kept ones, latency percentiles with a histogram,
-    throughput, and how connections are spread over the backends.
+    """Measure a service: new connections per second, requests on open connections, latency percentiles with a
+    histogram, throughput, and how connections are spread over the backends.
 
-    TARGET is a published port, HOST:PORT, a service's name, or a URL: http://…, https://…, tcp://HOST:PORT,
-    udp://HOST:PORT. Without a scheme one GET finds out whether HTTP is spoken there. tcp:// opens and closes
-    connections, with --echo or --send it also asks; udp:// sends, and any answer counts (--echo: the same).
+    TARGET is a published port, HOST:PORT, a service name, or a URL: http://…, https://…, tcp://HOST:PORT,
+    udp://HOST:PORT. Without a scheme, one GET finds out whether the port speaks HTTP. tcp:// opens and closes
+    connections, and exchanges data with --echo or --send. udp:// sends datagrams; any response counts, with --echo only
+    the same bytes.
 
-    On a node the daemon is asked who stands behind the port, and the tasks of this node are called past the mesh as
-    well, in turn with the calls through it. Calls from the node itself take the short way that the node's own
-    processes take; to see what other hosts see, run this on one of them.
+    On a node the daemon says which backends serve the port; this node's tasks are then also called directly, in turn
+    with the calls through the mesh. Calls from the node itself take the local path (a socket connected straight to a
+    task with the kernel engine). Run this on another host to measure what clients see.
 
-    The load is bounded: by --seconds and --count, whichever ends first. It comes from one process on one core, good for
-    some thousand connections a second: where the result says that the client was busy, it is the limit.
+    --seconds and --count bound the load; the first limit reached ends a phase. One process on one core makes it, good
+    for some thousand connections per second; the result says so where the client is the bottleneck.
 
     \b
-    Exit code: 0 every call was answered; 1 not all were; 3, 4 a service's name that nobody knows.
+    Exit code: 0 every call was answered; 1 not all were; 3, 4 an unknown service name.
     Example:   mesh bench 8080
                mesh bench http://192.0.2.1:8080/ready --by server -c 64 -t 10
                mesh bench udp://192.0.2.1:7000 --send ping

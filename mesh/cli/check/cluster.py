@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check --cluster` finds out about the way from this node to every other one."""
+"""`mesh check --cluster`: the paths from this node to every other one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_cluster(config: Config) -> Findings:
         if n["id"] != known["node"]
     ]
     if own is None and state["provider"]["kind"] not in ("swarm", "relay"):
-        found = "this daemon serves one node only"
+        found = "this daemon does not serve a swarm"
         yield Finding("nodes", Level.FAIL, found, "provider = swarm, on a node of a swarm")
         return
     if own is None:
@@ -186,7 +186,7 @@ def control(peer: Peer, port: int, answer: Answer) -> Findings:
     if answer.valid is None or answer.obstacle:
         return
     version, engine = answer.about.get("mesh"), answer.about.get("engine")
-    found = f"{version}, engine {engine or 'unknown'}" if version else "an older one, that does not tell"
+    found = f"{version}, engine {engine or 'unknown'}" if version else "an older version, which does not report itself"
     same = version == __version__
     remedy = "" if same else f"this is {__version__}; versions one apart work together, upgrade the older one"
     yield Finding(f"{peer.name} mesh", Level.OK if same else Level.WARN, found, remedy)

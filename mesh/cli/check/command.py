@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mesh check`: can the daemon run here, one answer per question, with its level and the remedy."""
+"""`mesh check`: can the daemon run here, one finding per question, with its remedy."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mesh.config.load import config_options, load
 from mesh.errors import ConfigError, MeshError
 
 
-@click.command(short_help="Can it run here: answers and remedies.")
-@click.option("--cluster", is_flag=True, help="The way from this node to every other one instead; the daemon must run.")
+@click.command(short_help="Can the daemon run here: findings and remedies.")
+@click.option("--cluster", is_flag=True, help="Check the paths to all other nodes instead; needs a running daemon.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options
 def check(as_json: bool, cluster: bool, **flags: Any) -> None:
-    """Can it run here: configuration, engine, limits, ports, Docker, firewall, each with a level and a remedy.
+    """Check whether the daemon can run here: configuration, engine, limits, ports, Docker, firewall, with remedies.
 
     Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
 
-    With --cluster it asks the daemon for the swarm's nodes and tries the way to each from here, as traffic takes it:
+    With --cluster it asks the daemon for the swarm's nodes and tries the path to each of them as traffic takes it:
     control port (mutual TLS; certificates, version, engine), peer port by TCP and UDP, path MTU, and between kernel
-    engines the tunnel, there and back. Clocks are not needed.
+    engines the tunnel in both directions. Clocks need not agree.
 
     \b
-    Exit code: 0 all ok, or warnings only; 1 something would keep the daemon, or the nodes together, from serving.
+    Exit code: 0 no finding fails; 1 a finding would keep the daemon, or the nodes together, from serving.
     Example:   mesh check --engine proxy --http-listen 127.0.0.1:9551
                mesh check --cluster --json | jq '.[] | select(.level == "fail")'
     """

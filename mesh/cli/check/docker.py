@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check` finds out about Docker and the swarm through the Engine's socket. Reads only."""
+"""`mesh check`: Docker and the swarm, through the Engine's socket. Reads only."""
 
 from __future__ import annotations
 

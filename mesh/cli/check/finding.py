@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Level(enum.Enum):
-    """What a finding means for the daemon: nothing, a limit, or that it cannot run."""
+    """How serious a finding is for the daemon."""
 
     OK = "ok"
     WARN = "warn"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mesh check` finds out about the host: engine, limits, nftables, state directory, ports."""
+"""`mesh check`: the host, that is engine, limits, nftables, state directory, ports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mesh.errors import MeshError
 
 FILES_WANTED: Final = 65536
 TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
-LEAST_MTU: Final = 1228  # what a way with an MTU of 1280 leaves
+LEAST_MTU: Final = 1228  # what a path with an MTU of 1280 leaves
 
 
 def check_host(config: Config) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _engine(config: Config) -> Finding:
         return Finding("engine", Level.OK, f"kernel, on {release}")
     if config.engine == "kernel":
         return Finding("engine", Level.FAIL, f"not kernel: {obstacle}", "remove it, or set engine = auto")
-    remedy = "remove that obstacle for the kernel engine, or say engine = proxy"
+    remedy = "remove that obstacle for the kernel engine, or set engine = proxy"
     return Finding("engine", Level.OK if config.provider == "demo" else Level.WARN, f"proxy: {obstacle}", remedy)
 
 
@@ -87,7 +87,7 @@ def _tunnel_port(port: int) -> Finding:
             probe.bind(("", port))
     except OSError as error:
         remedy = f"`ss -lnup 'sport = {port}'` names it; set tunnel_port to another one on all nodes"
-        return Finding(what, Level.WARN, f"UDP {port}: {error.strerror}; who has it gets nothing of it", remedy)
+        return Finding(what, Level.WARN, f"UDP {port}: {error.strerror}; its owner receives nothing", remedy)
     return Finding(what, Level.OK, f"UDP {port} is free; rules of this host do not apply to it, those in between do")
 
 
@@ -101,7 +101,7 @@ def _tunnel_mtu() -> Finding:
             if destination == "00000000":
                 found[name] = int(Path(f"/sys/class/net/{name}/mtu").read_text())
     if not found:
-        return Finding(what, Level.OK, "no default route: that of the way to each node applies")
+        return Finding(what, Level.OK, "no default route: the MTU of the path to each node applies")
     name, mtu = min(found.items(), key=lambda item: item[1])
     shown = f"{mtu} on {name}, so {mtu - TUNNEL_ROOM} for packets to tasks of other nodes"
     if mtu - TUNNEL_ROOM < LEAST_MTU:

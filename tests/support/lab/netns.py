@@ -151,7 +151,7 @@ class Lab:
         self.prefix = f"mesh{os.getpid()}-{label or next(_counter)}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-"))  # short: socket paths are at most 107 bytes
         self.hosts: dict[str, Namespace] = {}
-        self._cleanups: list[Callable[[], None]] = []
+        self._cleanups: list[Callable[[], object]] = []
         self._numbers = itertools.count(11)
         atexit.register(self.close)
         try:
@@ -179,7 +179,7 @@ class Lab:
         self.hosts[short] = host
         return host
 
-    def on_close(self, action: Callable[[], None]) -> None:
+    def on_close(self, action: Callable[[], object]) -> None:
         """Run at close, last registered first."""
         self._cleanups.append(action)
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mesh status`: whether this node, or the whole cluster, serves what it should."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from mesh.cli.client import call, daemon_options
+from mesh.cli.exit import Exit
+from mesh.cli.output import Json, duration, each_target, echo_json, echo_table, few
+
+
+@click.command(short_help="Is the node healthy, and if not, why.")
+@click.option("--cluster", is_flag=True, help="Compare all nodes of the swarm (on a manager).")
+@daemon_options
+def status(state_dir: Path, as_json: bool, cluster: bool) -> None:
+    """Show the engine, the source of services, what is served, and every problem.
+
+    \b
+    Exit code: 0 if the node serves everything that it should, 1 if not (the reasons are printed);
+               with --cluster 0 if all nodes agree, 1 if not.
+    Example:   mesh status --json | jq .ready
+    """
+    if cluster:
+        _status_of_cluster(call(state_dir, "/cluster"), as_json=as_json)
+        return
+    state = call(state_dir, "/state")
+    ready = call(state_dir, "/readyz", accept=(503,))
+    if as_json:
+        summary = {key: value for key, value in state.items() if key != "services"}
+        echo_json({"ready": ready["ready"], "reasons": ready["reasons"], **summary})
+    else:
+        nodes = call(state_dir, "/nodes")["nodes"]
+        _print_status(state, ready, nodes)
+    if not ready["ready"]:
+        sys.exit(Exit.NOT_READY)
+
+
+def _status_of_cluster(found: Json, *, as_json: bool) -> None:
+    if as_json:
+        echo_json(found)
+    else:
+        rows: list[tuple[object, ...]] = []
+        for node in found["nodes"]:
+            heard = "never" if node["age"] is None else f"{duration(node['age'])} ago"
+            up = "yes" if node["up"] else "NO"
+            rows.append((node["name"], node["address"], up, node["engine"], node["mesh"], node["generation"], heard))
+        echo_table(rows, "NODE", "ADDRESS", "UP", "ENGINE", "MESH", "GENERATION", "HEARD", empty="no nodes")
+        tables = {frontend for node in found["nodes"] for frontend in node["digests"]}
+        click.echo()
+        for line in found["differences"] or [f"All nodes agree on {len(tables)} tables."]:
+            click.echo(line)
+    if found["differences"]:
+        sys.exit(Exit.NOT_READY)
+
+
+def _drained(state: Json, nodes: list[Json]) -> list[str]:
+    """What an operator drained, by name where the name is known."""
+    backends = {target["backend"]: target["name"] for _, _, target in each_target(state["services"])}
+    names = {node["id"]: node["name"] for node in nodes}
+    found = [f"node {names.get(node) or node}" for node in state["drained"]["nodes"]]
+    return found + [f"backend {backends.get(backend) or backend}" for backend in state["drained"]["backends"]]
+
+
+def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
+    provider, generation, apply = state["provider"], state["generation"], state["apply"]
+    age = provider["age_seconds"]
+    read = "nothing read yet" if age is None else f"read {duration(age)} ago"
+    source = [provider["kind"], "connected" if provider["connected"] else "AWAY", read]
+    if provider.get("doorbell"):
+        source.append(f"changes by {provider['doorbell']}")
+    ports = [(service["name"], frontend) for service in state["services"] for frontend in service["frontends"]]
+    served = sum(1 for _, frontend in ports if frontend["served"])
+    backends = {target["backend"] for _, _, target in each_target(state["services"])}
+    idle = [f"{name} ({f['frontend']})" for name, f in ports if not any(t["weight"] for t in f["targets"])]
+    rows: list[tuple[str, str]] = [
+        ("ready", "yes" if ready["ready"] else "NO"),
+        ("daemon", f"mesh {state['version']}, pid {state['pid']}, up {duration(time.time() - state['started'])}"),
+        ("engine", f"{state['engine']} ({state['engine_reason']})" if state["engine_reason"] else state["engine"]),
+        ("source", ", ".join(source)),
+        ("serving", f"{len(state['services'])} services, {served} of {len(ports)} ports, {len(backends)} backends"),
+        ("generation", f"{generation['applied']} applied of {generation['desired']}"),
+        ("applies", f"{apply['count']}, {apply['failed']} failed"),
+    ]
+    if away := [node["name"] or node["id"] for node in nodes if not node["up"]]:
+        rows.append(("nodes", f"{len(nodes) - len(away)} of {len(nodes)} up; down or silent: {few(away)}"))
+    if idle:
+        rows.append(("no backend", f"{few(idle)}: new connections fail; `mesh backends NAME` says why"))
+    if drained := _drained(state, nodes):
+        rows.append(("drained", ", ".join(drained)))
+    if state["stopping"]:
+        rows.append(("stopping", "waiting for connections to end"))
+    for title, text in rows:
+        click.echo(f"{title:<11}{text}")
+    errors = [error for error in (provider["error"], apply["last_error"]) if error]
+    for title, lines in (("Not ready:", ready["reasons"]), ("Errors:", errors), ("Problems:", state["problems"])):
+        if lines:
+            click.echo(f"\n{title}")
+        for line in lines:
+            click.echo(f"  - {line}")
