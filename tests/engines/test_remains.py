@@ -76,7 +76,7 @@ def test_released_without_a_daemon(plane: Plane, engine: Driver) -> None:
     done = mesh(plane, "status")
     assert done.returncode == 3 and "still forward" in done.stderr and "mesh stop --release" in done.stderr, done
     done = stop(plane, 0.5)
-    assert done.returncode == 1 and "1 flows still go" in done.stdout, done
+    assert done.returncode == 1 and "1 flows still use" in done.stdout, done
     assert refused(plane.client, plane.node.address)  # handed back: nobody else serves here
     connection.echo()
     connection.close()
