@@ -67,6 +67,23 @@ class Health(enum.Enum):
     DOWN = "down"
 
 
+class Path(enum.Enum):
+    """How flows get from this node to a backend's node."""
+
+    LOCAL = "here"  # the backend runs on this node
+    TUNNEL = "tunnel"  # from kernel engine to kernel engine
+    PEER = "peer"  # handed over at the other node's peer port: connections
+    PEER_UDP = "peer-udp"  # likewise: datagrams
+
+
+class PathState(enum.Enum):
+    """Whether a path carries packets there and back."""
+
+    UNPROVEN = "unproven"  # not tried yet
+    UP = "up"
+    DOWN = "down"
+
+
 class ProbeKind(enum.Enum):
     """How a backend is probed."""
 
@@ -211,6 +228,16 @@ class HealthView:
 
     def of(self, backend_id: str) -> Health:
         return self.verdicts.get(backend_id, Health.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class PathView:
+    """What this node knows of its paths to other nodes: state by node id and path; absent means UNPROVEN."""
+
+    states: Mapping[tuple[str, Path], PathState] = field(default_factory=dict)
+
+    def of(self, node: str, path: Path) -> PathState:
+        return self.states.get((node, path), PathState.UNPROVEN)
 
 
 @dataclass(frozen=True, slots=True)

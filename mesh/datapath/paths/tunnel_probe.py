@@ -60,7 +60,18 @@ def _filter(version: int, tunnel_port: int, port: int) -> bytes:
     return b"".join(struct.pack("=HBBI", *line) for line in program)
 
 
-def _listen(version: int, tunnel_port: int, port: int) -> socket.socket:
+def nonce_of(version: int, answer: bytes) -> bytes:
+    """What an answer, from the outer IP header on, repeats of its question."""
+    sequence = _IP[version] + _UDP + len(_HEAD) + _ID + 20 + 4
+    return answer[sequence : sequence + 4]
+
+
+def listen(version: int, tunnel_port: int, port: int) -> socket.socket:
+    """A packet socket that hears answers to questions from the inner port `port`.
+
+    Raises:
+        PermissionError: it takes CAP_NET_RAW.
+    """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
     code = ctypes.create_string_buffer(_filter(version, tunnel_port, port))
     count = (len(code) - 1) // 8
@@ -79,10 +90,9 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
     """
     version, port, nonce = address.version, 1024 + secrets.randbelow(64512), secrets.randbits(32)
     data, wanted = question(port, nonce), struct.pack(">I", nonce)
-    sequence = _IP[version] + _UDP + len(_HEAD) + _ID + 20 + 4  # where an answer has it
     with ExitStack() as stack:
         try:
-            answers = stack.enter_context(_listen(version, tunnel_port, port))
+            answers = stack.enter_context(listen(version, tunnel_port, port))
         except PermissionError:
             return NO_RIGHT
         family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -92,7 +102,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
             sock.connect((str(address), tunnel_port))
             for _ in range(TRIES):
                 sock.send(data)
-                if answered(answers, WAIT, lambda answer: answer.startswith(wanted, sequence)):
+                if answered(answers, WAIT, lambda answer: nonce_of(version, answer) == wanted):
                     return ""
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except ConnectionRefusedError:
