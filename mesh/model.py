@@ -246,6 +246,8 @@ class Target:
 
     `via` is the address of the node that runs it, where that is another one: this host cannot reach the backend
     itself, so `address` is the same and `port` is for the other node's agent to connect to. `engine` is that node's.
+    `path` is how this node gets there. Where no path is proven, `masked` says why: `weight` is 0 here, and `agreed` is
+    the weight that all nodes have agreed upon.
     """
 
     backend: str
@@ -257,11 +259,17 @@ class Target:
     container: str = ""
     via: Address | None = None
     engine: str = ""
+    path: Path = Path.LOCAL
+    masked: str = ""
+    agreed: int = 0  # where it is masked
 
 
 @dataclass(frozen=True, slots=True)
 class FrontendState:
-    """What one frontend should do. `targets` are sorted by backend id."""
+    """What one frontend should do. `targets` are sorted by backend id.
+
+    `passing`: none of its targets can be reached from this node, so flows that start are left to Docker's own mesh.
+    """
 
     frontend: Frontend
     service: str  # the service's id
@@ -269,6 +277,7 @@ class FrontendState:
     options: ServiceOptions
     targets: tuple[Target, ...] = ()
     panic: bool = False  # every backend is down by health, so all of them are used
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
