@@ -254,9 +254,9 @@ def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> lis
 def _backend_labels(order: Sequence[tuple[Frontend, BackendKey]], names: Mapping[str, str]) -> list[str]:
     labels: list[str] = []
     last, prefix = None, ""
-    plain = [name for _, (name, _, _) in order]
+    plain = [key.backend for _, key in order]
     named = plain if escape(joined := "".join(plain)) is joined else [escape(name) for name in plain]
-    for name, (frontend, (_, port, _)) in zip(named, order, strict=True):
+    for name, (frontend, (_, port, *_)) in zip(named, order, strict=True):
         if frontend is not last:
             key = str(frontend)
             last, prefix = frontend, f'frontend="{escape(key)}",service="{escape(names.get(key, ""))}",backend="'

@@ -107,6 +107,19 @@ def _masked(state: FrontendState, view: PathView, nodes: Mapping[str, Node], eng
     return replace(state, targets=tuple(targets), passing=passing)
 
 
+def unmasked(desired: DesiredState) -> DesiredState:
+    """What was agreed upon where this is what was served."""
+    states = {frontend: _unmasked(state) for frontend, state in desired.frontends.items()}
+    return replace(desired, frontends=states)
+
+
+def _unmasked(state: FrontendState) -> FrontendState:
+    if not state.passing and all(target.path is Path.LOCAL for target in state.targets):
+        return state
+    targets = [replace(t, path=Path.LOCAL, masked="", agreed=0, weight=t.agreed or t.weight) for t in state.targets]
+    return replace(state, targets=tuple(targets), passing=False)
+
+
 def _problems(states: list[FrontendState]) -> list[Problem]:
     """Services of which this node reaches no task. Nodes that cannot be reached are the path monitor's to name."""
     passing = {state.service_name for state in states if state.passing}
