@@ -75,6 +75,23 @@ def test_a_clients_packet_is_wrapped_for_the_node_of_its_task() -> None:
     assert plane.verdicts() == {"TUNNEL_TX": 1}
 
 
+def test_a_path_that_changes_leaves_established_flows_where_they_are() -> None:
+    """Owner 2 is the task by the tunnel, 3 the same task by the peer port, to which the fallback proxy hands over."""
+    plane = caller()
+    plane.away(3, PEER4, 8080, SEED, version=0)
+    plane.frontend(1, 80, [(3, 2)])
+    started = [segment(CLIENT4, 40000, NODE4, 80, flags) for flags in ("S", "A", "PA")]
+    assert [plane.run("mesh_ingress", bytes(frame)).retval for frame in started] == [OK] * 3
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 3}
+    established = bytes(segment(CLIENT4, 40001, NODE4, 80, "A", b"question"))
+    assert plane.run("mesh_ingress", established).retval == REDIRECT
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 3, "TUNNEL_TX": 1}
+    plane.frontend(1, 80, [(2, 3)])  # and back: the flow that began meanwhile stays with the proxy
+    assert plane.run("mesh_ingress", bytes(started[1])).retval == OK
+    assert plane.run("mesh_ingress", bytes(segment(CLIENT4, 40002, NODE4, 80))).retval == REDIRECT
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 4, "TUNNEL_TX": 2}
+
+
 def test_a_first_refusal_does_not_leave_the_owners_node() -> None:
     plane = owner()
     call = wrapped(bytes(segment(CLIENT4, 40000, NODE4, 80)), NODE4, PEER4, identity())
