@@ -45,6 +45,7 @@ from mesh.supervisor import end, supervise
 
 SIGNALS_EVERY: Final = 0.2  # seconds between looks at what traffic tells of backends
 READY_WITHIN: Final = 10.0  # seconds after which systemd is told READY although nothing is known yet
+FIRST_TRIALS: Final = 2.0  # seconds at most for which the first state waits for the paths to be tried
 DRAIN_SLICE: Final = 0.25  # seconds after which a drain looks up whether it should end at once
 
 log = structlog.get_logger("mesh")
@@ -176,7 +177,7 @@ class Agent:
     async def _serve(self, parts: Parts, successor: Successor | None) -> None:
         if successor is None:
             await parts.servers.start()
-        self._spawn("reconcile", parts.reconciler.run)
+        self._spawn("reconcile", self._reconcile)
         self._spawn("health", parts.monitor.run)
         self._spawn("provider", lambda: parts.provider.run(self._publish))
         self._spawn("paths", parts.paths.run)
@@ -217,6 +218,17 @@ class Agent:
     def _publish(self, inventory: Inventory) -> None:
         self._parts.held.publish(inventory)
         self._parts.reconciler.publish(inventory)
+        self._parts.paths.look_again()
+
+    async def _reconcile(self) -> None:
+        """Serve once the paths to other nodes have been tried, so that nothing is masked that works."""
+        reconciler, paths = self._parts.reconciler, self._parts.paths
+        while not reconciler.known:  # noqa: ASYNC110 -- any cause, polled for moments
+            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TRIALS):
+                await paths.proven()
+        await reconciler.run()
 
     def _changed(self, before: Picture, after: Picture) -> None:
         changelog.tell(before, after)

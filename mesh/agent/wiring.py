@@ -213,7 +213,12 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
     source = make_source(name, reconciler, tables)
     provider = source.provider
     monitor = Monitor(source.own_health)
-    paths = PathMonitor(config, name, lambda: (provider.status().node_id, reconciler.picture.inventory.nodes))
+    paths = PathMonitor(
+        config,
+        name,
+        lambda: (provider.status().node_id, reconciler.inventory.nodes),
+        on_change=reconciler.set_paths,
+    )
     state_dir = Path(config.state_dir)
     view = View(
         Facts(name, opened.engine.reason, state_dir, time.time()),

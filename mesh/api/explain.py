@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
-from mesh.api.services import way_of
+from mesh.api.services import path_of
 from mesh.api.view import Json
 from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Explanation, FrontendEntry
 from mesh.model import Address, Flow, FrontendState, Health, Protocol, ServiceOptions
@@ -120,7 +120,7 @@ class Explainer:
             "node": entry.target.node,
             "node_name": self._node_name(entry.target.node),
             "address": str(entry.target.address),
-            "way": way_of(entry.target, self._reconciler.datapath.name),
+            "path": path_of(entry.target, self._reconciler.datapath.name),
             "port": entry.target.port,
             "health": health.of(entry.key.backend).value,
         }
@@ -132,7 +132,7 @@ class Explainer:
         """How a flow gets to another node."""
         where = f"node {self._node_name(entry.target.node) or entry.target.node} ({entry.target.via})"
         engine = self._reconciler.datapath.name
-        if way_of(entry.target, engine) == "tunnel":
+        if path_of(entry.target, engine) == "tunnel":
             return f"goes to {where} through the tunnel"
         by = " by the proxy engine beside" if engine == "kernel" else ""
         return f"is handed over to {where} at its peer port{by}"
@@ -151,7 +151,7 @@ class Explainer:
         elif choice.owner == OWNER_PASS:
             reasons.append("left to whoever served the port before")
         elif choice.backend:
-            reasons += self._way(flow, choice.backend)
+            reasons += self._path(flow, choice.backend)
         if not _is_here(flow.destination):
             reasons.append(f"{flow.destination} is no address of this node at the moment: nothing for it comes here")
         if tracked and choice.previous != choice.owner:
@@ -160,7 +160,7 @@ class Explainer:
             reasons.append("every backend is down by our probes, so all are used")
         return [*reasons, *self._away(entry.state)]
 
-    def _way(self, flow: Flow, entry: BackendEntry) -> list[str]:
+    def _path(self, flow: Flow, entry: BackendEntry) -> list[str]:
         if self._reconciler.datapath.name == "kernel" and entry.target.address.version != flow.source.version:
             return ["the client's IP version is not the backend's: the proxy engine beside serves it"]
         return [] if entry.target.via is None else [self._sent(entry)]

@@ -27,11 +27,11 @@ class AgentView(Protocol):
         error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
-        problems [str], paths_down (ways to other nodes by which nothing comes back),
+        problems [str], paths_down (paths to other nodes that do not work),
         services [{id, name, ports [str], options, frontends (none where mesh.enable is false)
         [{frontend, table_size, tracked_slots, digest, panic, served, targets [{backend, name, node, node_name, address,
         port, weight, intent, taking (why it gets new connections or not), health, health_reason, slots, local,
-        via (address of the node that runs it, empty: this one), way (here, tunnel, peer)}]}]}],
+        via (address of the node that runs it, empty: this one), path (here, tunnel, peer)}]}]}],
         drained {backends [id], nodes [id]}, stopping (bool).
         """
 

@@ -142,6 +142,11 @@ class Reconciler:
         """What the guard holds back now: service and backend id, or the service's id and "" for all of it."""
         return frozenset(self._held)
 
+    @property
+    def inventory(self) -> Inventory:
+        """The last that was published."""
+        return self._inventory or Inventory()
+
     def publish(self, inventory: Inventory) -> None:
         """Take a provider's inventory."""
         self._inventory = inventory

@@ -51,7 +51,7 @@ def target(service: int, index: int) -> dict[str, Any]:
         "slots": 100,
         "local": True,
         "via": "",
-        "way": "here",
+        "path": "here",
     }
 
 

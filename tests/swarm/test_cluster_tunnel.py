@@ -37,7 +37,7 @@ def peers_seen(client: Namespace, address: str, count: int) -> Counter[str]:
 def ways(cluster: Cluster, node: int) -> dict[str, str]:
     """How a node gets to each task of `web`."""
     (service,) = (s for s in cluster.daemons[node].state()["services"] if s["name"] == "web")
-    return {target["backend"]: target["way"] for f in service["frontends"] for target in f["targets"]}
+    return {target["backend"]: target["path"] for f in service["frontends"] for target in f["targets"]}
 
 
 @pytest.mark.parametrize("back", ["tunnel", "direct"])

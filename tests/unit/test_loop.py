@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Plan
+from mesh.datapath.base import Applied, Plan, key_of
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Health, HealthView, Inventory
 from mesh.reconcile import loop as loops
 from mesh.reconcile.compose import compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture, Reconciler
-from mesh.reconcile.plan import doubtful, key_of, plan
+from mesh.reconcile.plan import doubtful, plan
 from tests.support.inventories import inventories
 from tests.support.lab.netns import PATIENCE
 from tests.support.memory import MemoryDatapath

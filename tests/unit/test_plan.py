@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from mesh._maglev import SLOT_TRACKED, SlotTable, backend_seed
 from mesh.config.keys import Config
-from mesh.datapath.base import OWNER_FIRST, OWNER_PASS, Applied, Plan
+from mesh.datapath.base import OWNER_FIRST, OWNER_PASS, Applied, Plan, key_of
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, HealthView, Intent, Inventory
 from mesh.reconcile import plan as plans
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
-from mesh.reconcile.plan import doubtful, key_of, plan, settle
+from mesh.reconcile.plan import doubtful, plan, settle
 from tests.support.inventories import inventories
 from tests.support.memory import MemoryDatapath
 from tests.unit.test_compose import backend, of

@@ -16,7 +16,7 @@ from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.locator import Location, is_held
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids, seed_of
-from mesh.model import Affinity, Frontend, ServiceOptions
+from mesh.model import Affinity, Frontend, Path, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
 HOLD: Final = 5.0  # seconds in which UDP flows from before a take-over must send to stay where they are
@@ -129,6 +129,7 @@ def backend_slot(entry: BackendEntry, location: Location) -> codec.BackendSlot:
         epoch=0,
     )
     if target.via is not None:
-        return dataclasses.replace(slot, seed=seed_of(entry.key), version=AWAY_VERSION)
+        tunnelled = entry.key.path != Path.PEER.value
+        return dataclasses.replace(slot, seed=seed_of(entry.key), version=AWAY_VERSION if tunnelled else 0)
     bridge = codec.LOOPBACK if location.own else location.via
     return dataclasses.replace(slot, ifindex=location.veth, bridge=bridge, mac=location.mac)

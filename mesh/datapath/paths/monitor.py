@@ -105,6 +105,7 @@ class PathMonitor:
 
     def look_again(self) -> None:
         """Nodes have changed: try at once those of which nothing is known."""
+        self._refresh()
         self._wake.set()
 
     async def proven(self) -> None:
