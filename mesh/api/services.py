@@ -247,6 +247,7 @@ def _target(engine: str, given: _TargetInput, before: tuple[_TargetInput, Shown]
         "slots": slots,
         "local": target.local,
         "via": str(target.via or ""),
+        "masked": target.masked,
         "path": path_of(target, engine),
     }
 

@@ -44,13 +44,26 @@ PROBLEMS: Final = Family(
     "mesh_problems",
     Kind.GAUGE,
     (),
-    "Settings that cannot be used, ports that cannot be served, ways to nodes that fail; see mesh status.",
+    "Settings that cannot be used, ports that cannot be served, paths to nodes that do not work; see mesh status.",
 )
-WAYS_FAILED: Final = Family(
-    "mesh_paths_down",
+PATHS_DOWN: Final = Family("mesh_paths_down", Kind.GAUGE, (), "Problems with paths to other nodes; see mesh status.")
+PATH_UP: Final = Family(
+    "mesh_path_up",
     Kind.GAUGE,
-    (),
-    "Ways to other nodes (tunnel, peer port) by which nothing comes back: connections to tasks there fail.",
+    ("node", "path"),
+    "1 while a path from here to a node (tunnel, peer, peer-udp) is shown to work, else 0.",
+)
+TRAFFIC: Final = Family(
+    "mesh_traffic",
+    Kind.GAUGE,
+    ("verdict",),
+    "1 for how new connections fare here: ok, degraded (tasks masked, or left to Docker), failing (not served).",
+)
+BACKENDS_MASKED: Final = Family(
+    "mesh_backends_masked",
+    Kind.GAUGE,
+    ("service", "node"),
+    "Tasks on a node that get no new connections from here because no path to it works.",
 )
 PROVIDER_CONNECTED: Final = Family(
     "mesh_provider_connected", Kind.GAUGE, ("provider",), "1 if the last read of the source of services was good."
@@ -188,7 +201,8 @@ VERDICTS: Final = Family(
 )
 
 FAMILIES: Final = (
-    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, WAYS_FAILED, PROVIDER_CONNECTED, PROVIDER_AGE,
+    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PATHS_DOWN, PATH_UP, TRAFFIC, BACKENDS_MASKED,
+    PROVIDER_CONNECTED, PROVIDER_AGE,
     GENERATION_DESIRED, GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
     OPENED, CLOSED, ACTIVE, RETRIED, FAILED, BYTES, PACKETS, CONNECT, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
     BACKEND_OPENED, BACKEND_ACTIVE, BACKEND_RETRIED, BACKEND_FAILED, BACKEND_BYTES, BACKEND_PACKETS, BACKEND_CONNECT,

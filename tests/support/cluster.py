@@ -21,11 +21,22 @@ ENGINES = ["proxy", pytest.param("kernel", marks=pytest.mark.bpf)]
 
 
 class Cluster:
-    """A swarm with a daemon on each node, and a client beside it. Further arguments are configuration keys."""
+    """A swarm with a daemon on each node, or on these, and a client beside it.
 
-    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy", **config: object) -> None:
+    Further arguments are configuration keys.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        client: Namespace,
+        *,
+        engine: str = "proxy",
+        nodes: Sequence[Node] | None = None,
+        **config: object,
+    ) -> None:
         self.swarm, self.client, self.engine, self._config = swarm, client, engine, config
-        self.daemons = [self.daemon(node, engine) for node in swarm.nodes]
+        self.daemons = [self.daemon(node, engine) for node in (swarm.nodes if nodes is None else nodes)]
 
     def daemon(self, node: Node, engine: str, **more: object) -> Daemon:
         if engine == "kernel":

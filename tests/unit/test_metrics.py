@@ -114,11 +114,24 @@ def test_every_failure_has_a_cause() -> None:
 
 def test_exported_families_are_the_declared_ones() -> None:
     shown: dict[str, Any] = state()
+    shown["traffic"] = {"verdict": "degraded", "reasons": ["service web0: 1 of its 3 tasks"]}
+    shown["services"][0]["frontends"][0]["targets"][0]["masked"] = "no path to a"
     counted = stats()
     udp = {frontend(0): replace(counted.frontends[frontend(0)], packets_in=1)}
     backends = {key: replace(c, packets_in=1) for key, c in counted.backends.items()}
     counted = replace(counted, frontends=udp, backends=backends, gauges={})
     assert set(collect(Snapshot(counted, shown, True))) == set(families.FAMILIES)
+
+
+def test_masked_tasks_are_counted_by_service_and_node() -> None:
+    shown: dict[str, Any] = state()
+    shown["traffic"]["verdict"] = "degraded"
+    for target in shown["services"][1]["frontends"][0]["targets"][:2]:
+        target["masked"] = "no path to a"
+    found = collect(Snapshot(stats(), shown, True))
+    assert found[families.BACKENDS_MASKED] == b'mesh_backends_masked{service="web1",node="a"} 2'
+    assert b'mesh_traffic{verdict="degraded"} 1' in found[families.TRAFFIC]
+    assert found[families.PATH_UP] == b'mesh_path_up{node="b",path="tunnel"} 1'
 
 
 def test_units_stand_last_in_names() -> None:

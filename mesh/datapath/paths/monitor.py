@@ -281,7 +281,8 @@ class PathMonitor:
         return f"peer port {'TCP' if path is Path.PEER else 'UDP'} {self._config.peer_port}"
 
     def _cure(self, node: Node, down: Iterable[Path]) -> str:
-        if all(self._trials[node.id, path].obstacle == NOBODY for path in down):
+        refused = Path.PEER in down and self._trials[node.id, Path.PEER].obstacle == NOBODY
+        if refused or (not node.engine and Path.PEER in down):
             return "is mesh running there, with the same ports? `mesh check --cluster` here, `mesh status` there"
         names = ", ".join(self._port(path).split(" ", 1 if path is Path.TUNNEL else 2)[-1] for path in down)
         return f"let {names} through between all nodes, both ways; `mesh check --cluster` tries each path"
