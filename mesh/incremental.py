@@ -86,17 +86,17 @@ class KeyedCache(Generic[_Key, _Given, _Made]):
         """
         held, same = self._held, self._same
         fresh: dict[_Key, tuple[_Given, _Made]] = {}
-        changed: dict[_Key, _Made] = {}
+        changed: list[_Key] = []
         for key, given in inputs:
             known = held.get(key)
             if known is None or not (known[0] is given or same(known[0], given)):
                 known = given, make(given, known)
-                changed[key] = known[1]
+                changed.append(key)
             fresh[key] = known
         if list(fresh) != list(held):
             self._held, self._made = fresh, {key: made for key, (_, made) in fresh.items()}
         elif changed:
-            self._held, self._made = fresh, self._made | changed
+            self._held, self._made = fresh, self._made | {key: fresh[key][1] for key in changed}
         return self._made
 
     def amend(

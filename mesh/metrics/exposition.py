@@ -205,7 +205,8 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
         for family, value in zip(_OF_FRONTEND, values, strict=True):
             lines[family].append(f"{family.name}{{{labels}}} {value}")
         kept[key] = held.get(key) or KeyedCache(operator.is_)
-        made = kept[key].update([((t["backend"], t["port"]), t) for t in targets], partial(_target, prefix, name))
+        keys = [(target["backend"], target["port"]) for target in targets]
+        made = kept[key].update(zip(keys, targets, strict=True), partial(_target, prefix, name))
         found = [of_target for _, of_target in made.values()]
         ids = [target["backend"] for target in targets]
         fresh = found
