@@ -85,6 +85,11 @@ class KeyedCache(Generic[_Key, _Given, _Made]):
         If `make` raises, the cache stays as it was.
         """
         held, same = self._held, self._same
+        if not held:  # nothing to compare with, as in a daemon's first round
+            self._held = {key: (given, make(given, None)) for key, given in inputs}
+            if self._held:
+                self._made = {key: made for key, (_, made) in self._held.items()}
+            return self._made
         fresh: dict[_Key, tuple[_Given, _Made]] = {}
         changed: list[_Key] = []
         for key, given in inputs:
