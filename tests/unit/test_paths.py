@@ -13,11 +13,11 @@ from typing import cast
 
 from mesh.config.keys import Config
 from mesh.datapath.paths.monitor import PathMonitor
-from mesh.model import Node
+from mesh.model import EngineKind, Node
 from tests.support.ports import free_port
 
-HERE = Node("n1", "one", ipaddress.ip_address("127.0.0.1"), engine="proxy")
-THERE = Node("n2", "two", ipaddress.ip_address("127.0.0.1"), engine="proxy")
+HERE = Node("n1", "one", ipaddress.ip_address("127.0.0.1"), engine=EngineKind.PROXY)
+THERE = Node("n2", "two", ipaddress.ip_address("127.0.0.1"), engine=EngineKind.PROXY)
 
 
 class _Answers(asyncio.DatagramProtocol):
@@ -48,7 +48,7 @@ async def peer_port(port: int) -> AsyncIterator[None]:
 @asynccontextmanager
 async def trying(port: int, *nodes: Node) -> AsyncIterator[tuple[PathMonitor, list[Node]]]:
     known = [HERE, *nodes]
-    ways = PathMonitor(Config(peer_port=port), "proxy", lambda: ("n1", known), pause=0.001)
+    ways = PathMonitor(Config(peer_port=port), EngineKind.PROXY, lambda: ("n1", known), pause=0.001)
     task = asyncio.create_task(ways.run())
     try:
         yield ways, known
@@ -79,7 +79,8 @@ async def test_a_way_that_fails_is_named_until_it_works() -> None:
 
 
 async def test_nodes_without_agent_or_address_are_not_tried() -> None:
-    others = (replace(THERE, engine=""), replace(THERE, id="n3", address=None), replace(THERE, id="n4", up=False))
+    silent = replace(THERE, engine=EngineKind.UNKNOWN)
+    others = (silent, replace(THERE, id="n3", address=None), replace(THERE, id="n4", up=False))
     async with trying(free_port(), *others, replace(THERE, id="n5", name="five")) as (ways, _):
         await until(lambda: ways.problems)
         assert all("node five" in str(problem) for problem in ways.problems)

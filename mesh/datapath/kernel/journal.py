@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
-from mesh.model import Address, Frontend, FrontendState, Protocol, Target
+from mesh.model import Address, EngineKind, Frontend, FrontendState, Protocol, Target
 from mesh.options import from_compact, to_compact
 
 VERSION: Final = 3
@@ -41,7 +41,8 @@ def _target_out(target: Target) -> list[Any]:
 def _target_in(row: list[Any]) -> Target:
     backend, address, port, weight, local, node, container, via, engine = row
     away = ipaddress.ip_address(via) if via else None
-    return Target(backend, ipaddress.ip_address(address), port, weight, local, node, container, away, engine)
+    kind = EngineKind.told(engine)
+    return Target(backend, ipaddress.ip_address(address), port, weight, local, node, container, away, kind)
 
 
 def _place_out(frontend: Frontend) -> list[Any]:

@@ -14,7 +14,7 @@ import structlog
 from mesh.config.keys import Config
 from mesh.datapath.paths.peer_probe import LEAST, NOBODY, ask_stream, path_mtu
 from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
-from mesh.model import Node, Problem
+from mesh.model import EngineKind, Node, Problem
 
 EVERY: Final = 30.0  # seconds between two trials of a node
 AGAIN: Final = 5.0  # seconds until a node that failed is tried again
@@ -44,7 +44,7 @@ class PathMonitor:
         pause: factor of all waits.
     """
 
-    def __init__(self, config: Config, engine: str, nodes: Nodes, *, pause: float = 1.0) -> None:
+    def __init__(self, config: Config, engine: EngineKind, nodes: Nodes, *, pause: float = 1.0) -> None:
         self._config = config
         self._engine = engine
         self._nodes = nodes
@@ -96,7 +96,7 @@ class PathMonitor:
         address, config = node.address, self._config
         assert address is not None
         found = {f"peer port TCP {config.peer_port}": await ask_stream(address, config.peer_port)}
-        if not (self._engine == node.engine == "kernel"):
+        if not (self._engine == node.engine == EngineKind.KERNEL):
             reach = await asyncio.to_thread(path_mtu, address, config.peer_port, LEAST[address.version])
             found[f"peer port UDP {config.peer_port}"] = reach.obstacle
         elif here.address is not None and here.address.version == address.version:
