@@ -17,19 +17,31 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from mesh import _abi
+from mesh._abi import OWNER_FIRST
 from mesh._bpf import map_work
-from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
+from mesh._maglev import SlotTable, backend_seed
 from mesh.api.services import Services
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan, key_of
 from mesh.datapath.counters import CounterTable
 from mesh.datapath.kernel import loader
-from mesh.datapath.kernel.codec import BACKEND_ACTIVE, BackendSlot
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.metrics.exposition import Exposition, Snapshot, render
-from mesh.model import Backend, HealthView, Intent, Inventory, Node, Protocol, PublishedPort, Service, Target
+from mesh.model import (
+    Backend,
+    EngineKind,
+    HealthView,
+    Intent,
+    Inventory,
+    Node,
+    Protocol,
+    PublishedPort,
+    Service,
+    Target,
+)
 from mesh.providers.swarm.decode import Answers, decode
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
@@ -180,7 +192,7 @@ class Loop:
         ports = (tuple(dataclasses.replace(port, address=here) for port in s.ports) for s in whole.services)
         services = tuple(dataclasses.replace(s, ports=own) for s, own in zip(whole.services, ports, strict=True))
         self.inventory = dataclasses.replace(whole, services=services)
-        self.services, self.exposition = Services("proxy"), Exposition()
+        self.services, self.exposition = Services(EngineKind.PROXY), Exposition()
         self.turn = 0
         self.apply(self.plan())
 
@@ -273,8 +285,10 @@ def maps(tmp_path: Path) -> Iterator[tuple[KernelMaps, Ids]]:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def slot_of(entry: BackendEntry) -> BackendSlot:
-    return BackendSlot(entry.target.address, entry.key.port, entry.key.protocol, BACKEND_ACTIVE, 0)
+def slot_of(entry: BackendEntry) -> _abi.Backend:
+    key = entry.key
+    state = _abi.BACKEND_ACTIVE
+    return _abi.Backend(address=entry.target.address, port=key.port, protocol=key.protocol, state=state)
 
 
 def test_map_writes_of_a_change_10000_backends(benchmark: BenchmarkFixture, maps: tuple[KernelMaps, Ids]):

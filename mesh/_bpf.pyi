@@ -19,8 +19,6 @@ INNER_MAP: Final[int]
 ANY: Final[int]
 NOEXIST: Final[int]
 EXIST: Final[int]
-VERDICTS: Final[tuple[tuple[str, str], ...]]
-LAYOUT: Final[dict[str, int]]
 
 _Bytes = bytes | bytearray | memoryview
 

@@ -21,26 +21,6 @@ from mesh._libbpf cimport *
 
 from mesh.errors import BpfError
 
-cdef tuple verdicts():
-    """(name, help) of every verdict, in the order of its counter."""
-    cdef list found = []
-    cdef const mesh_text *entry = mesh_verdicts
-    while entry.name is not NULL:
-        found.append((entry.name.decode(), entry.help.decode()))
-        entry += 1
-    return tuple(found)
-
-
-cdef dict sizes():
-    """Sizes of the contract's structs as this extension was compiled, by name."""
-    cdef dict found = {}
-    cdef const mesh_size *entry = mesh_sizes
-    while entry.name is not NULL:
-        found[entry.name.decode()] = entry.size
-        entry += 1
-    return found
-
-
 HASH = BPF_MAP_TYPE_HASH
 ARRAY = BPF_MAP_TYPE_ARRAY
 PERCPU_HASH = BPF_MAP_TYPE_PERCPU_HASH
@@ -53,9 +33,6 @@ MMAPABLE = BPF_F_MMAPABLE
 NO_PREALLOC = BPF_F_NO_PREALLOC
 INNER_MAP = BPF_F_INNER_MAP
 ANY, NOEXIST, EXIST = 0, 1, 2
-
-VERDICTS = verdicts()
-LAYOUT = sizes()
 
 cdef set PER_CPU = {BPF_MAP_TYPE_PERCPU_HASH, BPF_MAP_TYPE_PERCPU_ARRAY, BPF_MAP_TYPE_LRU_PERCPU_HASH}
 cdef enum:

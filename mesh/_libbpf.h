@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* libbpf for _bpf.pyx: its headers, tables made from abi.h, and wrappers for calls that take option structs. */
+/* libbpf for _bpf.pyx: its headers, and wrappers for calls that take option structs. */
 #ifndef MESH_LIBBPF_H
 #define MESH_LIBBPF_H
 
@@ -14,35 +14,6 @@
 #include <bpf/bpf.h>
 #include <bpf/btf.h>
 #include <bpf/libbpf.h>
-#include "mesh/abi.h"
-
-#define MESH_VERDICT_TEXT(name, help) {#name, help},
-static const struct mesh_text {
-	const char *name, *help;
-} mesh_verdicts[] = {
-	MESH_VERDICTS(MESH_VERDICT_TEXT){NULL, NULL},
-};
-
-#define MESH_SIZE(name)                                                                                                \
-	{                                                                                                              \
-		#name, sizeof(struct mesh_##name)                                                                      \
-	}
-static const struct mesh_size {
-	const char *name;
-	size_t size;
-} mesh_sizes[] = {
-	MESH_SIZE(table),
-	MESH_SIZE(frontend),
-	MESH_SIZE(frontend_key),
-	MESH_SIZE(backend),
-	MESH_SIZE(acl_key),
-	MESH_SIZE(flow),
-	MESH_SIZE(note),
-	{"reply", sizeof(struct mesh_revnat)},
-	MESH_SIZE(counts),
-	MESH_SIZE(config),
-	{NULL, 0},
-};
 
 /* What libbpf prints (warnings, and with them the verifier's log), per thread, until `mesh_log_take`. */
 #define MESH_LOG_SIZE (256 * 1024)

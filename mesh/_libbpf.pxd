@@ -6,14 +6,6 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 
 cdef extern from "mesh/_libbpf.h":
-    struct mesh_text:
-        const char *name
-        const char *help
-    const mesh_text *mesh_verdicts
-    struct mesh_size:
-        const char *name
-        size_t size
-    const mesh_size *mesh_sizes
     void mesh_log_start() nogil
     const char *mesh_log_text() nogil
     int mesh_map_create(int type, const char *name, uint32_t key, uint32_t value, uint32_t entries, uint32_t flags,

@@ -1,19 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: A002 -- `hash` is the word of docs/HASHING.md
 from collections.abc import Iterable, Mapping, Set
-from typing import Final
-
-OWNER_NONE: Final[int]
-OWNER_PASS: Final[int]
-OWNER_FIRST: Final[int]
-SLOT_TRACKED: Final[int]
-ABI_VERSION: Final[int]
-ABI_DIGEST: Final[str]
-TABLE_SIZES: Final[tuple[int, ...]]
 
 def backend_seed(identity: str) -> bytes: ...
 def hash_flow(source: bytes, source_port: int, destination: bytes, destination_port: int, protocol: int) -> int: ...
 def hash_client(source: bytes) -> int: ...
+def hash_packed(flow: bytes, client: bool = False) -> int: ...
 def hash_again(hash: int, n: int) -> int: ...
 def slot_of(hash: int, size: int) -> int: ...
 

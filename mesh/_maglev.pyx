@@ -8,23 +8,20 @@ this project's own: docs/HASHING.md.
 """
 
 import hashlib
-import struct
 
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-OWNER_NONE = MESH_OWNER_NONE
-OWNER_PASS = MESH_OWNER_PASS
-OWNER_FIRST = MESH_OWNER_FIRST
-SLOT_TRACKED = MESH_SLOT_TRACKED
-ABI_VERSION = MESH_ABI_VERSION
+from mesh._abi import ABI_DIGEST, TABLE_SIZES
+
+cdef extern from "endian.h" nogil:
+    uint16_t htobe16(uint16_t value)
 
 cdef extern from *:
     const char *MESH_ABI_DIGEST
 
-ABI_DIGEST = MESH_ABI_DIGEST.decode()
-
-TABLE_SIZES = (1021, 4093, 16381, 65537, 655373)
+if MESH_ABI_DIGEST.decode() != ABI_DIGEST:
+    raise ImportError("mesh._maglev and mesh._abi are of different builds: build the package again")
 
 cdef enum:
     INTERIM = 3  # owners remembered per slot besides current and previous
@@ -47,14 +44,10 @@ cdef mesh_flow flow_of(bytes source, int source_port, bytes destination, int des
     memset(&flow, 0, sizeof(flow))
     memcpy(flow.source.bytes, <const uint8_t *>source, 16)
     memcpy(flow.destination.bytes, <const uint8_t *>destination, 16)
-    flow.source_port = <uint16_t>((source_port & 0xff) << 8 | source_port >> 8) if LITTLE else source_port
-    flow.destination_port = (
-        <uint16_t>((destination_port & 0xff) << 8 | destination_port >> 8) if LITTLE else destination_port)
+    flow.source_port = htobe16(<uint16_t>source_port)
+    flow.destination_port = htobe16(<uint16_t>destination_port)
     flow.protocol = protocol
     return flow
-
-
-cdef bint LITTLE = struct.pack("=H", 1) == b"\x01\x00"
 
 
 def hash_flow(bytes source not None, int source_port, bytes destination not None, int destination_port, int protocol):
@@ -67,6 +60,15 @@ def hash_client(bytes source not None):
     """32-bit hash of a client's 16-byte address alone."""
     cdef mesh_flow flow = flow_of(source, 0, source, 0, 0)
     return mesh_hash_client(&flow.source)
+
+
+def hash_packed(bytes flow not None, bint client=False):
+    """32-bit hash of a flow as a map has it (mesh_flow); `client`: of its source's address alone."""
+    cdef mesh_flow key
+    if len(flow) != sizeof(key):
+        raise ValueError(f"a mesh_flow is {sizeof(key)} bytes, not {len(flow)}")
+    memcpy(&key, <const char *>flow, sizeof(key))
+    return mesh_hash_client(&key.source) if client else mesh_hash_flow(&key)
 
 
 def hash_again(uint32_t hash, uint32_t n):
@@ -207,7 +209,7 @@ cdef class SlotTable:
                 if not MESH_OWNER_FIRST <= owner <= MESH_OWNER_MASK or not 0 < weight <= 65535:
                     raise ValueError(f"owner {owner} or weight {weight} out of range")
                 last = seed
-                high, low = struct.unpack(">QQ", seed)
+                high, low = int.from_bytes(seed[:8], "big"), int.from_bytes(seed[8:], "big")
                 turns[i].owner = owner
                 turns[i].next = <uint32_t>(high % size)
                 turns[i].skip = <uint32_t>(low % (size - 1)) + 1

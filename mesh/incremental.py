@@ -85,18 +85,23 @@ class KeyedCache(Generic[_Key, _Given, _Made]):
         If `make` raises, the cache stays as it was.
         """
         held, same = self._held, self._same
+        if not held:  # nothing to compare with, as in a daemon's first round
+            self._held = {key: (given, make(given, None)) for key, given in inputs}
+            if self._held:
+                self._made = {key: made for key, (_, made) in self._held.items()}
+            return self._made
         fresh: dict[_Key, tuple[_Given, _Made]] = {}
-        changed: dict[_Key, _Made] = {}
+        changed: list[_Key] = []
         for key, given in inputs:
             known = held.get(key)
             if known is None or not (known[0] is given or same(known[0], given)):
                 known = given, make(given, known)
-                changed[key] = known[1]
+                changed.append(key)
             fresh[key] = known
         if list(fresh) != list(held):
             self._held, self._made = fresh, {key: made for key, (_, made) in fresh.items()}
         elif changed:
-            self._held, self._made = fresh, self._made | changed
+            self._held, self._made = fresh, self._made | {key: fresh[key][1] for key in changed}
         return self._made
 
     def amend(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The domain in frozen dataclasses: what exists (Inventory), what should be served (DesiredState). Stdlib only, no I/O.
+"""The domain in frozen dataclasses: what exists (Inventory), what should be served (DesiredState). No I/O; it needs
+the standard library and the contract.
 
 Words are those of docs/ARCHITECTURE.md. *Task* is said in `mesh.providers.swarm` only; everywhere else it is a Backend.
 """
@@ -12,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from mesh._abi import TABLE_SIZE_DEFAULT
+from mesh.netaddr import join_host_port
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-TABLE_SIZES: Final = (1021, 4093, 16381, 65537, 655373)
-TABLE_SIZE_DEFAULT: Final = 16381
 WEIGHT_MAX: Final = 65535
 
 
@@ -84,6 +86,19 @@ class PathState(enum.Enum):
     DOWN = "down"
 
 
+class EngineKind(enum.StrEnum):
+    """How an agent forwards. UNKNOWN, which is empty and false: nobody has told."""
+
+    UNKNOWN = ""
+    KERNEL = "kernel"
+    PROXY = "proxy"
+
+    @classmethod
+    def told(cls, text: str) -> EngineKind:
+        """What another process calls its engine; of a later build it may be one that nobody knows here."""
+        return cls(text) if text in cls._value2member_map_ else cls.UNKNOWN
+
+
 class ProbeKind(enum.Enum):
     """How a backend is probed."""
 
@@ -128,7 +143,7 @@ class Frontend:
 
     def __str__(self) -> str:
         host = "*" if self.address == ANY_ADDRESS else str(self.address)
-        return f"{f'[{host}]' if ':' in host else host}:{self.port}/{self.protocol}"
+        return f"{join_host_port(host, self.port)}/{self.protocol}"
 
 
 ANY_ADDRESS: Final = ipaddress.IPv6Address("::")
@@ -185,7 +200,7 @@ class Service:
 class Node:
     """A node of the cluster. `weight` multiplies into its backends' weights; 0 takes it out for new flows.
 
-    `engine` is how its agent forwards ("kernel", "proxy"), empty while nobody has told.
+    `engine` is how its agent forwards.
     """
 
     id: str
@@ -193,7 +208,7 @@ class Node:
     address: Address | None = None
     up: bool = True
     weight: int = 1
-    engine: str = ""
+    engine: EngineKind = EngineKind.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +273,7 @@ class Target:
     node: str = ""
     container: str = ""
     via: Address | None = None
-    engine: str = ""
+    engine: EngineKind = EngineKind.UNKNOWN
     path: Path = Path.LOCAL
     masked: str = ""
     agreed: int = 0  # where it is masked

@@ -23,7 +23,8 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh.model import TABLE_SIZES, ServiceOptions
+from mesh._abi import TABLE_SIZES
+from mesh.model import ServiceOptions
 
 Plain = dict[str, Any]
 

@@ -39,7 +39,7 @@ from mesh.agent.wiring import (
     open_engine,
 )
 from mesh.config.keys import Config
-from mesh.model import Frontend, Inventory
+from mesh.model import EngineKind, Frontend, Inventory
 from mesh.reconcile.loop import Picture
 from mesh.supervisor import end, supervise
 
@@ -97,12 +97,12 @@ class Agent:
         self._at_once = asyncio.Event()
         self._ended = asyncio.Event()
         self._release = False
-        self._handed_to = ""  # the successor's engine
+        self._handed_to = EngineKind.UNKNOWN  # the successor's engine
         self._connected: bool | None = None  # the provider, as it was told last
         self._parts: Parts  # from `_start` on
 
     @property
-    def engine(self) -> str:
+    def engine(self) -> EngineKind:
         """How this daemon forwards."""
         return self._parts.engine.name
 
@@ -240,7 +240,7 @@ class Agent:
 
     def _clear_stale_state(self) -> None:
         cleanup, reconciler = self._cleanup, self._parts.reconciler
-        if self.engine == "proxy" and cleanup is not None:
+        if self.engine == EngineKind.PROXY and cleanup is not None:
             self._spawn("cleanup", lambda: cleanup.clear_stale_state(lambda: reconciler.in_step))
 
     async def _listen_to_traffic(self) -> None:
@@ -335,7 +335,8 @@ class Agent:
             left = await reconciler.on_worker(datapath.drain, seconds)
             if not left or time.monotonic() >= deadline:
                 break
-        release = self._release or (self._handed_to not in ("", self.engine) and self.engine == "kernel")
+        to_another = self._handed_to not in (EngineKind.UNKNOWN, self.engine)
+        release = self._release or (to_another and self.engine == EngineKind.KERNEL)
         await reconciler.close(release=release)
         await self._cancel()
         log.info("stopped", connections_cut=left, handed_to=self._handed_to or None)
@@ -358,7 +359,7 @@ class Agent:
         """See Host.listeners."""
         return await self._parts.reconciler.on_worker(self._parts.datapath.listeners)
 
-    async def let_go(self, successor: str) -> None:
+    async def let_go(self, successor: EngineKind) -> None:
         """See Host.let_go."""
         self._handed_to = successor
         if successor == self.engine:

@@ -32,7 +32,7 @@ import structlog
 
 from mesh.agent.lock import Lock
 from mesh.errors import MeshError
-from mesh.model import Frontend, Protocol
+from mesh.model import EngineKind, Frontend, Protocol
 
 VERSION: Final = 1
 SOCKET: Final = "takeover.sock"
@@ -111,12 +111,12 @@ class Successor:
     ) -> None:
         self._sock = sock
         self.pid = int(header["pid"])
-        self.engine = str(header["engine"])  # of the old process
+        self.engine = EngineKind.told(str(header["engine"]))  # of the old process
         self.lock = lock
         self.listeners = listeners
 
     @classmethod
-    def connect(cls, state_dir: Path, engine: str) -> Successor | None:
+    def connect(cls, state_dir: Path, engine: EngineKind) -> Successor | None:
         """Ask the running daemon for its place and receive its sockets; None: there is no daemon running.
 
         Raises:
@@ -176,7 +176,7 @@ class Predecessor:
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(ANSWER_TIMEOUT)
         self._sock = sock
-        self.engine = ""  # of the new process
+        self.engine = EngineKind.UNKNOWN  # of the new process
 
     def hello(self) -> None:
         """Hear who asks.
@@ -188,13 +188,13 @@ class Predecessor:
         if hello.get("hello") != VERSION:
             self.refuse("this daemon hands over in another way: stop it and start the new one")
             raise TakeoverError("a process of another version asked for the ports")
-        self.engine = str(hello.get("engine", ""))
+        self.engine = EngineKind.told(str(hello.get("engine", "")))
 
     def refuse(self, reason: str) -> None:
         with contextlib.suppress(OSError):
             _send(self._sock, {"error": reason})
 
-    def offer(self, engine: str, lock: Lock, listeners: Mapping[Frontend, Sequence[int]]) -> None:
+    def offer(self, engine: EngineKind, lock: Lock, listeners: Mapping[Frontend, Sequence[int]]) -> None:
         """Send all there is, and wait until the new process serves.
 
         Raises:
@@ -226,7 +226,7 @@ class Host(typing.Protocol):
     """What the agent does for a hand-over."""
 
     @property
-    def engine(self) -> str:
+    def engine(self) -> EngineKind:
         """How this daemon forwards."""
 
     async def pause(self) -> None:
@@ -238,7 +238,7 @@ class Host(typing.Protocol):
     async def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of the engine's listening sockets; empty for an engine without."""
 
-    async def let_go(self, successor: str) -> None:
+    async def let_go(self, successor: EngineKind) -> None:
         """The new process, with that engine, serves: stop accepting, close what it will open."""
 
 

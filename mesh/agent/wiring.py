@@ -21,7 +21,7 @@ from mesh.datapath.base import Applied, Datapath
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
-from mesh.model import Frontend, HealthView
+from mesh.model import EngineKind, Frontend, HealthView
 from mesh.providers.base import ClusterView, Provider
 from mesh.reconcile.loop import OnChange, Reconciler
 
@@ -35,7 +35,7 @@ Listeners = Mapping[Frontend, Sequence[int]]
 class Engine:
     """An engine that was chosen, not yet made. `reason` is why, where the choice was ours."""
 
-    name: str
+    name: EngineKind
     reason: str
 
 
@@ -48,7 +48,7 @@ class Source:
     own_health: Callable[[HealthView], None]
 
 
-MakeSource = Callable[[str, Reconciler, Tables], Source]
+MakeSource = Callable[[EngineKind, Reconciler, Tables], Source]
 """Makes the provider that was chosen, of this node's engine, the loop, and what tells digests of tables."""
 
 
@@ -120,7 +120,7 @@ def _cluster_source(config: Config) -> MakeSource:
     module: Any = importlib.import_module("mesh.providers.swarm")
     local, swarm = module.LocalNode(config), module.SwarmProvider(config)
 
-    def make(engine: str, reconciler: Reconciler, tables: Tables) -> Source:
+    def make(engine: EngineKind, reconciler: Reconciler, tables: Tables) -> Source:
         on_health = reconciler.set_health
         provider = ClusterProvider(config, local, swarm, engine=engine, tables=tables, on_health=on_health)
         return Source(provider, provider, provider.own_health)
@@ -134,14 +134,15 @@ async def choose_engine(config: Config) -> Engine:
     Raises:
         DatapathError: the kernel engine is demanded and cannot run here.
     """
-    if config.engine == "proxy":
-        return Engine("proxy", "as configured")
+    if config.engine == EngineKind.PROXY:
+        return Engine(EngineKind.PROXY, "as configured")
     obstacle = await asyncio.to_thread(_kernel_obstacle, config)
     if obstacle is None:
-        return Engine("kernel", "as configured" if config.engine == "kernel" else "the preflight passed")
-    if config.engine == "kernel":
+        why = "as configured" if config.engine == EngineKind.KERNEL else "the preflight passed"
+        return Engine(EngineKind.KERNEL, why)
+    if config.engine == EngineKind.KERNEL:
         raise DatapathError(f"the kernel engine cannot run here: {obstacle}", where="engine = kernel")
-    return Engine("proxy", f"the kernel engine cannot run here: {obstacle}")
+    return Engine(EngineKind.PROXY, f"the kernel engine cannot run here: {obstacle}")
 
 
 def _kernel_obstacle(config: Config) -> str | None:
@@ -169,16 +170,16 @@ async def open_engine(chosen: Engine, config: Config, inherited: Listeners | Non
     try:
         return Opened(chosen, datapath, reconciler, await reconciler.open())
     except DatapathError as error:
-        if chosen.name == "proxy" or config.engine != "auto":
+        if chosen.name == EngineKind.PROXY or config.engine != "auto":
             raise
         await reconciler.close(release=False)
-        proxy = Engine("proxy", f"the kernel engine cannot run here: {error}")
+        proxy = Engine(EngineKind.PROXY, f"the kernel engine cannot run here: {error}")
         return await open_engine(proxy, config, None, on_change)
 
 
 def _make_engine(engine: Engine, config: Config, inherited: Listeners | None) -> Datapath:
     make: Callable[..., Datapath]
-    if engine.name == "kernel":
+    if engine.name == EngineKind.KERNEL:
         make = importlib.import_module("mesh.datapath.kernel.engine").KernelDatapath
     else:
         make = importlib.import_module("mesh.datapath.proxy.engine").ProxyDatapath

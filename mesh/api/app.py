@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -16,6 +15,7 @@ from mesh.api.view import AgentView
 from mesh.errors import MeshError
 from mesh.metrics.exposition import Exposition, Snapshot
 from mesh.model import Address, Flow, Protocol
+from mesh.netaddr import split_address_port
 
 VIEW: Final = web.AppKey("view", AgentView)
 _EXPOSITION: Final = web.AppKey("exposition", Exposition)
@@ -65,19 +65,16 @@ def parse_endpoint(text: str) -> tuple[Address, int]:
     Raises:
         MeshError: it is neither; the message shows both forms.
     """
-    host, separator, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
     try:
-        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
-        number = int(port) if port.isascii() and port.isdigit() else -1
+        address, port = split_address_port(text)
     except ValueError:
-        number = -1
-    if not separator or not 0 < number < 65536 or bracketed != (address.version == 6):
+        port = 0
+    if not port:
         raise MeshError(
             f"{text!r} is not an address and a port",
             remedy="write 192.0.2.7:40000, or [2001:db8::7]:40000 for IPv6; names are not looked up",
         )
-    return address, number
+    return address, port
 
 
 def _json(value: object, status: int = 200) -> web.Response:

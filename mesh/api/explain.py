@@ -9,10 +9,11 @@ import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
+from mesh._abi import OWNER_FIRST, OWNER_NONE, OWNER_PASS
 from mesh.api.services import path_of
 from mesh.api.view import Json
-from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry, Choice, Explanation, FrontendEntry
-from mesh.model import Address, Flow, FrontendState, Health, Protocol, ServiceOptions
+from mesh.datapath.base import BackendEntry, Choice, Explanation, FrontendEntry
+from mesh.model import Address, EngineKind, Flow, FrontendState, Health, Protocol, ServiceOptions
 from mesh.reconcile.eligibility import SERVING, standing
 from mesh.reconcile.loop import Reconciler
 
@@ -134,7 +135,7 @@ class Explainer:
         engine = self._reconciler.datapath.name
         if path_of(entry.target, engine) == "tunnel":
             return f"goes to {where} through the tunnel"
-        by = " by the proxy engine beside" if engine == "kernel" else ""
+        by = " by the proxy engine beside" if engine == EngineKind.KERNEL else ""
         return f"is handed over to {where} at its peer port{by}"
 
     def _reasons(
@@ -161,7 +162,7 @@ class Explainer:
         return [*reasons, *self._away(entry.state)]
 
     def _path(self, flow: Flow, entry: BackendEntry) -> list[str]:
-        if self._reconciler.datapath.name == "kernel" and entry.target.address.version != flow.source.version:
+        if self._reconciler.datapath.name == EngineKind.KERNEL and entry.target.address.version != flow.source.version:
             return ["the client's IP version is not the backend's: the proxy engine beside serves it"]
         return [] if entry.target.via is None else [self._sent(entry)]
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from mesh.api.app import make_app
 from mesh.api.view import AgentView
 from mesh.errors import ConfigError, MeshError
+from mesh.netaddr import split_host_port
 
 CONTROL: Final = "mesh.sock"
 SOCKET_PATH: Final = 107  # bytes of a socket's path at most, unix(7)
@@ -28,12 +29,12 @@ def parse_listen(text: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is none of these.
     """
-    host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    try:
+        return split_host_port(text)
+    except ValueError as error:
         raise ConfigError(
             f"{text!r} is not an address and a port", where="http_listen", remedy="such as 127.0.0.1:9550"
-        )
-    return host.strip("[]"), int(port)
+        ) from error
 
 
 class Servers:

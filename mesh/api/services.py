@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from mesh._maglev import OWNER_FIRST, SlotTable, backend_seed
+from mesh._abi import OWNER_FIRST
+from mesh._maglev import SlotTable, backend_seed
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
 from mesh.incremental import KeyedCache, Latest, same_objects
-from mesh.model import Backend, Frontend, FrontendState, Health, HealthView, Locality, Node, Path, Service, Target
+from mesh.model import (
+    Backend,
+    EngineKind,
+    Frontend,
+    FrontendState,
+    Health,
+    HealthView,
+    Locality,
+    Node,
+    Path,
+    Service,
+    Target,
+)
 from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
@@ -65,12 +78,12 @@ class _Made:
     kept: Mapping[Frontend, tuple[str, _Targets]]  # as text, and its targets
 
 
-def path_of(target: Target, engine: str) -> str:
+def path_of(target: Target, engine: EngineKind) -> str:
     """How this node's engine gets to a target: "here", by "tunnel", or handed over at the other node's "peer" port."""
     if target.via is None:
         return "here"
     if target.path is Path.LOCAL:  # nothing is known of paths
-        return "tunnel" if engine == "kernel" and target.engine != "proxy" else "peer"
+        return "tunnel" if engine == EngineKind.KERNEL and target.engine != EngineKind.PROXY else "peer"
     return str(target.path.value)
 
 
@@ -91,7 +104,7 @@ class Services:
         engine: how this node forwards.
     """
 
-    def __init__(self, engine: str = "") -> None:
+    def __init__(self, engine: EngineKind = EngineKind.UNKNOWN) -> None:
         self._engine = engine
         self._lock = threading.Lock()
         self._summaries: dict[Frontend, _Summary] = {}
@@ -188,7 +201,7 @@ def _same(a: _Input, b: _Input) -> bool:
     )
 
 
-def _service(engine: str, given: _Input, before: tuple[_Input, _Made] | None) -> _Made:
+def _service(engine: EngineKind, given: _Input, before: tuple[_Input, _Made] | None) -> _Made:
     """One service. `before`: an earlier state of it, and what was made of that."""
     backends = {b.id: (b, node) for b, node in zip(given.backends, given.nodes, strict=True)}
     held = before[1].kept if before is not None else {}
@@ -227,7 +240,7 @@ def _about(given: _Input, before: tuple[_Input, _Made] | None) -> Shown:
     return {"id": given.id, "name": name, "ports": [str(port) for port in ports], "options": to_plain(known.options)}
 
 
-def _target(engine: str, given: _TargetInput, before: tuple[_TargetInput, Shown] | None) -> Shown:
+def _target(engine: EngineKind, given: _TargetInput, before: tuple[_TargetInput, Shown] | None) -> Shown:
     """One target. `before`: an earlier state of it, and as what that was shown: mostly only the slots differ."""
     slots, target, backend, node, (verdict, reason), drained = given
     if before is not None and before[0][1:] == given[1:]:

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from mesh import __version__
-from mesh._maglev import ABI_VERSION
+from mesh._abi import ABI_VERSION
 from mesh.api.drained import DRAINED_FILE, _find, _load_drained, _save_drained
 from mesh.api.explain import Explainer
 from mesh.api.services import Services
@@ -24,7 +24,7 @@ from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
-from mesh.model import Flow, Inventory
+from mesh.model import EngineKind, Flow, Inventory
 from mesh.providers.base import ClusterView, Provider
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
@@ -36,7 +36,7 @@ log = structlog.get_logger("mesh")
 class Facts:
     """What does not change while the daemon runs."""
 
-    engine: str
+    engine: EngineKind
     engine_reason: str
     state_dir: Path
     started: float  # Unix seconds

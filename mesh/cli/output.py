@@ -10,6 +10,8 @@ import click
 import msgspec
 from tabulate import tabulate
 
+from mesh.netaddr import join_host_port
+
 Json = dict[str, Any]
 
 
@@ -48,8 +50,7 @@ def node_shown(target: Json) -> str:
 
 def address_port(target: Json) -> str:
     """ADDRESS:PORT, IPv6 in brackets."""
-    address = str(target["address"])
-    return f"[{address}]:{target['port']}" if ":" in address else f"{address}:{target['port']}"
+    return join_host_port(target["address"], target["port"])
 
 
 def each_target(services: Iterable[Json]) -> Iterator[tuple[Json, Json, Json]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mesh import netaddr
 from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import DaemonRefusedError
 
@@ -34,8 +35,7 @@ def _wanted(service: str, backend: str, client: str) -> Callable[[Row], bool]:
             return False
         if backend and not row.backend.startswith(backend):
             return False
-        host = row.client.rpartition(":")[0].strip("[]")
-        return network is None or ipaddress.ip_address(host) in network
+        return network is None or netaddr.split_address_port(row.client)[0] in network
 
     return keep
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
+
+from mesh._linux import TCPINFO
 
 PERIOD: Final = 0.1  # seconds between looks
 QUIET: Final = 1.1  # seconds without a word after which the other end is asked; agents report every second
 DEAD: Final = 0.5  # seconds after that in which its kernel has to acknowledge the question
 HUNG: Final = 5.0  # seconds without a word although its kernel acknowledges
-_LAST_ACK: Final = struct.Struct("=56xI")  # tcpi_last_ack_recv (linux/tcp.h), milliseconds
 _ROUNDING: Final = 0.02  # seconds by which the kernel's clock is coarser
 
 Ask = Callable[[], Coroutine[Any, Any, None]]
@@ -27,9 +27,9 @@ Ask = Callable[[], Coroutine[Any, Any, None]]
 
 def acknowledged(sock: socket.socket | None) -> float:
     """Seconds since the peer's kernel last acknowledged anything; much, where nobody can tell."""
-    with contextlib.suppress(OSError, AttributeError, struct.error):
-        data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK.size)  # type: ignore[union-attr]
-        return float(_LAST_ACK.unpack(data)[0]) / 1e3
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCPINFO.size)  # type: ignore[union-attr]
+        return TCPINFO.load("tcpi_last_ack_recv", data) / 1e3  # milliseconds
     return float("inf")
 
 

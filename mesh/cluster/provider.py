@@ -26,13 +26,14 @@ from mesh.cluster.verdicts import OnHealth, Verdicts
 from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.incremental import KeyedCache
-from mesh.model import Address, HealthView, Inventory, Node
+from mesh.model import Address, EngineKind, HealthView, Inventory, Node
 from mesh.providers.base import ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
 from mesh.supervisor import end, supervise
 
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
 
+_Given = tuple[Node, bool, EngineKind]  # a node, whether it answers, how it forwards
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
 
 
@@ -53,7 +54,7 @@ class ClusterProvider:
         local: LocalNode,
         swarm: SwarmProvider,
         *,
-        engine: str,
+        engine: EngineKind,
         tables: Tables,
         on_health: OnHealth,
     ) -> None:
@@ -67,7 +68,7 @@ class ClusterProvider:
         self._publish: Publish = lambda inventory: None
         self._inventory: Inventory | None = None  # as it was read or told
         self._published: Inventory | None = None
-        self._shown: KeyedCache[str, tuple[Node, bool, str], Node] = KeyedCache()  # nodes with what agents say
+        self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
         self._changed = asyncio.Event()  # something to report
         self._report = wire.Report({})  # this node's last
         self._relay = RelayProvider(
@@ -240,7 +241,9 @@ class ClusterProvider:
         nodes = tuple(self._shown.update(inputs, self._show).values())
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
-    def _show(self, given: tuple[Node, bool, str], before: tuple[tuple[Node, bool, str], Node] | None) -> Node:
+    def _show(
+        self, given: tuple[Node, bool, EngineKind], before: tuple[tuple[Node, bool, EngineKind], Node] | None
+    ) -> Node:
         node, up, engine = given
         if before is not None and up and not before[1].up:
             self._relay.hurry()

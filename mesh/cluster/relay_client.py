@@ -21,7 +21,8 @@ from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.relay_server import CLOSED
 from mesh.cluster.translate import Incoming
 from mesh.errors import MeshError, plain
-from mesh.model import HealthView
+from mesh.model import EngineKind, HealthView
+from mesh.netaddr import join_host_port
 from mesh.providers.base import ProviderStatus, Publish
 
 _CONNECT_TIMEOUT: Final = 1.5
@@ -97,7 +98,7 @@ class _Link:
         credentials = self._relay.credentials.current()
         host, port = self.address
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
-        url = f"https://{f'[{host}]' if ':' in host else host}:{port}/v1/relay"
+        url = f"https://{join_host_port(host, port)}/v1/relay"
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
             session.ws_connect(
@@ -111,11 +112,11 @@ class _Link:
         ):
             identity = peer_identity(socket.get_extra_info("peercert") or {})
             if not identity.is_manager or identity.cluster != credentials.identity.cluster:
-                raise CredentialsError("not a manager of this swarm", where=f"{host}:{port}")
+                raise CredentialsError("not a manager of this swarm", where=join_host_port(host, port))
             await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, __version__, self._relay.engine)))
             first = wire.decode((await asyncio.wait_for(socket.receive(), 5)).data)
             if not isinstance(first, wire.Hello):
-                raise wire.WireError("the first message is not a hello", where=f"{host}:{port}")
+                raise wire.WireError("the first message is not a hello", where=join_host_port(host, port))
             wire.check_version(first)
             self._version, self._told = first.version, None
             self._socket = socket
@@ -163,7 +164,7 @@ class RelayProvider:
         credentials: CredentialsWatch,
         managers: Managers,
         *,
-        engine: str = "",
+        engine: EngineKind = EngineKind.UNKNOWN,
         inventory: bool = True,
         on_verdicts: OnVerdicts = lambda view: None,
         on_link: OnLink = lambda host, here: None,

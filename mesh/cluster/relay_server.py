@@ -20,7 +20,7 @@ from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identit
 from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.translate import Outgoing
 from mesh.errors import plain
-from mesh.model import Inventory
+from mesh.model import EngineKind, Inventory
 
 EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
 SHARE: Final = 2.0  # so many times as long as that takes, until the next change is told: at most a third of the time
@@ -76,7 +76,7 @@ class RelayServer:
         credentials: CredentialsWatch,
         port: int,
         *,
-        engine: str = "",
+        engine: EngineKind = EngineKind.UNKNOWN,
         manager: bool = True,
         on_report: OnReport = _ignore_report,
         on_node: OnNode = _ignore_node,
@@ -101,7 +101,7 @@ class RelayServer:
         self._tells = True
         self._closing: set[asyncio.Task[bool]] = set()
         self._silent: set[str] = set()
-        self.engines: dict[str, str] = {}  # by node, of all that ever called
+        self.engines: dict[str, EngineKind] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
 
     @property
@@ -281,7 +281,7 @@ class RelayServer:
         wire.check_version(hello)
         peer = _Peer(identity, address, hello, socket)
         self._peers.add(peer)
-        self.engines[identity.node] = hello.engine
+        self.engines[identity.node] = EngineKind.told(hello.engine)
         if identity.node in self._silent:
             self._silent.discard(identity.node)
             self._on_node(identity.node, True)

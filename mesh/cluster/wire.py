@@ -14,7 +14,7 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, Node, PublishedPort, Service
+from mesh.model import Backend, EngineKind, Node, PublishedPort, Service
 from mesh.options import from_compact, to_compact
 
 VERSION: Final = 2
@@ -212,7 +212,7 @@ def to_backend(wire: WireBackend) -> Backend:
 
 def to_node(wire: WireNode) -> Node:
     address = ipaddress.ip_address(wire.address) if wire.address else None
-    return Node(wire.id, wire.name, address, wire.up, wire.weight, wire.engine)
+    return Node(wire.id, wire.name, address, wire.up, wire.weight, EngineKind.told(wire.engine))
 
 
 def diff(old: Snapshot, new: Snapshot) -> Delta:

@@ -9,8 +9,10 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from mesh._abi import TUNNEL_PORT
 from mesh.errors import ConfigError
-from mesh.model import Address, Problem
+from mesh.model import Address, EngineKind, Problem
+from mesh.netaddr import split_host_port
 
 DEFAULT_CONFIG_FILE: Final = Path("/etc/mesh/mesh.toml")
 DEFAULT_STATE_DIR: Final = Path("/run/mesh")
@@ -50,7 +52,9 @@ class Config:
         choices=("auto", "swarm", "static", "demo"),
     )
     engine: str = _key(
-        "auto", "forwarding; auto: kernel where the preflight passes, else proxy", choices=("auto", "kernel", "proxy")
+        "auto",
+        "forwarding; auto: kernel where the preflight passes, else proxy",
+        choices=("auto", EngineKind.KERNEL, EngineKind.PROXY),
     )
     static_file: str = _key("", "the static provider's TOML file")
     state_dir: str = _key(str(DEFAULT_STATE_DIR), "lock, control socket, what was drained")
@@ -107,7 +111,7 @@ class Config:
         9552, "proxy engine: other nodes hand over connections and datagrams here; the same on all nodes", most=65535
     )
     tunnel_port: int = _key(
-        6084, "kernel engine: other nodes' flows come in here (UDP, Geneve); the same on all nodes", most=65535
+        TUNNEL_PORT, "kernel engine: other nodes' flows come in here (UDP, Geneve); the same on all nodes", most=65535
     )
     return_path: str = _key(
         "tunnel",
@@ -147,12 +151,13 @@ class Config:
         """
         found = []
         for entry in filter(None, (part.strip() for part in self.cluster_managers.split(","))):
-            host, colon, number = entry.rpartition(":")
-            if not colon or (":" in host and not host.endswith("]")):
-                host, number = entry, str(self.cluster_port)
-            if not number.isdigit() or not 0 < int(number) < 65536:
+            try:
+                host, port = split_host_port(entry, default=self.cluster_port)
+            except ValueError:
+                port = 0
+            if not port:
                 raise ConfigError(f"{entry!r} is not host or host:port", where="cluster_managers")
-            found.append((host.strip("[]"), int(number)))
+            found.append((host, port))
         return found
 
 

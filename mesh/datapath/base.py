@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from mesh._maglev import SlotTable
 from mesh.datapath.counters import Counters, Failure
-from mesh.model import Address, Flow, Frontend, FrontendState, Path, Target
-
-OWNER_NONE: Final = 0
-OWNER_PASS: Final = 1
-OWNER_FIRST: Final = 2
+from mesh.model import Address, EngineKind, Flow, Frontend, FrontendState, Path, Target
 
 
 class BackendKey(NamedTuple):
@@ -148,7 +144,7 @@ class Datapath(Protocol):
     for the targets of this node.
     """
 
-    name: str
+    name: EngineKind
 
     def open(self) -> Applied:
         """Start, restore what survives of an earlier process, and return it (nothing: Applied()).

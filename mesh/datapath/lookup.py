@@ -3,21 +3,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Container
 from typing import Final
 
+from mesh import netaddr
 from mesh._maglev import hash_client, hash_flow, slot_of
 from mesh.datapath.base import Applied, Choice, FrontendEntry
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, Frontend, Protocol
 
 CHOICES: Final = 4  # backends that an answer names, the first choice included
-
-
-def mapped(address: Address) -> bytes:
-    """An address as 16 bytes in network order, IPv4 as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2)."""
-    packed = address.packed
-    return packed if len(packed) == 16 else b"\x00" * 10 + b"\xff\xff" + packed
 
 
 def lookup(
@@ -52,8 +46,8 @@ def lookup(
 def _match(applied: Applied, flow: Flow, own: Container[Address] | None) -> FrontendEntry | None:
     """The frontend of the exact address, else the one of every address."""
     addresses: list[Address] = [flow.destination]
-    if isinstance(flow.destination, ipaddress.IPv6Address) and flow.destination.ipv4_mapped:
-        addresses.append(flow.destination.ipv4_mapped)
+    if (bare := netaddr.unmap(flow.destination)) != flow.destination:
+        addresses.append(bare)
     if own is None or any(address in own for address in addresses):
         addresses.append(ANY_ADDRESS)
     protocol = Protocol(flow.protocol)
@@ -62,9 +56,9 @@ def _match(applied: Applied, flow: Flow, own: Container[Address] | None) -> Fron
 
 
 def _hash(entry: FrontendEntry, flow: Flow) -> int:
-    source = mapped(flow.source)
+    source = netaddr.pack(flow.source)
     if entry.state.options.affinity is Affinity.CLIENT_IP:
         return hash_client(source)
     return hash_flow(
-        source, flow.source_port, mapped(flow.destination), flow.destination_port, int(Protocol(flow.protocol))
+        source, flow.source_port, netaddr.pack(flow.destination), flow.destination_port, int(Protocol(flow.protocol))
     )

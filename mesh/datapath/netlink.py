@@ -12,38 +12,33 @@ import ipaddress
 import os
 import select
 import socket
-import struct
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from mesh import _linux as nl
 from mesh.errors import DatapathError
 from mesh.model import Address
 
-NLMSG: Final = struct.Struct("=IHHII")
-IFINFO: Final = struct.Struct("=BxHiII")
-IFADDR: Final = struct.Struct("=BBBBI")
-NDMSG: Final = struct.Struct("=BxxxiHBB")
-RTMSG: Final = struct.Struct("=BBBBBBBBI")
-ATTR: Final = struct.Struct("=HH")
+AF_BRIDGE: Final = 7  # not in the socket module on every build
+NUD_USABLE: Final = nl.NUD_REACHABLE | nl.NUD_STALE | nl.NUD_DELAY | nl.NUD_PROBE | nl.NUD_NOARP | nl.NUD_PERMANENT
+ALIGNMENT: Final = 4  # of messages and attributes
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x400
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 22, 26, 28, 29, 30
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
-IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_PORT_KIND = 1, 2, 4
-IFLA_VLAN_FLAGS, VLAN_FLAG_REORDER_HDR = 2, 0x1  # linux/if_link.h, linux/if_vlan.h
-IFA_ADDRESS, IFA_LOCAL = 1, 2
-NDA_DST, NDA_LLADDR = 1, 2
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 7, 8
-RTAX_MTU = 2
-NUD_FAILED, NUD_USABLE = 0x20, 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
-NTF_USE = 0x01
-RTN_LOCAL = 2
-AF_BRIDGE = 7
-IFF_UP = 0x1
-ARPHRD_ETHER = 1
-GROUPS: Final = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # links, neighbours, addresses and routes of both versions
+
+def groups(*numbers: int) -> int:
+    """The multicast groups RTNLGRP_* as the mask that bind(2) takes."""
+    return sum(1 << (number - 1) for number in numbers)
+
+
+GROUPS: Final = groups(
+    nl.RTNLGRP_LINK,
+    nl.RTNLGRP_NEIGH,
+    nl.RTNLGRP_IPV4_IFADDR,
+    nl.RTNLGRP_IPV4_ROUTE,
+    nl.RTNLGRP_IPV6_IFADDR,
+    nl.RTNLGRP_IPV6_ROUTE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +82,32 @@ class Topology:
     ports: Mapping[tuple[int, bytes], int] = field(default_factory=dict)  # (bridge, MAC) -> port
 
 
+def aligned(length: int) -> int:
+    """The length with the pad that follows."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
     """The attributes that follow a fixed header, by type."""
     found: dict[int, bytes] = {}
-    while offset + ATTR.size <= len(data):
-        length, kind = ATTR.unpack_from(data, offset)
-        if length < ATTR.size:
+    while offset + nl.RTATTR.size <= len(data):
+        head = nl.RTATTR.unpack_from(data, offset)
+        if head.rta_len < nl.RTATTR.size:
             break
-        found[kind & 0x3FFF] = data[offset + ATTR.size : offset + length]
-        offset += (length + 3) & ~3
+        found[head.rta_type & nl.NLA_TYPE_MASK] = data[offset + nl.RTATTR.size : offset + head.rta_len]
+        offset += aligned(head.rta_len)
     return found
 
 
 def attribute(kind: int, data: bytes) -> bytes:
-    return ATTR.pack(ATTR.size + len(data), kind) + data + bytes(-len(data) % 4)
+    """One attribute, padded."""
+    head = nl.RtAttr(rta_len=nl.RTATTR.size + len(data), rta_type=kind)
+    return nl.RTATTR.pack(head) + data + bytes(aligned(len(data)) - len(data))
+
+
+def number(data: bytes) -> int:
+    """The number that an attribute is, in host order."""
+    return int.from_bytes(data, sys.byteorder)
 
 
 class Netlink:
@@ -122,26 +129,31 @@ class Netlink:
             OSError: the kernel refused, with its errno.
         """
         self._sequence += 1
-        header = NLMSG.pack(NLMSG.size + len(payload), kind, flags | NLM_F_REQUEST, self._sequence, 0)
-        self._socket.send(header + payload)
+        header = nl.NlMsgHdr(
+            nlmsg_len=nl.NLMSGHDR.size + len(payload),
+            nlmsg_type=kind,
+            nlmsg_flags=flags | nl.NLM_F_REQUEST,
+            nlmsg_seq=self._sequence,
+        )
+        self._socket.send(nl.NLMSGHDR.pack(header) + payload)
         while True:
             data = self._socket.recv(1 << 17)
             offset = 0
-            while offset + NLMSG.size <= len(data):
-                length, answer, _, sequence, _ = NLMSG.unpack_from(data, offset)
-                body = data[offset + NLMSG.size : offset + length]
-                offset += (length + 3) & ~3
-                if sequence != self._sequence:
+            while offset + nl.NLMSGHDR.size <= len(data):
+                head = nl.NLMSGHDR.unpack_from(data, offset)
+                body = data[offset + nl.NLMSGHDR.size : offset + head.nlmsg_len]
+                offset += aligned(head.nlmsg_len)
+                if head.nlmsg_seq != self._sequence:
                     continue  # the rest of a request that was abandoned
-                if answer == NLMSG_DONE:
+                if head.nlmsg_type == nl.NLMSG_DONE:
                     return
-                if answer == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", body)[0]
+                if head.nlmsg_type == nl.NLMSG_ERROR:
+                    code = -nl.NLMSGERR.load("error", body)
                     if code:
                         raise OSError(code, os.strerror(code))
                     return
                 yield body
-                if not flags & NLM_F_DUMP and not flags & NLM_F_ACK:
+                if not flags & nl.NLM_F_DUMP and not flags & nl.NLM_F_ACK:
                     return
 
     def topology(self) -> Topology:
@@ -150,61 +162,64 @@ class Netlink:
         addresses = frozenset(self._addresses())
         neighbours = {}
         for index, state, attrs in self._neighbours(socket.AF_UNSPEC):
-            if state & NUD_USABLE and NDA_DST in attrs and len(attrs.get(NDA_LLADDR, b"")) == 6:
-                neighbours[index, ipaddress.ip_address(attrs[NDA_DST])] = attrs[NDA_LLADDR]
+            if state & NUD_USABLE and nl.NDA_DST in attrs and len(attrs.get(nl.NDA_LLADDR, b"")) == 6:
+                neighbours[index, ipaddress.ip_address(attrs[nl.NDA_DST])] = attrs[nl.NDA_LLADDR]
         ports = {}
         for index, _, attrs in self._neighbours(AF_BRIDGE):
             port = interfaces.get(index)
-            if port is not None and port.master and len(attrs.get(NDA_LLADDR, b"")) == 6:
-                ports[port.master, attrs[NDA_LLADDR]] = index
+            if port is not None and port.master and len(attrs.get(nl.NDA_LLADDR, b"")) == 6:
+                ports[port.master, attrs[nl.NDA_LLADDR]] = index
         return Topology(interfaces, addresses, neighbours, ports)
 
     def _interfaces(self) -> Iterator[Interface]:
-        for body in self.request(RTM_GETLINK, NLM_F_DUMP, IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-            _, hardware, index, flags, _ = IFINFO.unpack_from(body)
-            attrs = attributes(body, IFINFO.size)
-            info = attributes(attrs.get(IFLA_LINKINFO, b""), 0)
-            kind = info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace")
-            vlan = attributes(info.get(IFLA_INFO_DATA, b""), 0)
+        for body in self.request(nl.RTM_GETLINK, nl.NLM_F_DUMP, nl.IFINFOMSG.pack(nl.IfInfoMsg())):
+            head = nl.IFINFOMSG.unpack_from(body)
+            attrs = attributes(body, nl.IFINFOMSG.size)
+            info = attributes(attrs.get(nl.IFLA_LINKINFO, b""), 0)
+            kind = info.get(nl.IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace")
+            vlan = attributes(info.get(nl.IFLA_INFO_DATA, b""), 0)
+            flags = vlan.get(nl.IFLA_VLAN_FLAGS, bytes(nl.VLANFLAGS.size))  # no flags at all are left out
             yield Interface(
-                index=index,
-                name=attrs.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
+                index=head.ifi_index,
+                name=attrs.get(nl.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
                 kind=kind,
-                up=bool(flags & IFF_UP),
-                ethernet=hardware == ARPHRD_ETHER,
-                master=struct.unpack("=I", attrs[IFLA_MASTER])[0] if IFLA_MASTER in attrs else 0,
-                mtu=struct.unpack("=I", attrs[IFLA_MTU])[0],
-                keeps_tags=kind == "vlan"  # no flags at all are left out
-                and not struct.unpack_from("=I", vlan.get(IFLA_VLAN_FLAGS, bytes(4)))[0] & VLAN_FLAG_REORDER_HDR,
+                up=bool(head.ifi_flags & nl.IFF_UP),
+                ethernet=head.ifi_type == nl.ARPHRD_ETHER,
+                master=number(attrs.get(nl.IFLA_MASTER, b"")),
+                mtu=number(attrs[nl.IFLA_MTU]),
+                keeps_tags=kind == "vlan" and not nl.VLANFLAGS.load("flags", flags) & nl.VLAN_FLAG_REORDER_HDR,
             )
 
     def _addresses(self) -> Iterator[Address]:
-        for body in self.request(RTM_GETADDR, NLM_F_DUMP, IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-            attrs = attributes(body, IFADDR.size)
-            raw = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS)
+        for body in self.request(nl.RTM_GETADDR, nl.NLM_F_DUMP, nl.IFADDRMSG.pack(nl.IfAddrMsg())):
+            attrs = attributes(body, nl.IFADDRMSG.size)
+            raw = attrs.get(nl.IFA_LOCAL) or attrs.get(nl.IFA_ADDRESS)
             if raw:
                 yield ipaddress.ip_address(raw)
 
     def _neighbours(self, family: int) -> Iterator[tuple[int, int, dict[int, bytes]]]:
         # The dump of a bridge takes an ifinfomsg, which has family and index where ndmsg has them.
-        payload = IFINFO.pack(family, 0, 0, 0, 0) if family == AF_BRIDGE else NDMSG.pack(family, 0, 0, 0, 0)
-        for body in self.request(RTM_GETNEIGH, NLM_F_DUMP, payload):
-            _, index, state, _, _ = NDMSG.unpack_from(body)
-            yield index, state, attributes(body, NDMSG.size)
+        if family == AF_BRIDGE:
+            payload = nl.IFINFOMSG.pack(nl.IfInfoMsg(ifi_family=family))
+        else:
+            payload = nl.NDMSG.pack(nl.NdMsg(ndm_family=family))
+        for body in self.request(nl.RTM_GETNEIGH, nl.NLM_F_DUMP, payload):
+            head = nl.NDMSG.unpack_from(body)
+            yield head.ndm_ifindex, head.ndm_state, attributes(body, nl.NDMSG.size)
 
     def route(self, address: Address) -> Route | None:
         """How the host reaches `address`; None: it has no route."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        header = RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+        header = nl.RTMSG.pack(nl.RtMsg(rtm_family=family, rtm_dst_len=address.max_prefixlen))
         try:
-            for body in self.request(RTM_GETROUTE, 0, header + attribute(RTA_DST, address.packed)):
-                kind = RTMSG.unpack_from(body)[7]
-                attrs = attributes(body, RTMSG.size)
-                gateway = ipaddress.ip_address(attrs[RTA_GATEWAY]) if RTA_GATEWAY in attrs else None
-                source = ipaddress.ip_address(attrs[RTA_PREFSRC]) if RTA_PREFSRC in attrs else None
-                metrics = attributes(attrs.get(RTA_METRICS, b""), 0)
-                mtu = struct.unpack("=I", metrics[RTAX_MTU])[0] if RTAX_MTU in metrics else 0
-                return Route(struct.unpack("=I", attrs[RTA_OIF])[0], gateway, kind == RTN_LOCAL, source, mtu)
+            for body in self.request(nl.RTM_GETROUTE, 0, header + attribute(nl.RTA_DST, address.packed)):
+                is_local = nl.RTMSG.load("rtm_type", body) == nl.RTN_LOCAL
+                attrs = attributes(body, nl.RTMSG.size)
+                gateway = ipaddress.ip_address(attrs[nl.RTA_GATEWAY]) if nl.RTA_GATEWAY in attrs else None
+                source = ipaddress.ip_address(attrs[nl.RTA_PREFSRC]) if nl.RTA_PREFSRC in attrs else None
+                metrics = attributes(attrs.get(nl.RTA_METRICS, b""), 0)
+                mtu = number(metrics.get(nl.RTAX_MTU, b""))
+                return Route(number(attrs[nl.RTA_OIF]), gateway, is_local, source, mtu)
         except OSError as error:
             if error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
                 raise
@@ -213,24 +228,25 @@ class Netlink:
     def resolve(self, interface: int, address: Address, *, anew: bool = False) -> None:
         """Have the kernel resolve a neighbour's MAC; the answer arrives as an event. `anew`: discard the known one."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        attrs = attribute(NDA_DST, address.packed)
-        steps = [(RTM_NEWNEIGH, NLM_F_CREATE, NTF_USE)]
+        attrs = attribute(nl.NDA_DST, address.packed)
+        steps = [(nl.RTM_NEWNEIGH, nl.NLM_F_CREATE, nl.NTF_USE)]
         if anew:
-            steps.insert(0, (RTM_DELNEIGH, 0, 0))
+            steps.insert(0, (nl.RTM_DELNEIGH, 0, 0))
         for kind, flags, neighbour in steps:
-            for _ in self.request(kind, flags | NLM_F_ACK, NDMSG.pack(family, interface, 0, neighbour, 0) + attrs):
+            head = nl.NdMsg(ndm_family=family, ndm_ifindex=interface, ndm_flags=neighbour)
+            for _ in self.request(kind, flags | nl.NLM_F_ACK, nl.NDMSG.pack(head) + attrs):
                 pass
 
 
 class Monitor:
-    """Tells when a Topology, or what other `groups` announce (RTMGRP_* of linux/rtnetlink.h), may have changed."""
+    """Tells when a Topology, or what the `mask` of groups announces, may have changed."""
 
-    def __init__(self, groups: int = GROUPS) -> None:
+    def __init__(self, mask: int = GROUPS) -> None:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
         )
         try:
-            self._socket.bind((0, groups))
+            self._socket.bind((0, mask))
         except OSError as error:
             self._socket.close()
             raise DatapathError(f"cannot follow network changes: {error.strerror}", where="rtnetlink") from error

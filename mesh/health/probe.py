@@ -9,6 +9,7 @@ import os
 import socket
 from typing import Final
 
+from mesh import netaddr
 from mesh.model import Address, HealthCheck, ProbeKind
 
 _LINE_MOST: Final = 1024  # bytes of a status line
@@ -28,7 +29,7 @@ async def probe(address: Address, port: int, check: HealthCheck) -> None:
     Raises:
         ProbeError: with the reason, address and port.
     """
-    place = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    place = netaddr.join_host_port(address, port)
     try:
         async with asyncio.timeout(check.timeout):
             await _attempt(address, port, check, place)

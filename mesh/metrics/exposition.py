@@ -173,9 +173,8 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.DRAINED, len(state["drained"]["nodes"]), kind="node")
 
 
-_Lines = tuple[str, str, str, str, str]  # a target's, in the order of _OF_TARGET
-_Target = tuple[str, _Lines]  # its labels and lines
-_Targets = KeyedCache[tuple[str, int], Json, _Target]  # of one frontend, by backend and port
+_Target = tuple[str, str, str, str, str, str]  # its labels, and its lines in the order of _OF_TARGET
+_Targets = KeyedCache[str, Json, _Target]  # of one frontend, by backend
 _Service = tuple[Rows, dict[str, _Targets]]  # lines by family, and the targets by frontend
 _OF_FRONTEND: Final = (f.SERVED, f.PANIC, f.TARGETS, f.ELIGIBLE, f.TABLE, f.TRACKED)
 _OF_TARGET: Final = (f.BACKEND_WEIGHT, f.BACKEND_SLOTS, f.BACKEND_INFO, f.BACKEND_HEALTHY, f.BACKEND_DRAINING)
@@ -225,14 +224,13 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
         for family, value in zip(_OF_FRONTEND, values, strict=True):
             lines[family].append(f"{family.name}{{{labels}}} {value}")
         kept[key] = held.get(key) or KeyedCache(operator.is_)
-        made = kept[key].update([((t["backend"], t["port"]), t) for t in targets], partial(_target, prefix, name))
-        found = [of_target for _, of_target in made.values()]
         ids = [target["backend"] for target in targets]
+        found = list(kept[key].update(zip(ids, targets, strict=True), partial(_target, prefix, name)).values())
         fresh = found
         if not backends.isdisjoint(ids):  # of a service that publishes several ports
             fresh = [of_target for of_target, backend in zip(found, ids, strict=True) if backend not in backends]
         backends.update(ids)
-        columns = (*list(zip(*found, strict=True))[:2], *list(zip(*fresh, strict=True))[2:])
+        columns = (*list(zip(*found, strict=True))[1:3], *list(zip(*fresh, strict=True))[3:])
         for family, column in zip(_OF_TARGET, columns, strict=False):
             lines[family] += column
     return lines, kept
@@ -250,12 +248,13 @@ def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target
         before: the target as it was, and what was made of it: often nothing has changed but the slots.
     """
     if before is not None and _OTHERS(before[0]) == _OTHERS(target):
-        labels, (weight, _, info, healthy, draining) = before[1]
-        return labels, (weight, f"mesh_backend_slots{{{labels}}} {target['slots']}", info, healthy, draining)
+        labels, weight, _, info, healthy, draining = before[1]
+        return labels, weight, f"mesh_backend_slots{{{labels}}} {target['slots']}", info, healthy, draining
     backend = escape(target["backend"])
     labels = f'{prefix},backend="{backend}",port="{target["port"]}"'
     one = f'backend="{backend}",service="{service}"'
-    lines = (
+    return (
+        labels,
         f"mesh_backend_weight{{{labels}}} {target['weight']}",
         f"mesh_backend_slots{{{labels}}} {target['slots']}",
         f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{escape(target["node"])}",'
@@ -263,7 +262,6 @@ def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target
         f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}",
         f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}",
     )
-    return labels, lines
 
 
 def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mesh._abi import TABLE_SIZES
 from mesh.model import (
-    TABLE_SIZES,
     WEIGHT_MAX,
     Affinity,
     HealthCheck,

@@ -33,7 +33,6 @@ import asyncio
 import contextlib
 import ipaddress
 import re
-import socket
 import time
 import tomllib
 from collections.abc import Callable
@@ -50,6 +49,7 @@ from mesh.model import (
     WEIGHT_MAX,
     Address,
     Backend,
+    EngineKind,
     Frontend,
     Intent,
     Inventory,
@@ -59,6 +59,7 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
+from mesh.netaddr import is_mine
 from mesh.providers.base import ProviderStatus, Publish
 from mesh.providers.labels import KEYS, nearest, parse_options
 
@@ -83,7 +84,7 @@ class _Published(Struct, forbid_unknown_fields=True):
 class _Node(Struct, forbid_unknown_fields=True):
     name: _Name
     address: str
-    engine: Literal["", "kernel", "proxy"] = ""
+    engine: EngineKind = EngineKind.UNKNOWN
 
 
 class _Backend(Struct, forbid_unknown_fields=True):
@@ -133,7 +134,7 @@ def parse_static(text: str, name: str, is_here: Callable[[Address], bool] | None
         ProviderError: it cannot be used; `where` is `name:line`.
     """
     try:
-        return _inventory(convert(tomllib.loads(text), _File), is_here or _is_here)
+        return _inventory(convert(tomllib.loads(text), _File), is_here or is_mine)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         place = int(line[1]) if line else text.count("\n") + 1
@@ -194,18 +195,6 @@ def _address(text: str, path: _Path) -> Address:
         return ipaddress.ip_address(text)
     except ValueError:
         raise _WrongError(path, f"{text!r} is no address", "an IPv4 or IPv6 address, without port") from None
-
-
-def _is_here(address: Address) -> bool:
-    if address.is_loopback:
-        return True
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((str(address), 9))  # sends nothing; a host calls its own address from it
-        except OSError:
-            return False
-        return bool(probe.getsockname()[0] == str(address))
 
 
 def _nodes(file: _File, is_here: Callable[[Address], bool]) -> tuple[dict[str, Node], str]:

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from mesh._abi import TABLE_SIZES
 from mesh.config.keys import Config
 from mesh.incremental import KeyedCache, Latest
 from mesh.model import (
-    TABLE_SIZES,
     WEIGHT_MAX,
     Address,
     Backend,
     DesiredState,
+    EngineKind,
     Frontend,
     FrontendState,
     Health,
@@ -215,5 +216,5 @@ def _target(member: _Member, port: PublishedPort, weight: int) -> Target:
         backend.node,
         backend.container,
         via=member.address if away else None,
-        engine=node.engine if node is not None and away else "",
+        engine=node.engine if node is not None and away else EngineKind.UNKNOWN,
     )

@@ -13,6 +13,7 @@ from typing import Final
 
 from mesh.model import (
     DesiredState,
+    EngineKind,
     Frontend,
     FrontendState,
     Node,
@@ -45,7 +46,7 @@ def path_to(target: Target, protocol: Protocol, view: PathView, engine: str) -> 
     """
     if target.via is None:
         return Path.LOCAL, ""
-    tunnel = engine == "kernel" and target.engine != "proxy"
+    tunnel = engine == EngineKind.KERNEL and target.engine != EngineKind.PROXY
     handed = (Path.PEER_UDP if protocol is Protocol.UDP else Path.PEER,)
     for path in (Path.TUNNEL, *handed) if tunnel else handed:
         if view.of(target.node, path) is PathState.UP:

@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Final
 
+from mesh._abi import MAX_BACKENDS, MAX_FRONTENDS, OWNER_FIRST, OWNER_PASS
 from mesh._maglev import SlotTable, backend_seed
 from mesh.datapath.base import (
-    OWNER_FIRST,
-    OWNER_PASS,
     Applied,
     BackendEntry,
     BackendKey,
@@ -23,8 +22,6 @@ from mesh.datapath.base import (
 from mesh.errors import DatapathError
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Target
 
-MAX_BACKENDS: Final = 65536  # MESH_MAX_BACKENDS of abi.h: ids are below it
-MAX_FRONTENDS: Final = 16384  # MESH_MAX_FRONTENDS
 _NEVER: Final = -1  # a weight that no target has
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from mesh import netaddr
 from mesh.errors import MeshError
 from mesh.trace.kernel import kernel_headers
 from mesh.trace.program import CLOSE, DROP, OPEN, Event, Key, program
@@ -78,21 +79,15 @@ def ends_of(state: Mapping[str, Any]) -> dict[tuple[bytes, int], End]:
             name = frontend["frontend"]
             host_port, _, protocol = name.rpartition("/")
             if protocol == "tcp":
-                found[bytes(16), int(host_port.rpartition(":")[2])] = End(service["name"], name)
+                found[bytes(16), netaddr.split_host_port(host_port)[1]] = End(service["name"], name)
             for target in frontend["targets"]:
-                key = (_packed(target["address"]), int(target["port"]))
+                key = (netaddr.pack(ipaddress.ip_address(target["address"])), int(target["port"]))
                 found[key] = End(service["name"], name, target.get("name") or target["backend"])
     return found
 
 
-def _packed(address: str) -> bytes:
-    parsed = ipaddress.ip_address(address)
-    return parsed.packed if parsed.version == 6 else bytes(10) + b"\xff\xff" + parsed.packed
-
-
 def _shown(address: bytes, port: int) -> str:
-    parsed = ipaddress.IPv6Address(address)
-    return f"{parsed.ipv4_mapped}:{port}" if parsed.ipv4_mapped else f"[{parsed}]:{port}"
+    return netaddr.join_host_port(netaddr.unpack(address), port)
 
 
 class ConnectionTrace:

@@ -16,7 +16,7 @@ from tests.support.frames import CLIENT4, NODE4, TASK4, segment
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 FLOWS = 500
-FLAGS, BOTH = 34, 0x0C  # of struct mesh_reply: where its flags are, MESH_REPLY_FIN_IN and MESH_REPLY_FIN_OUT
+FLAGS, BOTH = 34, 0x0C  # of struct mesh_revnat: where its flags are, MESH_REVNAT_FIN_IN and MESH_REVNAT_FIN_OUT
 
 
 class Meeting:

@@ -9,7 +9,7 @@ from typing import Any
 from mesh.cluster.provider import ClusterProvider
 from mesh.cluster.wire import HealthReport
 from mesh.config.keys import Config
-from mesh.model import HealthView, Inventory
+from mesh.model import EngineKind, HealthView, Inventory
 from mesh.providers.swarm import LocalNode, SwarmProvider
 
 
@@ -21,7 +21,7 @@ def make_provider(config: Config | None = None, on_health: Callable[[HealthView]
     """The provider; any type, as tests look inside."""
     config = config or Config()
     local, swarm = LocalNode(config), SwarmProvider(config)
-    return ClusterProvider(config, local, swarm, engine="", tables=_no_tables, on_health=on_health)
+    return ClusterProvider(config, local, swarm, engine=EngineKind.UNKNOWN, tables=_no_tables, on_health=on_health)
 
 
 class Server:

@@ -10,13 +10,13 @@ from mesh.datapath.base import Applied, Choice, Datapath, Plan, Signal, Stats
 from mesh.datapath.counters import Counters
 from mesh.datapath.lookup import lookup
 from mesh.errors import DatapathError
-from mesh.model import Flow, Frontend
+from mesh.model import EngineKind, Flow, Frontend
 
 
 class MemoryDatapath(Datapath):
     """Keeps every plan in `plans`. `before_apply` is called in `apply` and may block or raise, as an engine may."""
 
-    name = "memory"
+    name = EngineKind.UNKNOWN
 
     def __init__(self, survived: Applied | None = None) -> None:
         self.plans: list[Plan] = []

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from bench import verifier
-from mesh import _bpf
+from mesh import _abi, _bpf
 from mesh.datapath.kernel.loader import OBJECTS
 from tests.support import bpf_schema
 
@@ -34,7 +34,7 @@ def test_each_has_a_purpose_and_maps_have_their_sizes() -> None:
         "mesh_ports": 2 * 65536,
         "mesh_recent": 1 << 17,
         "mesh_backends": 65536,
-        "mesh_verdicts": len(_bpf.VERDICTS),
+        "mesh_verdicts": len(_abi.VERDICTS),
     }
 
 

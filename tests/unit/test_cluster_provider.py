@@ -10,7 +10,7 @@ import pytest
 
 from mesh.cluster import roles
 from mesh.cluster.wire import HealthReport, Report
-from mesh.model import Backend, Health, HealthView, Inventory, Node
+from mesh.model import Backend, EngineKind, Health, HealthView, Inventory, Node
 from mesh.providers.base import ProviderStatus
 from mesh.providers.swarm.decode import decode
 from mesh.providers.swarm.local_node import LocalView
@@ -29,7 +29,7 @@ def test_a_manager_tells_the_others_what_its_own_engine_knows() -> None:
     assert provider._verdicts.own() == {"t1": HealthReport("down", "no container runs"), "t2": HealthReport("up")}
 
 
-NODES = tuple(Node(n, n, ipaddress.ip_address(f"10.0.0.{i}"), engine="proxy") for i, n in enumerate("abc", 1))
+NODES = tuple(Node(n, n, ipaddress.ip_address(f"10.0.0.{i}"), engine=EngineKind.PROXY) for i, n in enumerate("abc", 1))
 BACKENDS = tuple(Backend(f"t-{n}", "s", n, None, local=False) for n in "abc")
 
 

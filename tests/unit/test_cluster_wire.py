@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh import model
+from mesh import _abi, model
 from mesh.cluster import wire
 from mesh.cluster.credentials import strip_headers
 from mesh.cluster.translate import Incoming, Outgoing
@@ -31,7 +31,7 @@ options = st.builds(
     ),
     affinity=st.sampled_from(model.Affinity),
     proxy_protocol=st.sampled_from(model.ProxyProtocol),
-    table_size=st.sampled_from(model.TABLE_SIZES),
+    table_size=st.sampled_from(_abi.TABLE_SIZES),
     locality=st.sampled_from(model.Locality),
     allow=st.lists(networks, max_size=2).map(tuple),
     deny=st.lists(networks, max_size=2).map(tuple),

@@ -13,6 +13,7 @@ from mesh.config.keys import Config
 from mesh.model import (
     Backend,
     DesiredState,
+    EngineKind,
     Health,
     HealthView,
     Intent,
@@ -91,7 +92,7 @@ def test_where_all_nodes_are_down_it_may_be_this_one_that_is_cut_off() -> None:
 def test_a_backend_of_another_node_is_reached_by_way_of_it() -> None:
     there = ipaddress.IPv4Address("10.0.0.2")
     away = backend("b", node="m", address=None, local=False, weight=3)
-    nodes = (Node("m", "m", there, engine="proxy"), Node("n", "n", ipaddress.IPv4Address("10.0.0.1")))
+    nodes = (Node("m", "m", there, engine=EngineKind.PROXY), Node("n", "n", ipaddress.IPv4Address("10.0.0.1")))
     desired = compose(replace(of(backend("a"), away), nodes=nodes), HealthView(), Drained(), CONFIG)
     (state,) = desired.frontends.values()
     here, target = state.targets

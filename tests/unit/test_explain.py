@@ -15,6 +15,7 @@ from mesh.config.keys import Config
 from mesh.health.monitor import Monitor
 from mesh.model import (
     Backend,
+    EngineKind,
     Flow,
     Health,
     HealthView,
@@ -60,7 +61,9 @@ async def serving(
         datapath.refused = {port.frontend for each in inventory.services for port in each.ports}
     reconciler = Reconciler(datapath, Config(guard_hold=0))
     await reconciler.open()
-    view = View(Facts("memory", "", directory, 0.0), reconciler, DemoProvider(Config()), Monitor(print), _stop)
+    view = View(
+        Facts(EngineKind.UNKNOWN, "", directory, 0.0), reconciler, DemoProvider(Config()), Monitor(print), _stop
+    )
     reconciler.set_drained(Drained(drained))
     if down:
         reconciler.set_health(HealthView({down: Health.DOWN}, {down: "172.18.0.1:8080: connection refused"}))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh import _maglev
-from mesh.model import TABLE_SIZES
+from mesh._abi import TABLE_SIZES
 from tests.oracle import selection
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_hash.json").read_text())

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh import netaddr
+from mesh._abi import ACL_ALLOW, ACL_DENY
 from mesh._maglev import SlotTable
 from mesh.agent.lock import Lock
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan
 from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.arenas import Ranges
-from mesh.datapath.kernel.codec import ACL_ALLOW, ACL_DENY, pack_address
 from mesh.datapath.kernel.fallback import needed
 from mesh.datapath.kernel.journal import SPARE, Journal, Names
 from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Location, Locator, keepers, wanted
@@ -59,7 +60,7 @@ def longest_match(rules: list[tuple[Network, int]], source: bytes, default: int)
     number = int.from_bytes(source, "big")
     for network, action in rules:
         length = network.prefixlen + (96 if network.version == 4 else 0)
-        base = int.from_bytes(pack_address(network.network_address), "big")
+        base = int.from_bytes(netaddr.pack(network.network_address), "big")
         if length > best and number >> (128 - length) == base >> (128 - length):
             best, answer = length, action
     return answer
@@ -76,7 +77,7 @@ def test_longest_match_decides_as_the_lists_do(allow: list[Network], deny: list[
     rules = compile_rules(allow, deny)
     assert len(dict(rules)) == len(rules)
     expected = not any(source in n for n in deny) and (not allow or any(source in n for n in allow))
-    found = longest_match(rules, pack_address(source), ACL_DENY if allow else ACL_ALLOW)
+    found = longest_match(rules, netaddr.pack(source), ACL_DENY if allow else ACL_ALLOW)
     assert (found == ACL_ALLOW) is expected
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh._maglev import OWNER_FIRST, OWNER_NONE, OWNER_PASS, SlotTable, backend_seed
-from mesh.model import TABLE_SIZES
+from mesh._abi import OWNER_FIRST, OWNER_NONE, OWNER_PASS, TABLE_SIZES
+from mesh._maglev import SlotTable, backend_seed
 from tests.oracle import selection
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_hash.json").read_text())

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh._maglev import OWNER_NONE, OWNER_PASS, SLOT_TRACKED, SlotTable, backend_seed
+from mesh._abi import OWNER_NONE, OWNER_PASS, SLOT_TRACKED
+from mesh._maglev import SlotTable, backend_seed
 from tests.oracle import selection
 
 SIZE = 1021

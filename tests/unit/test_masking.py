@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mesh.model import (
     ANY_ADDRESS,
     DesiredState,
+    EngineKind,
     Frontend,
     FrontendState,
     Node,
@@ -29,7 +30,7 @@ UP, DOWN, UNPROVEN = PathState.UP, PathState.DOWN, PathState.UNPROVEN
 NODES = {f"n{i}": Node(f"n{i}", f"node{i}", ipaddress.ip_address(f"10.77.0.1{i}")) for i in range(1, 5)}
 
 
-def remote(name: str, node: str, weight: int = 1, engine: str = "kernel") -> Target:
+def remote(name: str, node: str, weight: int = 1, engine: EngineKind = EngineKind.KERNEL) -> Target:
     address = NODES[node].address
     assert address is not None
     return Target(name, address, 80, weight, local=False, node=node, via=address, engine=engine)
@@ -73,7 +74,7 @@ def view(**states: PathState) -> PathView:
 def test_a_path_must_be_proven(
     known: PathView, own: str, other: str, protocol: Protocol, expected: tuple[Path, str]
 ) -> None:
-    assert path_to(remote("b", "n2", engine=other), protocol, known, own) == expected
+    assert path_to(remote("b", "n2", engine=EngineKind.told(other)), protocol, known, own) == expected
 
 
 def test_tasks_of_this_node_need_no_path() -> None:

@@ -23,6 +23,7 @@ from mesh.model import (
     ANY_ADDRESS,
     Affinity,
     Backend,
+    EngineKind,
     Frontend,
     FrontendState,
     HealthCheck,
@@ -128,8 +129,8 @@ INVENTORY = Inventory(
         Backend("b2", "s2", "n2", None, "all.1", 3, Intent.DRAINING, False, False, "c2"),
     ),
     (
-        Node("n1", "one", ip_address("192.0.2.1"), True, 1, ""),
-        Node("n2", "two", ip_address("2001:db8::2"), False, 0, "kernel"),
+        Node("n1", "one", ip_address("192.0.2.1"), True, 1, EngineKind.UNKNOWN),
+        Node("n2", "two", ip_address("2001:db8::2"), False, 0, EngineKind.KERNEL),
     ),
     source="relay",
 )
@@ -303,7 +304,7 @@ def steps() -> list[tuple[Plan, Applied]]:
     """What was written to the recorded journal."""
     here = Target("b1", ip_address("10.0.0.5"), 80, 2, True, "n1", "c1")
     far = ip_address("2001:db8::2")
-    away = Target("b2", far, 80, 0, False, "n2", "", far, "kernel")
+    away = Target("b2", far, 80, 0, False, "n2", "", far, EngineKind.KERNEL)
     entries = (BackendEntry(2, BackendKey("b1", 80, 6), here), BackendEntry(3, BackendKey("b2", 80, 6), away))
     states = (
         FrontendState(Frontend(ip_address("192.0.2.9"), 53, Protocol.UDP), "s1", "web", DEFAULTS),

@@ -13,11 +13,11 @@ from typing import cast
 
 from mesh.config.keys import Config
 from mesh.datapath.paths.monitor import FLAP_SECONDS, PathMonitor, Trial
-from mesh.model import Node, Path, PathState
+from mesh.model import EngineKind, Node, Path, PathState
 from tests.support.ports import free_port
 
-HERE = Node("n1", "one", ipaddress.ip_address("127.0.0.1"), engine="proxy")
-THERE = Node("n2", "two", ipaddress.ip_address("127.0.0.1"), engine="proxy")
+HERE = Node("n1", "one", ipaddress.ip_address("127.0.0.1"), engine=EngineKind.PROXY)
+THERE = Node("n2", "two", ipaddress.ip_address("127.0.0.1"), engine=EngineKind.PROXY)
 
 
 class _Answers(asyncio.DatagramProtocol):
@@ -48,7 +48,7 @@ async def peer_port(port: int) -> AsyncIterator[None]:
 @asynccontextmanager
 async def trying(port: int, *nodes: Node) -> AsyncIterator[tuple[PathMonitor, list[Node]]]:
     known = [HERE, *nodes]
-    ways = PathMonitor(Config(peer_port=port), "proxy", lambda: ("n1", known), pause=0.001)
+    ways = PathMonitor(Config(peer_port=port), EngineKind.PROXY, lambda: ("n1", known), pause=0.001)
     task = asyncio.create_task(ways.run())
     try:
         yield ways, known
@@ -98,7 +98,7 @@ async def test_first_trials_are_waited_for() -> None:
 
 
 async def test_nodes_without_an_agent_are_tried_and_those_without_an_address_are_not() -> None:
-    others = (replace(THERE, engine=""), replace(THERE, id="n3", name="three", address=None))
+    others = (replace(THERE, engine=EngineKind.UNKNOWN), replace(THERE, id="n3", name="three", address=None))
     async with trying(free_port(), *others) as (monitor, _):
         await until(lambda: monitor.problems)
         assert [(node.name, path) for node, path, _ in monitor.states()] == [("two", Path.PEER), ("two", Path.PEER_UDP)]

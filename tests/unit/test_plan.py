@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh._maglev import SLOT_TRACKED, SlotTable, backend_seed
+from mesh._abi import OWNER_FIRST, OWNER_PASS, SLOT_TRACKED
+from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
-from mesh.datapath.base import OWNER_FIRST, OWNER_PASS, Applied, Plan, key_of
+from mesh.datapath.base import Applied, Plan, key_of
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, HealthView, Intent, Inventory
 from mesh.reconcile import plan as plans

@@ -10,7 +10,7 @@ from pathlib import Path
 from mesh.api.state import Facts, View
 from mesh.config.keys import Config
 from mesh.health.monitor import Monitor
-from mesh.model import Backend, Inventory, Protocol, PublishedPort, Service
+from mesh.model import Backend, EngineKind, Inventory, Protocol, PublishedPort, Service
 from mesh.providers.demo import DemoProvider
 from mesh.reconcile.loop import Reconciler
 from tests.support.lab.netns import PATIENCE
@@ -25,7 +25,7 @@ async def test_not_ready_between_the_first_inventory_and_its_apply(tmp_path: Pat
     reconciler = Reconciler(MemoryDatapath(), config)
     await reconciler.open()
     monitor = Monitor(reconciler.set_health)
-    view = View(Facts("memory", "", tmp_path, 0.0), reconciler, DemoProvider(config), monitor, stop)
+    view = View(Facts(EngineKind.UNKNOWN, "", tmp_path, 0.0), reconciler, DemoProvider(config), monitor, stop)
     assert not view.ready()[0]
     reconciler.publish(
         Inventory(
@@ -46,7 +46,7 @@ async def test_not_ready_between_the_first_inventory_and_its_apply(tmp_path: Pat
 async def test_ready_with_nothing_to_serve(tmp_path: Path) -> None:
     reconciler = Reconciler(MemoryDatapath(), Config())
     await reconciler.open()
-    view = View(Facts("memory", "", tmp_path, 0.0), reconciler, DemoProvider(Config()), Monitor(print), stop)
+    view = View(Facts(EngineKind.UNKNOWN, "", tmp_path, 0.0), reconciler, DemoProvider(Config()), Monitor(print), stop)
     running = asyncio.create_task(reconciler.run())
     reconciler.publish(Inventory())
     async with asyncio.timeout(PATIENCE):

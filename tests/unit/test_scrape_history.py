@@ -14,7 +14,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Stats, key_of
 from mesh.datapath.counters import Counters
 from mesh.metrics.exposition import Exposition, Snapshot
-from mesh.model import Backend, HealthView, Inventory, Node, Protocol, PublishedPort, Service
+from mesh.model import Backend, EngineKind, HealthView, Inventory, Node, Protocol, PublishedPort, Service
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture
@@ -35,14 +35,14 @@ def counted(applied: Applied) -> Stats:
 @given(histories)
 def test_a_scrape_says_what_the_first_one_would(history: list[tuple[Inventory, HealthView, bool]]) -> None:
     engine, applied, cache = MemoryDatapath(), Applied(), ComposeCache()
-    services, exposition = Services("proxy"), Exposition()
+    services, exposition = Services(EngineKind.PROXY), Exposition()
     for inventory, health, drains in history:
         drained = Drained(backends=frozenset({"s0.0"})) if drains else Drained()
         for known in (inventory, replace(inventory, backends=inventory.backends[:-1])):
             desired = compose(known, health, drained, Config(), cache)
             applied = engine.apply(plan(applied, desired))
             picture = Picture(known, health, drained, desired=desired)
-            shown, fresh = services.shown(picture, applied), Services("proxy").shown(picture, applied)
+            shown, fresh = services.shown(picture, applied), Services(EngineKind.PROXY).shown(picture, applied)
             assert shown == fresh
             now, first = (
                 Snapshot(counted(applied), sample(0, 0) | {"services": which}, ready=True) for which in (shown, fresh)
@@ -57,7 +57,7 @@ def test_targets_that_stay_are_shown_by_the_same_objects() -> None:
     before = Inventory((Service("s", "web", published),), backends, (Node("n", "n"),), source="static")
     after = replace(before, backends=(*backends[1:], replace(backends[0], id="new")))
     engine, applied, cache = MemoryDatapath(), Applied(), ComposeCache()
-    services = Services("proxy")
+    services = Services(EngineKind.PROXY)
     shown = []
     for inventory, drained in (
         (before, frozenset({"b1"})),

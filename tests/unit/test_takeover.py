@@ -17,7 +17,7 @@ from mesh.agent.lock import Lock
 from mesh.agent.systemd import Notifier
 from mesh.agent.takeover import SOCKET, Predecessor, Successor, TakeoverError, close_all
 from mesh.errors import MeshError
-from mesh.model import ANY_ADDRESS, Frontend, Protocol
+from mesh.model import ANY_ADDRESS, EngineKind, Frontend, Protocol
 
 WEB = Frontend(ANY_ADDRESS, 8080, Protocol.TCP)
 DNS = Frontend(ipaddress.IPv4Address("192.0.2.1"), 53, Protocol.UDP)
@@ -70,14 +70,14 @@ def test_sockets_and_lock_change_hands(tmp_path: Path) -> None:
         listeners = {WEB: [s.fileno() for s in sockets[:449]], DNS: [sockets[449].fileno()]}
 
         def act(predecessor: Predecessor) -> None:
-            assert predecessor.engine == "proxy"
-            predecessor.offer("proxy", lock, listeners)
+            assert predecessor.engine == EngineKind.PROXY
+            predecessor.offer(EngineKind.PROXY, lock, listeners)
             predecessor.yours()
 
         with old_process(tmp_path, act) as errors:
-            successor = Successor.connect(tmp_path, "proxy")
+            successor = Successor.connect(tmp_path, EngineKind.PROXY)
             assert successor is not None
-            assert (successor.pid, successor.engine) == (os.getpid(), "proxy")
+            assert (successor.pid, successor.engine) == (os.getpid(), EngineKind.PROXY)
             assert {f: len(d) for f, d in successor.listeners.items()} == {WEB: 449, DNS: 1}
             for mine, descriptor in zip(sockets, (d for ds in successor.listeners.values() for d in ds), strict=True):
                 assert os.path.sameopenfile(mine.fileno(), descriptor)
@@ -94,8 +94,8 @@ def test_sockets_and_lock_change_hands(tmp_path: Path) -> None:
 
 def test_a_new_process_that_goes_leaves_the_old_one_its_place(tmp_path: Path) -> None:
     lock = Lock.acquire(tmp_path)
-    with old_process(tmp_path, lambda p: p.offer("proxy", lock, {})) as errors:
-        successor = Successor.connect(tmp_path, "proxy")
+    with old_process(tmp_path, lambda p: p.offer(EngineKind.PROXY, lock, {})) as errors:
+        successor = Successor.connect(tmp_path, EngineKind.PROXY)
         assert successor is not None
         successor.abandon()
     assert "went away" in str(errors[0])
@@ -106,14 +106,14 @@ def test_a_new_process_that_goes_leaves_the_old_one_its_place(tmp_path: Path) ->
 
 def test_a_refusal_has_its_reason(tmp_path: Path) -> None:
     with old_process(tmp_path, lambda p: p.refuse("not today")), pytest.raises(TakeoverError, match="not today"):
-        Successor.connect(tmp_path, "proxy")
+        Successor.connect(tmp_path, EngineKind.PROXY)
 
 
 def test_nobody_runs(tmp_path: Path) -> None:
-    assert Successor.connect(tmp_path, "proxy") is None
+    assert Successor.connect(tmp_path, EngineKind.PROXY) is None
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / SOCKET))
-    assert Successor.connect(tmp_path, "proxy") is None
+    assert Successor.connect(tmp_path, EngineKind.PROXY) is None
 
 
 def test_garbage_is_refused(tmp_path: Path) -> None:

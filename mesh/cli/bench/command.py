@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ipaddress
 import resource
 import ssl
 import sys
@@ -25,6 +26,7 @@ from mesh.cli.bench.target import Behind, Target
 from mesh.cli.client import daemon_options
 from mesh.cli.exit import Exit
 from mesh.cli.output import Json, echo_json
+from mesh.netaddr import is_mine
 
 THROUGH, DIRECT = "through", "direct"
 SLICES: Final = 2  # of each phase, the sides in turn, so that what drifts meets both
@@ -113,7 +115,7 @@ def bench(target: str, state_dir: Path, as_json: bool, **options: Any) -> None:
     _allow_files(chosen.connections)
     asked, behind = bench_target.ask(bench_target.parse(target), state_dir)
     asked, name = dataclasses.replace(asked, host=bench_target.resolve(asked.host, asked.port, asked.kind)), asked.host
-    if behind.service and not bench_target.is_here(asked.host):
+    if behind.service and not is_mine(ipaddress.ip_address(asked.host)):
         behind = Behind(reason=f"{asked.host} is not an address of this node")
     if asked.kind is not Kind.UDP:
         greet = asked.kind is None

@@ -8,7 +8,6 @@ import contextlib
 import ipaddress
 import re
 import socket
-import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import aiohttp
 import click
 from prometheus_client.parser import text_string_to_metric_families
 
+from mesh import netaddr
 from mesh.cli.bench.load import End, Kind, cause_of
 from mesh.cli.client import call
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError
@@ -46,8 +46,7 @@ class Target:
 
     @property
     def called(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return netaddr.join_host_port(self.host, self.port)
 
 
 @dataclass(slots=True)
@@ -100,19 +99,6 @@ def resolve(host: str, port: int, kind: Kind | None) -> str:
     except OSError as error:
         raise MeshError(f"cannot be resolved: {error.strerror}", where=host) from error
     return str(found[0][4][0])
-
-
-def is_here(address: str) -> bool:
-    """Whether an address is one of this node."""
-    if ipaddress.ip_address(address).is_loopback:
-        return True
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing; a host calls its own address from that address
-        except OSError:
-            return False
-        return bool(probe.getsockname()[0] == address)
 
 
 def ask(target: Target, state_dir: Path) -> tuple[Target, Behind]:
@@ -176,8 +162,7 @@ def _is_meant(target: Target, service: Json, frontend: str) -> bool:
 def _split(frontend: str) -> tuple[str, int, str]:
     """`*:80/tcp`, `[2001:db8::1]:80/udp` as address, port, protocol."""
     rest, _, protocol = frontend.rpartition("/")
-    address, _, port = rest.rpartition(":")
-    return address.strip("[]"), int(port), protocol
+    return *netaddr.split_host_port(rest), protocol
 
 
 async def reach(host: str, port: int, patience: float, *, greet: bool) -> bool:
@@ -186,7 +171,7 @@ async def reach(host: str, port: int, patience: float, *, greet: bool) -> bool:
     Raises:
         MeshError: nothing can be connected there.
     """
-    where = f"{host}:{port}"
+    where = netaddr.join_host_port(host, port)
     try:
         async with asyncio.timeout(patience):
             reader, writer = await asyncio.open_connection(host, port)
@@ -236,20 +221,10 @@ def connected(ports: Iterable[int], behind: Behind) -> Counter[str]:
         with contextlib.suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 local, remote = line.split()[1:3]
-                name = names.get(_end(remote))
-                if name and int(local.rpartition(":")[2], 16) in wanted:
+                name = names.get(netaddr.of_proc(remote))
+                if name and netaddr.of_proc(local)[1] in wanted:
                     counts[name] += 1
     return counts
-
-
-def _end(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
-    """`0100007F:1F90` of /proc/net/tcp: words in the machine's order."""
-    address, _, port = text.partition(":")
-    words = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))
-    packed = struct.pack(f"={len(words)}I", *words)
-    found = ipaddress.ip_address(packed)
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return mapped or found, int(port, 16)
 
 
 def described(behind: Behind) -> str:

@@ -24,7 +24,7 @@ from mesh.datapath.netlink import Netlink
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, PathMtu, ask_stream, path_mtu
 from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
 from mesh.errors import MeshError
-from mesh.model import Address
+from mesh.model import Address, EngineKind
 
 TIMEOUT: Final = 3.0  # seconds for a handshake and an answer
 EXPIRY_WARN: Final = 0.2  # share of a certificate's life: swarm renews it long before
@@ -131,7 +131,7 @@ async def _one(
     if answer.obstacle == NO_ANSWER and mtu.black_hole:
         answer.remedy = "first the path MTU: packets of the handshake may be too large"
     findings = [*control(peer, config.cluster_port, answer), *peer_port(peer, config.peer_port, refusal, mtu)]
-    if own.engine == (answer.about.get("engine") or peer.engine) == "kernel" and own.address is not None:
+    if own.engine == (answer.about.get("engine") or peer.engine) == EngineKind.KERNEL and own.address is not None:
         obstacle = await asyncio.to_thread(ask_tunnel, peer.address, own.address, config.tunnel_port)
         findings.append(tunnel(peer, config.tunnel_port, obstacle))
     return findings

@@ -17,6 +17,8 @@ from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
 from mesh.errors import MeshError, plain
+from mesh.model import EngineKind
+from mesh.netaddr import of_proc
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
 _DOCKER: Final = ("dockerd", "docker-proxy")
@@ -97,7 +99,7 @@ def _ports(services: list[dict[str, Any]], config: Config) -> Iterator[Finding]:
 
 def _tunnel(services: list[dict[str, Any]], config: Config, nodes: int) -> Iterator[Finding]:
     """Who publishes the UDP port that the kernel engine takes for the tunnel, where there are other nodes."""
-    if config.engine == "proxy" or preflight(config) is not None:
+    if config.engine == EngineKind.PROXY or preflight(config) is not None:
         return
     for service in services:
         for port in service.get("Endpoint", {}).get("Ports") or []:
@@ -117,7 +119,7 @@ def _strangers(held: Mapping[int, set[str]], config: Config) -> Iterator[Finding
         if name in _DOCKER or pid == own:
             continue
         found = f"TCP {port} is also held by {name} (pid {pid}): clients reach the service, not that process"
-        if config.intercept == "bind" and config.engine != "kernel":
+        if config.intercept == "bind" and config.engine != EngineKind.KERNEL:
             found = f"TCP {port} is held by {name} (pid {pid}): the proxy engine cannot serve it with intercept = bind"
         yield Finding("published ports", Level.WARN, found, "publish another port, or have that process use one")
 
@@ -151,5 +153,5 @@ def listening() -> dict[int, set[str]]:
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == _LISTEN:
-                    ports.setdefault(int(fields[1].rpartition(":")[2], 16), set()).add(fields[9])
+                    ports.setdefault(of_proc(fields[1])[1], set()).add(fields[9])
     return ports

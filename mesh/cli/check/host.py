@@ -19,6 +19,8 @@ from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
 from mesh.errors import MeshError
+from mesh.model import EngineKind
+from mesh.netaddr import split_host_port
 
 FILES_WANTED: Final = 65536
 TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
@@ -32,7 +34,7 @@ def check_host(config: Config) -> Iterator[Finding]:
     yield _nft(config)
     running, finding = _state_dir(Path(config.state_dir))
     yield finding
-    if config.engine != "proxy" and config.provider in ("auto", "swarm"):
+    if config.engine != EngineKind.PROXY and config.provider in ("auto", "swarm"):
         yield _tunnel_port(config.tunnel_port)
         yield _tunnel_mtu()
     if config.http_listen:
@@ -44,12 +46,12 @@ def check_host(config: Config) -> Iterator[Finding]:
 def _engine(config: Config) -> Finding:
     """Which engine would be taken. The proxy engine runs everywhere, so only who insists on the other one can fail."""
     release = platform.release()
-    if config.engine == "proxy":
+    if config.engine == EngineKind.PROXY:
         return Finding("engine", Level.OK, "proxy, as configured")
     obstacle = preflight(config)
     if obstacle is None:
         return Finding("engine", Level.OK, f"kernel, on {release}")
-    if config.engine == "kernel":
+    if config.engine == EngineKind.KERNEL:
         return Finding("engine", Level.FAIL, f"not kernel: {obstacle}", "remove it, or set engine = auto")
     remedy = "remove that obstacle for the kernel engine, or set engine = proxy"
     return Finding("engine", Level.OK if config.provider == "demo" else Level.WARN, f"proxy: {obstacle}", remedy)
@@ -66,7 +68,7 @@ def _files() -> Finding:
 
 def _nft(config: Config) -> Finding:
     """Only the proxy engine on a Docker host needs it."""
-    if config.intercept == "bind" or config.engine == "kernel":
+    if config.intercept == "bind" or config.engine == EngineKind.KERNEL:
         return Finding("nftables", Level.OK, "not needed with this configuration")
     bad = Level.FAIL if config.intercept == "nft" else Level.WARN
     command = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -127,16 +129,11 @@ def _state_dir(path: Path) -> tuple[bool, Finding]:
     return False, Finding(what, Level.OK, f"{path}" + ("" if nearest == path else ", will be created"))
 
 
-def split_listen(listen: str) -> tuple[str, int] | None:
-    """HOST:PORT of a listen address; None if it is not one."""
-    host, separator, port = listen.rpartition(":")
-    return (host.strip("[]"), int(port)) if separator and port.isdigit() and int(port) < 65536 else None
-
-
 def _http(listen: str, running: bool) -> Finding:
     what = "HTTP port"
-    address = split_listen(listen)
-    if address is None:
+    try:
+        address = split_host_port(listen)
+    except ValueError:
         return Finding(what, Level.FAIL, f"{listen!r} is not HOST:PORT", "set http_listen, for example 127.0.0.1:9550")
     try:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -7,11 +7,11 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Final
 
-from mesh.datapath.kernel.codec import ACL_ALLOW, ACL_DENY
+from mesh._abi import ACL_ALLOW, ACL_DENY
 from mesh.model import Network
+from mesh.netaddr import MAPPED
 
 ALL_V4: Final = ipaddress.ip_network("0.0.0.0/0")
-MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 def _covers(outer: Network, inner: Network) -> bool:

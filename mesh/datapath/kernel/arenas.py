@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from mesh import _bpf
+from mesh._abi import ARENA_SLOTS, MAX_ARENAS, SLOT
 from mesh.datapath.kernel import codec
-from mesh.datapath.kernel.codec import ARENA_SLOTS, SLOT_SIZE, Table
+from mesh.datapath.kernel.codec import Table
 from mesh.errors import BpfError, DatapathError
 
 GRACE: Final = 1.0  # seconds; programs run for microseconds: none reads a range this long after its replacement
@@ -93,12 +94,12 @@ class Arenas:
 
     def publish(self, slots: bytes) -> Table:
         """Write a table's slots into a free range, to which nothing refers yet."""
-        size = len(slots) // SLOT_SIZE
+        size = len(slots) // SLOT.size
         self._reclaim()
         table = self._take(size) or self._take(size, first=self._grow())
         if table is None:
             raise DatapathError(f"a table of {size} slots does not fit in an arena")
-        self._arenas[table.arena].slots.write(table.offset * SLOT_SIZE, slots)
+        self._arenas[table.arena].slots.write(table.offset * SLOT.size, slots)
         return table
 
     def _take(self, size: int, first: int = 0) -> Table | None:
@@ -110,7 +111,7 @@ class Arenas:
 
     def read(self, table: Table) -> bytes:
         """The slots of a table."""
-        return self._arenas[table.arena].slots.read(table.offset * SLOT_SIZE, table.size * SLOT_SIZE)
+        return self._arenas[table.arena].slots.read(table.offset * SLOT.size, table.size * SLOT.size)
 
     def retire(self, table: Table) -> None:
         """Nothing refers to the table any more: free its range once no running program can read it."""
@@ -126,21 +127,21 @@ class Arenas:
         """Make room for tables of these sizes at the cost of one kernel wait for all of them."""
         self._reclaim()
         short = sum(sizes) - sum(arena.ranges.free for arena in self._arenas)
-        count = min(-(-short // ARENA_SLOTS), codec.MAX_ARENAS - len(self._arenas))
+        count = min(-(-short // ARENA_SLOTS), MAX_ARENAS - len(self._arenas))
         if count > 0:
             self._grow(count)
 
     def _grow(self, count: int = 1) -> int:
         """Create more arenas. Returns the index of the first. The kernel waits for all CPUs once per call."""
         first = len(self._arenas)
-        if first + count > codec.MAX_ARENAS:
+        if first + count > MAX_ARENAS:
             raise DatapathError(
                 "no room for further slot tables",
                 where="kernel engine",
                 remedy="choose smaller mesh.table-size labels",
             )
         indexes = range(first, first + count)
-        made = [_bpf.Map.create(_bpf.ARRAY, "mesh_arena", 4, SLOT_SIZE, ARENA_SLOTS, _bpf.MMAPABLE) for _ in indexes]
+        made = [_bpf.Map.create(_bpf.ARRAY, "mesh_arena", 4, SLOT.size, ARENA_SLOTS, _bpf.MMAPABLE) for _ in indexes]
         for index in indexes:
             self._pin(index).unlink(missing_ok=True)
         keys = [codec.pack_u32(index) for index in indexes]

@@ -16,9 +16,9 @@ from typing import Final, TypeVar
 import structlog
 
 from mesh import _bpf
+from mesh._abi import CONFIG, OWNER_PASS
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
-from mesh.datapath.base import OWNER_PASS
 from mesh.datapath.kernel import stats
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal
@@ -151,7 +151,7 @@ def foreign_instances(config: Config) -> list[Path]:
     """
     found = []
     try:
-        own, here = instance(config), netns_cookie().to_bytes(8, "little")
+        own, here = instance(config), netns_cookie()
         for pin in sorted((Path(config.bpf_fs) / "mesh").glob("*/*/mesh_config")):
             home = pin.parent.parent
             if home.name != own and any((pin.parent / "links").glob("*")) and _cookie(pin) == here:
@@ -161,16 +161,20 @@ def foreign_instances(config: Config) -> list[Path]:
     return found
 
 
-def _cookie(pin: Path) -> bytes:
-    """The network namespace that a pinned mesh_config is for; empty: the pin was removed meanwhile."""
+def _cookie(pin: Path) -> int:
+    """The network namespace that a pinned mesh_config is for; 0: the pin was removed meanwhile.
+
+    The pin may be another build's, whose struct has another size: every build has the cookie where this one has it.
+    """
     try:
         held = _bpf.Map.open(str(pin))
         try:
-            return (held.lookup(bytes(4)) or b"")[:8]
+            data = held.lookup(bytes(held.key_size))
+            return CONFIG.load("netns_cookie", data) if data else 0
         finally:
             held.close()
-    except BpfError:
-        return b""
+    except (BpfError, ValueError):
+        return 0
 
 
 async def _thread(work: Callable[..., _Result], *arguments: object) -> _Result:

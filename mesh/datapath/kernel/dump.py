@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from mesh import _bpf
+from mesh import _abi, _bpf, netaddr
+from mesh._abi import OWNER_FIRST, OWNER_NONE, OWNER_PASS, SLOT
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
-from mesh.datapath.base import OWNER_FIRST, OWNER_NONE, OWNER_PASS, BackendEntry
+from mesh.datapath.base import BackendEntry
 from mesh.datapath.kernel import codec
-from mesh.datapath.kernel.codec import BackendSlot, NodeSlot, Table
+from mesh.datapath.kernel.codec import Table
 from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, netns_cookie, pin_home
 from mesh.errors import DatapathError
@@ -28,15 +29,15 @@ from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 Json = dict[str, Any]
 
 FLAGS: Final = (
-    (codec.FRONTEND_CLIENT, "client-ip"),
-    (codec.FRONTEND_DENY, "deny-others"),
-    (codec.FRONTEND_PASS_IF_NONE, "pass-if-none"),
-    (codec.FRONTEND_HOLD, "hold"),
+    (_abi.FRONTEND_CLIENT, "client-ip"),
+    (_abi.FRONTEND_DENY, "deny-others"),
+    (_abi.FRONTEND_PASS_IF_NONE, "pass-if-none"),
+    (_abi.FRONTEND_HOLD, "hold"),
 )
-STATES: Final = {codec.BACKEND_FREE: "free", codec.BACKEND_ACTIVE: "active", codec.BACKEND_DRAINING: "draining"}
-KINDS: Final = {codec.ADDRESS_OWN: "own", codec.ADDRESS_FLOATING: "floating"}
-ACTIONS: Final = {codec.ACL_ALLOW: "allow", codec.ACL_DENY: "deny"}
-LOCAL: Final = bytes(8)  # mesh_backend.seed of a backend that runs here
+STATES: Final = {_abi.BACKEND_FREE: "free", _abi.BACKEND_ACTIVE: "active", _abi.BACKEND_DRAINING: "draining"}
+KINDS: Final = {_abi.ADDRESS_OWN: "own", _abi.ADDRESS_FLOATING: "floating"}
+ACTIONS: Final = {_abi.ACL_ALLOW: "allow", _abi.ACL_DENY: "deny"}
+LOCAL: Final = _abi.Backend().seed  # mesh_backend.seed of a backend that runs here
 
 
 def read(config: Config) -> Json:
@@ -95,7 +96,7 @@ class _Reader:
     def __init__(self, maps: Mapping[str, _bpf.Map], names: Names) -> None:
         self._maps = maps
         self._names = names
-        self._nodes = {codec.unpack_address(key): codec.unpack_node(value) for key, value in maps["mesh_nodes"].rows()}
+        self._nodes = {netaddr.unpack(key): _abi.NODE.unpack(value) for key, value in maps["mesh_nodes"].rows()}
         self._backends = dict(self._read_backends())
         self._arenas: dict[int, _bpf.Mapping] = {}
 
@@ -108,25 +109,23 @@ class _Reader:
             "acl": self._acl(),
             "nodes": [_node(address, slot) for address, slot in sorted(self._nodes.items(), key=_by_address)],
             "ids": self._ids(),
-            "tunnel_ports": [index % codec.PORT_UDP for index, word in self._port_words() if word & codec.PORT_TUNNEL],
+            "tunnel_ports": [index % _abi.PORT_UDP for index, word in self._port_words() if word & _abi.PORT_TUNNEL],
         }
 
     def _config(self) -> Json:
-        found = codec.unpack_config(self._maps["mesh_config"].lookup(codec.pack_u32(0)) or b"")
+        found = _abi.CONFIG.unpack(self._maps["mesh_config"].lookup(codec.pack_u32(0)) or b"")
         cookies = {0: "none", netns_cookie(): "this"}
         return {
             "netns": cookies.get(found.netns_cookie, str(found.netns_cookie)),
             "hairpin": str(found.hairpin),
             "hairpin6": str(found.hairpin6),
-            "return_path": "direct" if found.settings & codec.SETTING_DIRECT else "tunnel",
+            "return_path": "direct" if found.settings & _abi.SETTING_DIRECT else "tunnel",
             "tunnel_port": found.tunnel_port,
             "error_rate": found.error_rate,
         }
 
     def _addresses(self) -> list[Json]:
-        rows = {
-            codec.unpack_address(key): codec.unpack_u32(value) for key, value in self._maps["mesh_addresses"].rows()
-        }
+        rows = {netaddr.unpack(key): codec.unpack_u32(value) for key, value in self._maps["mesh_addresses"].rows()}
         return [
             {"address": str(address), "kind": KINDS.get(kind, str(kind))}
             for address, kind in sorted(rows.items(), key=_by_address)
@@ -143,15 +142,15 @@ class _Reader:
 
     def _published(self) -> Iterator[tuple[Frontend, int]]:
         for index, word in self._port_words():
-            if number := word & codec.PORT_FRONTEND:
-                protocol = Protocol.UDP if index >= codec.PORT_UDP else Protocol.TCP
-                yield Frontend(ANY_ADDRESS, index % codec.PORT_UDP, protocol), number
+            if number := word & _abi.PORT_FRONTEND:
+                protocol = Protocol.UDP if index >= _abi.PORT_UDP else Protocol.TCP
+                yield Frontend(ANY_ADDRESS, index % _abi.PORT_UDP, protocol), number
         for key, value in self._maps["mesh_exact"].rows():
             yield codec.unpack_frontend_key(key), codec.unpack_u32(value)
 
     def _frontend(self, frontend: Frontend, number: int) -> Json:
         row = self._maps["mesh_frontends"].lookup(codec.pack_u32(number)) or b""
-        table, (flags, acl) = codec.table_of(codec.unpack_u64(row[:8])), codec.options_of(codec.unpack_u64(row[8:16]))
+        table, flags, acl = codec.unpack_frontend(row)
         state = self._names.frontends.get(frontend)
         found: Json = {
             "id": number,
@@ -183,9 +182,9 @@ class _Reader:
             return None
         if table.arena not in self._arenas:
             self._arenas[table.arena] = _bpf.Mapping(self._maps[f"arena_{table.arena}"])
-        length = table.size * codec.SLOT_SIZE
+        length = table.size * SLOT.size
         try:
-            return SlotTable.from_slots(self._arenas[table.arena].read(table.offset * codec.SLOT_SIZE, length))
+            return SlotTable.from_slots(self._arenas[table.arena].read(table.offset * SLOT.size, length))
         except (ValueError, IndexError):
             return None
 
@@ -197,10 +196,10 @@ class _Reader:
 
     # ---- backends and nodes ----
 
-    def _read_backends(self) -> Iterator[tuple[int, BackendSlot]]:
-        rows, empty = self._maps["mesh_backends"].rows(), bytes(codec.BACKEND.size)
+    def _read_backends(self) -> Iterator[tuple[int, _abi.Backend]]:
+        rows, empty = self._maps["mesh_backends"].rows(), bytes(_abi.BACKEND.size)
         for key, value in rows:
-            if value != empty and (slot := codec.unpack_backend(value)).state != codec.BACKEND_FREE:
+            if value != empty and (slot := _abi.BACKEND.unpack(value)).state != _abi.BACKEND_FREE:
                 yield codec.unpack_u32(key), slot
 
     def _entry(self, number: int) -> BackendEntry | None:
@@ -220,7 +219,7 @@ class _Reader:
             return entry.key.backend
         return f"backend {owner}" if owner in self._backends else f"gone {owner}"
 
-    def _backend(self, number: int, slot: BackendSlot) -> Json:
+    def _backend(self, number: int, slot: _abi.Backend) -> Json:
         entry = self._entry(number)
         return {
             "id": number,
@@ -233,26 +232,27 @@ class _Reader:
             "epoch": slot.epoch,
             "path": self._path(slot),
             "interface": _interface(slot.ifindex),
-            "bridge": _interface(slot.bridge) if slot.bridge != codec.LOOPBACK else "",
+            "bridge": _interface(slot.bridge) if slot.bridge != _abi.LOOPBACK else "",
             "mac": slot.mac.hex(":") if any(slot.mac) else "",
             "seed": slot.seed.hex() if slot.seed != LOCAL else "",
         }
 
-    def _path(self, slot: BackendSlot) -> str:
+    def _path(self, slot: _abi.Backend) -> str:
         if slot.seed != LOCAL:
             node = self._nodes.get(slot.address)
             return "tunnel" if node is not None and node.mtu else "peer"
-        if slot.bridge == codec.LOOPBACK:
+        if slot.bridge == _abi.LOOPBACK:
             return "own"
         return "here" if slot.ifindex or slot.bridge else "nowhere"
 
     def _ids(self) -> list[Json]:
         found = []
         for key, value in self._maps["mesh_ids"].rows():
-            seed, port, protocol = codec.ID.unpack(key)
+            ident = _abi.ID.unpack(key)
             owner = codec.unpack_u32(value)
             name = {"owner": owner, "name": self._name(owner)}
-            found.append({"seed": seed.hex(), "port": codec.be16(port), "protocol": str(Protocol(protocol)), **name})
+            protocol = str(Protocol(ident.protocol))
+            found.append({"seed": ident.seed.hex(), "port": ident.port, "protocol": protocol, **name})
         return sorted(found, key=lambda row: (row["owner"], row["seed"]))
 
     def _acl(self) -> list[Json]:
@@ -264,7 +264,7 @@ class _Reader:
         ]
 
 
-def _node(address: Address, slot: NodeSlot) -> Json:
+def _node(address: Address, slot: _abi.Node) -> Json:
     return {
         "address": str(address),
         "source": str(slot.source),

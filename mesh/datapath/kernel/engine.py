@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh import _bpf
-from mesh._maglev import ABI_VERSION
+from mesh._abi import ABI_VERSION
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Choice, Explanation, Plan, Signal, Stats
 from mesh.datapath.kernel import loader, restore, xdp
@@ -36,7 +36,7 @@ from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Netlink
 from mesh.errors import DatapathError
-from mesh.model import Flow, Frontend
+from mesh.model import EngineKind, Flow, Frontend
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class KernelDatapath:
         docker_host: dockerd runs on this host.
     """
 
-    name = "kernel"
+    name = EngineKind.KERNEL
 
     def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
         self._config = config

@@ -11,23 +11,20 @@ from typing import Final
 import structlog
 
 from mesh import _bpf
-from mesh.datapath.kernel import codec
+from mesh._abi import REVNAT, REVNAT_FIN_IN, REVNAT_FIN_OUT, STAMP_SHIFT
 
 AGE: Final = 60.0  # seconds since the client was last heard
 INTERVAL: Final = 30.0  # seconds between two collections
 MOST: Final = 65536  # entries deleted in one collection; the LRU evicts the rest
 PAUSE: Final = 1024  # entries after which other threads get their turn
-FLAGS: Final = 34  # offset of mesh_reply.flags' low byte
-STAMP: Final = 52  # offset of mesh_reply.stamp
-CLOSED: Final = 0x4 | 0x8  # MESH_REPLY_FIN_IN | MESH_REPLY_FIN_OUT
-MARKS: Final = bytes(flags & CLOSED == CLOSED for flags in range(256))
+CLOSED: Final = REVNAT_FIN_IN | REVNAT_FIN_OUT
 
 log = structlog.get_logger(__name__)
 
 
 def _is_over(value: bytes, now: int, age: int) -> bool:
-    seen = codec.unpack_u32(value[STAMP : STAMP + 4])
-    return value[FLAGS] & CLOSED == CLOSED and (now - seen) & 0xFFFFFFFF >= age
+    seen = REVNAT.load("stamp", value)
+    return REVNAT.load("flags", value) & CLOSED == CLOSED and (now - seen) & 0xFFFFFFFF >= age
 
 
 def collect(replies: _bpf.Map, seconds: float = AGE) -> int:
@@ -39,14 +36,13 @@ def collect(replies: _bpf.Map, seconds: float = AGE) -> int:
         How many were deleted.
     """
     keys, values = replies.dump()
-    age, now = int(seconds * 1e9) >> codec.STAMP_SHIFT, time.monotonic_ns() >> codec.STAMP_SHIFT
-    size, step = replies.key_size, codec.REPLY.size
-    marks = values[FLAGS::step].translate(MARKS)
-    gone = at = looked = 0
-    while (at := marks.find(1, at)) >= 0 and gone < MOST:
+    age, now = int(seconds * 1e9) >> STAMP_SHIFT, time.monotonic_ns() >> STAMP_SHIFT
+    size, step = replies.key_size, REVNAT.size
+    gone = 0
+    for looked, at in enumerate(REVNAT.rows_with("flags", CLOSED, values), start=1):
+        if gone >= MOST:
+            break
         key, value = keys[at * size : (at + 1) * size], values[at * step : (at + 1) * step]
-        at += 1
-        looked += 1
         if looked % PAUSE == 0:
             time.sleep(0.002)
         if not _is_over(value, now, age):

@@ -16,7 +16,7 @@ import msgspec
 
 from mesh import model
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
-from mesh.model import Address, Frontend, FrontendState, Protocol, Target
+from mesh.model import Address, EngineKind, Frontend, FrontendState, Protocol, Target
 from mesh.options import from_compact, to_compact
 
 VERSION: Final = 3
@@ -44,7 +44,17 @@ def _target_in(row: list[Any]) -> Target:
     backend, address, port, weight, local, node, container, via, engine, *more = row
     away = ipaddress.ip_address(via) if via else None
     path, masked, agreed = more or (model.Path.LOCAL.value, "", 0)
-    place = (backend, ipaddress.ip_address(address), port, weight, local, node, container, away, engine)
+    place = (
+        backend,
+        ipaddress.ip_address(address),
+        port,
+        weight,
+        local,
+        node,
+        container,
+        away,
+        EngineKind.told(engine),
+    )
     return Target(*place, path=model.Path(path), masked=masked, agreed=agreed)
 
 
@@ -69,7 +79,7 @@ def _frontend_out(state: FrontendState) -> dict[str, Any]:
         "options": to_compact(state.options, whole=True),
         "targets": [_target_out(target) for target in state.targets],
         "panic": state.panic,
-        "passing": state.passing,
+        **({"passing": True} if state.passing else {}),
     }
 
 

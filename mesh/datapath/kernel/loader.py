@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh import _bpf
-from mesh._maglev import ABI_DIGEST
+from mesh._abi import ABI_DIGEST
 from mesh.errors import DatapathError
 
 OBJECTS: Final = Path(__file__).parent / "objects"

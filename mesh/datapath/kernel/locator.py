@@ -15,6 +15,7 @@ from typing import Final
 from mesh.datapath.base import BackendEntry
 from mesh.datapath.netlink import Interface, Netlink, Route, Topology
 from mesh.model import Address, Frontend, Protocol
+from mesh.netaddr import of_proc
 
 INGRESS: Final = "mesh_ingress"
 BRIDGE: Final = "mesh_bridge"
@@ -181,6 +182,6 @@ def is_held(frontend: Frontend) -> bool:
     for table in ("/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"):
         with contextlib.suppress(OSError):
             rows = Path(table).read_text().splitlines()[1:]
-            if any(int(row.split()[1].rpartition(":")[2], 16) == frontend.port for row in rows):
+            if any(of_proc(row.split()[1])[1] == frontend.port for row in rows):
                 return True
     return False

@@ -7,14 +7,15 @@ import contextlib
 import heapq
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from mesh import _bpf
+from mesh import _abi, _bpf, netaddr
+from mesh._abi import BACKEND, BACKEND_STATE_WORD, FRONTEND
 from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.arenas import GRACE, Arenas
-from mesh.datapath.kernel.codec import BackendSlot, Table
+from mesh.datapath.kernel.codec import Table
 from mesh.errors import BpfError, DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
 
@@ -50,8 +51,8 @@ class KernelMaps:
         self.reverse = maps["mesh_revnat"]
         self.arenas = Arenas(maps["mesh_arenas"], directory)
         self.served: dict[Frontend, Served] = {}
-        self.backends: dict[int, BackendSlot] = {}
-        self._free: list[int] = list(range(1, codec.MAX_FRONTENDS))
+        self.backends: dict[int, _abi.Backend] = {}
+        self._free: list[int] = list(range(1, _abi.MAX_FRONTENDS))
         self._freed: list[tuple[float, int]] = []
         self._acls = 0
         self._tunnel: set[int] = set()  # offsets in mesh_ports of the ports where other nodes' flows come in
@@ -62,8 +63,8 @@ class KernelMaps:
     def _restore(self) -> None:
         """Read back what an earlier process left, and remove what is invalid."""
         for frontend, number in list(self._published()):
-            table = codec.table_of(self._frontends.load64(number * 16))
-            flags, acl = codec.options_of(self._frontends.load64(number * 16 + 8))
+            row = self._frontends.read(number * FRONTEND.size, FRONTEND.size)
+            table, flags, acl = codec.unpack_frontend(row)
             if table.size and not self.arenas.claim(table):
                 self._unpublish(frontend)
                 continue
@@ -74,13 +75,12 @@ class KernelMaps:
         self._acls = max((acl for acl, _ in rules), default=0)
         used = {s.acl for s in self.served.values()}
         self._drop_rules(rule for rule in rules if rule[0] not in used)
-        step = codec.BACKEND.size
-        data = self._backends.read(0, codec.MAX_BACKENDS * step)
-        empty = bytes(step)
-        for number in range(2, codec.MAX_BACKENDS):
-            row = data[number * step : (number + 1) * step]
-            if row != empty:
-                self.backends[number] = codec.unpack_backend(row)
+        data = self._backends.read(0, _abi.MAX_BACKENDS * BACKEND.size)
+        empty = bytes(BACKEND.size)
+        for number in range(_abi.OWNER_FIRST, _abi.MAX_BACKENDS):
+            data_row = data[number * BACKEND.size : (number + 1) * BACKEND.size]
+            if data_row != empty:
+                self.backends[number] = BACKEND.unpack(data_row)
 
     def _published(self) -> Iterator[tuple[Frontend, int]]:
         """(frontend, id) of everything in mesh_ports and mesh_exact."""
@@ -91,11 +91,11 @@ class KernelMaps:
                 continue
             for offset in range(base, base + len(empty), 8):
                 word = codec.unpack_u32(words[offset : offset + 4])
-                number = word & codec.PORT_FRONTEND
-                if word & codec.PORT_TUNNEL:
+                number = word & _abi.PORT_FRONTEND
+                if word & _abi.PORT_TUNNEL:
                     self._tunnel.add(offset)
                 if number:
-                    port, udp = offset // 8 % codec.PORT_UDP, offset // 8 >= codec.PORT_UDP
+                    port, udp = offset // 8 % _abi.PORT_UDP, offset // 8 >= _abi.PORT_UDP
                     yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
         for key, value in self._exact.rows():
             yield codec.unpack_frontend_key(key), codec.unpack_u32(value)
@@ -106,23 +106,23 @@ class KernelMaps:
 
     # ---- the node ----
 
-    def configure(self, config: codec.ConfigSlot) -> None:
+    def configure(self, config: _abi.Config) -> None:
         """Write the settings of the whole node."""
-        self._config.write(0, codec.pack_config(config))
+        self._config.write(0, _abi.CONFIG.pack(config))
 
     def listen(self, port: int) -> None:
         """Accept other nodes' flows at this UDP port and at no other; 0: at none."""
         wanted = {codec.port_index(port, Protocol.UDP) * self._ports.step} if port else set()
         for offset in wanted - self._tunnel:
-            self._ports.store32(offset, self._ports.load32(offset) | codec.PORT_TUNNEL)
+            self._ports.store32(offset, self._ports.load32(offset) | _abi.PORT_TUNNEL)
         for offset in self._tunnel - wanted:
-            self._ports.store32(offset, self._ports.load32(offset) & ~codec.PORT_TUNNEL)
+            self._ports.store32(offset, self._ports.load32(offset) & ~_abi.PORT_TUNNEL)
         self._tunnel = wanted
 
     def set_addresses(self, addresses: Iterable[Address], floating: Collection[Address] = ()) -> None:
         """Make exactly these addresses the node's own. Flows to those in `floating` may have begun on another node."""
-        kinds = codec.pack_u32(codec.ADDRESS_OWN), codec.pack_u32(codec.ADDRESS_FLOATING)
-        wanted = {codec.pack_address(a): kinds[a in floating] for a in addresses}
+        kinds = codec.pack_u32(_abi.ADDRESS_OWN), codec.pack_u32(_abi.ADDRESS_FLOATING)
+        wanted = {netaddr.pack(a): kinds[a in floating] for a in addresses}
         held = dict(self._addresses.rows())
         for key, kind in wanted.items():
             if held.get(key) != kind:
@@ -132,7 +132,7 @@ class KernelMaps:
 
     # ---- backends ----
 
-    def put_backends(self, entries: Mapping[int, BackendSlot]) -> None:
+    def put_backends(self, entries: Mapping[int, _abi.Backend]) -> None:
         """Write backends. Their `epoch` is ignored, and increases where an id is given to another backend."""
         fresh = []
         for number, entry in entries.items():
@@ -144,7 +144,7 @@ class KernelMaps:
                 entry.seed,
             )
             epoch = (held.epoch if held else 0) + (0 if same and held and held.state else 1)
-            new = replace(entry, epoch=epoch & 0xFFFFFFFF)
+            new = entry._replace(epoch=epoch & 0xFFFFFFFF)
             if new == held:
                 continue
             if not same:
@@ -153,23 +153,22 @@ class KernelMaps:
         if fresh:
             self._zero("mesh_be_metrics", fresh)
 
-    def _write_backend(self, number: int, new: BackendSlot, *, in_place: bool) -> None:
-        offset, row = number * codec.BACKEND.size, codec.pack_backend(new)
-        word = offset + codec.BACKEND_STATE_OFFSET
+    def _write_backend(self, number: int, new: _abi.Backend, *, in_place: bool) -> None:
+        offset, row = number * BACKEND.size, BACKEND.pack(new)
+        word, rest = BACKEND_STATE_WORD, BACKEND_STATE_WORD + codec.WORD
         if not in_place:  # a free id: nothing refers to it
-            self._backends.store32(word, 0)
-            self._backends.write(offset, row[: codec.BACKEND_STATE_OFFSET])
-        self._backends.write(word + 8, row[codec.BACKEND_STATE_OFFSET + 8 :])
-        both = row[codec.BACKEND_STATE_OFFSET : codec.BACKEND_STATE_OFFSET + 8]  # port, protocol, state and epoch
-        self._backends.store64(word, codec.unpack_u64(both))
+            self._backends.store64(offset + word, 0)
+            self._backends.write(offset, row[:word])
+        self._backends.write(offset + rest, row[rest:])
+        self._backends.store64(offset + word, codec.word_at(row, word))
         self.backends[number] = new
 
     def free_backends(self, numbers: Iterable[int]) -> None:
         """Mark backends as gone: their flows go to their slots' current owners. The epochs stay."""
         for number in numbers:
             held = self.backends.get(number)
-            if held is not None and held.state != codec.BACKEND_FREE:
-                self._write_backend(number, replace(held, state=codec.BACKEND_FREE), in_place=True)
+            if held is not None and held.state != _abi.BACKEND_FREE:
+                self._write_backend(number, held._replace(state=_abi.BACKEND_FREE), in_place=True)
 
     # ---- frontends ----
 
@@ -191,10 +190,11 @@ class KernelMaps:
             raise ValueError(f"{frontend} has no table yet")
         acl = self._put_rules(rules) if rules is not None else (held.acl if held else 0)
         number = held.id if held else self._new_id(frontend)
+        place, options = codec.frontend_words(table, flags, acl)
         if held is None or (flags, acl) != (held.flags, held.acl):
-            self._frontends.store64(number * 16 + 8, codec.options_word(flags, acl))
+            self._frontends.store64(number * FRONTEND.size + _abi.FRONTEND_OPTIONS_WORD, options)
         if held is None or table != held.table:
-            self._frontends.store64(number * 16, codec.table_word(table))
+            self._frontends.store64(number * FRONTEND.size + _abi.FRONTEND_TABLE_WORD, place)
         self.served[frontend] = Served(number, table, flags, acl)
         if held is None:
             self._publish(frontend, number)
@@ -212,7 +212,7 @@ class KernelMaps:
             time.sleep(GRACE)
             return self._new_id(frontend)
         if not self._free:
-            raise DatapathError(f"no room for more than {codec.MAX_FRONTENDS - 1} frontends", where=str(frontend))
+            raise DatapathError(f"no room for more than {_abi.MAX_FRONTENDS - 1} frontends", where=str(frontend))
         number = heapq.heappop(self._free)
         self._zero("mesh_fe_metrics", [number])
         return number
@@ -221,21 +221,21 @@ class KernelMaps:
         offset = codec.port_index(frontend.port, frontend.protocol) * self._ports.step
         word = self._ports.load32(offset)
         if frontend.address == ANY_ADDRESS:
-            self._ports.store32(offset, word & ~codec.PORT_FRONTEND | number)
+            self._ports.store32(offset, word & ~_abi.PORT_FRONTEND | number)
             return
         self._exact.update(codec.pack_frontend_key(frontend), codec.pack_u32(number))
-        self._ports.store32(offset, word | codec.PORT_EXACT)
+        self._ports.store32(offset, word | _abi.PORT_EXACT)
 
     def _unpublish(self, frontend: Frontend) -> None:
         offset = codec.port_index(frontend.port, frontend.protocol) * self._ports.step
         word = self._ports.load32(offset)
         if frontend.address == ANY_ADDRESS:
-            self._ports.store32(offset, word & ~codec.PORT_FRONTEND)
+            self._ports.store32(offset, word & ~_abi.PORT_FRONTEND)
             return
         self._exact.delete(codec.pack_frontend_key(frontend))
         others = (f for f in self.served if f != frontend and f.address != ANY_ADDRESS)
         if not any((f.port, f.protocol) == (frontend.port, frontend.protocol) for f in others):
-            self._ports.store32(offset, word & ~codec.PORT_EXACT)
+            self._ports.store32(offset, word & ~_abi.PORT_EXACT)
 
     def drop_frontend(self, frontend: Frontend) -> None:
         """Stop serving a frontend: its packets pass to the kernel."""
@@ -281,11 +281,11 @@ class KernelMaps:
         """The first `limit` rows of a per-CPU array, summed; any thread."""
         return self._maps[name].sums(limit)[1]
 
-    def notes(self) -> Iterator[tuple[bytes, codec.Note]]:
+    def notes(self) -> Iterator[tuple[bytes, _abi.Note]]:
         """(flow as mesh_flow bytes, note) of the whole flow cache, flows of one packet included; any thread."""
         for name in ("mesh_flows", "mesh_flows_new"):
             for flow, note in self._maps[name].rows():
-                yield flow, codec.unpack_note(note)
+                yield flow, _abi.NOTE.unpack(note)
 
     def size(self, name: str) -> int:
         """The capacity of a map, in entries."""
@@ -293,11 +293,12 @@ class KernelMaps:
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
         """(protocol, flags, stamp) of all of reverse NAT, except for backends that are gone; any thread."""
-        for flow, reply in self._maps["mesh_revnat"].rows():
-            protocol = codec.FLOW.unpack(flow)[4]
-            _, _, _, flags, _, _, owner, epoch, stamp = codec.REPLY.unpack(reply)
+        keys, values = self._maps["mesh_revnat"].dump()
+        names = ("owner", "epoch", "flags", "stamp")
+        columns = [_abi.FLOW.column("protocol", keys), *(_abi.REVNAT.column(name, values) for name in names)]
+        for protocol, owner, epoch, flags, stamp in zip(*columns, strict=True):
             backend = self.backends.get(owner)
-            if backend is not None and backend.state != codec.BACKEND_FREE and backend.epoch == epoch:
+            if backend is not None and backend.state != _abi.BACKEND_FREE and backend.epoch == epoch:
                 yield protocol, flags, stamp
 
     def entries(self, name: str) -> int:

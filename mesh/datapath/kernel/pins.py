@@ -9,19 +9,15 @@ import errno
 import hashlib
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Final
 
-from mesh._maglev import ABI_DIGEST, ABI_VERSION
+from mesh._abi import ABI_DIGEST, ABI_VERSION
+from mesh._linux import BPF_FS_MAGIC, SO_NETNS_COOKIE
 from mesh.config.keys import Config
 from mesh.errors import DatapathError
-
-BPF_FS_MAGIC: Final = 0xCAFE4A11
-
-
-SO_NETNS_COOKIE: Final = 71
-
 
 CONTRACT: Final = f"{ABI_VERSION}-{ABI_DIGEST}"  # name of this build's directory below `pin_home`
 
@@ -32,7 +28,7 @@ NAMES, OWNER = "kernel-names.json", "kernel-owner"  # files in the state directo
 def netns_cookie() -> int:
     """The kernel's number for this network namespace, which it never reuses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
-        return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
 
 
 def instance(config: Config) -> str:
@@ -52,7 +48,7 @@ def is_bpf_fs(path: Path) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.statfs(os.fsencode(path), buffer) != 0:
         return False
-    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") == BPF_FS_MAGIC
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == BPF_FS_MAGIC
 
 
 def ensure_bpf_fs(path: Path) -> None:

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
+from mesh import _abi
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry, Plan
-from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.locator import Location, is_held
 from mesh.datapath.kernel.maps import KernelMaps
@@ -95,10 +94,10 @@ class Publisher:
         return self._tables.get(entry.state.frontend) is entry.table
 
     def _flags(self, frontend: Frontend, options: ServiceOptions) -> int:
-        flags = codec.FRONTEND_CLIENT if options.affinity is Affinity.CLIENT_IP else 0
-        flags |= codec.FRONTEND_DENY if options.allow else 0
-        flags |= codec.FRONTEND_PASS_IF_NONE if self._pass_if_none else 0
-        return flags | (codec.FRONTEND_HOLD if frontend in self._held_until else 0)
+        flags = _abi.FRONTEND_CLIENT if options.affinity is Affinity.CLIENT_IP else 0
+        flags |= _abi.FRONTEND_DENY if options.allow else 0
+        flags |= _abi.FRONTEND_PASS_IF_NONE if self._pass_if_none else 0
+        return flags | (_abi.FRONTEND_HOLD if frontend in self._held_until else 0)
 
     def due(self) -> float:
         """Seconds until `release_holds` has something to do; infinite: nothing is held."""
@@ -114,22 +113,21 @@ class Publisher:
                 self._maps.put_frontend(frontend, None, self._flags(frontend, entry.state.options), None)
 
 
-def backend_slot(entry: BackendEntry, location: Location) -> codec.BackendSlot:
+def backend_slot(entry: BackendEntry, location: Location) -> _abi.Backend:
     """A backend as the programs need it. Pure.
 
     Args:
         location: where it is, for a backend of this node.
     """
     target = entry.target
-    slot = codec.BackendSlot(
+    slot = _abi.Backend(
         address=target.via or target.address,
         port=entry.key.port,
         protocol=entry.key.protocol,
-        state=codec.BACKEND_ACTIVE if target.weight else codec.BACKEND_DRAINING,
-        epoch=0,
+        state=_abi.BACKEND_ACTIVE if target.weight else _abi.BACKEND_DRAINING,
     )
     if target.via is not None:
         tunnelled = entry.key.path != Path.PEER.value
-        return dataclasses.replace(slot, seed=seed_of(entry.key), version=AWAY_VERSION if tunnelled else 0)
-    bridge = codec.LOOPBACK if location.own else location.via
-    return dataclasses.replace(slot, ifindex=location.veth, bridge=bridge, mac=location.mac)
+        return slot._replace(seed=seed_of(entry.key), version=AWAY_VERSION if tunnelled else 0)
+    bridge = _abi.LOOPBACK if location.own else location.via
+    return slot._replace(ifindex=location.veth, bridge=bridge, mac=location.mac)

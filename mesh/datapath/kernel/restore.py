@@ -6,29 +6,29 @@ from __future__ import annotations
 import ipaddress
 from typing import Final
 
-from mesh import _bpf
+from mesh import _abi, _bpf, netaddr
 from mesh._maglev import SlotTable, backend_seed, hash_flow
-from mesh.datapath.base import OWNER_FIRST, OWNER_PASS, Applied, BackendEntry, BackendKey, FrontendEntry, key_of
-from mesh.datapath.kernel import codec, stats
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, key_of
+from mesh.datapath.kernel import stats
 from mesh.datapath.kernel.journal import Names
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import seed_of
 from mesh.errors import DatapathError
 from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
 
-LOCAL: Final = bytes(8)  # mesh_backend.seed of a backend that runs here
+LOCAL: Final = _abi.Backend().seed  # mesh_backend.seed of a backend that runs here
 
 
 def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
     """What the maps hold, with the journal's names where they match, else with made-up ones."""
     backends: dict[BackendKey, BackendEntry] = {}
     for number, slot in maps.backends.items():
-        if slot.state == codec.BACKEND_FREE:
+        if slot.state == _abi.BACKEND_FREE:
             continue
         entry = names.backends.get(number)
         if entry is None or _published(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
             key = BackendKey(f"restored-{number}", slot.port, slot.protocol)
-            weight = 0 if slot.state == codec.BACKEND_DRAINING else 1
+            weight = 0 if slot.state == _abi.BACKEND_DRAINING else 1
             away = slot.address if slot.seed != LOCAL else None
             target = Target(key.backend, slot.address, slot.port, weight, local=away is None, via=away)
             entry = BackendEntry(number, key, target)
@@ -43,7 +43,7 @@ def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> App
         state = names.frontends.get(frontend) or FrontendState(frontend, "", "", ServiceOptions(table_size=table.size))
         keys = (key_of(state, target) for target in state.targets)
         ids = {backends[key].id for key in keys if key in backends}
-        ids |= {owner for owner in table.owners() if owner >= OWNER_FIRST}
+        ids |= {owner for owner in table.owners() if owner >= _abi.OWNER_FIRST}
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
     return Applied(names.generation, frontends, backends, nodes)
 
@@ -66,7 +66,7 @@ def from_journal(names: Names) -> Applied:
         held = [(t, entries[key].id) for t, key in zip(state.targets, keys, strict=True) if key in entries]
         seeds = [(backend_seed(t.backend), number, t.weight) for t, number in held]
         size = state.options.table_size
-        table = SlotTable.uniform(size, OWNER_PASS) if state.passing else SlotTable.build(size, seeds)
+        table = SlotTable.uniform(size, _abi.OWNER_PASS) if state.passing else SlotTable.build(size, seeds)
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(number for _, number in held)))
     return Applied(names.generation, frontends, entries, names.nodes)
 
@@ -79,7 +79,7 @@ def check_hash(program: _bpf.Program) -> None:
     """
     addresses = ipaddress.ip_address("198.51.100.7"), ipaddress.ip_address("192.0.2.1")
     flow = Flow(addresses[0], 40000, addresses[1], 9, Protocol.TCP)
-    source, destination = codec.pack_address(flow.source), codec.pack_address(flow.destination)
+    source, destination = netaddr.pack(flow.source), netaddr.pack(flow.destination)
     expected = hash_flow(source, flow.source_port, destination, flow.destination_port, int(flow.protocol))
     found = stats.explain(program, flow)
     if found.hash != expected:

@@ -8,11 +8,19 @@ from typing import Final
 
 import structlog
 
-from mesh import _bpf
-from mesh.datapath.netlink import Monitor
+from mesh import _bpf, _linux
+from mesh.datapath.netlink import Monitor, groups
 
-# links; addresses, routes and rules of both versions; next hop objects: bit n - 1 of RTNLGRP_* n (linux/rtnetlink.h)
-GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000 | 0x80000000
+GROUPS: Final = groups(
+    _linux.RTNLGRP_LINK,
+    _linux.RTNLGRP_IPV4_IFADDR,
+    _linux.RTNLGRP_IPV4_ROUTE,
+    _linux.RTNLGRP_IPV4_RULE,
+    _linux.RTNLGRP_IPV6_IFADDR,
+    _linux.RTNLGRP_IPV6_ROUTE,
+    _linux.RTNLGRP_IPV6_RULE,
+    _linux.RTNLGRP_NEXTHOP,
+)
 FOREVER: Final = 3600.0  # seconds
 AGAIN: Final = 1.0  # seconds until a retry
 

@@ -8,20 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from mesh import _bpf
-from mesh._maglev import hash_client, hash_flow, slot_of
+from mesh import _abi, _bpf, _linux
+from mesh._maglev import hash_packed, slot_of
+from mesh.datapath import packets
 from mesh.datapath.base import Applied, BackendKey, Explanation, Stats
 from mesh.datapath.counters import CounterTable
 from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.maps import KernelMaps, Served
 from mesh.model import Affinity, Flow, Frontend, Protocol
 
-VERDICTS: Final = tuple(name.lower() for name, _ in _bpf.VERDICTS)
-SKB: Final = 192  # bytes of struct __sk_buff
-SKB_CB: Final = 48  # offset of its cb
-ETHER: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
+VERDICTS: Final = tuple(name.lower() for name, _ in _abi.VERDICTS)
 UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
-REPLY_CLOSED: Final = 0x4 | 0x8
+REPLY_CLOSED: Final = _abi.REVNAT_FIN_IN | _abi.REVNAT_FIN_OUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +53,11 @@ class Order:
 
 def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> list[Sequence[int]]:
     """Rows of mesh_counts as columns of a CounterTable. UDP flows have no end: all count as closed, none as active."""
-    data = memoryview(raw).cast("Q").tolist()
-    width = codec.COUNTS.size // 8
-    packets_in, bytes_in, packets_out, bytes_out, opened, ended = (
-        [column[row] for row in rows] for column in (data[i::width] for i in range(width))
-    )
+    names = ("starts", "ends", "bytes_in", "bytes_out", "packets_in", "packets_out")
+    opened, ended, *sums = (_abi.COUNTS.column(name, raw, rows) for name in names)
     tcp = Protocol.TCP
     closed = [min(e, s) if p is tcp else s for s, e, p in zip(opened, ended, protocols, strict=True)]
-    return [opened, closed, [0] * len(rows), bytes_in, bytes_out, packets_in, packets_out]
+    return [opened, closed, [0] * len(rows), *sums]
 
 
 def read(maps: KernelMaps, order: Order) -> Stats:
@@ -74,7 +69,7 @@ def read(maps: KernelMaps, order: Order) -> Stats:
     columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])
     backends = CounterTable(order.backends, columns)
     raw = maps.counts("mesh_verdicts", len(VERDICTS))
-    verdicts = {name: codec.unpack_u64(raw[8 * i : 8 * i + 8]) for i, name in enumerate(VERDICTS)}
+    verdicts = dict(zip(VERDICTS, codec.unpack_u64s(raw), strict=True))
     tracked = any(entry.table.tracked for entry in order.applied.frontends.values())
     gauges = {
         "flow_cache_entries": float(maps.entries("mesh_flows")) if tracked else 0.0,
@@ -97,20 +92,15 @@ def run_time(programs: Mapping[str, _bpf.Program]) -> dict[str, int]:
 
 def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Frontend, frozenset[int]]:
     """See Datapath.live_slots. Flows noted under the current owner need no note to reach it."""
-    oldest = (time.monotonic_ns() - int(seconds * 1e9)) >> codec.STAMP_SHIFT
+    oldest = (time.monotonic_ns() - int(seconds * 1e9)) >> _abi.STAMP_SHIFT
     numbers = {served.id: frontend for frontend, served in maps.served.items()}
     found: dict[Frontend, set[int]] = {}
     for raw, note in maps.notes():
-        frontend = numbers.get(note.frontend)
+        frontend = numbers.get(note.frontend & ~_abi.NOTE_ASKED)
         entry = applied.frontends.get(frontend) if frontend is not None else None
         if frontend is None or entry is None or note.stamp < oldest:
             continue
-        source, destination, source_port, destination_port, protocol = codec.FLOW.unpack(raw)
-        if entry.state.options.affinity is Affinity.CLIENT_IP:
-            number = hash_client(source)
-        else:
-            ports = codec.be16(source_port), codec.be16(destination_port)
-            number = hash_flow(source, ports[0], destination, ports[1], protocol)
+        number = hash_packed(raw, entry.state.options.affinity is Affinity.CLIENT_IP)
         slot = slot_of(number, entry.table.size)
         if note.owner != entry.table.slot(slot)[0]:
             found.setdefault(frontend, set()).add(slot)
@@ -119,7 +109,7 @@ def live_slots(maps: KernelMaps, applied: Applied, seconds: float) -> Mapping[Fr
 
 def live_flows(maps: KernelMaps) -> int:
     """How many flows are established: TCP until both ends have closed, UDP for a minute after the last datagram."""
-    now = time.monotonic_ns() >> codec.STAMP_SHIFT
+    now = time.monotonic_ns() >> _abi.STAMP_SHIFT
     return sum(
         flags & REPLY_CLOSED != REPLY_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
         for protocol, flags, stamp in maps.replies()
@@ -141,25 +131,26 @@ def wait_for_flows(maps: KernelMaps, seconds: float) -> int:
         time.sleep(min(max(0.2, 20 * (now - began)), deadline - now))
 
 
-def _packet(flow: Flow) -> bytes:
+def _frame(flow: Flow) -> bytes:
     """The first packet of a flow as it arrives; the program does not check its checksums."""
     if flow.protocol is Protocol.TCP:
-        segment = codec.NETWORK.tcp.pack(flow.source_port, flow.destination_port, 0, 0, 0x50, 0x02, 65535, 0, 0)
+        segment = packets.tcp(flow.source_port, flow.destination_port, packets.SYN, window=65535)
     else:
-        segment = codec.NETWORK.udp.pack(flow.source_port, flow.destination_port, 8, 0)
-    source, destination, protocol = flow.source.packed, flow.destination.packed, int(flow.protocol)
-    if flow.source.version == 4:
-        header = codec.NETWORK.ipv4.pack(0x45, 0, 20 + len(segment), 0, 0, 64, protocol, 0, source, destination)
-    else:
-        header = codec.NETWORK.ipv6.pack(6 << 28, len(segment), protocol, 64, source, destination)
-    return bytes(12) + ETHER[flow.source.version] + header + segment
+        segment = packets.udp(flow.source_port, flow.destination_port)
+    packet = packets.ip(flow.source, flow.destination, flow.protocol, segment)
+    ether = _linux.EthHdr(h_proto=packets.ETHER_TYPE[flow.source.version])
+    return _linux.ETHHDR.pack(ether) + packet
 
 
 def explain(program: _bpf.Program, flow: Flow) -> Explanation:
     """Ask the loaded program mesh_explain by a test run, which counts and notes nothing."""
-    answer = program.test_run(_packet(flow), bytes(SKB)).ctx
-    verdict, frontend, number, slot, owner = (
-        codec.unpack_u32(answer[SKB_CB + 4 * i : SKB_CB + 4 * i + 4]) for i in range(5)
+    answer = program.test_run(_frame(flow), _linux.SKBUFF.pack(_linux.SkBuff())).ctx
+    words = codec.unpack_u32s(_linux.SKBUFF.unpack_from(answer).cb)
+    verdict = words[_abi.EXPLAIN_VERDICT]
+    return Explanation(
+        VERDICTS[verdict] if verdict < _abi.VERDICT_COUNT else "not ours",
+        words[_abi.EXPLAIN_FRONTEND],
+        words[_abi.EXPLAIN_HASH],
+        words[_abi.EXPLAIN_SLOT],
+        words[_abi.EXPLAIN_OWNER],
     )
-    name = VERDICTS[verdict] if verdict < len(VERDICTS) else "not ours"
-    return Explanation(name, frontend, number, slot, owner)

@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from mesh import _bpf
+from mesh import _abi, _bpf, netaddr
 from mesh._maglev import backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.kernel import codec
-from mesh.datapath.kernel.codec import ConfigSlot, NodeSlot
 from mesh.datapath.netlink import Netlink, Topology
-from mesh.model import Address, Frontend, Protocol
+from mesh.model import Address, EngineKind, Frontend, Protocol
 
 AGAIN: Final = 4.0  # seconds until routes are read again: they change without interfaces or addresses changing
 # What a task that calls itself sees as its peer: addresses that no host has (RFC 7600, RFC 6666).
@@ -24,15 +23,27 @@ HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
 NOWHERE: Final = ipaddress.IPv4Address(0)
 
 
-def node_config(config: Config, cookie: int) -> ConfigSlot:
+def node_config(config: Config, cookie: int) -> _abi.Config:
     """The settings of this node, in the network namespace of this cookie."""
-    settings = codec.SETTING_DIRECT if config.return_path == "direct" else 0
-    return ConfigSlot(cookie, HAIRPIN, HAIRPIN6, settings, config.tunnel_port, config.error_rate)
+    settings = _abi.SETTING_DIRECT if config.return_path == "direct" else 0
+    return _abi.Config(
+        netns_cookie=cookie,
+        hairpin=HAIRPIN,
+        hairpin6=HAIRPIN6,
+        settings=settings,
+        tunnel_port=config.tunnel_port,
+        error_rate=config.error_rate,
+    )
 
 
 def seed_of(key: BackendKey) -> bytes:
     """A backend's name between nodes, next to its port: the first 8 bytes of its permutation's seed."""
     return backend_seed(key.backend)[:8]
+
+
+def _known(value: bytes) -> _abi.Node:
+    """A mesh_node, but for what the programs write."""
+    return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0)
 
 
 class Nodes:
@@ -42,19 +53,19 @@ class Nodes:
         self._nodes = maps["mesh_nodes"]
         self._paths = maps["mesh_node_addrs"]
         self._netlink = netlink
-        self._engines: dict[Address, str] = {}
+        self._engines: dict[Address, EngineKind] = {}
         self._seen: tuple[object, ...] = ()
         self._again = 0.0
         self._next = 0
-        self.held: dict[Address, NodeSlot] = {}
+        self.held: dict[Address, _abi.Node] = {}
         self.all: tuple[Address, ...] = ()
         self.restore()
 
     def restore(self) -> None:
         """Read back what is in the maps."""
-        held = self.held = {codec.unpack_address(key): codec.unpack_node(value) for key, value in self._nodes.rows()}
+        held = self.held = {netaddr.unpack(key): _known(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():
-            self._paths.update(codec.pack_u32(slot.id), codec.pack_address(address))
+            self._paths.update(codec.pack_u32(slot.id), netaddr.pack(address))
         own = {slot.source for slot in held.values()} - {NOWHERE}
         self.all = tuple(sorted({*held, *own}, key=lambda a: (a.version, a.packed)))
         self._next = max((slot.id for slot in held.values()), default=-1) + 1
@@ -79,38 +90,39 @@ class Nodes:
             return
         own = [address for address in self.all if address in topology.addresses]
         for address in self.held.keys() - set(self.all) | self.held.keys() & set(own):
-            self._nodes.delete(codec.pack_address(address))
+            self._nodes.delete(netaddr.pack(address))
             del self.held[address]
         for address in self.all:
             if address not in own:
                 self._put(address, self._slot(address, own, topology))
         self._seen, self._again = seen, now + AGAIN
 
-    def _slot(self, address: Address, own: Iterable[Address], topology: Topology) -> NodeSlot:
+    def _slot(self, address: Address, own: Iterable[Address], topology: Topology) -> _abi.Node:
         """The path to a node. Without a route it stays unchanged: flows wait for it instead of being rejected."""
         held = self.held.get(address)
         number = held.id if held is not None else self._number()
         route = self._netlink.route(address)
         interface = topology.interfaces.get(route.interface) if route is not None else None
         if route is None or interface is None or route.local:
-            return held or NodeSlot(NOWHERE, 0, 0, number)
+            return held or _abi.Node(source=NOWHERE, id=number)
         source = next((a for a in own if a.version == address.version), route.source) or NOWHERE
-        takes = self._engines.get(address) != "proxy" and interface.ethernet
-        return NodeSlot(source, interface.index, min(route.mtu or interface.mtu, interface.mtu) * takes, number)
+        takes = self._engines.get(address) != EngineKind.PROXY and interface.ethernet
+        mtu = min(route.mtu or interface.mtu, interface.mtu) * takes
+        return _abi.Node(source=source, ifindex=interface.index, mtu=mtu, id=number)
 
     def _number(self) -> int:
         """A free node id. Ids of nodes that are gone come last, because replies to them may still be on their way."""
         used = {slot.id for slot in self.held.values()}
-        numbers = (n % codec.MAX_NODES for n in range(self._next, self._next + codec.MAX_NODES))
+        numbers = (n % _abi.MAX_NODES for n in range(self._next, self._next + _abi.MAX_NODES))
         number = next((n for n in numbers if n not in used), 0)
         self._next = number + 1
         return number
 
-    def _put(self, address: Address, slot: NodeSlot) -> None:
+    def _put(self, address: Address, slot: _abi.Node) -> None:
         if self.held.get(address) == slot:
             return
-        self._paths.update(codec.pack_u32(slot.id), codec.pack_address(address))
-        self._nodes.update(codec.pack_address(address), codec.pack_node(slot))
+        self._paths.update(codec.pack_u32(slot.id), netaddr.pack(address))
+        self._nodes.update(netaddr.pack(address), _abi.NODE.pack(slot))
         self.held[address] = slot
 
     @property

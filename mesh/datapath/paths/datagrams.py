@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
-import struct
 from collections.abc import Callable
 from typing import Final
 
+from mesh import _linux
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY
 from mesh.model import Address
 
-_RECVERR: Final = {4: (socket.IPPROTO_IP, 11), 6: (socket.IPPROTO_IPV6, 25)}  # IP_RECVERR, IPV6_RECVERR
-_ERROR: Final = struct.Struct("=IBBBBII")  # struct sock_extended_err, linux/errqueue.h
-_REFUSED: Final = 111  # ECONNREFUSED
+_RECVERR: Final = {4: (socket.IPPROTO_IP, _linux.IP_RECVERR), 6: (socket.IPPROTO_IPV6, _linux.IPV6_RECVERR)}
 _LONGEST: Final = 2048
 
 
@@ -81,7 +80,7 @@ class Questions:
                 except BlockingIOError:
                     pass  # the next try
                 except OSError as error:
-                    if error.errno != _REFUSED:  # that of another node, which the error queue has told
+                    if error.errno != errno.ECONNREFUSED:  # that of another node, which the error queue has told
                         return error.strerror or str(error)
                 done, _ = await asyncio.wait([answer], timeout=wait)
                 if done:
@@ -98,12 +97,12 @@ class Questions:
             while True:
                 _, messages, _, to = self._sock.recvmsg(_LONGEST, 512, socket.MSG_ERRQUEUE)
                 for level, kind, data in messages:
-                    if (level, kind) == _RECVERR[self._version] and len(data) >= _ERROR.size:
-                        self._on_error(to[0].partition("%")[0], _ERROR.unpack_from(data)[0])
+                    if (level, kind) == _RECVERR[self._version] and len(data) >= _linux.SOCKEXTENDEDERR.size:
+                        self._on_error(to[0].partition("%")[0], _linux.SOCKEXTENDEDERR.unpack_from(data, 0).ee_errno)
         self._on_answer(self._sock)
 
     def _on_error(self, name: str, number: int) -> None:
-        said = NOBODY if number == _REFUSED else os.strerror(number)
+        said = NOBODY if number == errno.ECONNREFUSED else os.strerror(number)
         for nonce in self._asked.get(name, ()):
             self._settle(nonce, said)
 

@@ -18,7 +18,7 @@ from mesh.config.keys import Config
 from mesh.datapath.paths import peer_probe, tunnel_probe
 from mesh.datapath.paths.datagrams import Questions
 from mesh.datapath.paths.peer_probe import NOBODY, ask_stream
-from mesh.model import Address, Node, Path, PathState, PathView, Problem
+from mesh.model import Address, EngineKind, Node, Path, PathState, PathView, Problem
 
 EVERY: Final = 0.4  # seconds between two trials of a path that is up, where there are few nodes
 AGAIN: Final = 1.0  # likewise of one that is down; the other half of the proof of one that comes back takes EVERY
@@ -83,7 +83,7 @@ class PathMonitor:
     def __init__(
         self,
         config: Config,
-        engine: str,
+        engine: EngineKind,
         nodes: Nodes,
         *,
         on_change: Callable[[PathView], None] = lambda view: None,
@@ -178,7 +178,7 @@ class PathMonitor:
         yield Path.PEER
         yield Path.PEER_UDP
         own, other = here.address if here is not None else None, node.address
-        both = self._engine == "kernel" and node.engine != "proxy" and self._may_tunnel
+        both = self._engine == EngineKind.KERNEL and node.engine != EngineKind.PROXY and self._may_tunnel
         if both and own is not None and other is not None and own.version == other.version:
             yield Path.TUNNEL
 

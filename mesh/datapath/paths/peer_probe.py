@@ -10,12 +10,13 @@ import asyncio
 import errno
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from mesh import _linux
+from mesh.datapath import packets
 from mesh.model import Address
 
 CONNECT: Final = 3.0  # seconds
@@ -24,15 +25,17 @@ WAIT: Final = 0.4  # seconds for one answer
 NO_ANSWER: Final = "no answer"
 NOBODY: Final = "nobody listens"
 LEAST: Final = {4: 576, 6: 1280}  # bytes that every path carries: RFC 791, RFC 8200
-_HEADERS: Final = {4: 28, 6: 48}  # IP and UDP
+_HEADERS: Final = {version: size + _linux.UDP.size for version, size in packets.IP_SIZE.items()}  # IP and UDP
 _TAG: Final = bytes(10)
 _HEAD: Final = 52  # PEER_UDP
 _QUESTION: Final = b"MUD1" + _TAG + b"\0\0"
 _ANSWER: Final = b"MUD1" + _TAG + b"\1\0"
-# ip(7), ipv6(7); not in the socket module.
-_DISCOVER: Final = {4: (socket.IPPROTO_IP, 10), 6: (socket.IPPROTO_IPV6, 23)}
-_MTU: Final = {4: (socket.IPPROTO_IP, 14), 6: (socket.IPPROTO_IPV6, 24)}
-_PROBE: Final = 3  # do not fragment, and do not believe what is known of the path
+_DISCOVER: Final = {
+    4: (socket.IPPROTO_IP, _linux.IP_MTU_DISCOVER),
+    6: (socket.IPPROTO_IPV6, _linux.IPV6_MTU_DISCOVER),
+}
+_MTU: Final = {4: (socket.IPPROTO_IP, _linux.IP_MTU), 6: (socket.IPPROTO_IPV6, _linux.IPV6_MTU)}
+_PROBE: Final = _linux.IP_PMTUDISC_PROBE  # do not fragment, and do not believe what is known of the path
 _TOLD: Final = -1
 _REFUSED: Final = -2
 
@@ -67,9 +70,9 @@ async def ask_stream(address: Address, port: int, wait: float = CONNECT) -> str:
     """
     client = bytes(2 * (4 if address.version == 4 else 16) + 4)
     value = _TAG + b"\0"
-    body = client + b"\xe0" + struct.pack(">H", len(value)) + value
+    body = client + b"\xe0" + len(value).to_bytes(2, "big") + value
     family = b"\x11" if address.version == 4 else b"\x21"
-    header = b"\r\n\r\n\0\r\nQUIT\n\x21" + family + struct.pack(">H", len(body)) + body
+    header = b"\r\n\r\n\0\r\nQUIT\n\x21" + family + len(body).to_bytes(2, "big") + body
     try:
         async with asyncio.timeout(wait):
             reader, writer = await asyncio.open_connection(str(address), port)

@@ -9,60 +9,67 @@ node's programs drop the reset (`tunnel_invalid`), for it belongs to no flow; a 
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 import secrets
 import socket
-import struct
 from contextlib import ExitStack
 from typing import Final
 
-from mesh.datapath.kernel.codec import NETWORK
+from mesh import _abi, _linux
+from mesh.datapath import packets
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, answered
 from mesh.model import Address, Protocol
 
 TRIES: Final = 3
 WAIT: Final = 0.5  # seconds for one answer
 NO_RIGHT: Final = "not permitted"
-_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
-_ETH_P_ALL: Final = 3  # a socket for one protocol would come after the programs
-_GENEVE: Final = struct.Struct(">BBHIHBB")  # and its one option: struct mesh_geneve without the id
-_HEAD: Final = _GENEVE.pack(4, 0x40, 0x0800, 0, 0xFF6D, 0x81, 3)
-_ID: Final = 12  # bytes, the last of them flags
-_REPLY: Final = 1  # MESH_TUNNEL_REPLY
-_NOBODY: Final = bytes((192, 0, 0, 8))  # an address that nothing has (RFC 7600), inside
-_IP: Final = {4: 20, 6: 40}  # bytes of the outer header
-_UDP: Final = 8
-_ACK: Final = 0x10
+_NOBODY: Final = ipaddress.IPv4Address("192.0.0.8")  # an address that nothing has (RFC 7600), inside
+_ID: Final = _abi.GENEVE.offsets["id"]
+_INNER: Final = _abi.GENEVE.size  # where the inner packet begins, after the outer UDP header
+_SEGMENT: Final = _INNER + packets.IP_SIZE[4]
+_LOAD_HALF: Final = _linux.BPF_LD | _linux.BPF_H | _linux.BPF_ABS
+_LOAD_BYTE: Final = _linux.BPF_LD | _linux.BPF_B | _linux.BPF_ABS
+_IF_EQUAL: Final = _linux.BPF_JMP | _linux.BPF_JEQ | _linux.BPF_K
+_RETURN: Final = _linux.BPF_RET | _linux.BPF_K
 
 
 def question(port: int, nonce: int) -> bytes:
     """The datagram's payload: from the inner port `port`, acknowledging `nonce`, which a reset repeats."""
-    tcp = NETWORK.tcp.pack(port, 0, 0, nonce, 0x50, _ACK, 0, 0, 0)  # to port 0, where nobody can publish
-    ip = NETWORK.ipv4.pack(0x45, 0, 20 + len(tcp), 0, 0, 64, Protocol.TCP, 0, _NOBODY, _NOBODY)
-    ident = struct.pack(">8sHBB", secrets.token_bytes(8), 0, Protocol.TCP, 0)
-    return _HEAD + ident + ip + tcp
+    segment = packets.tcp(port, 0, packets.ACK, acknowledged=nonce)  # to port 0, where nobody can publish
+    header = _abi.Geneve(
+        words=_abi.GENEVE_WORDS,
+        flags=_abi.GENEVE_CRITICAL,
+        inner=packets.ETHER_TYPE[4],
+        option_class=_abi.GENEVE_CLASS,
+        option_type=_abi.GENEVE_TYPE,
+        option_words=_abi.GENEVE_OPTION,
+        id=_abi.Id(seed=secrets.token_bytes(8), protocol=Protocol.TCP),
+    )
+    return _abi.GENEVE.pack(header) + packets.ip(_NOBODY, _NOBODY, Protocol.TCP, segment)
 
 
 def _filter(version: int, tunnel_port: int, port: int) -> bytes:
     """Classic BPF (linux/filter.h), from the IP header on: replies in the tunnel to the inner port `port`."""
-    udp = _IP[version]
-    inner = udp + _UDP + len(_HEAD) + _ID
+    udp = packets.IP_SIZE[version]
+    geneve = udp + _linux.UDP.size
     program = [
-        (0x28, 0, 0, udp + 2),  # load the destination port
-        (0x15, 0, 5, tunnel_port),  # go on if equal, else past the next five
-        (0x30, 0, 0, inner - 1),
-        (0x15, 0, 3, _REPLY),
-        (0x28, 0, 0, inner + 20 + 2),
-        (0x15, 0, 1, port),
-        (0x06, 0, 0, 0xFFFF),
-        (0x06, 0, 0, 0),
+        (_LOAD_HALF, 0, 0, udp + _linux.UDP.offsets["dest"]),
+        (_IF_EQUAL, 0, 5, tunnel_port),  # go on if equal, else past the next five
+        (_LOAD_BYTE, 0, 0, geneve + _ID + _abi.ID.offsets["flags"]),
+        (_IF_EQUAL, 0, 3, _abi.TUNNEL_REPLY),
+        (_LOAD_HALF, 0, 0, geneve + _SEGMENT + _linux.TCP.offsets["destination"]),
+        (_IF_EQUAL, 0, 1, port),
+        (_RETURN, 0, 0, 0xFFFF),
+        (_RETURN, 0, 0, 0),
     ]
-    return b"".join(struct.pack("=HBBI", *line) for line in program)
+    return _linux.SOCKFILTER.pack_rows(_linux.SockFilter(code=c, jt=jt, jf=jf, k=k) for c, jt, jf, k in program)
 
 
 def nonce_of(version: int, answer: bytes) -> bytes:
     """What an answer, from the outer IP header on, repeats of its question."""
-    sequence = _IP[version] + _UDP + len(_HEAD) + _ID + 20 + 4
+    outer = packets.IP_SIZE[version] + _linux.UDP.size
+    sequence = outer + _SEGMENT + _linux.TCP.offsets["sequence"]
     return answer[sequence : sequence + 4]
 
 
@@ -72,10 +79,12 @@ def listen(version: int, tunnel_port: int, port: int) -> socket.socket:
     Raises:
         PermissionError: it takes CAP_NET_RAW.
     """
-    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
-    code = ctypes.create_string_buffer(_filter(version, tunnel_port, port))
-    count = (len(code) - 1) // 8
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", count, ctypes.addressof(code)))
+    # A socket for one protocol would come after the programs.
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_linux.ETH_P_ALL))
+    code = _filter(version, tunnel_port, port)
+    held = ctypes.create_string_buffer(code, len(code))
+    program = _linux.SockFprog(len=len(code) // _linux.SOCKFILTER.size, filter=ctypes.addressof(held))
+    sock.setsockopt(socket.SOL_SOCKET, _linux.SO_ATTACH_FILTER, _linux.SOCKFPROG.pack(program))
     return sock
 
 
@@ -89,7 +98,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
         source: this node's address as the others know it, of the same IP version.
     """
     version, port, nonce = address.version, 1024 + secrets.randbelow(64512), secrets.randbits(32)
-    data, wanted = question(port, nonce), struct.pack(">I", nonce)
+    data, wanted = question(port, nonce), nonce.to_bytes(4, "big")
     with ExitStack() as stack:
         try:
             answers = stack.enter_context(listen(version, tunnel_port, port))

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from mesh import netaddr
 from mesh._fastpath import Engine, Front, Pair, read_columns
 from mesh.datapath.base import BackendKey, FrontendEntry, Signal
 from mesh.datapath.counters import COLUMNS, PLAIN, CounterTable, Failure
-from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
+from mesh.model import ANY_ADDRESS, Frontend, Protocol
 
 if TYPE_CHECKING:
     from mesh._fastpath import Counts
@@ -21,11 +22,6 @@ KEEP_COUNTERS: Final = 60.0  # seconds for which counters can still be read afte
 SUSPECT: Final = (Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE)  # failures that count against a backend
 SUSPECT_COLUMNS: Final = tuple(COLUMNS.index(cause) for cause in SUSPECT)
 ZERO: Final[Counts] = (0, 0, 0, 0, 0, (0,) * len(CAUSES), 0, 0, 0, 0, (0,) * 15, 0)
-
-
-def sixteen(address: Address) -> bytes:
-    """An address as the engine has it: 16 bytes, IPv4 as IPv4-mapped IPv6."""
-    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
 
 
 @dataclass(slots=True)
@@ -111,7 +107,9 @@ class Accounting:
     def record(self, frontend: Frontend, engine: Engine) -> FrontRecord:
         """The record of a frontend, created if it is new."""
         if frontend not in self.records:
-            made = FrontRecord(engine.front(sixteen(frontend.address), frontend.port, frontend.address == ANY_ADDRESS))
+            made = FrontRecord(
+                engine.front(netaddr.pack(frontend.address), frontend.port, frontend.address == ANY_ADDRESS)
+            )
             with self.lock:
                 self.records[frontend] = made
                 self._order = None

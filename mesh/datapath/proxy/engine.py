@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from mesh import netaddr
+from mesh._abi import OWNER_NONE, TABLE_SIZES
 from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import (
-    OWNER_NONE,
     Applied,
     BackendEntry,
     Choice,
@@ -26,12 +27,12 @@ from mesh.datapath.base import (
     Stats,
 )
 from mesh.datapath.lookup import lookup
-from mesh.datapath.proxy.accounting import Accounting, FrontRecord, sixteen
+from mesh.datapath.proxy.accounting import Accounting, FrontRecord
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
-from mesh.model import Affinity, Flow, Frontend, Network, Protocol, ProxyProtocol
+from mesh.model import Affinity, EngineKind, Flow, Frontend, Network, Protocol, ProxyProtocol
 
 RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
 
@@ -46,7 +47,7 @@ def local_ports() -> tuple[int, int]:
 
 
 def prefixes(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
-    return [(sixteen(n.network_address), n.prefixlen + (96 if n.version == 4 else 0)) for n in networks]
+    return [(netaddr.pack(n.network_address), netaddr.prefix_length(n)) for n in networks]
 
 
 class ProxyDatapath:
@@ -65,7 +66,7 @@ class ProxyDatapath:
         docker_host: dockerd runs on this host (matters for `intercept = "auto"`).
     """
 
-    name = "proxy"
+    name = EngineKind.PROXY
 
     def __init__(
         self,
@@ -196,9 +197,9 @@ class ProxyDatapath:
     def _put_backend(self, engine: Engine, entry: BackendEntry) -> None:
         target = entry.target
         if target.via is None:
-            engine.put_backend(entry.id, sixteen(target.address), target.port)
+            engine.put_backend(entry.id, netaddr.pack(target.address), target.port)
         else:
-            engine.put_backend(entry.id, sixteen(target.via), self._config.peer_port, tag_of(entry.key))
+            engine.put_backend(entry.id, netaddr.pack(target.via), self._config.peer_port, tag_of(entry.key))
 
     def _opened(self) -> tuple[Engine, Interceptor]:
         if self._engine is None or self._intercept is None:
@@ -257,7 +258,7 @@ class ProxyDatapath:
     def _unroute(self, record: FrontRecord) -> None:
         """Route to nobody: connections that are still connecting find no further backend."""
         engine, _ = self._opened()
-        table = SlotTable.uniform(1021, OWNER_NONE)
+        table = SlotTable.uniform(TABLE_SIZES[0], OWNER_NONE)
         engine.put_route(record.front, table, {}, by_client=False, announce=False, allow=[], deny=[])
 
     def problems(self) -> Sequence[str]:

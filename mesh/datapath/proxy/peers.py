@@ -8,11 +8,11 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from mesh import netaddr
 from mesh._fastpath import Engine, Front
 from mesh._maglev import backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
-from mesh.datapath.proxy.accounting import sixteen
 from mesh.datapath.proxy.listeners import listening_sockets, why
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
@@ -68,7 +68,7 @@ class Peers:
                 self._stale = True
         if nodes == self._nodes and not self._stale:
             return
-        engine.put_peer_acl([sixteen(address) for address in nodes], sorted(self._backends.values()))
+        engine.put_peer_acl([netaddr.pack(address) for address in nodes], sorted(self._backends.values()))
         self._nodes, self._stale = nodes, False
         if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:

@@ -15,6 +15,7 @@ from mesh.errors import ProviderError
 from mesh.incremental import KeyedCache, Latest
 from mesh.model import Address, Backend, Intent, Inventory, Node, Problem, PublishedPort, Service
 from mesh.model import Protocol as Transport
+from mesh.netaddr import split_host_port
 from mesh.providers import labels
 from mesh.providers.swarm import schema
 
@@ -205,11 +206,8 @@ def local_of(node: str, answers: Answers) -> Local:
 
 def _address(text: str) -> Address | None:
     """An address with or without prefix length or port; None where there is none, or the unspecified one."""
-    bare = text.partition("/")[0]
-    if bare.startswith("[") or bare.count(":") == 1:
-        bare = bare.rpartition(":")[0].strip("[]")
     try:
-        address = ipaddress.ip_address(bare)
+        address = ipaddress.ip_address(split_host_port(text.partition("/")[0], default=0)[0])
     except ValueError:
         return None
     return None if address.is_unspecified else address

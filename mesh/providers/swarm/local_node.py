@@ -19,6 +19,7 @@ import structlog
 from mesh.config.keys import Config
 from mesh.errors import ProviderError
 from mesh.model import Backend, Inventory
+from mesh.netaddr import split_host_port
 from mesh.providers.swarm import schema
 from mesh.providers.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
 from mesh.providers.swarm.engine import Engine
@@ -59,7 +60,7 @@ def decode_local(answers: Answers) -> LocalView:
         node=swarm.node_id,
         settled=swarm.local_node_state == "active",
         worker=swarm.local_node_state == "active" and not swarm.control_available,
-        managers={m.node_id: m.addr.rpartition(":")[0].strip("[]") for m in swarm.remote_managers or () if m.addr},
+        managers={m.node_id: split_host_port(m.addr, default=0)[0] for m in swarm.remote_managers or () if m.addr},
         local=local_of(swarm.node_id, answers),
         containers={task: c.id for c in containers if (task := (c.labels or {}).get(TASK_LABEL))},
     )
