@@ -132,7 +132,7 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.READY, int(ready))
     put(f.STOPPING, int(state["stopping"]))
     put(f.PROBLEMS, len(state["problems"]))
-    put(f.WAYS_FAILED, state["paths_down"])
+    put(f.PATHS_DOWN, state["paths_down"])
     provider = state["provider"]
     put(f.PROVIDER_CONNECTED, int(provider["connected"]), provider=provider["kind"])
     if provider["age_seconds"] is not None:
