@@ -52,7 +52,7 @@ PATHS_DOWN: Final = Family(
     "mesh_paths_down",
     Kind.GAUGE,
     (),
-    "Paths to other nodes (tunnel, peer port) that are down.",
+    "Problems with paths to other nodes; see mesh status.",
 )
 PROVIDER_CONNECTED: Final = Family(
     "mesh_provider_connected", Kind.GAUGE, ("provider",), "1 if the last read of the source of services succeeded."
