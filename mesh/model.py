@@ -2,7 +2,7 @@
 """The domain in frozen dataclasses: what exists (Inventory), what should be served (DesiredState). No I/O; it needs
 the standard library and the contract.
 
-Words are those of docs/ARCHITECTURE.md. *Task* is said in `mesh.providers.swarm` only; everywhere else it is a Backend.
+Words are those of docs/GLOSSARY.md. *Task* is said in `mesh.providers.swarm` only; everywhere else it is a Backend.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ MakeSource = Callable[[EngineKind, Reconciler, Tables], Source]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The engine that runs, and the loop over it. `applied` is what it has adopted."""
+    """The engine that runs, and the loop over it. `applied` is what it has restored."""
 
     engine: Engine
     datapath: Datapath

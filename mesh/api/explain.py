@@ -135,7 +135,7 @@ class Explainer:
         engine = self._reconciler.datapath.name
         if path_of(entry.target, engine) == "tunnel":
             return f"goes to {where} through the tunnel"
-        by = " by the proxy engine beside" if engine == EngineKind.KERNEL else ""
+        by = " by the fallback proxy" if engine == EngineKind.KERNEL else ""
         return f"is handed over to {where} at its peer port{by}"
 
     def _reasons(
@@ -156,14 +156,14 @@ class Explainer:
         if not _is_here(flow.destination):
             reasons.append(f"{flow.destination} is no address of this node at the moment: nothing for it comes here")
         if tracked and choice.previous != choice.owner:
-            reasons.append("the slot is passing from one owner to another: connections from before stay where they are")
+            reasons.append("the slot is in transition: established connections stay where they are")
         if entry.state.panic:
             reasons.append("every backend is down by our probes, so all are used")
         return [*reasons, *self._away(entry.state)]
 
     def _path(self, flow: Flow, entry: BackendEntry) -> list[str]:
         if self._reconciler.datapath.name == EngineKind.KERNEL and entry.target.address.version != flow.source.version:
-            return ["the client's IP version is not the backend's: the proxy engine beside serves it"]
+            return ["the client's IP version is not the backend's: the fallback proxy serves it"]
         return [] if entry.target.via is None else [self._sent(entry)]
 
     def _away(self, state: FrontendState) -> list[str]:

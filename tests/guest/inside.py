@@ -88,7 +88,7 @@ def meets(plane: Plane, engine: Driver, way: Way) -> float:
     length, packets = (
         counted(engine, what)["tcp"] - was for what, was in (("bytes_in", length), ("packets_in", packets))
     )
-    connection = Connection(plane.client, way.node6)  # of an IPv4-only task: through the proxy engine beside
+    connection = Connection(plane.client, way.node6)  # of an IPv4-only task: through the fallback proxy
     connection.echo()
     connection.close()
     engine.serve(services=[plane.web(), plane.web(*NAMES, protocol="udp")])

@@ -246,7 +246,7 @@ def test_sighup_takes_new_values_and_refuses_broken_ones(world: World) -> None:
     process = world.start()
     world.configure(panic_threshold=0.9, threads=1)
     process.send_signal(signal.SIGHUP)
-    wait_for(lambda: "configuration read again" in world.log(), "reload")
+    wait_for(lambda: "configuration reloaded" in world.log(), "reload")
     assert "panic_threshold" in world.log()
     assert "take effect at the next start" in world.log()
     world.configure(panic_treshold=0.9)
@@ -351,10 +351,10 @@ def test_take_over_under_load_loses_nothing(world: World) -> None:
 def test_a_take_over_that_fails_leaves_everything_as_it_was(world: World) -> None:
     old = world.start()
     broken = world.spawn("--take-over", "--static-file", str(world.directory / "nowhere.toml"))
-    wait_for(lambda: "hand-over begins" in world.log(0), "begin")
+    wait_for(lambda: "handing over" in world.log(0), "begin")
     broken.kill()
     broken.wait()
-    wait_for(lambda: "this process serves on" in world.log(0), "end")
+    wait_for(lambda: "this process keeps serving" in world.log(0), "end")
     world.draining = {"a"}
     world.write()
     wait_for(lambda: world.weights() == {"a": 0, "b": 1, "c": 1}, "the old one follows changes")

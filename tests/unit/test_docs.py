@@ -175,10 +175,18 @@ def test_the_dashboard_is_whole() -> None:
     assert all(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
 
 
+def anchors(file: Path) -> set[str]:
+    """The headings of a document, as links name them."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    for file in (README, *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
-            assert (file.parent / link).exists(), f"{file.name}: {link}"
+    for file in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", file.read_text()):
+            target = file.parent / path if path else file
+            assert target.exists(), f"{file.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{file.name}: {path}#{anchor}"
 
 
 def write() -> None:

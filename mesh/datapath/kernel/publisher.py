@@ -104,7 +104,7 @@ class Publisher:
         return max(0.0, min(self._held_until.values(), default=float("inf")) - time.monotonic())
 
     def release_holds(self, applied: Applied) -> None:
-        """Take over the UDP flows that have been silent since the frontend was published HOLD seconds ago."""
+        """Take over the UDP flows that have been idle since the frontend was published HOLD seconds ago."""
         now = time.monotonic()
         for frontend in [f for f, until in self._held_until.items() if until <= now]:
             del self._held_until[frontend]
