@@ -12,7 +12,7 @@ import pytest
 
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, datagram, refused
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

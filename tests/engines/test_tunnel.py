@@ -20,8 +20,9 @@ import pytest
 from mesh.datapath.paths.tunnel_probe import ask_tunnel
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, TARGET, Connection, datagram, refused, serve
-from tests.support.lab.netns import PATIENCE, Lab, Namespace, run, veth, wait_for
+from tests.support.lab.netns import Lab, Namespace, run, veth
 from tests.support.peers import Stream, StreamServer
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

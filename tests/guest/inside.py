@@ -18,7 +18,8 @@ from tests.engines.test_kernel_engine import (
 )
 from tests.guest import cards
 from tests.guest.cards import Way
-from tests.support.lab.netns import Lab, wait_for
+from tests.support.lab.netns import Lab
+from tests.support.polling import wait_for
 
 __all__ = [
     "test_every_backend_answers_and_sees_the_clients_address",

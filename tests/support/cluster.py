@@ -14,7 +14,8 @@ import pytest
 from tests.support import peers
 from tests.support.daemon import Daemon, backends_of
 from tests.support.lab.dockerd import Node, Swarm, bpf_fs
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 WEB = 8000
 ENGINES = ["proxy", pytest.param("kernel", marks=pytest.mark.bpf)]

@@ -20,7 +20,7 @@ from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry,
 from mesh.datapath.counters import Counters
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE, wait_for
 from tests.support.ports import free_port
 
 Handler = Callable[[socket.socket], None]
@@ -43,15 +43,6 @@ def read_all(sock: socket.socket) -> bytes:
     while data := sock.recv(1 << 20):
         parts.append(data)
     return b"".join(parts)
-
-
-def eventually(check: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """The first true value of `check`; asserts that there is one within a generous bound."""
-    end = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < end, "did not come true"
-        time.sleep(0.005)
-    return value
 
 
 class TcpServer:
@@ -176,7 +167,7 @@ class Served:
 
     def quiet(self, frontend: Frontend) -> Counters:
         """The counters once nothing is open any more; checks that they add up."""
-        eventually(lambda: not self.datapath.stats().gauges["connections"])
+        wait_for(lambda: not self.datapath.stats().gauges["connections"])
         now = self.counters(frontend)
         assert now.opened == now.closed
         assert now.active == 0

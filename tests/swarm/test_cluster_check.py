@@ -15,7 +15,8 @@ import pytest
 from tests.support.cluster import ENGINES, Cluster
 from tests.support.daemon import Daemon
 from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import Lab, run, wait_for
+from tests.support.lab.netns import Lab, run
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -14,7 +14,8 @@ from tests.support import peers
 from tests.support.cluster import WEB, Cluster, failures
 from tests.support.daemon import Daemon
 from tests.support.lab.dockerd import Node
-from tests.support.lab.netns import run, wait_for
+from tests.support.lab.netns import run
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

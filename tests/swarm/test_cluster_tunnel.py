@@ -13,7 +13,8 @@ import pytest
 
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster
-from tests.support.lab.netns import PATIENCE, Namespace
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 

@@ -18,7 +18,8 @@ from tests.support import peers
 from tests.support.cluster import WEB, Cluster
 from tests.support.lab.dockerd import Swarm
 from tests.support.lab.images import pattern
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
 

@@ -18,7 +18,8 @@ from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.providers.swarm import SwarmProvider, detect
 from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import PATIENCE, Lab, wait_for
+from tests.support.lab.netns import Lab
+from tests.support.polling import PATIENCE, until, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -68,11 +69,9 @@ class Follower:
     async def until_status(self, condition: Callable[[], object], what: str) -> None:
         """Wait for a status; nothing announces one."""
         try:
-            async with asyncio.timeout(PATIENCE):
-                while not condition():  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise AssertionError(f"{what}: {self.provider.status()}") from None
+            await until(condition, what)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {self.provider.status()}") from None
 
     async def until_quiet(self, seconds: float = 1.0) -> int:
         """Wait until no read has begun for so long; the reads so far."""

@@ -16,7 +16,7 @@ from tests.support import peers
 from tests.support.cluster import ENGINES, Cluster
 from tests.support.lab import images
 from tests.support.lab.dockerd import Swarm
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -10,24 +10,14 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.support.lab import images
-from tests.support.lab.netns import (
-    PATIENCE,
-    Lab,
-    Namespace,
-    delete_cgroups,
-    kill_all,
-    orphans_named,
-    reap,
-    run,
-    wait_for,
-)
+from tests.support.lab.netns import Lab, Namespace, delete_cgroups, kill_all, orphans_named, reap, run
+from tests.support.polling import PATIENCE, wait_for
 
 # The node's own mounts: /run and /opt empty, /etc writable without a trace, name look-ups refused at once (a swarm task
 # otherwise waits 20 s for a registry), the node's hostname. Held by a process of its own, so that dockerd can restart.
@@ -201,14 +191,21 @@ class Node:
 
 def patiently(ask: Callable[[], T]) -> T:
     """What a manager answers; asked again while it says that it cannot at the moment."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
+    busy: list[RuntimeError] = []
+
+    def answered() -> tuple[T] | None:
         try:
-            return ask()
+            return (ask(),)
         except RuntimeError as error:
-            if not _AGAIN.search(str(error)) or time.monotonic() > deadline:
+            if not _AGAIN.search(str(error)):
                 raise
-        time.sleep(0.2)
+            busy[:] = [error]
+        return None
+
+    try:
+        return wait_for(answered, "a manager that answers", interval=0.2)[0]  # type: ignore[index]
+    except TimeoutError:
+        raise busy[0] from None
 
 
 class Swarm:
