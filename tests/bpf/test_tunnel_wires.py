@@ -19,7 +19,7 @@ import pytest
 
 from mesh import _bpf
 from tests.bpf.plane import DIRECT, TCP, UDP, Plane, packed, u32
-from tests.bpf.test_tunnel import SEED, identity
+from tests.bpf.tunnel import SEED, identity
 from tests.bpf.wires import bulk, inside, sh
 from tests.support.polling import PATIENCE, wait_for
 

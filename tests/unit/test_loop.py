@@ -24,8 +24,8 @@ from mesh.reconcile.loop import Picture, Reconciler
 from mesh.reconcile.plan import doubtful, key_of, plan
 from tests.support.inventories import inventories
 from tests.support.memory import MemoryDatapath
+from tests.support.parts import ADDRESS, backend, of
 from tests.support.polling import PATIENCE, until
-from tests.unit.test_compose import ADDRESS, backend, of
 
 
 @contextlib.asynccontextmanager
