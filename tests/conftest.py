@@ -9,9 +9,9 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.lab.fixtures import lab, shared_swarm1, shared_swarm3, shared_swarm5, swarm1, swarm3, swarm5
+from tests.support.lab.fixtures import lab
 
-__all__ = ["lab", "shared_swarm1", "shared_swarm3", "shared_swarm5", "swarm1", "swarm3", "swarm5"]
+__all__ = ["lab"]
 
 CI = bool(os.environ.get("CI"))
 

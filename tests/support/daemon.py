@@ -103,6 +103,12 @@ class Daemon:
         self.process.send_signal(signal.SIGTERM)
         return int(self.process.wait(timeout))
 
+    def release(self) -> None:
+        """`mesh stop --release`: nothing of it is left in the node's kernel; also where the process is gone."""
+        mesh = str(Path(sys.executable).with_name("mesh"))
+        self.namespace.run(mesh, "stop", "--release", f"--state-dir={self.config['state_dir']}")
+        self.process.wait(PATIENCE)
+
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()

@@ -57,6 +57,9 @@ class Site:
         doorbell = "told of every change by the swarm"
         wait_for(lambda: self.daemon.state()["provider"]["doorbell"] == "watch", doorbell)
 
+    def close(self) -> None:
+        self.daemon.release() if self.engine == "kernel" else self.daemon.close()
+
     def load(self, *options: str) -> peers.Load:
         return peers.Load(self.client, self.address, WEB, *options)
 
@@ -81,7 +84,7 @@ class Site:
         return self.docker_sees(service)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def swarm_client(shared_swarm1: Swarm) -> Namespace:
     return shared_swarm1.lab.host("client")
 
@@ -95,7 +98,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 def shared_site(engine: str, shared_swarm1: Swarm, swarm_client: Namespace) -> Iterator[Site]:
     site = Site(shared_swarm1, engine, swarm_client)
     yield site
-    site.daemon.close()
+    site.close()
 
 
 @pytest.fixture

@@ -214,6 +214,7 @@ class Swarm:
     def __init__(self, lab: Lab, managers: int = 1, workers: int = 0) -> None:
         self.lab = lab
         self.asked = 0
+        self.managers = managers
         hosts = [lab.host(f"n{number}") for number in range(1, managers + workers + 1)]
         found = images.server_images()
         with ThreadPoolExecutor(len(hosts)) as pool:  # most of it is waiting
@@ -238,6 +239,8 @@ class Swarm:
     def revive(self) -> None:
         """Start what was stopped or killed, all at once: a manager alone waits for the others. Until all are ready."""
         self.asked = 0
+        for node in self.nodes:
+            self.lab.switch.ip("link", "set", f"p{node.address.rpartition('.')[2]}", "up")
         ended = [node for node in self.nodes if not node.running]
         if ended:
             with ThreadPoolExecutor(len(ended)) as pool:
@@ -352,7 +355,17 @@ class Swarm:
         self._await_end(names)
 
     def reset(self) -> None:
-        """Remove all services at once, without grace: what a test that shares the swarm leaves to the next."""
+        """Leave to the next test what the first one found: every node ready, active and in its role, and no service.
+
+        Repairs what a test that failed has left; services are removed at once, without grace.
+        """
+        self.revive()
+        for number, (node, described) in enumerate(zip(self.nodes, self._described(), strict=True)):
+            role = "manager" if number < self.managers else "worker"
+            if described["Availability"] != "active":
+                self.docker("node", "update", "--availability", "active", node.hostname)
+            if described["Role"] != role:
+                self.docker("node", "promote" if role == "manager" else "demote", node.hostname)
         names = self.docker("service", "ls", "--format", "{{.Name}}").split()
         if not names:
             return
@@ -361,6 +374,11 @@ class Swarm:
             if found := [c for name in names for c in self.containers(name, node)]:
                 node.docker("kill", *found, check=False)
         self._await_end(names)
+
+    def _described(self) -> list[dict[str, Any]]:
+        """What the swarm wants of each of `nodes`: Role and Availability."""
+        found = {node["Description"]["Hostname"]: node["Spec"] for node in self.api("GET", "/nodes")}
+        return [found[node.hostname] for node in self.nodes]
 
     def _await_end(self, names: Sequence[str]) -> None:
         def ended() -> bool:
