@@ -144,7 +144,7 @@ sanitize: build
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/unit/test_fastpath_*.py $(ARGS)
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/engines/test_fastpath_*.py $(ARGS)
 
 # Cython's annotation: the darker a line, the more of the Python API it uses. The data path has none.
 annotate: $(VENV)/.deps

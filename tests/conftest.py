@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for all tests, and the rule that in CI nothing may skip."""
+"""Fixtures for all tests, the rule that in CI nothing may skip, and who runs what where tests run in parallel."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ def pytest_make_collect_report(
     return report
 
 
+SUITES = ("swarm", "swarms", "guest", "engines", "bpf", "unit")
+
+
+def _group(item: pytest.Item) -> tuple[int, str]:
+    """Which tests one worker runs one after the other, and when their turn comes: what takes longest begins first, and
+    what is small fills the end. Tests of a group share what is dear to make."""
+    suite = item.path.parent.name
+    if suite == "swarm":
+        fives = "shared_swarm5" in getattr(item, "fixturenames", ())
+        return (0, "swarm of five") if fives else (1, "swarms")
+    turn = SUITES.index(suite) if suite in SUITES else len(SUITES)
+    return turn, f"{suite}/{item.path.name}"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(_group(item)[1]))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a test says is not for an engine, and without MESH_TEST_ALL what it says can wait: no skips, for
     nothing is missing here."""
@@ -66,3 +85,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        items.sort(key=lambda item: _group(item)[0])  # within a group as they are

@@ -45,6 +45,7 @@ STARVED = """
 import resource, socket, sys, time
 from mesh.datapath.base import Failure
 from tests.support.fastpath_bench import TcpServer, call, engine, tcp
+from tests.support.polling import wait_for
 
 server = TcpServer()
 front = tcp()
