@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for all tests, the rule that in CI nothing may skip, and who runs what where tests run in parallel."""
+"""Fixtures for all tests, the rule that in CI nothing may skip, and which worker of pytest-xdist runs what."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.lab.fixtures import lab
 
@@ -48,22 +50,33 @@ def pytest_make_collect_report(
     return report
 
 
-SUITES = ("swarm", "swarms", "guest", "engines", "bpf", "unit")
+SUITES = ("swarm", "guest", "engines", "bpf", "unit")
+FIVE_NODES = {"test_cluster_changes.py", "test_cluster_managers.py", "test_cluster_restarts.py"}
 
 
-def _group(item: pytest.Item) -> tuple[int, str]:
-    """Which tests one worker runs one after the other, and when their turn comes: what takes longest begins first, and
-    what is small fills the end. Tests of a group share what is dear to make."""
-    suite = item.path.parent.name
+def group_of(nodeid: str) -> tuple[int, str]:
+    """Which tests one worker runs one after the other, and when their turn comes, the first first.
+
+    What tests of a group share is dear to make: swarms, topologies. What takes longest begins first, and what is small
+    fills the end.
+    """
+    path = nodeid.partition("::")[0]
+    suite, _, file = path.removeprefix("tests/").partition("/")
     if suite == "swarm":
-        fives = "shared_swarm5" in getattr(item, "fixturenames", ())
-        return (0, "swarm of five") if fives else (1, "swarms")
-    turn = SUITES.index(suite) if suite in SUITES else len(SUITES)
-    return turn, f"{suite}/{item.path.name}"
+        return 0, "swarm of five" if file in FIVE_NODES else "swarms"
+    return SUITES.index(suite) if suite in SUITES else len(SUITES), path
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    item.add_marker(pytest.mark.xdist_group(_group(item)[1]))
+class Groups(LoadScopeScheduling):
+    """Gives workers whole groups, in the order in which they are collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)[1]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -86,4 +99,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
     if hasattr(config, "workerinput"):  # of pytest-xdist
-        items.sort(key=lambda item: _group(item)[0])  # within a group as they are
+        items.sort(key=lambda item: group_of(item.nodeid)[0])  # within a group as they are

@@ -26,7 +26,7 @@ def test_alert_rules_are_rules() -> None:
 
 
 def test_every_alert_fires_where_nothing_is_well_and_only_there(tmp_path: Path) -> None:
-    """tests/engines/alerts_test.yml, with the number of alerts that there are."""
+    """alerts_test.yml, with the number of alerts that there are."""
     rules = (ROOT / "deploy/alerts.yml").read_text()
     (tmp_path / "alerts.yml").write_text(rules)
     cases = (
