@@ -74,6 +74,7 @@ class Groups(LoadScopeScheduling):
         return group_of(nodeid)[1]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
     config.option.loadscopereorder = False
     return Groups(config, log)

@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -59,17 +58,17 @@ class TcpServer:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError as error:
-                if error.errno != errno.EMFILE:
-                    return
-                time.sleep(0.01)
-                continue
+        while (sock := wait_for(self._accept, "a descriptor", interval=0.01)) is not self.listener:
             self.accepted += 1
             self.open.add(sock)
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _accept(self) -> socket.socket | None:
+        """The next connection; the listener when it is closed, None when the process has no descriptor left."""
+        try:
+            return self.listener.accept()[0]
+        except OSError as error:
+            return None if error.errno == errno.EMFILE else self.listener
 
     def _serve(self, sock: socket.socket) -> None:
         try:

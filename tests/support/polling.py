@@ -49,3 +49,21 @@ async def until(condition: Callable[[], T], what: str = "a condition", *, interv
             raise TimeoutError(f"{what}: not within {PATIENCE:g} s")
         await asyncio.sleep(interval)
     return value
+
+
+async def settled(look: Callable[[], T], seconds: float, what: str = "a value", *, interval: float = 0.02) -> T:
+    """Poll until a look has given the same truthy value for so many seconds; return that.
+
+    Raises:
+        TimeoutError: it did not in time.
+    """
+    since, last = time.monotonic(), look()
+
+    def same() -> bool:
+        nonlocal since, last
+        if not (value := look()) or value != last:
+            since, last = time.monotonic(), value
+        return time.monotonic() - since >= seconds
+
+    await until(same, f"{what} that stays the same", interval=interval)
+    return last

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from mesh.model import Protocol as Transport
 from mesh.providers.swarm import SwarmProvider, detect
 from tests.support.lab.dockerd import Node, Swarm
 from tests.support.lab.netns import Lab
-from tests.support.polling import PATIENCE, until, wait_for
+from tests.support.polling import PATIENCE, settled, until, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -262,13 +261,13 @@ async def test_a_paused_container_is_not_ready(swarm1: Swarm, follower: Follower
 
 
 async def calm(swarm: Swarm, follower: Follower) -> None:
-    """Whatever the swarm does, we follow, until both have named the same two tasks twelve times in a row."""
-    agreed, begun = 0, time.monotonic()
-    while agreed < 12:
-        ids = {t["ID"] for t in await asyncio.to_thread(swarm.tasks, "web")}
-        agreed = agreed + 1 if len(ids) == 2 and {b.id for b in follower.usable("web")} == ids else 0
-        assert time.monotonic() - begun < PATIENCE, f"{ids} against {follower.usable('web')}"
-        await asyncio.sleep(0.15)
+    """Whatever the swarm does, we follow, until both have named the same two tasks for a while."""
+
+    def named() -> set[str]:
+        ids = {task["ID"] for task in swarm.tasks("web")}
+        return ids if len(ids) == 2 and {b.id for b in follower.usable("web")} == ids else set()
+
+    await settled(named, 1.8, "two tasks that both name", interval=0.15)
 
 
 async def test_docker_stops_hangs_and_comes_back(lab: Lab) -> None:

@@ -33,7 +33,7 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
-from tests.support.polling import until
+from tests.support.polling import settled, until
 from tests.support.ports import free_port
 
 LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
@@ -192,10 +192,7 @@ async def test_the_gone_are_forgotten_and_the_paused_keep_their_verdict() -> Non
     async with listening() as port, watching(of(port)) as monitor:
         await until(lambda: monitor.view.of("a") is Health.UP)
         monitor.watch(of(port, intent=Intent.DRAINING))
-        probes = -1
-        while probes != monitor.counts["ok"]:  # one may have been under way
-            probes = monitor.counts["ok"]
-            await asyncio.sleep(0.2)
+        probes = await settled(lambda: monitor.counts["ok"], 0.2)  # one may have been under way
         assert monitor.view.of("a") is Health.UP
         monitor.watch(of(port))
         await until(lambda: monitor.counts["ok"] > probes)
