@@ -203,7 +203,7 @@ async def test_a_burst_costs_few_reads(swarm1: Swarm, follower: Follower) -> Non
 
 
 async def test_of_a_change_only_its_tasks_are_read(swarm1: Swarm, follower: Follower) -> None:
-    await asyncio.to_thread(swarm1.create, "web", "--restart-delay=100ms", replicas=3, publish=["8000:8080"])
+    await asyncio.to_thread(swarm1.create, "web", replicas=3, publish=["8000:8080"])
     await follower.until(lambda: len(follower.usable("web")) == 3, "three")
     dead, *others = follower.usable("web")
     whole, before = follower.provider._begun_whole, follower.provider._begun

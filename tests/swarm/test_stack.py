@@ -79,8 +79,8 @@ def test_the_voting_application_is_updated_under_load(cluster: Cluster, tmp_path
         ]
         deploy(swarm, edited)
         wait_for(lambda: updated(swarm), "rolling update of vote", interval=0.1)
-        after = voters(swarm)
         cluster.agree("voting_vote", 3)
+        after = wait_for(lambda: found if len(found := voters(swarm)) == 3 else set(), "the old tasks have ended")
         for load in loads:
             load.wait_more(200)
         reports = [load.stop() for load in loads]

@@ -266,7 +266,7 @@ class Swarm:
         image: str = "mesh-lab/server:1",
         wait: bool = True,
     ) -> str:
-        """`docker service create` with the stand-in server; returns the service's id.
+        """`docker service create` with the stand-in server; returns the service's id. What ends is replaced at once.
 
         Args:
             options: further options of `docker service create`.
@@ -275,7 +275,7 @@ class Swarm:
             labels: service labels.
             wait: until all replicas run.
         """
-        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name]
+        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name, "--restart-delay=200ms"]
         if "global" not in options and "--mode=global" not in options:
             command += ["--replicas", str(replicas)]
         identity = {"TASK_ID": "{{.Task.ID}}", "TASK_NAME": "{{.Task.Name}}", "NODE": "{{.Node.Hostname}}"}
