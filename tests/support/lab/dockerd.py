@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from tests.support.lab import images
 from tests.support.lab.netns import Lab, Namespace, delete_cgroups, kill_all, orphans_named, reap, run
@@ -139,7 +142,9 @@ class Node:
         assert self._daemon is not None
         if self._daemon.poll() is not None:
             raise RuntimeError(f"dockerd of {self.cgroup} ended:\n{self.log.read_text()[-4000:]}")
-        return self.socket.exists() and self.docker("version", check=False).returncode == 0
+        with contextlib.suppress(OSError):
+            return bool(self.api("GET", "/version"))
+        return False
 
     def stop(self) -> None:
         """SIGTERM: containers end too. Waits for the end."""
@@ -166,9 +171,23 @@ class Node:
         """`docker ...` on this node."""
         return run("docker", "-H", self.host, *arguments, check=check, timeout=timeout)
 
+    def api(self, method: str, path: str) -> Any:
+        """A request to this Engine, parsed. Polling asks so: a `docker` process costs a tenth of a second of CPU."""
+        connection = http.client.HTTPConnection("docker", timeout=PATIENCE)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        with contextlib.closing(connection):
+            connection.sock.settimeout(PATIENCE)
+            connection.sock.connect(str(self.socket))
+            connection.request(method, quote(path, safe="/?&="))
+            reply = connection.getresponse()
+            body = reply.read()
+        if reply.status >= 400:
+            raise RuntimeError(f"{method} {path}: {reply.status} {body.decode(errors='replace')}")
+        return json.loads(body) if body else None
+
     def inspect(self, kind: str, name: str) -> dict[str, Any]:
-        """`docker <kind> inspect <name>`, parsed: kind is service, node, network, container, ..."""
-        found: dict[str, Any] = json.loads(self.docker(kind, "inspect", name).stdout)[0]
+        """What `docker <kind> inspect <name>` shows: kind is service, node, network or container."""
+        found: dict[str, Any] = self.api("GET", f"/{kind}s/{name}" + ("/json" if kind == "container" else ""))
         return found
 
     def load(self, image: images.Image) -> None:
@@ -248,8 +267,11 @@ class Swarm:
         wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready again", interval=0.2)
 
     def _ready(self, count: int) -> bool:
-        states = self.manager.docker("node", "ls", "--format", "{{.Status}}", check=False).stdout.split()
-        return states.count("Ready") == count
+        try:
+            nodes = self.manager.api("GET", "/nodes")
+        except (OSError, RuntimeError):  # it is not up yet, or has no leader
+            return False
+        return [node["Status"]["State"] for node in nodes].count("ready") == count
 
     def docker(self, *arguments: str, check: bool = True, timeout: float = PATIENCE) -> str:
         """`docker ...` on the first manager; its output."""
@@ -312,25 +334,7 @@ class Swarm:
 
     def api(self, method: str, path: str, *, node: Node | None = None) -> Any:
         """A request to the Engine API of a node (default: the first manager), parsed."""
-        return patiently(lambda: self._api(method, path, node or self.manager))
-
-    @staticmethod
-    def _api(method: str, path: str, node: Node) -> Any:
-        import http.client
-        import socket
-        from urllib.parse import quote
-
-        connection = http.client.HTTPConnection("docker", timeout=PATIENCE)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        with contextlib.closing(connection):
-            connection.sock.settimeout(PATIENCE)
-            connection.sock.connect(str(node.socket))
-            connection.request(method, quote(path, safe="/?&="))
-            reply = connection.getresponse()
-            body = reply.read()
-        if reply.status >= 400:
-            raise RuntimeError(f"{method} {path}: {reply.status} {body.decode(errors='replace')}")
-        return json.loads(body) if body else None
+        return patiently(lambda: (node or self.manager).api(method, path))
 
     def wait_running(self, name: str, count: int, *, timeout: float = PATIENCE) -> None:
         """Until exactly `count` tasks of a service run and no other is on its way."""
@@ -346,8 +350,8 @@ class Swarm:
 
     def containers(self, name: str, node: Node | None = None) -> list[str]:
         """Ids of the running containers of a service on a node (default: the first manager)."""
-        words = ["ps", "-q", "--no-trunc", "--filter", f"label=com.docker.swarm.service.name={name}"]
-        return (node or self.manager).docker(*words).stdout.split()
+        filters = json.dumps({"label": [f"com.docker.swarm.service.name={name}"]})
+        return [found["Id"] for found in (node or self.manager).api("GET", f"/containers/json?filters={filters}")]
 
     def remove(self, *names: str) -> None:
         """`docker service rm`, and until their containers have ended by themselves."""
