@@ -5,6 +5,7 @@ unit      pure: no process, no root, no Docker, no network beyond loopback; half
 bpf       eBPF programs by BPF_PROG_TEST_RUN, and on interfaces in namespaces
 engines   both engines, the daemon and the command as processes, in namespaces or on loopback
 swarm     real dockerds; all modules share one swarm of one, of three and of five nodes, and the agents on them
+scenarios golden: what an inventory makes of the kernel engine's maps, as text
 guest     Debian's stock kernel in qemu
 oracle    reference models in plain Python
 support   what tests share: lab, daemon, polling, frames

@@ -8,8 +8,7 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.support.lab.fixtures import lab
 
@@ -50,7 +49,7 @@ def pytest_make_collect_report(
     return report
 
 
-SUITES = ("swarm", "guest", "engines", "bpf", "unit")
+SUITES = ("swarm", "guest", "engines", "bpf", "scenarios", "unit")
 FIVE_NODES = {"test_cluster_changes.py", "test_cluster_managers.py", "test_cluster_restarts.py"}
 
 
@@ -67,7 +66,7 @@ def group_of(nodeid: str) -> tuple[int, str]:
     return SUITES.index(suite) if suite in SUITES else len(SUITES), path
 
 
-class Groups(LoadScopeScheduling):
+class Groups(LoadScopeScheduling):  # type: ignore[misc]
     """Gives workers whole groups, in the order in which they are collected."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -75,7 +74,7 @@ class Groups(LoadScopeScheduling):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Groups:
     config.option.loadscopereorder = False
     return Groups(config, log)
 

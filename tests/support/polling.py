@@ -9,14 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 PATIENCE = 180.0  # seconds; tells a hang from work, on a machine that is slow or busy too
 T = TypeVar("T")
+No = Literal[False] | None  # so that `condition and value` is a condition
 
 
 def wait_for(
-    condition: Callable[[], T], what: str = "a condition", *, timeout: float = PATIENCE, interval: float = 0.02
+    condition: Callable[[], T | No],
+    what: str = "a condition",
+    *,
+    timeout: float = PATIENCE,
+    interval: float = 0.02,
 ) -> T:
     """Poll until the condition is truthy and return its value.
 
@@ -37,7 +42,7 @@ def wait_for(
     return value
 
 
-async def until(condition: Callable[[], T], what: str = "a condition", *, interval: float = 0.005) -> T:
+async def until(condition: Callable[[], T | No], what: str = "a condition", *, interval: float = 0.005) -> T:
     """The same for a coroutine: the event loop runs between two looks.
 
     Raises:

@@ -72,14 +72,9 @@ class Follower:
         except TimeoutError as error:
             raise AssertionError(f"{error}: {self.provider.status()}") from None
 
-    async def until_quiet(self, seconds: float = 1.0) -> int:
-        """Wait until no read has begun for so long; the reads so far."""
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                before = self.provider._begun
-                await asyncio.sleep(seconds)
-                if self.provider._begun == before:
-                    return before
+    async def until_quiet(self) -> int:
+        """Wait until no read has begun for a second; the reads so far."""
+        return await settled(lambda: self.provider._begun, 1.0, "number of reads")
 
 
 @contextlib.asynccontextmanager
