@@ -9,25 +9,12 @@ import pytest
 from scapy.contrib.geneve import GENEVE
 
 from tests.bpf.plane import DIRECT, OK, REDIRECT, SHOT, Plane, u32
+from tests.bpf.tunnel import PEER4, PORT, SEED, identity, wrapped
 from tests.support.frames import CLIENT4, ETHER, IP, NODE4, TASK4, TCP, UDP, Ether, become, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
-PEER4 = "192.0.2.2"
-PORT = 6084
-SEED = bytes(range(1, 9))
 ROOM = 52
-
-
-def identity(port: int = 8080, protocol: int = 6, seed: bytes = SEED, flags: int = 0) -> bytes:
-    return seed + struct.pack("!HBB", port, protocol, flags)
-
-
-def wrapped(inner: bytes, source: str, destination: str, ident: bytes) -> bytes:
-    """An inner frame's IP packet in the tunnel, as it arrives."""
-    geneve = b"\x04\x40\x08\x00\0\0\0\0" + struct.pack("!HBB", 0xFF6D, 0x81, 3) + ident
-    udp = UDP(sport=50000, dport=PORT, chksum=0)
-    return bytes(ETHER / IP(src=source, dst=destination, flags="DF") / udp / (geneve + inner[14:]))
 
 
 def prepared(*, settings: int = 0, mtu: int = 1500, own: str = NODE4, peer: str = PEER4) -> Plane:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.lab.demo import Demo, get
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]

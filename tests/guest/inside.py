@@ -9,22 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.engines import kernel_proofs
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, Connection, Plane, refused
-from tests.engines.test_kernel_engine import (
-    test_every_backend_answers_and_sees_the_clients_address,
-    test_processes_of_the_node_are_connected_straight,
-    test_udp,
-)
 from tests.guest import cards
 from tests.guest.cards import Way
-from tests.support.lab.netns import Lab, wait_for
-
-__all__ = [
-    "test_every_backend_answers_and_sees_the_clients_address",
-    "test_processes_of_the_node_are_connected_straight",
-    "test_udp",
-]
+from tests.support.lab.netns import Lab
+from tests.support.polling import wait_for
 
 LARGE = 1 << 20
 NAMES = ("b1", "b2", "b3")
@@ -66,6 +57,18 @@ def served(plane: Plane, started: Driver) -> Driver:
     """With TCP and UDP."""
     started.serve(services=[plane.web(*NAMES), plane.web(*NAMES, protocol="udp")])
     return started
+
+
+def test_every_backend_answers_and_sees_the_clients_address(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.every_backend_answers_and_sees_the_clients_address(plane, engine)
+
+
+def test_udp(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.datagrams_are_spread(plane, engine)
+
+
+def test_processes_of_the_node_are_connected_straight(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.processes_of_the_node_are_connected_straight(plane, engine)
 
 
 def counted(engine: Driver, what: str = "opened") -> dict[str, int]:

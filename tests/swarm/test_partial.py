@@ -17,7 +17,8 @@ from tests.support import peers
 from tests.support.cluster import ENGINES, WEB, Cluster, failures
 from tests.support.daemon import Daemon
 from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import run, wait_for
+from tests.support.lab.netns import Lab, run
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -25,11 +26,25 @@ CALLS = 5000
 _number = itertools.count()
 
 
+@pytest.fixture(scope="module")
+def shared_bare_swarm() -> Iterator[Swarm]:
+    """A manager and two workers, of this module alone: the agents of others would be in the way."""
+    with Lab() as made:
+        yield Swarm(made, 1, 2)
+
+
+@pytest.fixture
+def swarm(shared_bare_swarm: Swarm) -> Iterator[Swarm]:
+    """The same for one test; services are removed after it."""
+    yield shared_bare_swarm
+    shared_bare_swarm.reset()
+
+
 @pytest.fixture(params=ENGINES)
-def alone(request: pytest.FixtureRequest, swarm3: Swarm) -> Iterator[Cluster]:
+def alone(request: pytest.FixtureRequest, swarm: Swarm) -> Iterator[Cluster]:
     """Three nodes, with an agent on the manager only."""
-    client = swarm3.lab.host(f"client-alone-{next(_number)}")
-    cluster = Cluster(swarm3, client, engine=request.param, nodes=swarm3.nodes[:1])
+    client = swarm.lab.host(f"client-alone-{next(_number)}")
+    cluster = Cluster(swarm, client, engine=request.param, nodes=swarm.nodes[:1])
     cluster.wait_ready()
     yield cluster
     request.node.add_report_section("teardown", "daemons", cluster.tails())
@@ -127,17 +142,17 @@ def test_agents_come_and_go_node_by_node_under_load(alone: Cluster) -> None:
 
 @pytest.mark.bpf
 def test_where_the_tunnel_is_blocked_flows_go_by_the_peer_port_and_where_both_are_to_others(
-    swarm3: Swarm, request: pytest.FixtureRequest
+    swarm: Swarm, request: pytest.FixtureRequest
 ) -> None:
     """A cloud's default firewall knows only Swarm's own ports."""
-    client = swarm3.lab.host(f"client-blocked-{next(_number)}")
-    swarm3.create("web", replicas=6, publish=[f"{WEB}:8080"])
-    swarm3.wait_running("web", 6)
-    first = swarm3.nodes[0]
+    client = swarm.lab.host(f"client-blocked-{next(_number)}")
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    swarm.wait_running("web", 6)
+    first = swarm.nodes[0]
     with contextlib.ExitStack() as stack:
         cluster: Cluster
-        with blocked(swarm3, "udp dport 6084"):
-            cluster = stack.enter_context(contextlib.closing(Cluster(swarm3, client, engine="kernel")))
+        with blocked(swarm, "udp dport 6084"):
+            cluster = stack.enter_context(contextlib.closing(Cluster(swarm, client, engine="kernel")))
             stack.callback(lambda: request.node.add_report_section("call", "daemons", cluster.tails()))
             cluster.wait_ready()
             tasks = cluster.agree("web", 6)
@@ -147,9 +162,9 @@ def test_where_the_tunnel_is_blocked_flows_go_by_the_peer_port_and_where_both_ar
             assert len(down) == 2 and all("let UDP 6084 through" in line for line in down)
             with cluster.load(nodes=[first]) as loads:
                 loads.wait_more(300)
-                with blocked(swarm3, "tcp dport 9552", "udp dport 9552", table="more"):
-                    served_by(cluster, cluster.daemons[0], on(swarm3, first))
-                    assert called(cluster, first) == on(swarm3, first)
+                with blocked(swarm, "tcp dport 9552", "udp dport 9552", table="more"):
+                    served_by(cluster, cluster.daemons[0], on(swarm, first))
+                    assert called(cluster, first) == on(swarm, first)
                     assert status(cluster.daemons[0])[0] == 5
                 served_by(cluster, cluster.daemons[0], tasks)
                 assert failures(loads.stop()) == {}

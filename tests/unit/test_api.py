@@ -12,8 +12,8 @@ from aiohttp import web
 
 from mesh.api.app import make_app, parse_endpoint
 from mesh.errors import MeshError
-from tests.support.lab.netns import PATIENCE
 from tests.support.metrics_samples import EXPLANATION, SampleView, state
+from tests.support.polling import PATIENCE
 
 WELL = {"verdict": "ok", "reasons": []}
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import configparser
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -134,28 +133,6 @@ def test_commands_that_are_shown_exist() -> None:
 def test_the_example_is_the_default() -> None:
     assert load({"config": str(EXAMPLE)}, {}) == keys.Config()
     assert EXAMPLE.read_text() == example(), "run: python -m tests.unit.test_docs"
-
-
-def test_alert_rules_are_rules() -> None:
-    done = subprocess.run(
-        ["promtool", "check", "rules", ROOT / "deploy/alerts.yml"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_every_alert_fires_where_nothing_is_well_and_only_there(tmp_path: Path) -> None:
-    """tests/unit/alerts_test.yml, with the number of alerts that there are."""
-    rules = (ROOT / "deploy/alerts.yml").read_text()
-    (tmp_path / "alerts.yml").write_text(rules)
-    cases = (ROOT / "tests/unit/alerts_test.yml").read_text().replace("value: ALL", f"value: {rules.count('- alert:')}")
-    (tmp_path / "cases.yml").write_text(cases)
-    command = ["promtool", "test", "rules", "cases.yml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_unit_waits_longer_than_the_daemon_drains() -> None:

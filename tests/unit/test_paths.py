@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import cast
@@ -14,6 +14,7 @@ from typing import cast
 from mesh.config.keys import Config
 from mesh.datapath.paths.monitor import FLAP_SECONDS, PathMonitor, Trial
 from mesh.model import EngineKind, Node, Path, PathState
+from tests.support.polling import until
 from tests.support.ports import free_port
 
 HERE = Node("n1", "one", ipaddress.ip_address("127.0.0.1"), engine=EngineKind.PROXY)
@@ -56,12 +57,6 @@ async def trying(port: int, *nodes: Node) -> AsyncIterator[tuple[PathMonitor, li
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 -- any cause, polled for moments
-            await asyncio.sleep(0.005)
 
 
 def state(monitor: PathMonitor, node: str) -> tuple[PathState, PathState]:

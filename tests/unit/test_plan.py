@@ -22,7 +22,7 @@ from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.plan import doubtful, plan, settle
 from tests.support.inventories import inventories
 from tests.support.memory import MemoryDatapath
-from tests.unit.test_compose import backend, of
+from tests.support.parts import backend, of
 
 histories = st.lists(inventories(), min_size=1, max_size=4)
 thorough = settings(max_examples=30, deadline=None)

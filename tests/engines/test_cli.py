@@ -21,7 +21,7 @@ from mesh.api.app import make_app
 from mesh.cli.exit import Exit
 from mesh.cli.main import main
 from tests.support.metrics_samples import SampleView
-from tests.unit.test_agreement import ONE, TWO
+from tests.support.rows import ONE, TWO
 
 
 @dataclass(frozen=True)
