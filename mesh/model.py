@@ -211,13 +211,23 @@ class Node:
     engine: EngineKind = EngineKind.UNKNOWN
 
 
+class Severity(enum.Enum):
+    """How much a problem matters."""
+
+    INFO = "info"  # nothing is lost
+    WARNING = "warning"  # something is not as it was asked for
+    CRITICAL = "critical"  # clients are kept out, or a rule that was asked for is not in force
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something a user wrote that cannot be used: the place, what is wrong, the remedy. A default applies."""
+    """Something a user wrote that cannot be used: the place, what is wrong, the remedy. The last good value or a default
+    applies."""
 
     where: str  # "service web, label mesh.affinity"
     message: str  # "'sticky' is not one of: client-ip, flow"
     remedy: str = ""
+    severity: Severity = Severity.WARNING
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")

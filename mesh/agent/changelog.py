@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import structlog
 
-from mesh.model import Backend, FrontendState, Health
+from mesh.model import Backend, FrontendState, Health, Severity
 from mesh.reconcile.eligibility import SERVING, standing
 from mesh.reconcile.loop import Picture
 
+LEVELS: Final = {Severity.INFO: "info", Severity.WARNING: "warning", Severity.CRITICAL: "error"}
 MOST: Final = 200  # lines about one kind of thing in one change; what goes beyond is counted in one more
 
 log = structlog.get_logger("mesh")
@@ -21,7 +22,7 @@ def tell(before: Picture, after: Picture) -> None:
     """One line for every service, port or backend whose state is not what it was."""
     lines = [*_services(before, after), *_ports(before, after), *_backends(before, after)]
     known = set(before.desired.problems)
-    lines += [("warning", "problem", {"problem": str(p)}) for p in after.desired.problems if p not in known]
+    lines += [(LEVELS[p.severity], "problem", {"problem": str(p)}) for p in after.desired.problems if p not in known]
     for level, event, values in lines[:MOST]:
         getattr(log, level)(event, **values)
     if len(lines) > MOST:

@@ -24,7 +24,7 @@ from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
-from mesh.model import EngineKind, Flow, Inventory
+from mesh.model import EngineKind, Flow, Inventory, Severity
 from mesh.providers.base import ClusterView, Provider
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
@@ -111,6 +111,7 @@ class View:
                 *(str(p) for p in picture.desired.problems),
                 *(*loop.problems, *status.problems, *paths),
             ],
+            "critical": [str(p) for p in picture.desired.problems if p.severity is Severity.CRITICAL],
             "paths_down": len(paths),
             "paths": self._path_rows(),
             "traffic": {"verdict": found.verdict.value, "reasons": list(found.reasons)},

@@ -9,7 +9,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from mesh.cluster import wire
 from mesh.incremental import KeyedCache, Latest
-from mesh.model import Backend, Inventory, Node, Service
+from mesh.model import Backend, Inventory, Node, Problem, Service
 
 
 class _Named(Protocol):
@@ -49,6 +49,7 @@ class Outgoing:
         self._services: _Translation[Service, wire.WireService] = _Translation(wire.service_of)
         self._backends: _Translation[Backend, wire.WireBackend] = _Translation(wire.backend_of)
         self._nodes: _Translation[Node, wire.WireNode] = _Translation(wire.node_of)
+        self._problems: Latest[tuple[Problem, ...], dict[str, wire.WireProblem]] = Latest()
 
     def content(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> wire.Content:
         """An inventory as it goes over the wire."""
@@ -57,6 +58,7 @@ class Outgoing:
             self._backends.of_all(inventory.backends),
             self._nodes.of_all(inventory.nodes),
             verdicts,
+            self._problems.of(inventory.problems, _problems_of),
         )
 
 
@@ -80,7 +82,13 @@ class Incoming:
             nodes = self._nodes.of_each(content.nodes)
         except ValueError as error:
             raise wire.WireError(f"unusable inventory: {error}", where="relay") from error
-        return Inventory(_sorted(services), _sorted(backends), _sorted(nodes), source=wire.SOURCE)
+        problems = tuple(wire.to_problem(problem) for _, problem in sorted(content.problems.items()))
+        return Inventory(_sorted(services), _sorted(backends), _sorted(nodes), problems, source=wire.SOURCE)
+
+
+def _problems_of(problems: tuple[Problem, ...]) -> dict[str, wire.WireProblem]:
+    """By place and message, which no two problems share."""
+    return {f"{p.where}: {p.message}": wire.problem_of(p) for p in problems}
 
 
 def _sorted(things: dict[str, _In]) -> tuple[_In, ...]:

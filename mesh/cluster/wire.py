@@ -14,7 +14,7 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, EngineKind, Node, PublishedPort, Service
+from mesh.model import Backend, EngineKind, Node, Problem, PublishedPort, Service
 from mesh.options import from_compact, to_compact
 
 VERSION: Final = 2
@@ -62,6 +62,29 @@ class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: str = ""
 
 
+class WireProblem(msgspec.Struct, array_like=True, frozen=True):
+    """What is wrong with labels. `severity` is a value of model.Severity; one that is not known is a warning."""
+
+    where: str
+    message: str
+    remedy: str = ""
+    severity: str = "warning"
+
+
+class Drain(msgspec.Struct, array_like=True, frozen=True):
+    """Whether an operator wants something drained on all nodes. Of two words the one with the later stamp holds."""
+
+    stamp: int  # Unix milliseconds, later than that of the word before, whatever the clock says
+    drained: bool
+
+
+class Follower(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an agent follows the drains: the digest of those in force there, and connections left by drained thing."""
+
+    digest: str = ""
+    held: dict[str, int] = {}
+
+
 class HealthReport(msgspec.Struct, array_like=True, frozen=True):
     """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS."""
 
@@ -85,6 +108,13 @@ class Content(msgspec.Struct, frozen=True):
     backends: dict[str, WireBackend] = {}
     nodes: dict[str, WireNode] = {}
     verdicts: dict[str, HealthReport] = {}
+    problems: dict[str, WireProblem] = {}
+    drains: dict[str, Drain] = {}  # by "backend:ID" or "node:ID"
+    followers: dict[str, Follower] = {}  # by node
+
+
+KINDS: Final = Content.__struct_fields__
+"""The maps of a content; a delta has `drop_KIND` for each."""
 
 
 class Snapshot(msgspec.Struct, tag="snapshot", frozen=True):
@@ -104,13 +134,14 @@ class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
     drop_backends: tuple[str, ...] = ()
     drop_nodes: tuple[str, ...] = ()
     drop_verdicts: tuple[str, ...] = ()
+    drop_problems: tuple[str, ...] = ()
+    drop_drains: tuple[str, ...] = ()
+    drop_followers: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Whether nothing has changed."""
-        put = self.put
-        dropped = (self.drop_services, self.drop_backends, self.drop_nodes, self.drop_verdicts)
-        return not any((put.services, put.backends, put.nodes, put.verdicts, *dropped))
+        return not any(getattr(self.put, kind) or getattr(self, f"drop_{kind}") for kind in KINDS)
 
 
 class Report(msgspec.Struct, tag="report", frozen=True):
@@ -122,6 +153,8 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     engine: str = ""
     changes: bool = False  # `digests` are those that have changed since the last report on this connection; "": gone
     reads: bool = False  # the node is a manager and its Engine answers
+    drains: dict[str, Drain] | None = None  # all that it knows of; None: of a build that has none
+    follower: Follower = Follower()
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
@@ -133,6 +166,7 @@ HEALTH_WORDS: Final = {health: health.value for health in model.Health} | {model
 """Health on the wire. PENDING is called "awaited" there for ever: builds before that name know only this word, and take
 one that they do not know for UNKNOWN, which would let new tasks in at once."""
 _HEALTH_OF: Final = {word: health for health, word in HEALTH_WORDS.items()}
+_SEVERITY_OF: Final = {severity.value: severity for severity in model.Severity}
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Message)
 
@@ -215,6 +249,15 @@ def to_node(wire: WireNode) -> Node:
     return Node(wire.id, wire.name, address, wire.up, wire.weight, EngineKind.told(wire.engine))
 
 
+def problem_of(problem: Problem) -> WireProblem:
+    return WireProblem(problem.where, problem.message, problem.remedy, problem.severity.value)
+
+
+def to_problem(wire: WireProblem) -> Problem:
+    severity = _SEVERITY_OF.get(wire.severity, model.Severity.WARNING)
+    return Problem(wire.where, wire.message, wire.remedy, severity)
+
+
 def diff(old: Snapshot, new: Snapshot) -> Delta:
     """The changes from one snapshot to another."""
     before, after = old.content, new.content
@@ -224,19 +267,12 @@ def diff(old: Snapshot, new: Snapshot) -> Delta:
             return {}
         return {key: value for key, value in b.items() if (held := a.get(key)) is not value and held != value}
 
+    pairs = {kind: (getattr(before, kind), getattr(after, kind)) for kind in KINDS}
     return Delta(
         old.generation,
         new.generation,
-        Content(
-            put(before.services, after.services),
-            put(before.backends, after.backends),
-            put(before.nodes, after.nodes),
-            put(before.verdicts, after.verdicts),
-        ),
-        tuple(before.services.keys() - after.services.keys()),
-        tuple(before.backends.keys() - after.backends.keys()),
-        tuple(before.nodes.keys() - after.nodes.keys()),
-        tuple(before.verdicts.keys() - after.verdicts.keys()),
+        Content(**{kind: put(a, b) for kind, (a, b) in pairs.items()}),
+        **{f"drop_{kind}": tuple(a.keys() - b.keys()) for kind, (a, b) in pairs.items()},
     )
 
 
@@ -254,12 +290,5 @@ def patch(old: Snapshot, delta: Delta) -> Snapshot:
         return {key: value for key, value in {**a, **put}.items() if key not in gone} if put or drop else a
 
     before, put = old.content, delta.put
-    return Snapshot(
-        delta.generation,
-        Content(
-            step(before.services, put.services, delta.drop_services),
-            step(before.backends, put.backends, delta.drop_backends),
-            step(before.nodes, put.nodes, delta.drop_nodes),
-            step(before.verdicts, put.verdicts, delta.drop_verdicts),
-        ),
-    )
+    maps = {k: step(getattr(before, k), getattr(put, k), getattr(delta, f"drop_{k}")) for k in KINDS}
+    return Snapshot(delta.generation, Content(**maps))

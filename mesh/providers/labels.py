@@ -7,8 +7,8 @@ import difflib
 import enum
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mesh._abi import TABLE_SIZES
@@ -22,6 +22,7 @@ from mesh.model import (
     Problem,
     ProxyProtocol,
     ServiceOptions,
+    Severity,
 )
 
 PREFIX: Final = "mesh."
@@ -30,7 +31,11 @@ NODE_WEIGHT: Final = "mesh.weight"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _CHECK: Final = "health."  # prefix of the health check's fields
-_NOBODY: Final[tuple[Network, ...]] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+RULES: Final = ("allow", "deny")
+"""Options that say who is let in: where there is no good value of one that was asked for, nobody is."""
+NOBODY: Final[tuple[Network, ...]] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+EMPTY: Final = "nobody is let in: write the networks, or remove it to let everybody in"
+NO_GOOD: Final = "no good value of it is known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,19 @@ class _Option:
     accepts: str
     parse: Callable[[str], Any]
     fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The last good labels of one service: a wrong value keeps what stands here.
+
+    Attributes:
+        texts: good values by name without prefix; a name that is absent here and in `unknown` was not set.
+        unknown: names of which every value that was seen was wrong.
+    """
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
 
 class _EntriesError(ValueError):
@@ -151,19 +169,36 @@ def shorten(text: str, limit: int = 60) -> str:
 
 
 class _Reader:
-    """Reads options from text, and gathers what is wrong with it."""
+    """Reads options from text, and gathers what is wrong with it.
 
-    def __init__(self, values: Mapping[str, str], place: Callable[[str], str]) -> None:
+    Args:
+        last: the last good values; None: nothing was read before.
+    """
+
+    def __init__(
+        self, values: Mapping[str, str], place: Callable[[str], str], last: Accepted | None = None
+    ) -> None:
         self._values = values
         self._place = place
+        self._last = last
         self._fields: dict[str, Any] = {}
+        self._closed = ""  # the rule that lets nobody in
+        self._texts: dict[str, str] = {}
+        self._unknown: list[str] = []
         self.problems: list[Problem] = []
 
+    @property
+    def accepted(self) -> Accepted:
+        """What is to be kept where a later value is wrong."""
+        return Accepted(self._texts, tuple(self._unknown)) if self._texts or self._unknown else NONE_SET
+
     def options(self) -> ServiceOptions:
-        """The options, with the default wherever there is no usable text."""
+        """The options. Where there is no usable text: the last good one, else the default, or nobody is let in."""
         for key, option in _OPTIONS.items():
             if key in self._values:
                 self._read(key, option)
+        if self._closed:
+            self._fields["deny"] = NOBODY
         check = {name: value for name, value in self._fields.items() if name.startswith(_CHECK)}
         own = {name: value for name, value in self._fields.items() if name not in check}
         return ServiceOptions(
@@ -171,51 +206,97 @@ class _Reader:
         )
 
     def _read(self, key: str, option: _Option) -> None:
-        text = self._values[key]
+        text = self._values[key].strip()
         try:
-            value = option.parse(text.strip())
+            self._take(key, option, option.parse(text))
         except _EntriesError as wrong:
-            value = self._rest(key, wrong)
+            said = [f"{shorten(entry)} is not a network such as 10.0.0.0/8 or 2001:db8::/32" for entry in wrong.entries]
+            self._keep(key, option, said, wrong.rest)
         except (ValueError, KeyError):
-            remedy = "the default applies until it is corrected"
-            self.problems.append(Problem(self._place(key), f"{shorten(text)} is not {option.accepts}", remedy))
-            return
+            self._keep(key, option, [f"{shorten(self._values[key])} is not {option.accepts}"])
+        else:
+            self._texts[key] = text
+            if key == "allow" and not self._fields["allow"]:
+                self._closed = key
+                self.problems.append(Problem(self._place(key), "is empty", EMPTY, Severity.CRITICAL))
+
+    def _take(self, key: str, option: _Option, value: Any) -> None:
         fields = option.fields or (key.replace("-", "_"),)
         for name, part in zip(fields, value if option.fields else (value,), strict=True):
             self._fields.setdefault(name, part)
 
-    def _rest(self, key: str, wrong: _EntriesError) -> tuple[Network, ...]:
-        """The usable entries. Where `allow` has none, nobody is let in: an error opens nothing."""
-        remedy = "the other entries apply" + (", nobody else is let in" if key == "allow" else "")
-        for entry in wrong.entries:
-            message = f"{shorten(entry)} is not a network such as 10.0.0.0/8 or 2001:db8::/32"
-            self.problems.append(Problem(self._place(key), message, remedy))
-        if key == "allow" and not wrong.rest:
-            self._fields["deny"] = _NOBODY
-        return wrong.rest
+    def _keep(self, key: str, option: _Option, said: Sequence[str], rest: tuple[Network, ...] = ()) -> None:
+        """What applies in place of a wrong value: the last good one; else nothing is opened by it.
+
+        Args:
+            rest: the usable entries of a rule.
+        """
+        severity = Severity.CRITICAL if key in RULES else Severity.WARNING
+        remedy = self._from_last(key, option)
+        if not remedy:
+            self._unknown.append(key)
+            remedy = "the default applies until it is corrected"
+            if key == "allow" and rest:
+                self._take(key, option, rest)
+                remedy = "the other entries apply, nobody else is let in"
+            elif key in RULES:
+                self._closed, remedy = key, f"nobody is let in until it is corrected: {NO_GOOD}"
+        self.problems += [Problem(self._place(key), message, remedy, severity) for message in said]
+
+    def _from_last(self, key: str, option: _Option) -> str:
+        """Take the last good value of an option, and say so; empty where there is none."""
+        if self._last is None or key in self._last.unknown:
+            return ""
+        before = self._last.texts.get(key)
+        if before is None:
+            return "as before, it counts as not set until it is corrected"
+        try:
+            value = option.parse(before)
+        except (ValueError, KeyError):  # written by another build
+            return ""
+        self._texts[key] = before
+        self._take(key, option, value)
+        if key == "allow" and not value:
+            self._closed = key
+            return EMPTY
+        return f"{shorten(before)} stays in force until it is corrected"
+
+
+NONE_SET: Final = Accepted()
 
 
 def parse_options(values: Mapping[str, str], place: Callable[[str], str]) -> tuple[ServiceOptions, list[Problem]]:
-    """Options from text, and what is wrong with it; never raises.
+    """Options from text, and what is wrong with it, where nothing was read before; never raises. See `read_options`."""
+    return read_options(values, place)[:2]
+
+
+def read_options(
+    values: Mapping[str, str], place: Callable[[str], str], last: Accepted | None = None
+) -> tuple[ServiceOptions, list[Problem], Accepted]:
+    """Options from text, what is wrong with it, and what is to be kept of it; never raises.
 
     Args:
         values: by name without prefix ("affinity", "health.interval"); unknown names are problems.
         place: gives the place of a name, for the message.
+        last: the last good values of the same service; None: there are none.
     """
-    reader = _Reader(values, place)
+    reader = _Reader(values, place, last)
     options = reader.options()
     for key in sorted(values.keys() - _OPTIONS.keys()):
         near = nearest(key, KEYS)
         remedy = f"did you mean {near}?" if near else f"known: {', '.join(KEYS)}"
         reader.problems.append(Problem(place(key), "unknown option", remedy))
-    return options, reader.problems
+    return options, reader.problems, reader.accepted
 
 
-def service_options(service: str, labels: Mapping[str, str]) -> tuple[ServiceOptions, list[Problem]]:
-    """Options of a swarm service from its labels; those without the prefix `mesh.` are other people's."""
+def service_options(
+    service: str, labels: Mapping[str, str], last: Accepted | None = None
+) -> tuple[ServiceOptions, list[Problem], Accepted]:
+    """Options of a swarm service from its labels, what is wrong with them, and what to keep of them as `last` for the
+    next time; labels without the prefix `mesh.` are other people's."""
     ours = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
-    options, problems = parse_options(ours, lambda key: f"service {service}, label {_cut(PREFIX + key)}")
-    return options, [_with_prefix(p) for p in problems]
+    options, problems, accepted = read_options(ours, lambda key: f"service {service}, label {_cut(PREFIX + key)}", last)
+    return options, [_with_prefix(p) for p in problems], accepted
 
 
 def misplaced(service: str, labels: Mapping[str, str], of_containers: Mapping[str, str]) -> list[Problem]:
@@ -245,8 +326,12 @@ def _with_prefix(problem: Problem) -> Problem:
     return Problem(problem.where, "unknown label", remedy)
 
 
-def node_weight(node: str, labels: Mapping[str, str]) -> tuple[int, list[Problem]]:
-    """Weight of a node from its label `mesh.weight` (default 1; 0: no new flows to its tasks)."""
+def node_weight(node: str, labels: Mapping[str, str], last: int = 1) -> tuple[int, list[Problem]]:
+    """Weight of a node from its label `mesh.weight` (default 1; 0: no new flows to its tasks).
+
+    Args:
+        last: its weight before, which a wrong value keeps.
+    """
     text = labels.get(NODE_WEIGHT)
     option = _integer(0, WEIGHT_MAX)
     problems = []
@@ -255,7 +340,7 @@ def node_weight(node: str, labels: Mapping[str, str]) -> tuple[int, list[Problem
         try:
             weight = option.parse(text.strip())
         except ValueError:
-            remedy = "1 applies until it is corrected"
+            weight, remedy = last, f"{last} applies until it is corrected"
             where = f"node {node}, label {NODE_WEIGHT}"
             problems.append(Problem(where, f"{shorten(text)} is not {option.accepts}", remedy))
     for label in sorted(k for k in labels if k.startswith(PREFIX) and k != NODE_WEIGHT):

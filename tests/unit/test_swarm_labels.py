@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.model import Affinity, HealthCheck, Locality, ProbeKind, ProxyProtocol, ServiceOptions
-from mesh.providers.labels import KEYS, node_weight, parse_options, service_options
+from mesh.model import Affinity, HealthCheck, Locality, ProbeKind, ProxyProtocol, ServiceOptions, Severity
+from mesh.providers.labels import KEYS, NOBODY, Accepted, node_weight, parse_options, service_options
 
 
 def test_no_labels_are_the_defaults() -> None:
-    assert service_options("web", {}) == (ServiceOptions(), [])
-    assert service_options("web", {"traefik.enable": "true", "meshed": "x"}) == (ServiceOptions(), [])
+    assert service_options("web", {})[:2] == (ServiceOptions(), [])
+    assert service_options("web", {"traefik.enable": "true", "meshed": "x"})[:2] == (ServiceOptions(), [])
 
 
 def test_what_somebody_wrote_is_shown_at_a_length_that_fits() -> None:
-    _, problems = service_options("web", {"mesh." + "x" * 300: "y" * 5000, "mesh.affinity": "z" * 5000})
+    _, problems = service_options("web", {"mesh." + "x" * 300: "y" * 5000, "mesh.affinity": "z" * 5000})[:2]
     assert len(problems) == 2 and all(len(str(problem)) < 350 for problem in problems)
     _, problems = node_weight("n1", {"mesh." + "x" * 300: "0"})
     assert len(str(problems[0])) < 200
@@ -41,7 +41,7 @@ def test_every_label() -> None:
         "mesh.deny": "10.1.2.3",
     }
     assert {k.removeprefix("mesh.") for k in labels} == set(KEYS)
-    options, problems = service_options("web", labels)
+    options, problems = service_options("web", labels)[:2]
     assert not problems
     assert options == ServiceOptions(
         enable=False,
@@ -65,7 +65,7 @@ def test_every_label() -> None:
     ],
 )
 def test_probes(text: str, kind: ProbeKind, path: str) -> None:
-    options, problems = service_options("web", {"mesh.health": text})
+    options, problems = service_options("web", {"mesh.health": text})[:2]
     assert (options.health.kind, options.health.path, problems) == (kind, path, [])
 
 
@@ -85,7 +85,6 @@ def test_probes(text: str, kind: ProbeKind, path: str) -> None:
         ("mesh.health.fall", "-1", "from 1 to 100"),
         ("mesh.table-size", "1000", "1021, 4093, 16381, 65537, 655373"),
         ("mesh.locality", "zone", "cluster, local-first"),
-        ("mesh.deny", "10.0.0.0/33", "is not a network such as 10.0.0.0/8"),
         ("mesh.afinity", "flow", "did you mean mesh.affinity?"),
         ("mesh.health-interval", "2s", "did you mean mesh.health.interval?"),
         ("mesh.zzz", "1", "known: mesh.enable, mesh.affinity"),
@@ -94,7 +93,7 @@ def test_probes(text: str, kind: ProbeKind, path: str) -> None:
     ],
 )
 def test_a_wrong_label_is_one_message_and_the_default(label: str, value: str, said: str) -> None:
-    options, (problem,) = service_options("web", {label: value})
+    options, (problem,) = service_options("web", {label: value})[:2]
     assert options == ServiceOptions()
     assert problem.where == f"service web, label {label}"
     assert said in str(problem)
@@ -102,25 +101,86 @@ def test_a_wrong_label_is_one_message_and_the_default(label: str, value: str, sa
 
 
 def test_one_wrong_label_leaves_the_others() -> None:
-    options, problems = service_options("web", {"mesh.affinity": "client-ip", "mesh.table-size": "7"})
+    options, problems = service_options("web", {"mesh.affinity": "client-ip", "mesh.table-size": "7"})[:2]
     assert options.affinity is Affinity.CLIENT_IP
     assert len(problems) == 1
 
 
 def test_a_wrong_allow_opens_nothing() -> None:
-    options, problems = service_options("web", {"mesh.allow": "10.0.0.0/8, 10.0.0.300"})
+    options, problems = service_options("web", {"mesh.allow": "10.0.0.0/8, 10.0.0.300"})[:2]
     assert options.allow == (ipaddress.ip_network("10.0.0.0/8"),)
     assert len(problems) == 1
-    options, problems = service_options("web", {"mesh.allow": "intranet", "mesh.deny": "10.0.0.1"})
+    options, problems = service_options("web", {"mesh.allow": "intranet", "mesh.deny": "10.0.0.1"})[:2]
     assert {n.prefixlen for n in options.deny} == {0}
     assert {n.version for n in options.deny} == {4, 6}
-    assert "nobody else is let in" in str(problems[0])
+    assert "nobody is let in" in str(problems[0])
+
+
+def test_a_rule_without_any_good_value_lets_nobody_in_and_is_critical() -> None:
+    for labels in ({"mesh.deny": "10.0.0.0/33"}, {"mesh.deny": "10.0.0.1, x"}, {"mesh.allow": "10.77.0.0/33"}):
+        options, problems, accepted = service_options("web", labels)
+        assert (options.allow, options.deny) == ((), NOBODY)
+        assert "is not a network such as 10.0.0.0/8" in str(problems[0]) and "nobody is let in" in str(problems[0])
+        assert {problem.severity for problem in problems} == {Severity.CRITICAL}
+        # nor does the next read take it for good
+        assert service_options("web", labels, accepted)[0] == options
+
+
+@pytest.mark.parametrize("value", ["", "  ", ","])
+def test_an_empty_allow_admits_nobody_and_is_named(value: str) -> None:
+    """A variable that was not set: `mesh.allow=${OFFICE}`."""
+    options, (problem,), accepted = service_options("web", {"mesh.allow": value, "mesh.deny": "10.0.0.1"})
+    assert options.deny == NOBODY
+    assert problem.where == "service web, label mesh.allow" and problem.severity is Severity.CRITICAL
+    assert "is empty: " not in str(problem) and "is empty (nobody is let in" in str(problem)
+    options, (problem,), _ = service_options("web", {"mesh.allow": "10.0.0.0/33"}, accepted)
+    assert options.deny == NOBODY and problem.severity is Severity.CRITICAL
+
+
+GOOD = {
+    "mesh.enable": "false", "mesh.affinity": "client-ip", "mesh.proxy-protocol": "v2", "mesh.health": "http:/ready",
+    "mesh.health.interval": "500ms", "mesh.health.timeout": "0.2s", "mesh.health.rise": "1", "mesh.health.fall": "5",
+    "mesh.table-size": "65537", "mesh.locality": "local-first", "mesh.allow": "10.0.0.0/8, 2001:db8::/32",
+    "mesh.deny": "10.1.2.3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", sorted(GOOD))
+def test_a_wrong_value_of_any_label_keeps_the_last_good_one(label: str) -> None:
+    before, _, accepted = service_options("web", GOOD)
+    for value in ("?", "10.77.0.0/33"):  # again and again: the last good one is not forgotten by the first wrong one
+        after, (problem,), accepted = service_options("web", {**GOOD, label: value}, accepted)
+        assert after == before
+        assert f"{GOOD[label]!r} stays in force" in problem.remedy
+        assert problem.severity is (Severity.CRITICAL if label in ("mesh.allow", "mesh.deny") else Severity.WARNING)
+    assert service_options("web", {**GOOD, label: GOOD[label]}, accepted)[:2] == (before, [])
+
+
+@pytest.mark.parametrize("label", sorted(GOOD))
+def test_a_label_that_was_not_set_and_is_wrong_now_changes_nothing(label: str) -> None:
+    _, _, accepted = service_options("web", {})
+    options, (problem,), accepted = service_options("web", {label: "10.77.0.0/33"}, accepted)
+    assert options == ServiceOptions() and "counts as not set" in problem.remedy
+    assert service_options("web", {label: "?"}, accepted)[0] == ServiceOptions()
+
+
+def test_a_label_that_is_removed_is_not_kept() -> None:
+    _, _, accepted = service_options("web", GOOD)
+    options, _, accepted = service_options("web", {}, accepted)
+    assert options == ServiceOptions() and accepted == Accepted()
+    assert service_options("web", {"mesh.allow": "x"}, accepted)[0] == ServiceOptions()
+
+
+def test_what_another_build_kept_and_this_one_cannot_use_is_no_last_good_value() -> None:
+    options, _, _ = service_options("web", {"mesh.allow": "x"}, Accepted({"allow": "office"}))
+    assert options.deny == NOBODY
 
 
 @pytest.mark.parametrize(("text", "weight", "wrong"), [("0", 0, 0), ("65535", 65535, 0), ("65536", 1, 1), ("x", 1, 1)])
 def test_node_weight(text: str, weight: int, wrong: int) -> None:
     found, problems = node_weight("n1", {"mesh.weight": text, "rack": "7"})
     assert (found, len(problems)) == (weight, wrong)
+    assert node_weight("n1", {"mesh.weight": text}, 0)[0] == (0 if wrong else weight)  # drained, then mistyped
 
 
 def test_node_labels_that_belong_elsewhere() -> None:
@@ -138,7 +198,7 @@ def test_node_labels_that_belong_elsewhere() -> None:
     )
 )
 def test_any_labels_give_options(labels: dict[str, str]) -> None:
-    options, problems = service_options("web", labels)
+    options, problems = service_options("web", labels)[:2]
     assert options.health.interval >= 0.1
     assert options.health.rise >= 1
     assert all(str(p) for p in problems)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ipaddress
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 import msgspec
@@ -86,13 +86,28 @@ def decode(answers: Answers) -> Read:
     return Decoder().decode(answers)
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a wrong label keeps: the last good labels of services and weights of nodes, by id."""
+
+    services: Mapping[str, labels.Accepted] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+
+
 class Decoder:
     """Decodes successive reads. What has not changed since the last read stays the same object.
 
     Later steps compare by identity first. Not safe for two threads at once.
+
+    Args:
+        accepted: what was good before this process.
+
+    Attributes:
+        accepted: the same after the last read; replaced whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accepted: Accepted | None = None) -> None:
+        self.accepted = accepted or Accepted()
         self._parse_services: Latest[bytes, _Parsed[Service]] = Latest()
         self._parse_nodes: Latest[bytes, _Parsed[Node]] = Latest()
         self._services: _Parsed[Service] = (), []
@@ -108,9 +123,9 @@ class Decoder:
             ProviderError: a body cannot be used, or the node is no manager.
         """
         local = _manager(answers)
-        self._services = self._parse_services.of(answers.services, _services)
+        self._services = self._parse_services.of(answers.services, self._read_services)
         tasks = parse(answers.tasks, list[schema.Task], "GET /tasks")
-        self._nodes = self._parse_nodes.of(answers.nodes, _nodes)
+        self._nodes = self._parse_nodes.of(answers.nodes, self._read_nodes)
         self._own.clear()
         return self._read(self._tasks.update(self._inputs(tasks, local), _backend), local)
 
@@ -128,6 +143,19 @@ class Decoder:
             self._own.pop(task, None)
         own = [task for key, task in self._own.items() if key not in tasks]  # their containers may have changed
         return self._read(self._tasks.amend(self._inputs([*tasks.values(), *own], local), gone, _backend), local)
+
+    def _read_services(self, body: bytes) -> _Parsed[Service]:
+        services, problems, accepted = _services(body, self.accepted.services)
+        if accepted != self.accepted.services:
+            self.accepted = replace(self.accepted, services=accepted)
+        return services, problems
+
+    def _read_nodes(self, body: bytes) -> _Parsed[Node]:
+        nodes, problems = _nodes(body, self.accepted.weights)
+        weights = {node.id: node.weight for node in nodes if node.weight != 1}
+        if weights != self.accepted.weights:
+            self.accepted = replace(self.accepted, weights=weights)
+        return nodes, problems
 
     def _inputs(self, tasks: Iterable[schema.Task], local: Local) -> Iterator[tuple[str, _Input]]:
         names = {service.id: service.name for service in self._services[0]}
@@ -213,12 +241,13 @@ def _address(text: str) -> Address | None:
     return None if address.is_unspecified else address
 
 
-def _nodes(body: bytes) -> _Parsed[Node]:
+def _nodes(body: bytes, weights: Mapping[str, int]) -> _Parsed[Node]:
+    """`weights`: of nodes before, where not 1."""
     found: list[Node] = []
     problems: list[Problem] = []
     for node in sorted(parse(body, list[schema.Node], "GET /nodes"), key=_by_id):
         name = node.description.hostname or node.id
-        weight, wrong = labels.node_weight(name, node.spec.labels or {})
+        weight, wrong = labels.node_weight(name, node.spec.labels or {}, weights.get(node.id, 1))
         problems += wrong
         # A manager that was initialised without an address reports 0.0.0.0 as its own.
         address = _address(node.status.addr) or _address(node.manager_status.addr if node.manager_status else "")
@@ -227,10 +256,17 @@ def _nodes(body: bytes) -> _Parsed[Node]:
     return tuple(found), problems
 
 
-def _services(body: bytes) -> _Parsed[Service]:
-    """Services with a port in ingress mode, as allocated (Endpoint.Ports); others are no business of the mesh."""
+def _services(
+    body: bytes, last: Mapping[str, labels.Accepted]
+) -> tuple[tuple[Service, ...], list[Problem], dict[str, labels.Accepted]]:
+    """Services with a port in ingress mode, as allocated (Endpoint.Ports); others are no business of the mesh.
+
+    Args:
+        last: the last good labels by service id. Returned as well, as they are now.
+    """
     found: list[Service] = []
     problems: list[Problem] = []
+    accepted: dict[str, labels.Accepted] = {}
     for service in sorted(parse(body, list[schema.Service], "GET /services"), key=_by_id):
         ports = []
         for port in (service.endpoint.ports if service.endpoint else None) or ():
@@ -244,10 +280,12 @@ def _services(body: bytes) -> _Parsed[Service]:
             else:
                 ports.append(PublishedPort(port.published_port, port.target_port, _PROTOCOLS[port.protocol]))
         if ports:
-            options, wrong = labels.service_options(service.spec.name, service.spec.labels or {})
+            options, wrong, accepted[service.id] = labels.service_options(
+                service.spec.name, service.spec.labels or {}, last.get(service.id)
+            )
             problems += wrong + labels.misplaced(service.spec.name, service.spec.labels or {}, _of_containers(service))
             found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options))
-    return tuple(found), problems
+    return tuple(found), problems, accepted
 
 
 def _of_containers(service: schema.Service) -> Mapping[str, str]:

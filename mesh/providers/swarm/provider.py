@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -18,9 +19,10 @@ import structlog
 
 from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
-from mesh.model import Inventory
+from mesh.model import Inventory, Severity
 from mesh.providers.base import ProviderStatus, Publish
-from mesh.providers.swarm.decode import Decoder, Read
+from mesh.providers.swarm.accepted import ACCEPTED_FILE, AcceptedFile
+from mesh.providers.swarm.decode import Answers, Decoder, Read
 from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.events import Overlay
 from mesh.providers.swarm.watch import watch
@@ -35,6 +37,8 @@ _STREAM_CALM: Final = 5.0  # a stream that lived this long resets the retry dela
 _EARLY: Final = ("pause", "unpause")  # the Engine's list shows them only some time after the event
 _LATER: Final = 0.5  # seconds after which to read again because of these
 _SOME: Final = 256  # maximum number of tasks read by id; for more, everything is read
+
+LEVELS: Final = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.CRITICAL: logging.ERROR}
 
 log = structlog.get_logger()
 
@@ -76,7 +80,8 @@ class SwarmProvider:
         self._config = config
         self._watch_socket = Path(config.docker_exec_root) / "swarm" / "control.sock"
         self._certificates = Path(config.docker_data_root) / "swarm" / "certificates"
-        self._decoder = Decoder()
+        self._accepted = AcceptedFile(Path(config.state_dir) / ACCEPTED_FILE)
+        self._decoder = Decoder(self._accepted.read())
         self._overlay = Overlay()
         self._read: Read | None = None
         self._published: Inventory | None = None
@@ -152,8 +157,13 @@ class SwarmProvider:
         if tasks is None or not self._watching or now - self._whole > self._config.docker_resync_interval:
             self._whole = now
             self._begun_whole += 1
-            return await asyncio.to_thread(self._decoder.decode, await engine.read())
+            return await asyncio.to_thread(self._decode, await engine.read())
         return await asyncio.to_thread(self._decoder.update, await engine.read_tasks(tasks), tasks)
+
+    def _decode(self, answers: Answers) -> Read:
+        read = self._decoder.decode(answers)
+        self._accepted.write(self._decoder.accepted)
+        return read
 
     def _failed(self, error: Exception) -> None:
         """Log a failed read, whatever its cause. The last known state stays in use, and the read is retried."""
@@ -191,7 +201,7 @@ class SwarmProvider:
         known = set(self._published.problems) if self._published else set()
         for problem in inventory.problems:
             if problem not in known:
-                log.warning("invalid label ignored", problem=str(problem))
+                log.log(LEVELS[problem.severity], "label problem", problem=str(problem))
         self._published = inventory
         self._publish(inventory)
 
