@@ -221,8 +221,10 @@ class Severity(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something a user wrote that cannot be used: the place, what is wrong, the remedy. The last good value or a default
-    applies."""
+    """Something a user wrote that cannot be used: the place, what is wrong, the remedy.
+
+    The last good value, or a default, applies.
+    """
 
     where: str  # "service web, label mesh.affinity"
     message: str  # "'sticky' is not one of: client-ip, flow"

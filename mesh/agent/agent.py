@@ -141,7 +141,6 @@ class Agent:
         hooks = Hooks(self.stop, self._stopping.is_set, self._problems)
         try:
             parts = self._parts = assemble(config, opened, self._make_source, hooks)
-            parts.reconciler.set_drained(parts.view.drained)
             self._log_start(opened)
             try:
                 await self._serve(parts, successor)

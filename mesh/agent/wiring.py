@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.agent.held import HeldBackends
+from mesh.api.drained import DRAINED_FILE, DrainedState, connections_left
 from mesh.api.server import Servers
 from mesh.api.services import Services
 from mesh.api.state import Facts, View
-from mesh.cluster.provider import ClusterProvider, Tables
+from mesh.cluster.provider import ClusterProvider, DrainHooks, Tables
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.datapath.paths.monitor import PathMonitor
@@ -48,8 +49,9 @@ class Source:
     own_health: Callable[[HealthView], None]
 
 
-MakeSource = Callable[[EngineKind, Reconciler, Tables], Source]
-"""Makes the provider that was chosen, of this node's engine, the loop, and what tells digests of tables."""
+MakeSource = Callable[[EngineKind, Reconciler, Tables, DrainHooks], Source]
+"""Makes the provider that was chosen, of this node's engine, the loop, what tells digests of tables, and what takes the
+drains that all nodes share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +115,17 @@ async def choose_provider(config: Config) -> tuple[Config, MakeSource]:
 
 
 def _single_source(provider: Provider) -> MakeSource:
-    return lambda engine, reconciler, tables: Source(provider, None, reconciler.set_health)
+    return lambda engine, reconciler, tables, drains: Source(provider, None, reconciler.set_health)
 
 
 def _cluster_source(config: Config) -> MakeSource:
     module: Any = importlib.import_module("mesh.providers.swarm")
     local, swarm = module.LocalNode(config), module.SwarmProvider(config)
 
-    def make(engine: EngineKind, reconciler: Reconciler, tables: Tables) -> Source:
-        on_health = reconciler.set_health
-        provider = ClusterProvider(config, local, swarm, engine=engine, tables=tables, on_health=on_health)
+    def make(engine: EngineKind, reconciler: Reconciler, tables: Tables, drains: DrainHooks) -> Source:
+        provider = ClusterProvider(
+            config, local, swarm, engine=engine, tables=tables, on_health=reconciler.set_health, drains=drains
+        )
         return Source(provider, provider, provider.own_health)
 
     return make
@@ -211,7 +214,14 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         picture, applied = reconciler.picture, reconciler.applied
         return applied.generation, await asyncio.to_thread(services.digests, picture, applied)
 
-    source = make_source(name, reconciler, tables)
+    async def held() -> dict[str, int]:
+        now, applied = reconciler.picture.drained, reconciler.applied
+        return await asyncio.to_thread(connections_left, now, applied, reconciler.datapath.stats)
+
+    state_dir = Path(config.state_dir)
+    drained = DrainedState(state_dir / DRAINED_FILE, reconciler.set_drained)
+    hooks_of_drains = DrainHooks(drained.set_shared, lambda: reconciler.picture.drained.shared, held)
+    source = make_source(name, reconciler, tables, hooks_of_drains)
     provider = source.provider
     monitor = Monitor(source.own_health)
     paths = PathMonitor(
@@ -220,7 +230,6 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         lambda: (provider.status().node_id, reconciler.inventory.nodes),
         on_change=reconciler.set_paths,
     )
-    state_dir = Path(config.state_dir)
     view = View(
         Facts(name, opened.engine.reason, state_dir, time.time()),
         reconciler,
@@ -228,6 +237,7 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         monitor,
         hooks.stop,
         services=services,
+        drained=drained,
         cluster=source.cluster,
         paths=paths,
         problems=hooks.problems,

@@ -30,6 +30,7 @@ INDEX: Final = """mesh
 /state     the daemon's whole state, JSON
 /cluster   all nodes compared, on a manager
 /nodes     the cluster's nodes, on any node
+/drains    what is drained, how the nodes follow, and connections left
 /explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   which backend a connection gets, and why
 """
 
@@ -51,6 +52,7 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     app.router.add_get("/state", _state)
     app.router.add_get("/cluster", _cluster)
     app.router.add_get("/nodes", _nodes)
+    app.router.add_get("/drains", _drains)
     app.router.add_get("/explain", _explain)
     if control:
         app.router.add_post("/drain", _drain)
@@ -134,6 +136,10 @@ async def _nodes(request: web.Request) -> web.Response:
     return _json(request.app[VIEW].nodes())
 
 
+async def _drains(request: web.Request) -> web.Response:
+    return _json(await request.app[VIEW].drains())
+
+
 async def _explain(request: web.Request) -> web.Response:
     query = request.query
     if missing := [name for name in ("source", "destination") if name not in query]:
@@ -165,10 +171,10 @@ async def _undrain(request: web.Request) -> web.Response:
 
 async def _set_drained(request: web.Request, *, drained: bool) -> web.Response:
     body = await _body(request)
-    kind, name = body.get("kind"), body.get("name")
+    kind, name, local = body.get("kind"), body.get("name"), body.get("local", False)
     if kind not in ("backend", "node") or not isinstance(name, str) or not name:
-        raise MeshError('expected {"kind": "backend" | "node", "name": "…"}', where=request.path)
-    return _json(await request.app[VIEW].set_drained(kind, name, drained))
+        raise MeshError('expected {"kind": "backend" | "node", "name": "…", "local": false}', where=request.path)
+    return _json(await request.app[VIEW].set_drained(kind, name, drained, local=local is True))
 
 
 async def _stop(request: web.Request) -> web.Response:

@@ -6,16 +6,27 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import structlog
 
 from mesh import __version__
 from mesh._abi import ABI_VERSION
-from mesh.api.drained import DRAINED_FILE, _find, _load_drained, _save_drained
+from mesh.api.drained import (
+    DRAINED_FILE,
+    PENDING,
+    DrainedState,
+    connections_left,
+    find,
+    follow_rows,
+    left_without_backend,
+    still_without,
+)
 from mesh.api.explain import Explainer
 from mesh.api.services import Services
 from mesh.api.traffic import traffic
@@ -24,10 +35,11 @@ from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
-from mesh.model import EngineKind, Flow, Inventory, Severity
-from mesh.providers.base import ClusterView, Provider
-from mesh.reconcile.eligibility import Drained
+from mesh.model import EngineKind, Flow, Inventory, Node, Severity
+from mesh.providers.base import ClusterView, Follower, Provider
 from mesh.reconcile.loop import Reconciler
+
+FOLLOW: Final = 3.0  # seconds for which an answer waits until all nodes follow a drain
 
 log = structlog.get_logger("mesh")
 
@@ -48,6 +60,7 @@ class View:
     Args:
         stop: how the daemon is stopped; `release` hands the ports back.
         services: what is shown of services; None: of its own.
+        drained: what is drained; None: of its own, for this node only.
         cluster: of a provider that serves all nodes of a cluster.
         paths: what is known of the paths to other nodes, for who has any.
         problems: what is wrong with the daemon itself, one sentence each.
@@ -63,6 +76,7 @@ class View:
         stop: Callable[[bool], Awaitable[None]],
         *,
         services: Services | None = None,
+        drained: DrainedState | None = None,
         cluster: ClusterView | None = None,
         paths: PathMonitor | None = None,
         problems: Callable[[], Iterable[str]] = tuple,
@@ -79,11 +93,11 @@ class View:
         self._stopping = stopping
         self._services = services or Services(facts.engine)
         self._explainer = Explainer(reconciler)
-        self.drained = _load_drained(facts.state_dir / DRAINED_FILE)
+        self._drained = drained or DrainedState(facts.state_dir / DRAINED_FILE, reconciler.set_drained)
 
     def state(self) -> Json:
         loop, facts = self._reconciler, self._facts
-        picture, applied, drained = loop.picture, loop.applied, self.drained  # each is replaced whole
+        picture, applied, drained = loop.picture, loop.applied, self._drained.now  # each is replaced whole
         status = self._provider.status()
         paths = [str(problem) for problem in self._paths.problems] if self._paths else []
         found = traffic(picture.desired.frontends, applied.frontends)
@@ -116,7 +130,11 @@ class View:
             "paths": self._path_rows(),
             "traffic": {"verdict": found.verdict.value, "reasons": list(found.reasons)},
             "services": self._services.shown(picture, applied),
-            "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
+            "drained": {
+                "backends": sorted(drained.backends),
+                "nodes": sorted(drained.nodes),
+                "here": sorted(drained.here),
+            },
             "stopping": self._stopping(),
         }
 
@@ -177,20 +195,72 @@ class View:
     async def explain(self, flow: Flow) -> Json:
         return await self._explainer.explain(flow)
 
-    async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
-        inventory = self._reconciler.picture.inventory
-        old = self.drained.nodes if kind == "node" else self.drained.backends
+    async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:
+        picture = self._reconciler.picture
+        inventory, now = picture.inventory, self._drained.now
         things = {t.id: t.name for t in (inventory.nodes if kind == "node" else inventory.backends)}
-        found = _find(kind, name, things | {known: "" for known in old if known not in things})
-        new = old | {found} if drained else old - {found}
-        if kind == "node":
-            self.drained = Drained(self.drained.backends, new)
+        known = now.nodes if kind == "node" else now.backends
+        found = find(kind, name, things | {each: "" for each in known if each not in things})
+        shared = self._cluster is not None and not local
+        if self._cluster is not None and shared:
+            self._cluster.drain(f"{kind}:{found}", drained)
         else:
-            self.drained = Drained(new, self.drained.nodes)
-        _save_drained(self._facts.state_dir / DRAINED_FILE, self.drained)
-        self._reconciler.set_drained(self.drained)
-        log.info(f"{kind} {'drained' if drained else 'undrained'}", id=found, name=things.get(found, ""))
-        return {"kind": kind, "id": found, "name": things.get(found, ""), "drained": drained}
+            self._drained.set_local(kind, found, drained)
+        word = "drained" if drained else "undrained"
+        log.info(f"{kind} {word}", id=found, name=things.get(found, ""), local=not shared)
+        rows = await self._wait_for_followers() if shared else []
+        picture = replace(picture, drained=self._drained.now)
+        return {
+            "kind": kind,
+            "id": found,
+            "name": things.get(found, ""),
+            "drained": drained,
+            "scope": "cluster" if shared else "node",
+            "nodes": rows,
+            "notes": left_without_backend(picture) if drained else still_without(kind, found, picture),
+        }
+
+    async def drains(self) -> Json:
+        loop = self._reconciler
+        own = await asyncio.to_thread(connections_left, self._drained.now, loop.applied, loop.datapath.stats)
+        followers = dict(self._cluster.followers()) if self._cluster is not None else {}
+        return {"nodes": follow_rows(self._nodes(), followers), "drained": self._drained_things(own, followers)}
+
+    def _drained_things(self, own: Mapping[str, int], followers: Mapping[str, Follower]) -> list[Json]:
+        status, now, inventory = self._provider.status(), self._drained.now, self._reconciler.picture.inventory
+        up = {node.id: node.name or node.id for node in inventory.nodes if node.up and node.engine}
+        found: list[Json] = []
+        for key, count in sorted(own.items()):
+            kind, _, identity = key.partition(":")
+            names = {t.id: t.name for t in (inventory.nodes if kind == "node" else inventory.backends)}
+            shared = key in now.shared and self._cluster is not None
+            held = {node: followers[node].held.get(key) if node in followers else None for node in up if shared}
+            held[status.node_id] = count
+            found.append(
+                {
+                    "kind": kind,
+                    "id": identity,
+                    "name": names.get(identity, ""),
+                    "scope": "cluster" if shared else "node",
+                    "connections": sum(each for each in held.values() if each is not None),
+                    "untold": sorted(up[node] for node, each in held.items() if each is None),
+                }
+            )
+        return found
+
+    def _nodes(self) -> Sequence[Node]:
+        return self._reconciler.picture.inventory.nodes
+
+    async def _wait_for_followers(self) -> list[Json]:
+        """How each node follows, as soon as all that can do, or after a while."""
+        cluster = self._cluster
+        assert cluster is not None
+        deadline = time.monotonic() + FOLLOW
+        while True:
+            rows = follow_rows(self._nodes(), cluster.followers())
+            if all(row["state"] != PENDING for row in rows) or time.monotonic() > deadline:
+                return rows
+            await asyncio.sleep(0.05)
 
     async def stop(self, *, release: bool) -> None:
         await self._stop(release)

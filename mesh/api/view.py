@@ -45,14 +45,15 @@ class AgentView(Protocol):
         error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
-        problems [str], paths_down (problems with paths to other nodes),
+        problems [str], critical [str] (those of the problems that keep clients out, or leave a rule unapplied),
+        paths_down (problems with paths to other nodes),
         paths [{node, node_name, path, state}], traffic {verdict (ok, degraded, failing), reasons [str]},
         services [{id, name, ports [str], options, frontends (none where mesh.enable is false)
         [{frontend, table_size, tracked_slots, digest, panic, served, targets [{backend, name, node, node_name, address,
         port, weight, intent, taking (why it gets new connections or not), health, health_reason, slots, local,
         via (address of the node that runs it, empty: this one), masked (why this node sends it nothing, empty: it
         does), path (here, tunnel, peer)}]}]}],
-        drained {backends [id], nodes [id]}, stopping (bool).
+        drained {backends [id], nodes [id], here [id] (those on this node only)}, stopping (bool).
         """
 
     def cluster(self) -> Json:
@@ -86,11 +87,20 @@ class AgentView(Protocol):
         engine that runs none; agree: whether it says what the tables say, null without a program.
         """
 
-    async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
+    async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:
         """Drain or undrain a `backend` or `node` by id, unique id prefix or name. Kept across restarts.
+
+        On all nodes, unless `local` or where the provider serves one node only. Answers kind, id, name, drained,
+        scope ("cluster", "node"), nodes [{node, state ("follows", or why not)}] (empty for this node only),
+        notes [str] (why it still gets no new connections; services that are left without a backend).
 
         Raises:
             mesh.errors.MeshError: nothing, or more than one thing, has that name.
+        """
+
+    async def drains(self) -> Json:
+        """What is drained, and what is left of it: drained [{kind, id, name, scope, connections (on all nodes that
+        tell, with scope "node" on this one), untold [names of nodes that do not tell]}], nodes (see `set_drained`).
         """
 
     async def stop(self, *, release: bool) -> None:

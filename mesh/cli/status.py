@@ -76,8 +76,13 @@ def _drained(state: Json, nodes: list[Json]) -> list[str]:
     """What an operator drained, by name where the name is known."""
     backends = {target["backend"]: target["name"] for _, _, target in each_target(state["services"])}
     names = {node["id"]: node["name"] for node in nodes}
-    found = [f"node {names.get(node) or node}" for node in state["drained"]["nodes"]]
-    return found + [f"backend {backends.get(backend) or backend}" for backend in state["drained"]["backends"]]
+    here = state["drained"].get("here", ())
+    things = [("node", names, each) for each in state["drained"]["nodes"]]
+    things += [("backend", backends, each) for each in state["drained"]["backends"]]
+    return [
+        f"{kind} {known.get(each) or each}" + (" (on this node only)" if each in here else "")
+        for kind, known, each in things
+    ]
 
 
 def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
@@ -112,11 +117,13 @@ def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
     for title, text in rows:
         click.echo(f"{title:<11}{text}")
     errors = [error for error in (provider["error"], apply["last_error"]) if error]
+    critical = state.get("critical", [])
     parts = {
         "Not ready:": ready["reasons"],
         "Traffic:": state["traffic"]["reasons"],
         "Errors:": errors,
-        "Problems:": state["problems"],
+        "Critical:": critical,
+        "Problems:": [problem for problem in state["problems"] if problem not in critical],
     }
     for title, lines in parts.items():
         if lines:

@@ -10,13 +10,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.agreement import Row, differences
 from mesh.cluster.credentials import CredentialsWatch, Files
+from mesh.cluster.drains import FILE, Drains, digest
 from mesh.cluster.liveness import FailureDetector
 from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import RelayServer
@@ -27,14 +29,35 @@ from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.incremental import KeyedCache
 from mesh.model import Address, EngineKind, HealthView, Inventory, Node
-from mesh.providers.base import ProviderStatus, Publish
+from mesh.providers.base import Follower, ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
 from mesh.supervisor import end, supervise
 
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
 
+DRAIN_SOON: Final = 0.1  # likewise while what is drained is not in force here yet
+
 _Given = tuple[Node, bool, EngineKind]  # a node, whether it answers, how it forwards
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
+
+
+async def _holds_none() -> dict[str, int]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class DrainHooks:
+    """The agent's side of the drains that all nodes share. Things are "backend:ID" or "node:ID".
+
+    Attributes:
+        take: takes what is drained, whenever that changes; called on the event loop.
+        in_force: what of it the tables follow now.
+        held: connections that this node has to each drained thing.
+    """
+
+    take: Callable[[frozenset[str]], None] = lambda keys: None
+    in_force: Callable[[], frozenset[str]] = frozenset
+    held: Callable[[], Awaitable[dict[str, int]]] = _holds_none
 
 
 class ClusterProvider:
@@ -46,6 +69,7 @@ class ClusterProvider:
         engine: how this node forwards.
         tables: tells the generation that is applied and the digests of its tables by frontend.
         on_health: takes all nodes' verdicts, this node's among them, whenever they change; on the event loop.
+        drains: what the drains that all nodes share are given to, and what this node says of them.
     """
 
     def __init__(
@@ -57,7 +81,11 @@ class ClusterProvider:
         engine: EngineKind,
         tables: Tables,
         on_health: OnHealth,
+        drains: DrainHooks | None = None,
     ) -> None:
+        self._drain_hooks = drains or DrainHooks()
+        self._drains = Drains(Path(config.state_dir) / FILE)
+        self._followers: dict[str, wire.Follower] = {}  # by node
         self._port = config.cluster_port
         self._fixed = config.managers
         self._engine = engine
@@ -72,7 +100,12 @@ class ClusterProvider:
         self._changed = asyncio.Event()  # something to report
         self._report = wire.Report({})  # this node's last
         self._relay = RelayProvider(
-            self._credentials, self._managers, engine=engine, on_verdicts=self._on_verdicts, on_link=self._on_link
+            self._credentials,
+            self._managers,
+            engine=engine,
+            on_verdicts=self._on_verdicts,
+            on_link=self._on_link,
+            on_content=self._on_content,
         )
         self._pass_on_soon = Soon(self._pass_on)
         self._liveness = FailureDetector(self._port, self._address_of, self._pass_on_soon.ask)
@@ -97,14 +130,18 @@ class ClusterProvider:
     def _make_server(self, manager: bool) -> RelayServer:
         if not manager:
             return RelayServer(self._credentials, self._port, engine=self._engine, manager=False)
-        on_report, on_node = self._verdicts.reports.take, self._liveness.on_node
-        return RelayServer(self._credentials, self._port, engine=self._engine, on_report=on_report, on_node=on_node)
+        on_report, on_node = self._on_report, self._liveness.on_node
+        server = RelayServer(self._credentials, self._port, engine=self._engine, on_report=on_report, on_node=on_node)
+        self._followers = {node: said for node, said in self._followers.items() if node == self._local.look.node}
+        server.share(self._drains.entries, self._followers)
+        return server
 
     # ---- what others ask ----
 
     async def run(self, publish: Publish) -> None:
         """Follow until cancelled."""
         self._publish = publish
+        self._drain_hooks.take(self._drains.keys)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._local.run(self._on_look))
             group.create_task(self._follow())
@@ -168,6 +205,48 @@ class ClusterProvider:
             0.0 if own else reports.age(node.id),
             report.digests,
         )
+
+    # ---- what is drained on all nodes ----
+
+    def drain(self, key: str, drained: bool) -> None:
+        """See ClusterView.drain."""
+        self._drains.set(key, drained)
+        self._take_drains()
+
+    def followers(self) -> Mapping[str, Follower]:
+        """See ClusterView.followers."""
+        wanted = digest(self._drains.keys)
+        return {node: Follower(said.digest == wanted, said.held) for node, said in self._followers.items()}
+
+    def _on_report(self, node: str, report: wire.Report) -> None:
+        if report.drains is None:
+            self._follow_drains({each: said for each, said in self._followers.items() if each != node})
+        else:
+            if self._drains.merge(report.drains):
+                self._take_drains()
+            self._follow_drains({**self._followers, node: report.follower})
+        self._verdicts.reports.take(node, report)
+
+    def _on_content(self, content: wire.Content) -> None:
+        """Take what a manager tells of drains; its word of this node's own agent is older than this node's."""
+        if not self._roles.reads:
+            if self._drains.merge(content.drains):
+                self._take_drains()
+            own = self._local.look.node
+            self._follow_drains({**content.followers, **{own: self._report.follower}})
+
+    def _take_drains(self) -> None:
+        """What is drained has changed: it comes into force here, and others are told."""
+        self._drain_hooks.take(self._drains.keys)
+        self._changed.set()
+        if (server := self._roles.server) is not None:
+            server.share(self._drains.entries, self._followers)
+
+    def _follow_drains(self, followers: dict[str, wire.Follower]) -> None:
+        if followers != self._followers:
+            self._followers = followers
+            if (server := self._roles.server) is not None:
+                server.share(self._drains.entries, followers)
 
     # ---- what the local Engine and managers say ----
 
@@ -272,18 +351,28 @@ class ClusterProvider:
 
     async def _report_forever(self) -> None:
         asked = -REPORT_EVERY
-        generation, digests = 0, dict[str, str]()
+        generation, digests, held, in_force = 0, dict[str, str](), dict[str, int](), frozenset[str]()
         while True:
             self._changed.clear()
-            if time.monotonic() - asked >= REPORT_EVERY:  # others wait for verdicts, nobody for digests
+            before, in_force = in_force, self._drain_hooks.in_force()
+            if time.monotonic() - asked >= REPORT_EVERY or in_force != before:  # nobody waits for digests
                 generation, digests = await self._tables()
                 asked = time.monotonic()
+                held = await self._drain_hooks.held()
             reads = self._roles.reads and self._swarm.status().connected
-            verdicts = self._verdicts.to_report()
-            self._report = wire.Report(verdicts, digests, generation, self._engine, reads=reads)
+            self._report = wire.Report(
+                self._verdicts.to_report(),
+                digests,
+                generation,
+                self._engine,
+                reads=reads,
+                drains=self._drains.entries,
+                follower=wire.Follower(digest(in_force), held),
+            )
+            self._follow_drains({**self._followers, self._local.look.node: self._report.follower})
             self._roles.look_again()
             await self._relay.report(self._report)
             await asyncio.sleep(0.02)  # a burst is two reports: the first of it is waited for
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REPORT_EVERY):
+                async with asyncio.timeout(REPORT_EVERY if in_force == self._drains.keys else DRAIN_SOON):
                     await self._changed.wait()

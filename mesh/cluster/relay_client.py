@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import aiohttp
+import msgspec
 import structlog
 
 from mesh import __version__
@@ -34,6 +35,7 @@ _REFRESH: Final = 5.0  # seconds between looks at the list of managers
 Managers = Callable[[], Awaitable[Sequence[tuple[str, int]]]]
 OnVerdicts = Callable[[HealthView], None]
 OnLink = Callable[[str, bool], None]
+OnContent = Callable[[wire.Content], None]
 
 log = structlog.get_logger("mesh.cluster")
 
@@ -48,6 +50,7 @@ class _Link:
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._version = wire.OLDEST  # the manager's
         self._told: dict[str, str] | None = None  # digests, on this connection
+        self._told_drains: dict[str, wire.Drain] | None = None  # likewise
         self._hurry = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"relay {host}:{port}")
 
@@ -66,10 +69,13 @@ class _Link:
     async def report(self, report: wire.Report) -> None:
         """Send a report; of its digests those that have changed, where the manager understands that."""
         told, self._told = self._told, report.digests
+        drains, self._told_drains = self._told_drains, report.drains
+        if drains is report.drains is not None:
+            report = msgspec.structs.replace(report, drains={})
         if told is not None and self._version >= wire.CHANGES:
             changed = {frontend: digest for frontend, digest in report.digests.items() if told.get(frontend) != digest}
             changed |= dict.fromkeys(told.keys() - report.digests.keys(), "")
-            report = wire.Report(report.verdicts, changed, report.generation, report.engine, True, report.reads)
+            report = msgspec.structs.replace(report, digests=changed, changes=True)
         await self.send(report)
 
     def hurry(self) -> None:
@@ -118,7 +124,7 @@ class _Link:
             if not isinstance(first, wire.Hello):
                 raise wire.WireError("the first message is not a hello", where=join_host_port(host, port))
             wire.check_version(first)
-            self._version, self._told = first.version, None
+            self._version, self._told, self._told_drains = first.version, None, None
             self._socket = socket
             await self._relay.connected(self)
             try:
@@ -156,6 +162,7 @@ class RelayProvider:
         managers: the managers' addresses now, asked for every few seconds.
         inventory: whether it is wanted, at first; see `listen`.
         on_verdicts: all nodes' verdicts, whenever they change.
+        on_content: all that a manager tells, before the inventory of it is published.
         on_link: a manager's host, and whether it is here (True) or went silent without closing its connection.
     """
 
@@ -168,6 +175,7 @@ class RelayProvider:
         inventory: bool = True,
         on_verdicts: OnVerdicts = lambda view: None,
         on_link: OnLink = lambda host, here: None,
+        on_content: OnContent = lambda content: None,
     ) -> None:
         self.credentials = credentials
         self.engine = engine
@@ -175,6 +183,7 @@ class RelayProvider:
         self._managers = managers
         self._inventory = inventory
         self._on_verdicts = on_verdicts
+        self._on_content = on_content
         self._links: dict[tuple[str, int], _Link] = {}
         self._source: _Link | None = None
         self._incoming = Incoming()
@@ -310,6 +319,7 @@ class RelayProvider:
     def _take(self, snapshot: wire.Snapshot) -> None:
         inventory = self._incoming.inventory(snapshot.content)
         old, self._snapshot = self._snapshot, snapshot
+        self._on_content(snapshot.content)
         if self._publish is not None and inventory != self._published:
             self._published = inventory
             self._publish(inventory)

@@ -7,10 +7,11 @@ import asyncio
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 import structlog
 from aiohttp import WSMsgType, web
 
@@ -94,6 +95,9 @@ class RelayServer:
         self._known: object = None  # the backends that are in `_owners`
         self._snapshot = wire.Snapshot(0, wire.Content())
         self._next: tuple[Inventory, dict[str, wire.HealthReport]] | None = None  # to be told soon
+        self._last: tuple[Inventory, dict[str, wire.HealthReport]] | None = None  # as was told last
+        self._drains: Mapping[str, wire.Drain] = {}
+        self._followers: Mapping[str, wire.Follower] = {}
         self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
@@ -139,13 +143,22 @@ class RelayServer:
         if self._pause is None:
             self._publish_next()
 
+    def share(self, drains: Mapping[str, wire.Drain], followers: Mapping[str, wire.Follower]) -> None:
+        """Tell subscribers what is drained, and how nodes follow that; with the next state, or with the last again."""
+        self._drains, self._followers = drains, followers
+        self._next = self._next or self._last
+        if self._pause is None:
+            self._publish_next()
+
     def _publish_next(self) -> None:
         self._pause = None
         if self._next is None:
             return
-        (inventory, verdicts), self._next = self._next, None
+        (inventory, verdicts), self._last, self._next = self._next, self._next, None
         old = self._snapshot
-        new = wire.Snapshot(old.generation + 1, self._outgoing.content(inventory, verdicts))
+        content = self._outgoing.content(inventory, verdicts)
+        content = msgspec.structs.replace(content, drains=dict(self._drains), followers=dict(self._followers))
+        new = wire.Snapshot(old.generation + 1, content)
         delta = wire.diff(old, new)
         if delta.empty:
             return
@@ -345,7 +358,7 @@ class RelayServer:
             else:
                 peer.digests.pop(frontend, None)
         reads = report.reads and peer.identity.is_manager
-        whole = wire.Report(own, peer.digests, report.generation, report.engine, reads=reads)
+        whole = msgspec.structs.replace(report, verdicts=own, digests=peer.digests, changes=False, reads=reads)
         self._on_report(peer.identity.node, whole)
 
     def _leave(self, peer: _Peer) -> None:

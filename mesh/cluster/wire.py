@@ -153,7 +153,7 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     engine: str = ""
     changes: bool = False  # `digests` are those that have changed since the last report on this connection; "": gone
     reads: bool = False  # the node is a manager and its Engine answers
-    drains: dict[str, Drain] | None = None  # all that it knows of; None: of a build that has none
+    drains: dict[str, Drain] | None = None  # all it knows, or {} as before; None: a build without
     follower: Follower = Follower()
 
 

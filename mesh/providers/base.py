@@ -44,6 +44,19 @@ class Provider(Protocol):
         """How it is doing, without I/O."""
 
 
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """How a node's agent follows what is drained on all nodes.
+
+    Attributes:
+        follows: what it has in force is what this node has.
+        held: connections that it has to drained things, by "backend:ID" or "node:ID".
+    """
+
+    follows: bool
+    held: Mapping[str, int]
+
+
 class ClusterView(Protocol):
     """What a provider that serves all nodes of a cluster can do besides. Implementation: mesh.cluster.ClusterProvider.
 
@@ -52,6 +65,16 @@ class ClusterView(Protocol):
 
     def own_health(self, view: HealthView) -> None:
         """Take what this node's probes say, to be merged with what other nodes report. On the event loop."""
+
+    def drain(self, key: str, drained: bool) -> None:
+        """Drain, or undrain, "backend:ID" or "node:ID" on all nodes. On the event loop.
+
+        Raises:
+            MeshError: this node cannot keep it; nothing is changed.
+        """
+
+    def followers(self) -> Mapping[str, Follower]:
+        """How the agents follow the drains, by node, this one among them; an agent of an earlier build is not."""
 
     def cluster(self) -> Mapping[str, Any]:
         """All nodes side by side, and where they differ: see mesh.api.view.AgentView.cluster.

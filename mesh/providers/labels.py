@@ -175,9 +175,7 @@ class _Reader:
         last: the last good values; None: nothing was read before.
     """
 
-    def __init__(
-        self, values: Mapping[str, str], place: Callable[[str], str], last: Accepted | None = None
-    ) -> None:
+    def __init__(self, values: Mapping[str, str], place: Callable[[str], str], last: Accepted | None = None) -> None:
         self._values = values
         self._place = place
         self._last = last

@@ -78,16 +78,19 @@ async def test_status(daemon: Daemon) -> None:
     view.shown["traffic"] = {"verdict": "ok", "reasons": []}
     view.reasons.append("*:10000/tcp is not served: the port is taken")
     view.shown["problems"].append("service web0, label mesh.affinity: 'sticky' is not one of: flow, client-ip")
+    view.shown["problems"].append("service web1, label mesh.allow: is empty")
+    view.shown["critical"] = ["service web1, label mesh.allow: is empty"]
     done = await run("status")
     assert done.code == Exit.NOT_READY
     assert all(text in done.out for text in ("ready      NO", view.reasons[0], "mesh.affinity"))
+    assert "Critical:\n  - service web1, label mesh.allow" in done.out and done.out.count("mesh.allow") == 1
     view.rows = [ONE, replace(TWO, up=False)]
-    view.shown["drained"] = {"backends": ["task0x1", "gone"], "nodes": [TWO.id]}
+    view.shown["drained"] = {"backends": ["task0x1", "gone"], "nodes": [TWO.id], "here": ["gone"]}
     for target in view.shown["services"][1]["frontends"][0]["targets"]:
         target["weight"] = 0
     done = await run("status")
     assert "nodes      1 of 2 up; down or silent: two" in done.out
-    assert "drained    node two, backend web0.1, backend gone" in done.out
+    assert "drained    node two, backend web0.1, backend gone (on this node only)" in done.out
     assert "no backend web1 (*:10001/tcp): new connections fail" in done.out
     done = await run("status", "--json")
     assert (done.code, done.json()["ready"], done.json()["reasons"]) == (Exit.NOT_READY, False, view.reasons)
@@ -174,6 +177,40 @@ async def test_drain_and_undrain(daemon: Daemon) -> None:
     assert (await run("drain", "service", "web0")).code == Exit.USAGE
     assert (await run("drain", "backend", "")).code == Exit.USAGE
     assert (await run("backends", "")).code == Exit.REFUSED
+
+
+async def test_a_drain_says_where_it_holds(daemon: Daemon) -> None:
+    view, run = daemon
+    view.follow += [{"node": "two", "state": "no agent"}]
+    done = await run("drain", "node", "node-a")
+    assert (done.code, view.local) == (0, [False])
+    assert "on this node" not in done.out and "one: follows" in done.out and "two: no agent" in done.out
+    view.follow += [{"node": "three", "state": "its build knows no drains of all nodes"}]
+    done = await run("drain", "node", "node-a")
+    assert done.code == Exit.NOT_READY and "three: its build knows no drains" in done.out
+    done = await run("drain", "node", "node-a", "--local")
+    assert (done.code, view.local[-1]) == (0, True) and "no new connections on this node" in done.out
+    view.follow, view.notes = [], ["still no new connections: node weight 0 (label mesh.weight)"]
+    done = await run("undrain", "node", "node-a")
+    assert done.code == 0 and "again" not in done.out and "node weight 0" in done.out
+
+
+async def test_a_drain_waits_until_no_connection_is_left(daemon: Daemon) -> None:
+    view, run = daemon
+
+    def left(count: int, *untold: str) -> dict[str, Any]:
+        thing = {"kind": "backend", "id": "web0.1", "name": "", "scope": "cluster"}
+        return {"drained": [{**thing, "connections": count, "untold": list(untold)}], "nodes": []}
+
+    view.left = [left(3, "two"), left(2), left(0), left(0)]
+    done = await run("drain", "backend", "web0.1", "--wait", "--timeout", "60")
+    assert done.code == 0 and "3 connections left; two did not tell" in done.out and len(view.left) == 1
+    view.left = [left(2)]
+    done = await run("drain", "backend", "web0.1", "--wait", "--timeout", "1.5")
+    assert done.code == Exit.NOT_READY and "2 connections left" in done.out
+    view.left = [left(0, "three")]
+    done = await run("drain", "backend", "web0.1", "--wait", "--timeout", "1.5", "--json")
+    assert done.code == Exit.NOT_READY and done.json()["left"] == {"connections": 0, "untold": ["three"]}
 
 
 async def test_trace_of_a_service_that_nobody_knows(daemon: Daemon) -> None:

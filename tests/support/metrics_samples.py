@@ -95,7 +95,8 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
             }
             for s in range(services)
         ],
-        "drained": {"backends": [], "nodes": []},
+        "critical": [],
+        "drained": {"backends": [], "nodes": [], "here": []},
         "stopping": False,
     }
 
@@ -144,6 +145,10 @@ class SampleView:
         self.reasons: list[str] = []
         self.rows: list[Row] = []
         self.changed: list[tuple[str, str, bool]] = []
+        self.local: list[bool] = []  # of each change
+        self.follow = [{"node": "one", "state": "follows"}]
+        self.notes: list[str] = []
+        self.left: list[Json] = [{"drained": [], "nodes": []}]  # answers, in turn
         self.stopped = asyncio.Event()
         self.released = False
         self.flows: list[Flow] = []
@@ -179,11 +184,16 @@ class SampleView:
             return {**EXPLANATION, "current": None, "backend": None, "next": [], "reasons": ["no backend may be used"]}
         return EXPLANATION
 
-    async def set_drained(self, kind: str, name: str, drained: bool) -> Json:
+    async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:
         if name == "nobody":
             raise MeshError("no backend has this name", where="nobody", remedy="mesh backends lists them")
         self.changed.append((kind, name, drained))
-        return {"kind": kind, "id": name, "drained": drained}
+        self.local.append(local)
+        answer = {"kind": kind, "id": name, "name": name, "drained": drained, "scope": "node" if local else "cluster"}
+        return answer | {"nodes": [] if local else self.follow, "notes": self.notes}
+
+    async def drains(self) -> Json:
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
 
     async def stop(self, *, release: bool) -> None:
         self.released = release
