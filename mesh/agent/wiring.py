@@ -97,13 +97,15 @@ class Parts:
 async def choose_provider(config: Config) -> tuple[Config, MakeSource]:
     """The configuration with the provider's name in place of `auto`, and what makes that provider.
 
+    `auto` is static where a static file is set; swarm where the Engine is a node of one, and on every host that is
+    meant to run an Engine (mesh.providers.swarm.presence), where it waits for it; else demo.
+
     Raises:
         ConfigError: the provider cannot be used as configured.
     """
     kind = config.provider
-    swarm: Any = importlib.import_module("mesh.providers.swarm")
     if kind == "auto":
-        kind = "static" if config.static_file else "swarm" if await swarm.detect(config) else "demo"
+        kind = "static" if config.static_file else "swarm" if await _has_docker(config) else "demo"
     config = replace(config, provider=kind)
     if kind == "swarm":
         return config, _cluster_source(config)
@@ -112,6 +114,12 @@ async def choose_provider(config: Config) -> tuple[Config, MakeSource]:
             raise ConfigError("provider = static needs a file", where="static_file", remedy="set --static-file")
         return config, _single_source(importlib.import_module("mesh.providers.static").StaticProvider(config))
     return config, _single_source(importlib.import_module("mesh.providers.demo").DemoProvider(config))
+
+
+async def _has_docker(config: Config) -> bool:
+    """Whether the swarm is served here, now or as soon as there is one."""
+    swarm: Any = importlib.import_module("mesh.providers.swarm")
+    return bool(await swarm.detect(config) or swarm.docker_trace(config))
 
 
 def _single_source(provider: Provider) -> MakeSource:

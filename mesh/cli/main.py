@@ -70,7 +70,7 @@ def main() -> None:
               mesh bench 8080               measure a service, and which backends answer
               mesh check --cluster          can this node reach every other node
               mesh maps                     what the kernel engine's programs forward by, as text
-    Change:   mesh drain node worker-3      no new connections to that node; open ones stay
+    Change:   mesh drain node worker-3      no new connections to that node, from any; open ones stay
               mesh undrain node worker-3
               mesh stop --release           stop the daemon and hand the ports back to Docker
 

@@ -7,6 +7,7 @@ every default spelled out, so that a changed default, which would change the mea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ from mesh.model import (
     Locality,
     Node,
     ProbeKind,
+    Problem,
     Protocol,
     ProxyProtocol,
     PublishedPort,
     Service,
     ServiceOptions,
+    Severity,
     Target,
 )
 from mesh.options import from_compact, to_compact
@@ -267,6 +270,33 @@ def test_an_inventory_of_this_build_is_read_by_the_old_one() -> None:
     base = wire.Snapshot(6, wire.Content())
     put = old_reader(wire.encode(wire.diff(base, wire.Snapshot(7, content)))).put
     assert put == old_reader(recorded("snapshot")).content
+
+
+def test_what_the_old_build_does_not_know_is_ignored_by_it() -> None:
+    """Problems with labels, drains of all nodes, and how nodes follow them."""
+    snapshot = wire.decode(recorded("snapshot"))
+    assert isinstance(snapshot, wire.Snapshot)
+    problem = Problem("service web, label mesh.allow", "is empty", severity=Severity.CRITICAL)
+    content = Outgoing().content(replace(INVENTORY, problems=(problem,)), snapshot.content.verdicts)
+    drains, followers = {"node:n1": wire.Drain(5, True)}, {"n1": wire.Follower("ab", {"node:n1": 3})}
+    content = msgspec.structs.replace(content, drains=drains, followers=followers)
+    now = wire.Snapshot(7, content)
+    assert old_reader(wire.encode(now)) == old_reader(recorded("snapshot"))
+    passed = wire.decode(wire.encode(wire.diff(wire.Snapshot(6, wire.Content()), now)))
+    assert isinstance(passed, wire.Delta)
+    assert old_reader(wire.encode(passed)).put == old_reader(recorded("snapshot")).content
+    assert wire.patch(wire.Snapshot(6, wire.Content()), passed) == now
+    assert Incoming().inventory(content).problems == (problem,)
+    report = wire.Report({}, {}, 7, "kernel", drains=drains, follower=followers["n1"])
+    assert old_reader(wire.encode(report)) == OldReport({}, {}, 7, "kernel")
+    back = wire.diff(now, wire.Snapshot(8, wire.Content()))
+    gone = (back.drop_problems, back.drop_drains, back.drop_followers)
+    assert gone == (("service web, label mesh.allow: is empty",), ("node:n1",), ("n1",))
+
+
+def test_a_report_of_the_old_build_says_nothing_of_drains() -> None:
+    report = wire.decode(recorded("report"))
+    assert isinstance(report, wire.Report) and report.drains is None
 
 
 def test_a_field_that_is_absent_means_what_it_meant() -> None:

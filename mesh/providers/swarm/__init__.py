@@ -7,6 +7,7 @@ Only here are Docker's words used (task, container, VIP). May import `mesh.confi
 """
 
 from mesh.providers.swarm.local_node import LocalNode
+from mesh.providers.swarm.presence import docker_trace
 from mesh.providers.swarm.provider import SwarmProvider, detect
 
-__all__ = ["LocalNode", "SwarmProvider", "detect"]
+__all__ = ["LocalNode", "SwarmProvider", "detect", "docker_trace"]
