@@ -19,7 +19,7 @@ async def _no_tables() -> tuple[int, dict[str, str]]:
 
 def make_provider(config: Config | None = None, on_health: Callable[[HealthView], None] = lambda view: None) -> Any:
     """The provider; any type, as tests look inside."""
-    config = config or Config()
+    config = config or Config(state_dir="/nonexistent")
     local, swarm = LocalNode(config), SwarmProvider(config)
     return ClusterProvider(config, local, swarm, engine=EngineKind.UNKNOWN, tables=_no_tables, on_health=on_health)
 

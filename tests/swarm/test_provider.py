@@ -29,7 +29,7 @@ LINGER = ("--stop-signal=SIGWINCH", "--stop-grace-period=6s")
 
 def config_of(node: Node, **changes: Any) -> Config:
     roots = {"docker_data_root": str(node.data_root), "docker_exec_root": str(node.exec_root)}
-    return Config(docker_host=node.host, **roots, **changes)  # type: ignore[arg-type]
+    return Config(docker_host=node.host, state_dir=str(node.directory), **roots, **changes)  # type: ignore[arg-type]
 
 
 class Follower:

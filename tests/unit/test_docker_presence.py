@@ -14,7 +14,7 @@ import pytest
 from mesh.agent.wiring import choose_provider
 from mesh.config.keys import Config
 from mesh.providers.swarm import docker_trace
-from mesh.providers.swarm.presence import BOOTED, UNIT_DIRECTORIES
+from mesh.providers.swarm.presence import BOOTED
 
 CONFIG = Config()
 
@@ -28,12 +28,14 @@ def enable(root: Path, directory: str, unit: str) -> None:
 
 def test_without_a_trace_of_docker_it_is_none(tmp_path: Path) -> None:
     (tmp_path / BOOTED).mkdir(parents=True)
-    enable(tmp_path, UNIT_DIRECTORIES[0], "ssh.service")
+    enable(tmp_path, "etc/systemd/system", "ssh.service")
     (tmp_path / "var/lib/docker").mkdir(parents=True)  # of a package that was installed and never started
     assert docker_trace(CONFIG, tmp_path) == ""
 
 
-@pytest.mark.parametrize("directory", UNIT_DIRECTORIES)
+@pytest.mark.parametrize(
+    "directory", ["etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system"]
+)
 @pytest.mark.parametrize("unit", ["docker.service", "docker.socket"])
 def test_an_enabled_unit_counts_where_systemd_runs_the_host(tmp_path: Path, directory: str, unit: str) -> None:
     enable(tmp_path, directory, unit)

@@ -213,7 +213,12 @@ def test_no_address_of_an_engine(host: str) -> None:
 
 @pytest.mark.parametrize("how", BAD)
 async def test_the_last_good_state_serves_on(peer: Peer, how: str) -> None:
-    config = Config(docker_host=f"unix://{peer.path}", docker_exec_root="/nonexistent", docker_poll_interval=0.05)
+    config = Config(
+        docker_host=f"unix://{peer.path}",
+        docker_exec_root="/nonexistent",
+        state_dir=str(peer.path.parent),
+        docker_poll_interval=0.05,
+    )
     provider, published = SwarmProvider(config), list[Inventory]()
     running = asyncio.create_task(provider.run(published.append))
     try:
@@ -235,7 +240,9 @@ async def test_the_last_good_state_serves_on(peer: Peer, how: str) -> None:
 
 async def test_who_follows_again_is_told_again(peer: Peer) -> None:
     """As an agent does whose node was a manager before."""
-    provider = SwarmProvider(Config(docker_host=f"unix://{peer.path}", docker_exec_root="/nonexistent"))
+    provider = SwarmProvider(
+        Config(docker_host=f"unix://{peer.path}", docker_exec_root="/nonexistent", state_dir=str(peer.path.parent))
+    )
     for _ in range(2):
         published = list[Inventory]()
         running = asyncio.create_task(provider.run(published.append))
@@ -261,7 +268,12 @@ def test_an_engine_that_starts_or_ends_does_not_know_its_role() -> None:
 
 
 async def test_a_death_is_published_without_a_read(peer: Peer) -> None:
-    config = Config(docker_host=f"unix://{peer.path}", docker_exec_root="/nonexistent", docker_poll_interval=3600)
+    config = Config(
+        docker_host=f"unix://{peer.path}",
+        docker_exec_root="/nonexistent",
+        state_dir=str(peer.path.parent),
+        docker_poll_interval=3600,
+    )
     provider, published = SwarmProvider(config), list[Inventory]()
     running = asyncio.create_task(provider.run(published.append))
     try:
