@@ -57,7 +57,7 @@ class Config:
         choices=("auto", EngineKind.KERNEL, EngineKind.PROXY),
     )
     static_file: str = _key("", "TOML file of the static provider")
-    state_dir: str = _key(str(DEFAULT_STATE_DIR), "directory of the lock, the control socket, drains and last good labels")
+    state_dir: str = _key(str(DEFAULT_STATE_DIR), "directory of the lock, the control socket, drains and good labels")
     docker_host: str = _key("unix:///var/run/docker.sock", "address of the Docker Engine API")
     docker_data_root: str = _key("/var/lib/docker", "the Engine's --data-root, which has the swarm's certificates")
     docker_exec_root: str = _key("/var/run/docker", "the Engine's --exec-root, which has the swarm's control socket")
