@@ -137,6 +137,8 @@ def test_a_node_with_the_kernel_engine_takes_what_others_hand_over(cluster: Clus
     mixed = cluster.daemon(swarm.nodes[2], "kernel")
     try:
         mixed.wait_ready()
+        for daemon in cluster.daemons[:2]:  # the path to the node has to be proven anew
+            wait_for(lambda daemon=daemon: cluster.sees(daemon, "web") == tasks, "all tasks are in reach again")
         for node in swarm.nodes[:2]:
             report = peers.load(cluster.client, node.address, WEB, "-n", "300", "-c", "8")
             assert (report.ok, report.failures, set(report.identities)) == (300, (), tasks)

@@ -85,7 +85,8 @@ class Questions:
                 done, _ = await asyncio.wait([answer], timeout=wait)
                 if done:
                     return answer.result()
-            return NO_ANSWER
+            self._on_answer(self._listener or self._sock)  # it may be there, and this process be late
+            return answer.result() if answer.done() else NO_ANSWER
         finally:
             del self._waiting[nonce]
             self._asked[name].discard(nonce)

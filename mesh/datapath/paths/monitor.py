@@ -24,8 +24,9 @@ EVERY: Final = 0.4  # seconds between two trials of a path that is up, where the
 AGAIN: Final = 1.0  # likewise of one that is down; the other half of the proof of one that comes back takes EVERY
 SHARE: Final = {Path.TUNNEL: 0.02, Path.PEER_UDP: 0.02, Path.PEER: 0.06}  # and so many seconds for each node
 WAIT: Final = 0.4  # seconds for the answer to a datagram
-TRIES: Final = 3  # datagrams in a trial: a path is down when none of them is answered
-STREAM_WAIT: Final = 1.2  # seconds for a connection's answer; the kernel sends its first packet again after one
+TRIES: Final = 4  # datagrams in a trial: a path is down when none of them is answered
+STREAM_WAIT: Final = 1.2  # seconds for a connection; the kernel sends its first packet again after one
+HUNG: Final = 5.0  # seconds for the answer of a process whose kernel took the connection: it may be busy
 BACK: Final = 2  # good trials in a row that a path needs to come back
 FLAPS: Final = 16  # at most, for one that keeps failing
 FLAP_SECONDS: Final = 60.0  # a path that was up for less was flapping
@@ -192,7 +193,7 @@ class PathMonitor:
         assert node.address is not None
         began = time.monotonic()
         if path is Path.PEER:
-            most, obstacle = STREAM_WAIT, await ask_stream(node.address, self._config.peer_port, STREAM_WAIT)
+            most, obstacle = STREAM_WAIT, await ask_stream(node.address, self._config.peer_port, STREAM_WAIT, HUNG)
         else:
             most, obstacle = WAIT * TRIES, await self._ask(here, node.address, path)
         now = time.monotonic()
@@ -204,7 +205,7 @@ class PathMonitor:
         if obstacle == tunnel_probe.NO_RIGHT:
             self._may_tunnel = False
             return
-        if obstacle and now - began > most + LATE:  # nothing was shown
+        if obstacle and most + LATE < now - began < HUNG:  # nothing was shown
             trial.due = now
             return
         changed = trial.take(obstacle, now)

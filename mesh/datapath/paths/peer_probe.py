@@ -63,10 +63,14 @@ class PathMtu:
         return "" if self.mtu else NOBODY if self.refused else NO_ANSWER
 
 
-async def ask_stream(address: Address, port: int, wait: float = CONNECT) -> str:
+async def ask_stream(address: Address, port: int, wait: float = CONNECT, answer: float = CONNECT) -> str:
     """Whether the peer port takes connections from here; empty: it does, else why not, in words.
 
     One of: NO_ANSWER, NOBODY, "cut off" or what the system says.
+
+    Args:
+        wait: seconds for the handshake, which the other node's kernel does.
+        answer: seconds for the answer, which its process gives once it gets to run.
     """
     client = bytes(2 * (4 if address.version == 4 else 16) + 4)
     value = _TAG + b"\0"
@@ -76,11 +80,12 @@ async def ask_stream(address: Address, port: int, wait: float = CONNECT) -> str:
     try:
         async with asyncio.timeout(wait):
             reader, writer = await asyncio.open_connection(str(address), port)
-            try:
+        try:
+            async with asyncio.timeout(answer):
                 writer.write(header)
                 return "" if await reader.read(1) else "cut off"
-            finally:
-                writer.close()
+        finally:
+            writer.close()
     except TimeoutError:
         return NO_ANSWER
     except ConnectionRefusedError:

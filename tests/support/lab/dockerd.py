@@ -314,10 +314,16 @@ class Swarm:
 
     def update(self, name: str, *options: str, timeout: float = PATIENCE) -> None:
         """`docker service update`, waits until Docker says that it is done."""
+        before = self.manager.inspect("service", name)
         self.docker("service", "update", "--detach", "--no-resolve-image", *options, name)
+        replaces = self.manager.inspect("service", name)["Spec"]["TaskTemplate"] != before["Spec"]["TaskTemplate"]
+        started = before.get("UpdateStatus", {}).get("StartedAt")
 
         def done() -> bool:
-            state = self.manager.inspect("service", name).get("UpdateStatus", {}).get("State", "completed")
+            status = self.manager.inspect("service", name).get("UpdateStatus", {})
+            if replaces and status.get("StartedAt") == started:  # Docker has not begun yet
+                return False
+            state = status.get("State", "completed")
             if state in ("paused", "rollback_completed"):
                 raise RuntimeError(f"update of {name}: {state}")
             return bool(state == "completed")
