@@ -24,7 +24,8 @@ class AgentView(Protocol):
 
         Keys: version, abi, pid, started (Unix seconds), engine, engine_reason,
         provider {kind, connected, age_seconds,
-        error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error},
+        error, doorbell, certificate_expires (Unix seconds; null: none is used)},
+        generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
         problems [str], paths_down (ways to other nodes by which nothing comes back),

@@ -47,6 +47,7 @@ class Snapshot:
     stats: Stats
     state: Json
     ready: bool
+    nodes: Sequence[Json] = ()  # of the cluster, as AgentView.nodes lists them
 
 
 class Exposition:
@@ -62,6 +63,7 @@ class Exposition:
                 f.CLOSED: series.closed,
                 f.ACTIVE: series.active,
                 f.RETRIED: series.retried,
+                f.UNANSWERED: series.unanswered,
             },
             double={f.BYTES: (*series.BYTES, False), f.PACKETS: (*series.PACKETS, False)},
             failed=f.FAILED,
@@ -99,6 +101,7 @@ class Exposition:
         state, stats = snapshot.state, snapshot.stats
         agent: Rows = defaultdict(list)
         _agent(agent, state, snapshot.ready)
+        agent[f.NODE_UP] = [_line(f.NODE_UP, labelled(node=name), up) for name, up in _up(snapshot.nodes).items()]
         agent[f.VERDICTS] = [_line(f.VERDICTS, labelled(verdict=k), v) for k, v in stats.verdicts.items()]
         found = {family: "\n".join(lines).encode() for family, lines in agent.items()}
         with self._lock:
@@ -123,6 +126,15 @@ def collect(snapshot: Snapshot) -> Blocks:
     return Exposition().collect(snapshot)
 
 
+def _up(nodes: Sequence[Json]) -> dict[str, int]:
+    """Whether nodes are up, by name. Of several with one name (a node that left and joined again) one suffices."""
+    found: dict[str, int] = {}
+    for node in nodes:
+        name = node["name"] or node["id"]
+        found[name] = max(found.get(name, 0), int(node["up"]))
+    return found
+
+
 def _agent(lines: Rows, state: Json, ready: bool) -> None:
     def put(family: Family, value: float, **labels: object) -> None:
         lines[family].append(_line(family, labelled(**labels), value))
@@ -137,6 +149,8 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.PROVIDER_CONNECTED, int(provider["connected"]), provider=provider["kind"])
     if provider["age_seconds"] is not None:
         put(f.PROVIDER_AGE, provider["age_seconds"], provider=provider["kind"])
+    if provider["certificate_expires"] is not None:
+        put(f.CERTIFICATE_EXPIRES, provider["certificate_expires"])
     put(f.GENERATION_DESIRED, state["generation"]["desired"])
     put(f.GENERATION_APPLIED, state["generation"]["applied"])
     apply = state["apply"]

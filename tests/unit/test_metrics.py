@@ -20,7 +20,7 @@ from mesh.datapath.counters import COLUMNS, PLAIN, Counters, CounterTable, Failu
 from mesh.datapath.kernel.fallback import added
 from mesh.metrics import families
 from mesh.metrics.exposition import Exposition, Snapshot, collect, render
-from tests.support.metrics_samples import frontend, snapshot, state, stats
+from tests.support.metrics_samples import NODES, frontend, snapshot, state, stats
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 Parser = Callable[[str], Iterable[Metric]]
@@ -109,7 +109,25 @@ def test_absent_rather_than_wrong() -> None:
 def test_every_failure_has_a_cause() -> None:
     counted = replace(stats(1, 0), frontends={frontend(0): Counters(failed=dict.fromkeys(Failure, 1))})
     metrics = parsed(Snapshot(counted, state(1, 0), True))
-    assert {s.labels["cause"] for s in metrics["mesh_connections_failed"].samples} == {f.value for f in Failure}
+    assert {s.labels["cause"] for s in metrics["mesh_connections_failed"].samples} == {
+        f.value for f in Failure if f is not Failure.UNANSWERED
+    }
+    assert value(metrics, "mesh_connections_unanswered", "mesh_connections_unanswered_total", service="web0") == 1
+
+
+def test_nodes_and_the_certificate() -> None:
+    metrics = parsed(snapshot())
+    up = {s.labels["node"]: s.value for s in metrics["mesh_node_up"].samples}
+    assert up == {"node-a": 1, "node-b": 0}
+    family = "mesh_certificate_expiry_timestamp_seconds"
+    assert value(metrics, family, family) == 1800000000
+
+
+def test_a_node_that_left_and_joined_again_is_one_node() -> None:
+    """Swarm lists a node of the same name for each time that it joined: one series, and it is up if one is."""
+    nodes = [{**node, "name": "node-a"} for node in NODES]
+    metrics = parsed(replace(snapshot(), nodes=nodes))
+    assert [(s.labels["node"], s.value) for s in metrics["mesh_node_up"].samples] == [("node-a", 1)]
 
 
 def test_exported_families_are_the_declared_ones() -> None:
@@ -118,7 +136,7 @@ def test_exported_families_are_the_declared_ones() -> None:
     udp = {frontend(0): replace(counted.frontends[frontend(0)], packets_in=1)}
     backends = {key: replace(c, packets_in=1) for key, c in counted.backends.items()}
     counted = replace(counted, frontends=udp, backends=backends, gauges={})
-    assert set(collect(Snapshot(counted, shown, True))) == set(families.FAMILIES)
+    assert set(collect(Snapshot(counted, shown, True, NODES))) == set(families.FAMILIES)
 
 
 def test_units_stand_last_in_names() -> None:
