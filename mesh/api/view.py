@@ -29,7 +29,8 @@ class AgentView(Protocol):
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
         problems [str], paths_down (ways to other nodes by which nothing comes back),
-        services [{id, name, ports [str], options, frontends (none where mesh.enable is false)
+        services [{id, name, ports [str], options, replicas (asked for; null: not known, or one for each node),
+        frontends (none where mesh.enable is false)
         [{frontend, table_size, tracked_slots, digest, panic, served, targets [{backend, name, node, node_name, address,
         port, weight, intent, taking (why it gets new connections or not), health, health_reason, slots, local,
         via (address of the node that runs it, empty: this one), way (here, tunnel, peer)}]}]}],

@@ -200,6 +200,8 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
     held = before[1][1] if before is not None and before[0]["name"] == service["name"] else {}
     lines: Rows = defaultdict(list)
     name = escape(service["name"])
+    if service["replicas"] is not None:
+        lines[f.REPLICAS].append(f'{f.REPLICAS.name}{{service="{name}"}} {service["replicas"]}')
     backends: set[str] = set()
     kept: dict[str, _Targets] = {}
     for frontend in service["frontends"]:
@@ -230,7 +232,7 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
     return lines, kept
 
 
-_OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "address")
+_OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "node_name", "address")
 
 
 def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target] | None) -> _Target:
@@ -247,12 +249,12 @@ def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target
     backend = escape(target["backend"])
     labels = f'{prefix},backend="{backend}",port="{target["port"]}"'
     one = f'backend="{backend}",service="{service}"'
+    node = escape(target["node_name"] or target["node"])
     return (
         labels,
         f"mesh_backend_weight{{{labels}}} {target['weight']}",
         f"mesh_backend_slots{{{labels}}} {target['slots']}",
-        f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{escape(target["node"])}",'
-        f'address="{target["address"]}"}} 1',
+        f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{node}",address="{target["address"]}"}} 1',
         f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}",
         f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}",
     )

@@ -151,6 +151,12 @@ CONNECT: Final = Family(
     _PORT,
     "Time that backends took to accept a connection (proxy engine); absent before the first.",
 )
+REPLICAS: Final = Family(
+    "mesh_service_replicas",
+    Kind.GAUGE,
+    ("service",),
+    "Tasks that the service is asked to have; absent where there is no such number (global services, static files).",
+)
 SERVED: Final = Family("mesh_frontend_served", Kind.GAUGE, _PORT, "1 if the engine serves this published port.")
 PANIC: Final = Family(
     "mesh_frontend_panic", Kind.GAUGE, _PORT, "1 while all backends are used because (nearly) all are down by health."
@@ -224,7 +230,7 @@ FAMILIES: Final = (
     CERTIFICATE_EXPIRES, NODE_UP,
     GENERATION_DESIRED, GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
     OPENED, CLOSED, ACTIVE, RETRIED, FAILED, UNANSWERED, BYTES, PACKETS, CONNECT,
-    SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
+    REPLICAS, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
     BACKEND_OPENED, BACKEND_ACTIVE, BACKEND_RETRIED, BACKEND_FAILED, BACKEND_BYTES, BACKEND_PACKETS, BACKEND_CONNECT,
     BACKEND_WEIGHT, BACKEND_SLOTS, BACKEND_INFO, BACKEND_HEALTHY, BACKEND_DRAINING, VERDICTS,
 )  # fmt: skip

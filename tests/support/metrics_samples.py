@@ -85,6 +85,7 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
                 "name": f"web{s}",
                 "ports": [str(frontend(s))],
                 "options": {},
+                "replicas": backends,
                 "frontends": [
                     {
                         "frontend": str(frontend(s)),

@@ -50,9 +50,8 @@ def test_both_formats_say_the_same(accept: str, parse: Parser) -> None:
     assert value(metrics, "mesh_connect_seconds", "mesh_connect_seconds_count", **web0) == 11
     backend = {"frontend": "*:10001/tcp", "service": "web1", "backend": "task1x2", "port": "80"}
     assert value(metrics, "mesh_backend_connections_opened", "mesh_backend_connections_opened_total", **backend) == 5
-    assert (
-        value(metrics, "mesh_backend_info", "mesh_backend_info", backend="task1x2", name="web1.2", node="node-a") == 1
-    )
+    assert value(metrics, "mesh_backend_info", "mesh_backend_info", backend="task1x2", name="web1.2", node="a") == 1
+    assert value(metrics, "mesh_service_replicas", "mesh_service_replicas", service="web1") == 3
     assert value(metrics, "mesh_applies", "mesh_applies_total", result="ok") == 6
     assert value(metrics, "mesh_threads", "mesh_threads") == 2
     assert value(metrics, "mesh_verdicts", "mesh_verdicts_total", verdict="pass") == 4
