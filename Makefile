@@ -4,7 +4,7 @@
 #   make run          the daemon on its main job: the local swarm, else an embedded demo with its own backends
 #   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
 #   make test-all     the same with other random examples, and long scenarios with the second engine too: some minutes more
-#   make unit         the fast loop: pure tests, seconds
+#   make unit         the fast loop: pure tests, half a minute (neither root nor Docker nor network)
 #   make lint         ruff, mypy, clang-format, codespell
 #   make format       ruff and clang-format, in place
 #   make golden       write the golden files of tests/scenarios anew (root): read the difference before you commit it
@@ -24,6 +24,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 PYTEST ?= $(BIN)/python -m pytest
+# How many tests run at once: the suite waits as much as it computes. 0: one after the other, as a debugger wants it.
+WORKERS ?= 2
 
 BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
 TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
@@ -55,10 +57,10 @@ packages-test:
 	deploy/debian-packages $(TEST_PACKAGES)
 
 unit: build
-	$(PYTEST) -q tests/unit $(ARGS)
+	$(PYTEST) -q -n $(WORKERS) tests/unit $(ARGS)
 
 test: packages-test build lint
-	$(PYTEST) tests --durations=30 $(ARGS)
+	$(PYTEST) -n $(WORKERS) tests --durations=30 $(ARGS)
 
 test-all: export MESH_TEST_ALL = 1
 test-all: test
@@ -144,7 +146,7 @@ sanitize: build
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/unit/test_fastpath_*.py $(ARGS)
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/engines/test_fastpath_*.py $(ARGS)
 
 # Cython's annotation: the darker a line, the more of the Python API it uses. The data path has none.
 annotate: $(VENV)/.deps

@@ -27,7 +27,8 @@ from bench.announce import Announcements
 from bench.lab import OUT, LabError
 from tests.support.daemon import Daemon
 from tests.support.lab.dockerd import Node, Swarm, bpf_fs, unavailable
-from tests.support.lab.netns import Lab, wait_for
+from tests.support.lab.netns import Lab
+from tests.support.polling import wait_for
 
 ENGINES: Final = ("proxy", "kernel")
 MANAGERS, WORKERS = 3, 2

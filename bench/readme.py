@@ -26,11 +26,11 @@ def block(raw: Raw) -> str:
     machine = raw["machine"]
     settings = raw["settings"]
     parts = [
-        "Ratios to plain routing without any balancer, each of measurements seconds apart: medians of up to "
+        "Ratios to plain routing without a balancer, of measurements seconds apart: medians of up to "
         f"{settings['rounds']} rounds, "
-        f"on {machine['cores']} cores that client, node and backends share (Linux {machine['kernel']}); "
-        "for ping-pong less is better, for all else more. Numbers, spreads, configurations and all that is not here: "
-        "[bench/RESULTS.md](bench/RESULTS.md); `make bench` repeats it.",
+        f"on {machine['cores']} cores shared by client, node and backends (Linux {machine['kernel']}).\n"
+        "Higher is better, except for ping-pong.\n"
+        "[bench/RESULTS.md](bench/RESULTS.md) has numbers, spreads and configurations; `make bench` repeats the run.",
         single(raw),
         *sentences(raw),
     ]
@@ -72,28 +72,30 @@ def absolute(summary: Summary | None, name: str) -> str:
 
 
 def sentences(raw: Raw) -> list[str]:
-    """What the table does not have."""
+    """What the table does not show."""
     verdicts = bars.verdicts(raw)
     found = [verdict.outcome for verdict in verdicts]
     passed, missed = found.count("passed"), sum(outcome.startswith("missed") for outcome in found)
     near = sum(verdict.straddles for verdict in verdicts)
-    lines = [f"- Of the {passed + missed} bars that this project sets itself, {passed} are passed, {missed} missed"]
-    lines[0] += f"; {near} of them are within the range of what was measured." if near else "."
+    lines = [f"- Of the project's {passed + missed} performance bars {passed} are passed and {missed} missed"]
+    lines[0] += f"; {near} lie within the measured range." if near else "."
     if raw["guest"]:
         ours = [row for name in SHOWN for row in raw["guest"] if (row["side"], row["scenario"]) == (OURS[0], name)]
         shown = ", ".join(f"{BY_NAME[row['scenario']].title} {row['ratio']:.1f}" for row in ours)
-        lines.append(f"- Docker's own chain (DNAT, IPVS, SNAT) is 1 in an emulated guest; kernel engine: {shown}.")
+        lines.append(
+            f"- Relative to Docker's own chain (DNAT, IPVS, SNAT), in an emulated guest, kernel engine: {shown}."
+        )
     lines += two(raw)
     for row in raw["effects"]:
         if row["side"] == OURS[0] and row["change"] == "file":
             median, worst = statistics.median(row["seconds"]) * 1e3, max(row["seconds"]) * 1e3
-            lines.append(f"- New connections obey a change after {median:.0f} ms (worst of many: {worst:.0f}).")
+            lines.append(f"- A change takes effect for new connections after {median:.0f} ms (worst: {worst:.0f}).")
     lines += scale(raw)
     programs = {(row["path"], row["flows"]): row["ns"] for row in raw["programs"]}
     paths = ("not ours", "ingress, stateless slot", "reply")
     if all((path, 1) in programs for path in paths):
         shown = ", ".join(f"{path} {programs[path, 1]:.0f}" for path in paths)
-        lines.append(f"- The kernel engine's programs, ns per packet net of an empty one: {shown}.")
+        lines.append(f"- The kernel engine's programs, ns per packet above an empty program: {shown}.")
     return ["\n".join(lines)]
 
 
@@ -109,16 +111,16 @@ def two(raw: Raw) -> Sequence[str]:
     if not shown:
         return []
     return [
-        f"- To a backend on another node, by routing through both (conn/s / req/s / bulk down): {'; '.join(shown)}."
+        f"- To a backend on another node, relative to plain routing (conn/s / req/s / bulk down): {'; '.join(shown)}."
     ]
 
 
 def scale(raw: Raw) -> Sequence[str]:
-    """Beside 999 other services."""
+    """With 999 other services."""
     summaries = bars.summarise(raw)
     shown = []
     for side in OURS:
         cells = [ratio(summaries.get((f"{side}-1000", n)), summaries.get((side, n))) for n in SHOWN[:2]]
         if all(cells):
             shown.append(f"{LABELS[side]} {' / '.join(cells)}")
-    return [f"- Beside 999 more services, of what it is alone (conn/s / req/s): {'; '.join(shown)}."] if shown else []
+    return [f"- With 999 more services, relative to none (conn/s / req/s): {'; '.join(shown)}."] if shown else []

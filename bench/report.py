@@ -110,7 +110,7 @@ def grid(raw: Raw, scenarios: Sequence[str], cell: Cell, *, two: bool = False) -
 
 
 def bracket(ratio: bars.Ratio) -> str:
-    """A ratio beside the figure it is about."""
+    """A ratio behind the figure that it is about."""
     if math.isnan(ratio.median):
         return ""
     return f" ({ratio.median:.2f}" + ("" if math.isnan(ratio.low) else f", {ratio.low:.2f}–{ratio.high:.2f}") + ")"
@@ -155,7 +155,7 @@ WIDE: Final = ("mesh-kernel", "mesh-proxy", "nft")  # each also beside 999 servi
 
 
 def flat(raw: Raw) -> str:
-    """What is left beside 999 other services."""
+    """What is left with 999 other services."""
     summaries = bars.summarise(raw)
     names = ("connections", "requests")
     rows = []
@@ -277,9 +277,9 @@ def guest(raw: Raw) -> str:
 
 
 CLUSTER = """\
-A swarm of five nodes on this machine, one change after another: ms from Docker's announcement, as a watcher beside the
-agents hears it, until the last of the five tables has the change. At most 100 at the 99th percentile is asked for. A
-new task gets flows once its own node has found that it answers, or after a second: that waits for the task.
+A swarm of five nodes on this machine, one change after another: ms from Docker's announcement, as a watcher next to
+the agents hears it, until the last of the five tables has the change. At most 100 at the 99th percentile is asked
+for. A new task gets flows once its own node has found that it answers, or after a second: that waits for the task.
 """
 
 
@@ -330,7 +330,7 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
     if any(run["scenario"] in STRESS for run in raw["runs"]):
         parts += ["## Under stress", stress(raw)]
     if any(run["side"].endswith("-1000") for run in raw["runs"]):
-        parts += ["## Flat in scale", "Beside 999 more services of ten backends each, of what it is alone.", flat(raw)]
+        parts += ["## Flat in scale", "With 999 more services of ten backends each, relative to none.", flat(raw)]
     parts += ["## CPU", "µs of the whole machine's CPU per operation; per MB in bulk transfers."]
     parts += [grid(raw, [s.name for s in SCENARIOS if not s.beside], cpu_cell)]
     if sides_of(raw, two_nodes.SIDES):
@@ -342,7 +342,7 @@ def markdown(raw: Raw, pictures: Sequence[str] = ()) -> str:
         parts += ["## Memory and start", MEMORY.format(files=raw["machine"].get("files", 0)), memory(raw)]
     parts += functions(raw)
     if raw.get("idle"):
-        parts += ["## Beside the others", IDLE, idle(raw)]
+        parts += ["## While another side is measured", IDLE, idle(raw)]
     parts += ["± is half the distance between the best and the worst round. * other load disturbed some of the rounds."]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 

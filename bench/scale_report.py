@@ -15,15 +15,15 @@ report to the manager, and every third takes its inventory from it, as with thre
 in the swarm to the applied table. Times are p50 / p99 / most; CPU is of all threads, 1 is one core.
 """
 TENFOLD: Final = """\
-The rows with ten times the changes, and with six times the nodes, services and tasks, are there to see what gives way.
-The manager's one event loop does first, and it does so at 1,000 nodes where agents and simulation share two cores: each
-change is written to every subscriber, and each agent reports every second. A late loop takes nobody for silent: what an
-agent's kernel acknowledges counts. The manager's memory is next: each agent tells of all its tables, so with more
-services every agent costs more, too. Reading is not in the way any more: only the tasks that Watch has announced are
-read, and all of them (23.5 MB for 10,000) every 30 s; an answer may have 256 MiB, which is 110,000 tasks, and take 10
-s. The engines have room for 65,534 backends (MESH_MAX_BACKENDS): a larger plan is refused, which is told, and the last
-state serves on. What would be changed: workers that pass inventory and reports on for other workers, digests that
-agree kept once for all nodes, and larger maps, since owners have 31 bits already.
+The rows with ten times the changes, and with six times the nodes, services and tasks, show which limit comes first.
+It is the manager's one event loop, at 1,000 nodes if agents and simulation share two cores: each change is written to
+every subscriber, and each agent reports every second. A late loop takes no agent for failed, because the
+acknowledgements of an agent's kernel count. The manager's memory is next: each agent reports all its tables, so with
+more services every agent costs more, too. Reading is no limit: only the tasks that Watch has announced are read, and
+all of them (23.5 MB for 10,000) every 30 s; an answer may have 256 MiB, which is 110,000 tasks, and take 10 s. The
+engines have room for 65,534 backends (MESH_MAX_BACKENDS): a larger plan is rejected and reported, and the last
+applied state stays. Possible changes: workers that relay inventory and reports for other workers, digests that agree
+kept once for all nodes, and larger maps, since owners have 31 bits already.
 """
 HEADERS: Final = ("", "CPU, cores", "MiB", "kB/s, network", "apply, ms", "staleness, ms", "scrape, ms", "start, s")
 

@@ -23,7 +23,7 @@ from mesh._bpf import map_work
 from mesh._maglev import SlotTable, backend_seed
 from mesh.api.services import Services
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan, key_of
 from mesh.datapath.counters import CounterTable
 from mesh.datapath.kernel import loader
 from mesh.datapath.kernel.maps import KernelMaps
@@ -47,7 +47,7 @@ from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import guard
 from mesh.reconcile.loop import Picture
-from mesh.reconcile.plan import key_of, plan
+from mesh.reconcile.plan import plan
 from tests.support.metrics_samples import snapshot
 
 BACKENDS = 1000
@@ -217,7 +217,7 @@ class Loop:
 
     def scrape(self) -> bytes:
         """What the daemon does off its event loop for a scrape."""
-        picture = Picture(self.inventory, HealthView(), Drained(), self.desired)
+        picture = Picture(self.inventory, HealthView(), Drained(), desired=self.desired)
         shown = snapshot(0, 0).state | {"services": self.services.shown(picture, self.applied)}  # type: ignore[operator]
         return self.exposition.render(Snapshot(self.engine.stats(), shown, ready=True))[0]
 

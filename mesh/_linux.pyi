@@ -15,6 +15,8 @@ from mesh._layout import Layout
 LAYOUTS: Final[Mapping[str, Layout[Any]]]
 """All structs, by their names in C."""
 
+IP_RECVERR: Final[int]
+IPV6_RECVERR: Final[int]
 NLM_F_REQUEST: Final[int]
 NLM_F_ACK: Final[int]
 NLM_F_DUMP: Final[int]
@@ -151,6 +153,9 @@ class SockFprog(NamedTuple):
 class TcpInfo(NamedTuple):
     tcpi_last_ack_recv: int = ...
 
+class SockExtendedErr(NamedTuple):
+    ee_errno: int = ...
+
 class SkBuff(NamedTuple):
     cb: bytes = ...
 
@@ -207,6 +212,7 @@ VLANFLAGS: Final[Layout[VlanFlags]]
 SOCKFILTER: Final[Layout[SockFilter]]
 SOCKFPROG: Final[Layout[SockFprog]]
 TCPINFO: Final[Layout[TcpInfo]]
+SOCKEXTENDEDERR: Final[Layout[SockExtendedErr]]
 SKBUFF: Final[Layout[SkBuff]]
 ETHHDR: Final[Layout[EthHdr]]
 IPV4: Final[Layout[Ipv4]]

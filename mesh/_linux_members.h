@@ -7,6 +7,7 @@
 
 #include <asm/socket.h>
 #include <linux/bpf.h>
+#include <linux/errqueue.h>
 #include <linux/filter.h>
 #include <linux/if.h>
 #include <linux/if_arp.h>
@@ -151,6 +152,10 @@ static const struct mesh_member udphdr_members[] = {
 	NETWORK(udphdr, check),
 };
 
+static const struct mesh_member sock_extended_err_members[] = {
+	HOST(sock_extended_err, ee_errno),
+};
+
 /* A struct comes after those that are within it. */
 static const struct mesh_layout linux_layouts[] = {
 	LAYOUT(NlMsgHdr, nlmsghdr),
@@ -164,6 +169,7 @@ static const struct mesh_layout linux_layouts[] = {
 	LAYOUT(SockFilter, sock_filter),
 	LAYOUT(SockFprog, sock_fprog),
 	LAYOUT(TcpInfo, tcp_info),
+	LAYOUT(SockExtendedErr, sock_extended_err),
 	LAYOUT(SkBuff, __sk_buff),
 	LAYOUT(EthHdr, ethhdr),
 	LAYOUT(Ipv4, wire_ipv4),
@@ -178,6 +184,8 @@ static const struct mesh_layout linux_layouts[] = {
 		#name, name                                                                                            \
 	}
 static const struct mesh_constant linux_constants[] = {
+	CONSTANT(IP_RECVERR),
+	CONSTANT(IPV6_RECVERR),
 	CONSTANT(NLM_F_REQUEST),
 	CONSTANT(NLM_F_ACK),
 	CONSTANT(NLM_F_DUMP),

@@ -31,11 +31,11 @@ class ConfigError(MeshError):
 
 
 class ProviderError(MeshError):
-    """A source of the desired state is away, or answered what cannot be used; the last good state serves on."""
+    """A source of the desired state does not answer, or answers nonsense; the last known state stays."""
 
 
 class DatapathError(MeshError):
-    """An engine could not carry out a plan; what was applied before serves on and the plan is retried."""
+    """An engine could not apply a plan; the last applied state stays and the plan is retried."""
 
 
 class BpfError(DatapathError):

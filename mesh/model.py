@@ -2,7 +2,7 @@
 """The domain in frozen dataclasses: what exists (Inventory), what should be served (DesiredState). No I/O; it needs
 the standard library and the contract.
 
-Words are those of docs/ARCHITECTURE.md. *Task* is said in `mesh.providers.swarm` only; everywhere else it is a Backend.
+Words are those of docs/GLOSSARY.md. *Task* is said in `mesh.providers.swarm` only; everywhere else it is a Backend.
 """
 
 from __future__ import annotations
@@ -65,6 +65,23 @@ class Health(enum.Enum):
 
     UNKNOWN = "unknown"
     PENDING = "pending"  # at the readiness gate: no new flows before its first good probe, or before the gate times out
+    UP = "up"
+    DOWN = "down"
+
+
+class Path(enum.Enum):
+    """How flows get from this node to a backend's node."""
+
+    LOCAL = "here"  # the backend runs on this node
+    TUNNEL = "tunnel"  # from kernel engine to kernel engine
+    PEER = "peer"  # handed over at the other node's peer port: connections
+    PEER_UDP = "peer-udp"  # likewise: datagrams
+
+
+class PathState(enum.Enum):
+    """Whether a path carries packets there and back."""
+
+    UNPROVEN = "unproven"  # not tried yet
     UP = "up"
     DOWN = "down"
 
@@ -230,11 +247,23 @@ class HealthView:
 
 
 @dataclass(frozen=True, slots=True)
+class PathView:
+    """What this node knows of its paths to other nodes: state by node id and path; absent means UNPROVEN."""
+
+    states: Mapping[tuple[str, Path], PathState] = field(default_factory=dict)
+
+    def of(self, node: str, path: Path) -> PathState:
+        return self.states.get((node, path), PathState.UNPROVEN)
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A backend as one frontend uses it. `weight` is effective: 0 gets no new flows, but keeps those it has.
 
     `via` is the address of the node that runs it, where that is another one: this host cannot reach the backend
     itself, so `address` is the same and `port` is for the other node's agent to connect to. `engine` is that node's.
+    `path` is how this node gets there. Where no path is proven, `masked` says why: `weight` is 0 here, and `agreed` is
+    the weight that all nodes have agreed upon.
     """
 
     backend: str
@@ -246,11 +275,17 @@ class Target:
     container: str = ""
     via: Address | None = None
     engine: EngineKind = EngineKind.UNKNOWN
+    path: Path = Path.LOCAL
+    masked: str = ""
+    agreed: int = 0  # where it is masked
 
 
 @dataclass(frozen=True, slots=True)
 class FrontendState:
-    """What one frontend should do. `targets` are sorted by backend id."""
+    """What one frontend should do. `targets` are sorted by backend id.
+
+    `passing`: none of its targets can be reached from this node, so flows that start are left to Docker's own mesh.
+    """
 
     frontend: Frontend
     service: str  # the service's id
@@ -258,6 +293,7 @@ class FrontendState:
     options: ServiceOptions
     targets: tuple[Target, ...] = ()
     panic: bool = False  # every backend is down by health, so all of them are used
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for all tests, and the rule that in CI nothing may skip."""
+"""Fixtures for all tests, the rule that in CI nothing may skip, and which worker of pytest-xdist runs what."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
-from tests.support.lab.fixtures import lab, shared_swarm1, shared_swarm3, shared_swarm5, swarm1, swarm3, swarm5
+from tests.support.lab.fixtures import lab
 
-__all__ = ["lab", "shared_swarm1", "shared_swarm3", "shared_swarm5", "swarm1", "swarm3", "swarm5"]
+__all__ = ["lab"]
 
 CI = bool(os.environ.get("CI"))
 
@@ -48,6 +49,37 @@ def pytest_make_collect_report(
     return report
 
 
+SUITES = ("swarm", "guest", "engines", "bpf", "scenarios", "unit")
+FIVE_NODES = {"test_cluster_changes.py", "test_cluster_managers.py", "test_cluster_restarts.py"}
+
+
+def group_of(nodeid: str) -> tuple[int, str]:
+    """Which tests one worker runs one after the other, and when their turn comes, the first first.
+
+    What tests of a group share is dear to make: swarms, topologies. What takes longest begins first, and what is small
+    fills the end.
+    """
+    path = nodeid.partition("::")[0]
+    suite, _, file = path.removeprefix("tests/").partition("/")
+    if suite == "swarm":
+        return 0, "swarm of five" if file in FIVE_NODES else "swarms"
+    return SUITES.index(suite) if suite in SUITES else len(SUITES), path
+
+
+class Groups(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives workers whole groups, in the order in which they are collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Groups:
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a test says is not for an engine, and without MESH_TEST_ALL what it says can wait: no skips, for
     nothing is missing here."""
@@ -66,3 +98,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        items.sort(key=lambda item: group_of(item.nodeid)[0])  # within a group as they are

@@ -84,6 +84,11 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
  * node, or to another container as well. */
 INLINE int forward_to_node(struct __sk_buff *skb, struct packet *p, const struct lb_choice *c, int from)
 {
+	if (unlikely(!c->backend->version)) { /* the fallback proxy hands it over at the node's peer port */
+		if (c->note || c->noted)
+			flow_cache_update(&p->flow, c);
+		return verdict(MESH_VERDICT_TUNNEL_NO_PATH, TC_ACT_UNSPEC);
+	}
 	if (c->backend->version != p->version)
 		return verdict(MESH_VERDICT_FAMILY, TC_ACT_UNSPEC);
 	if (from != FROM_CLIENT)

@@ -43,8 +43,9 @@ from mesh.model import EngineKind, Frontend, Inventory
 from mesh.reconcile.loop import Picture
 from mesh.supervisor import end, supervise
 
-SIGNALS_EVERY: Final = 0.2  # seconds between looks at what traffic tells of backends
+SIGNALS_EVERY: Final = 0.2  # seconds between looks at the signals of traffic about backends
 READY_WITHIN: Final = 10.0  # seconds after which systemd is told READY although nothing is known yet
+FIRST_TRIALS: Final = 2.0  # seconds at most for which the first state waits for the paths to be tried
 DRAIN_SLICE: Final = 0.25  # seconds after which a drain looks up whether it should end at once
 
 log = structlog.get_logger("mesh")
@@ -169,14 +170,14 @@ class Agent:
             engine=opened.engine.name,
             reason=opened.engine.reason,
             provider=self._reloader.config.provider,
-            adopted=len(opened.applied.frontends),
+            restored=len(opened.applied.frontends),
             state_dir=str(self._state_dir),
         )
 
     async def _serve(self, parts: Parts, successor: Successor | None) -> None:
         if successor is None:
             await parts.servers.start()
-        self._spawn("reconcile", parts.reconciler.run)
+        self._spawn("reconcile", self._reconcile)
         self._spawn("health", parts.monitor.run)
         self._spawn("provider", lambda: parts.provider.run(self._publish))
         self._spawn("paths", parts.paths.run)
@@ -190,7 +191,7 @@ class Agent:
         self._started.set()
 
     async def _replace(self, successor: Successor) -> None:
-        """Serve beside the old process, then tell it to go."""
+        """Serve next to the old process, then tell it to exit."""
         reconciler = self._parts.reconciler
         try:
             async with asyncio.timeout(SERVING_TIMEOUT - 10):
@@ -217,6 +218,17 @@ class Agent:
     def _publish(self, inventory: Inventory) -> None:
         self._parts.held.publish(inventory)
         self._parts.reconciler.publish(inventory)
+        self._parts.paths.look_again()
+
+    async def _reconcile(self) -> None:
+        """Serve once the paths to other nodes have been tried, so that nothing is masked that works."""
+        reconciler, paths = self._parts.reconciler, self._parts.paths
+        while not reconciler.known:  # noqa: ASYNC110 -- any cause, polled for moments
+            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TRIALS):
+                await paths.proven()
+        await reconciler.run()
 
     def _changed(self, before: Picture, after: Picture) -> None:
         changelog.tell(before, after)
@@ -249,7 +261,7 @@ class Agent:
 
     def _status(self) -> str:
         applied, status = self._parts.reconciler.applied, self._parts.provider.status()
-        away = "" if status.connected else f"; {status.kind} is away: {status.error or 'nothing read yet'}"
+        away = "" if status.connected else f"; {status.kind} disconnected: {status.error or 'nothing read yet'}"
         return f"{self.engine} engine, {len(applied.frontends)} ports, {len(applied.backends)} backends{away}"
 
     async def _tick(self) -> None:
@@ -269,10 +281,10 @@ class Agent:
             return
         age = None if status.age_seconds is None else round(status.age_seconds, 1)
         if not status.connected:
-            stays = "the last state serves on" if age is not None else "nothing is served yet"
-            log.warning(f"provider lost; {stays}", kind=status.kind, age=age, error=status.error)
+            stays = "keeping the last known state" if age is not None else "nothing is served yet"
+            log.warning(f"provider disconnected; {stays}", kind=status.kind, age=age, error=status.error)
         elif self._connected is not None:
-            log.info("provider regained", kind=status.kind)
+            log.info("provider connected again", kind=status.kind)
         self._connected = status.connected
 
     # ---- signals ----

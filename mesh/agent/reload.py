@@ -46,7 +46,7 @@ class Reloader:
     @property
     def problems(self) -> list[str]:
         """Why what was read last is not used, and what of it should be changed."""
-        refused = [f"configuration not used, the one before stays: {self._refused}"] if self._refused else []
+        refused = [f"configuration rejected, keeping the previous one: {self._refused}"] if self._refused else []
         return refused + [str(problem) for problem in self._asked.problems]
 
     async def reload(self) -> None:
@@ -54,7 +54,7 @@ class Reloader:
         try:
             new = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            log.error("configuration not used; the one before stays", error=str(error))
+            log.error("configuration rejected; keeping the previous one", error=str(error))
             self._refused = str(error)
         else:
             self._refused = ""
@@ -68,7 +68,7 @@ class Reloader:
         self.config = replace(self.config, **live)
         self._warn(known)
         self._apply(self.config)
-        log.info("configuration read again", changed=sorted(live))
+        log.info("configuration reloaded", changed=sorted(live))
         if waiting := sorted(changed - LIVE):
             log.warning("these keys take effect at the next start (mesh run --take-over)", keys=waiting)
 

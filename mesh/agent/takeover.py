@@ -186,7 +186,7 @@ class Predecessor:
         """
         hello = _receive(self._sock)
         if hello.get("hello") != VERSION:
-            self.refuse("this daemon hands over in another way: stop it and start the new one")
+            self.refuse("this daemon has another hand-over protocol: stop it and start the new one")
             raise TakeoverError("a process of another version asked for the ports")
         self.engine = EngineKind.told(str(hello.get("engine", "")))
 
@@ -270,7 +270,7 @@ class HandOver:
         """Whether the new process has our place now."""
         try:
             await asyncio.to_thread(asking.hello)
-            log.info("hand-over begins", engine=asking.engine)
+            log.info("handing over", engine=asking.engine)
             await self._host.pause()
             try:
                 listeners = await self._host.listeners()
@@ -281,7 +281,7 @@ class HandOver:
             await self._host.let_go(asking.engine)
             await asyncio.to_thread(asking.yours)
         except (MeshError, OSError) as error:
-            log.error("hand-over failed; this process serves on", error=str(error))
+            log.error("hand-over failed; this process keeps serving", error=str(error))
             if not isinstance(error, TakeoverError):
                 asking.refuse(str(error))
             return False

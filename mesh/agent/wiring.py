@@ -54,7 +54,7 @@ MakeSource = Callable[[EngineKind, Reconciler, Tables], Source]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The engine that runs, and the loop over it. `applied` is what it has adopted."""
+    """The engine that runs, and the loop over it. `applied` is what it has restored."""
 
     engine: Engine
     datapath: Datapath
@@ -214,7 +214,12 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
     source = make_source(name, reconciler, tables)
     provider = source.provider
     monitor = Monitor(source.own_health)
-    paths = PathMonitor(config, name, lambda: (provider.status().node_id, reconciler.picture.inventory.nodes))
+    paths = PathMonitor(
+        config,
+        name,
+        lambda: (provider.status().node_id, reconciler.inventory.nodes),
+        on_change=reconciler.set_paths,
+    )
     state_dir = Path(config.state_dir)
     view = View(
         Facts(name, opened.engine.reason, state_dir, time.time()),

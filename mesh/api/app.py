@@ -26,7 +26,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 INDEX: Final = """mesh
 /metrics   Prometheus, OpenMetrics where asked for
 /healthz   200 while the process runs
-/readyz    200 while the node serves everything that it should, else 503 with reasons
+/readyz    200 while the node serves everything that it should, else 503 with reasons; how traffic fares
 /state     the daemon's whole state, JSON
 /cluster   all nodes compared, on a manager
 /nodes     the cluster's nodes, on any node
@@ -115,8 +115,10 @@ async def _healthz(request: web.Request) -> web.Response:
 
 
 async def _readyz(request: web.Request) -> web.Response:
-    ready, reasons = request.app[VIEW].ready()
-    return _json({"ready": ready, "reasons": list(reasons)}, 200 if ready else 503)
+    view = request.app[VIEW]
+    (ready, reasons), found = view.ready(), view.traffic()
+    traffic = {"verdict": found.verdict.value, "reasons": list(found.reasons)}
+    return _json({"ready": ready, "reasons": list(reasons), "traffic": traffic}, 200 if ready else 503)
 
 
 async def _state(request: web.Request) -> web.Response:

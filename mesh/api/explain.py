@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mesh._abi import OWNER_FIRST, OWNER_NONE, OWNER_PASS
-from mesh.api.services import way_of
+from mesh.api.services import path_of
 from mesh.api.view import Json
 from mesh.datapath.base import BackendEntry, Choice, Explanation, FrontendEntry
 from mesh.model import Address, EngineKind, Flow, FrontendState, Health, Protocol, ServiceOptions
@@ -121,7 +121,7 @@ class Explainer:
             "node": entry.target.node,
             "node_name": self._node_name(entry.target.node),
             "address": str(entry.target.address),
-            "way": way_of(entry.target, self._reconciler.datapath.name),
+            "path": path_of(entry.target, self._reconciler.datapath.name),
             "port": entry.target.port,
             "health": health.of(entry.key.backend).value,
         }
@@ -133,9 +133,9 @@ class Explainer:
         """How a flow gets to another node."""
         where = f"node {self._node_name(entry.target.node) or entry.target.node} ({entry.target.via})"
         engine = self._reconciler.datapath.name
-        if way_of(entry.target, engine) == "tunnel":
+        if path_of(entry.target, engine) == "tunnel":
             return f"goes to {where} through the tunnel"
-        by = " by the proxy engine beside" if engine == EngineKind.KERNEL else ""
+        by = " by the fallback proxy" if engine == EngineKind.KERNEL else ""
         return f"is handed over to {where} at its peer port{by}"
 
     def _reasons(
@@ -152,18 +152,18 @@ class Explainer:
         elif choice.owner == OWNER_PASS:
             reasons.append("left to whoever served the port before")
         elif choice.backend:
-            reasons += self._way(flow, choice.backend)
+            reasons += self._path(flow, choice.backend)
         if not _is_here(flow.destination):
             reasons.append(f"{flow.destination} is no address of this node at the moment: nothing for it comes here")
         if tracked and choice.previous != choice.owner:
-            reasons.append("the slot is passing from one owner to another: connections from before stay where they are")
+            reasons.append("the slot is in transition: established connections stay where they are")
         if entry.state.panic:
             reasons.append("every backend is down by our probes, so all are used")
         return [*reasons, *self._away(entry.state)]
 
-    def _way(self, flow: Flow, entry: BackendEntry) -> list[str]:
+    def _path(self, flow: Flow, entry: BackendEntry) -> list[str]:
         if self._reconciler.datapath.name == EngineKind.KERNEL and entry.target.address.version != flow.source.version:
-            return ["the client's IP version is not the backend's: the proxy engine beside serves it"]
+            return ["the client's IP version is not the backend's: the fallback proxy serves it"]
         return [] if entry.target.via is None else [self._sent(entry)]
 
     def _away(self, state: FrontendState) -> list[str]:

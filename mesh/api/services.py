@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from mesh._maglev import SlotTable
+from mesh._abi import OWNER_FIRST
+from mesh._maglev import SlotTable, backend_seed
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry
 from mesh.incremental import KeyedCache, Latest, same_objects
-from mesh.model import Backend, EngineKind, Frontend, FrontendState, Health, HealthView, Locality, Node, Service, Target
+from mesh.model import (
+    Backend,
+    EngineKind,
+    Frontend,
+    FrontendState,
+    Health,
+    HealthView,
+    Locality,
+    Node,
+    Path,
+    Service,
+    Target,
+)
 from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from mesh.reconcile.loop import Picture
@@ -65,15 +78,19 @@ class _Made:
     kept: Mapping[Frontend, tuple[str, _Targets]]  # as text, and its targets
 
 
-def way_of(target: Target, engine: EngineKind) -> str:
+def path_of(target: Target, engine: EngineKind) -> str:
     """How this node's engine gets to a target: "here", by "tunnel", or handed over at the other node's "peer" port."""
     if target.via is None:
         return "here"
-    return "tunnel" if engine == EngineKind.KERNEL and target.engine != EngineKind.PROXY else "peer"
+    if target.path is Path.LOCAL:  # nothing is known of paths
+        return "tunnel" if engine == EngineKind.KERNEL and target.engine != EngineKind.PROXY else "peer"
+    return str(target.path.value)
 
 
 def taking(backend: Backend | None, node: Node | None, target: Target, health: Health, drained: Drained) -> str:
     """Whether a target gets new connections: "yes", "no: WHY", or "yes, though WHY" where there is nobody better."""
+    if target.masked:
+        return f"no: masked here, {target.masked}"
     why = "gone" if backend is None else standing(backend, node, health, drained)
     if target.weight:
         return "yes" if why == SERVING else f"yes, though {why}"
@@ -249,7 +266,8 @@ def _target(engine: EngineKind, given: _TargetInput, before: tuple[_TargetInput,
         "slots": slots,
         "local": target.local,
         "via": str(target.via or ""),
-        "way": way_of(target, engine),
+        "masked": target.masked,
+        "path": path_of(target, engine),
     }
 
 
@@ -261,5 +279,20 @@ def _summaries(applied: Applied, frontends: Sequence[Frontend]) -> dict[Frontend
 def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Summary:
     names = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
     table = entry.table
-    shares = {names[owner]: slots for owner, slots in table.shares().items() if owner in names}
-    return _Summary(table, shares, table.tracked_slots(), table.digest(names))
+    shares: dict[str, int] = {}
+    for owner, slots in table.shares().items():
+        if owner in names:
+            shares[names[owner]] = shares.get(names[owner], 0) + slots
+    return _Summary(table, shares, table.tracked_slots(), _digest(entry, names))
+
+
+def _digest(entry: FrontendEntry, names: Mapping[int, str]) -> str:
+    """Of the table that all nodes agree upon: this node's, but for what it masks."""
+    state = entry.state
+    if not any(target.masked for target in state.targets):
+        return entry.table.digest(names)
+    numbered = {OWNER_FIRST + number: target for number, target in enumerate(state.targets)}
+    weights = {number: target.agreed or target.weight for number, target in numbered.items()}
+    rows = [(backend_seed(t.backend), number, weights[number]) for number, t in numbered.items() if weights[number]]
+    table = SlotTable.build(state.options.table_size, rows)
+    return table.digest({number: target.backend for number, target in numbered.items()})

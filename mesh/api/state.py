@@ -18,7 +18,8 @@ from mesh._abi import ABI_VERSION
 from mesh.api.drained import DRAINED_FILE, _find, _load_drained, _save_drained
 from mesh.api.explain import Explainer
 from mesh.api.services import Services
-from mesh.api.view import Json
+from mesh.api.traffic import traffic
+from mesh.api.view import Json, Traffic
 from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
@@ -85,6 +86,7 @@ class View:
         picture, applied, drained = loop.picture, loop.applied, self.drained  # each is replaced whole
         status = self._provider.status()
         paths = [str(problem) for problem in self._paths.problems] if self._paths else []
+        found = traffic(picture.desired.frontends, applied.frontends)
         return {
             "version": __version__,
             "abi": ABI_VERSION,
@@ -111,6 +113,8 @@ class View:
                 *(*loop.problems, *status.problems, *paths),
             ],
             "paths_down": len(paths),
+            "paths": self._path_rows(),
+            "traffic": {"verdict": found.verdict.value, "reasons": list(found.reasons)},
             "services": self._services.shown(picture, applied),
             "drained": {"backends": sorted(drained.backends), "nodes": sorted(drained.nodes)},
             "stopping": self._stopping(),
@@ -123,10 +127,31 @@ class View:
 
     def nodes(self) -> Json:
         own, nodes = self._provider.status().node_id, self._reconciler.picture.inventory.nodes
+        paths: dict[str, dict[str, str]] = {}
+        for row in self._path_rows():
+            paths.setdefault(row["node"], {})[row["path"]] = row["state"]
         shown = [
-            {"id": n.id, "name": n.name, "address": str(n.address or ""), "up": n.up, "engine": n.engine} for n in nodes
+            {
+                "id": node.id,
+                "name": node.name,
+                "address": str(node.address or ""),
+                "up": node.up,
+                "engine": node.engine,
+                "paths": paths.get(node.id, {}),
+            }
+            for node in nodes
         ]
         return {"node": own, "nodes": shown}
+
+    def _path_rows(self) -> list[dict[str, str]]:
+        found = self._paths.states() if self._paths else ()
+        return [
+            {"node": node.id, "node_name": node.name, "path": path.value, "state": state.value}
+            for node, path, state in found
+        ]
+
+    def traffic(self) -> Traffic:
+        return traffic(self._reconciler.picture.desired.frontends, self._reconciler.applied.frontends)
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         loop = self._reconciler

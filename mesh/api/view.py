@@ -3,13 +3,31 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mesh.datapath.base import Stats
 from mesh.model import Flow
 
 Json = Mapping[str, Any]
+
+
+class Verdict(enum.Enum):
+    """How new connections fare on this node."""
+
+    OK = "ok"
+    DEGRADED = "degraded"  # all are served, but not by all that should serve, or by Docker's own mesh
+    FAILING = "failing"  # those of some service are not served
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """The verdict, and one sentence for each service that is not well, the worst first."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
 
 
 class AgentView(Protocol):
@@ -28,12 +46,14 @@ class AgentView(Protocol):
         generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
-        problems [str], paths_down (ways to other nodes by which nothing comes back),
-        services [{id, name, ports [str], options, replicas (asked for; null: not known, or one for each node),
-        frontends (none where mesh.enable is false)
+        problems [str], paths_down (problems with paths to other nodes),
+        paths [{node, node_name, path, state}], traffic {verdict (ok, degraded, failing), reasons [str]},
+        services [{id, name, ports [str], options, replicas (asked for; null: not known, or one for each
+        node), frontends (none where mesh.enable is false)
         [{frontend, table_size, tracked_slots, digest, panic, served, targets [{backend, name, node, node_name, address,
         port, weight, intent, taking (why it gets new connections or not), health, health_reason, slots, local,
-        via (address of the node that runs it, empty: this one), way (here, tunnel, peer)}]}]}],
+        via (address of the node that runs it, empty: this one), masked (why this node sends it nothing, empty: it
+        does), path (here, tunnel, peer)}]}]}],
         drained {backends [id], nodes [id]}, stopping (bool).
         """
 
@@ -47,8 +67,12 @@ class AgentView(Protocol):
 
     def nodes(self) -> Json:
         """The cluster's nodes as this one knows them, whatever its role: node (own id), nodes [{id, name, address, up,
-        engine}]; address and engine are empty while nobody has told them.
+        engine, paths {path: state}}]; address and engine are empty while nobody has told them. Paths are those from
+        this node (tunnel, peer, peer-udp), states unproven, up, down.
         """
+
+    def traffic(self) -> Traffic:
+        """How new connections fare on this node, and which services are not well."""
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         """Whether the node serves what it should, and the reasons where it does not."""

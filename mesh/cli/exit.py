@@ -16,6 +16,7 @@ class Exit(enum.IntEnum):
     USAGE = 2
     UNREACHABLE = 3
     REFUSED = 4
+    DEGRADED = 5
 
 
 class DaemonUnreachableError(MeshError):

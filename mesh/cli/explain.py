@@ -54,7 +54,7 @@ def describe(backend: Json) -> str:
     """A backend of an explanation in a few words."""
     name = backend.get("name") or backend.get("backend") or backend.get("id")
     where = f" at {address_port(backend)}" if backend.get("address") else ""
-    where += f" by {backend['way']}" if backend.get("way", "here") != "here" else ""
+    where += f" by {backend['path']}" if backend.get("path", "here") != "here" else ""
     return f"{name}{where}" + (f" on node {node_shown(backend)}" if backend.get("node") else "")
 
 

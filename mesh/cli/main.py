@@ -15,6 +15,7 @@ from mesh.cli.drain import drain, undrain
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
 from mesh.cli.explain import explain
 from mesh.cli.maps import maps
+from mesh.cli.nodes import nodes
 from mesh.cli.run import run
 from mesh.cli.services import backends, services
 from mesh.cli.status import status
@@ -51,7 +52,7 @@ def _fail(error: MeshError, code: Exit) -> None:
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 success; 1 not ready, or a check failed; 2 wrong usage or configuration; "
-    "3 the daemon does not answer; 4 the daemon refused the request.",
+    "3 the daemon does not answer; 4 the daemon refused the request; 5 traffic is degraded.",
 )
 @click.version_option(metadata.version("mesh"), prog_name="mesh")
 def main() -> None:
@@ -61,6 +62,7 @@ def main() -> None:
     Start:    mesh check                    can the daemon run here, and what to fix first
               mesh run                      the daemon: serves the local swarm, or a demo where there is none
     Read:     mesh status                   is the node healthy, and if not, why
+              mesh nodes                    the cluster's nodes, and the paths from here to each
               mesh services                 published services and ports
               mesh backends web             the backends of a service, their health and share of connections
               mesh explain 192.0.2.7:40000 192.0.2.1:8080    which backend a connection gets, and why
@@ -76,5 +78,5 @@ def main() -> None:
     """
 
 
-for _command in (run, check, status, services, backends, explain, maps, trace, bench, drain, undrain, stop):
+for _command in (run, check, status, nodes, services, backends, explain, maps, trace, bench, drain, undrain, stop):
     main.add_command(_command)

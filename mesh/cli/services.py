@@ -99,7 +99,7 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
             b["name"] or b["backend"],
             id_shown(b["backend"]),
             node_shown(b),
-            address_port(b) + (f" by {b['way']}" if b["way"] != "here" else ""),
+            address_port(b) + (f" by {b['path']}" if b["path"] != "here" else ""),
             b["health"] + (f" ({b['health_reason']})" if b["health_reason"] and b["health"] == "down" else ""),
             b["taking"],
             b["weight"],

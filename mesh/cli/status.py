@@ -16,28 +16,42 @@ from mesh.cli.output import Json, duration, each_target, echo_json, echo_table, 
 
 @click.command(short_help="Is the node healthy, and if not, why.")
 @click.option("--cluster", is_flag=True, help="Compare all nodes of the swarm (on a manager).")
+@click.option(
+    "--wait", type=float, metavar="SECONDS", help="Wait at most so long until the node is ready and traffic ok."
+)
 @daemon_options
-def status(state_dir: Path, as_json: bool, cluster: bool) -> None:
-    """Show the engine, the source of services, what is served, and every problem.
+def status(state_dir: Path, as_json: bool, cluster: bool, wait: float | None) -> None:
+    """Show whether the node is ready, how traffic fares, what is served, and every problem.
 
     \b
-    Exit code: 0 if the node serves everything that it should, 1 if not (the reasons are printed);
+    ready      the daemon serves everything that it should
+    traffic    ok: new connections go to all tasks; degraded: they are served, but not by all tasks, or by Docker's
+               own mesh; failing: those of some service are not served
+    Exit code: 0 if ready and traffic is ok, 5 if it is degraded, 1 if failing or not ready (reasons are printed);
                with --cluster 0 if all nodes agree, 1 if not.
-    Example:   mesh status --json | jq .ready
+    Example:   mesh status --wait 30 && echo all is well
     """
     if cluster:
         _status_of_cluster(call(state_dir, "/cluster"), as_json=as_json)
         return
-    state = call(state_dir, "/state")
-    ready = call(state_dir, "/readyz", accept=(503,))
+    deadline = time.monotonic() + (wait or 0.0)
+    while True:
+        state = call(state_dir, "/state")
+        ready = call(state_dir, "/readyz", accept=(503,))
+        verdict = ready["traffic"]["verdict"]
+        if (ready["ready"] and verdict == "ok") or time.monotonic() >= deadline:
+            break
+        time.sleep(0.2)
     if as_json:
         summary = {key: value for key, value in state.items() if key != "services"}
         echo_json({"ready": ready["ready"], "reasons": ready["reasons"], **summary})
     else:
         nodes = call(state_dir, "/nodes")["nodes"]
         _print_status(state, ready, nodes)
-    if not ready["ready"]:
+    if not ready["ready"] or verdict == "failing":
         sys.exit(Exit.NOT_READY)
+    if verdict != "ok":
+        sys.exit(Exit.DEGRADED)
 
 
 def _status_of_cluster(found: Json, *, as_json: bool) -> None:
@@ -79,6 +93,7 @@ def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
     idle = [f"{name} ({f['frontend']})" for name, f in ports if not any(t["weight"] for t in f["targets"])]
     rows: list[tuple[str, str]] = [
         ("ready", "yes" if ready["ready"] else "NO"),
+        ("traffic", verdict if (verdict := state["traffic"]["verdict"]) == "ok" else verdict.upper()),
         ("daemon", f"mesh {state['version']}, pid {state['pid']}, up {duration(time.time() - state['started'])}"),
         ("engine", f"{state['engine']} ({state['engine_reason']})" if state["engine_reason"] else state["engine"]),
         ("source", ", ".join(source)),
@@ -97,7 +112,13 @@ def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
     for title, text in rows:
         click.echo(f"{title:<11}{text}")
     errors = [error for error in (provider["error"], apply["last_error"]) if error]
-    for title, lines in (("Not ready:", ready["reasons"]), ("Errors:", errors), ("Problems:", state["problems"])):
+    parts = {
+        "Not ready:": ready["reasons"],
+        "Traffic:": state["traffic"]["reasons"],
+        "Errors:": errors,
+        "Problems:": state["problems"],
+    }
+    for title, lines in parts.items():
         if lines:
             click.echo(f"\n{title}")
         for line in lines:

@@ -48,83 +48,114 @@ class Config:
 
     provider: str = _key(
         "auto",
-        "source of services; auto: static where static_file is set, else swarm if there is one, else demo",
+        "source of services; auto: static if static_file is set, else the swarm if there is one, else the demo",
         choices=("auto", "swarm", "static", "demo"),
     )
     engine: str = _key(
         "auto",
-        "forwarding; auto: kernel where the preflight passes, else proxy",
+        "what forwards; auto: kernel if the preflight passes, else proxy",
         choices=("auto", EngineKind.KERNEL, EngineKind.PROXY),
     )
-    static_file: str = _key("", "the static provider's TOML file")
-    state_dir: str = _key(str(DEFAULT_STATE_DIR), "lock, control socket, what was drained")
-    docker_host: str = _key("unix:///var/run/docker.sock", "the Engine's API")
-    docker_data_root: str = _key("/var/lib/docker", "the Engine's --data-root: the swarm's certificates")
-    docker_exec_root: str = _key("/var/run/docker", "the Engine's --exec-root: the swarm's control socket")
-    docker_poll_interval: float = _key(2.0, "seconds between re-reads where no doorbell rings")
-    docker_resync_interval: float = _key(30.0, "seconds between re-reads although the doorbell works")
-    http_listen: str = _key("127.0.0.1:9550", "metrics, health and state; empty: off")
+    static_file: str = _key("", "TOML file of the static provider")
+    state_dir: str = _key(str(DEFAULT_STATE_DIR), "directory of the lock, the control socket and the list of drains")
+    docker_host: str = _key("unix:///var/run/docker.sock", "address of the Docker Engine API")
+    docker_data_root: str = _key("/var/lib/docker", "the Engine's --data-root, which has the swarm's certificates")
+    docker_exec_root: str = _key("/var/run/docker", "the Engine's --exec-root, which has the swarm's control socket")
+    docker_poll_interval: float = _key(2.0, "seconds between reads of the swarm if nothing announces its changes")
+    docker_resync_interval: float = _key(
+        30.0, "seconds between full reads of the swarm while its changes are announced"
+    )
+    http_listen: str = _key("127.0.0.1:9550", "address of metrics, health and state (HTTP); empty: off")
     intercept: str = _key(
         "auto",
-        "how the proxy engine gets connections; auto: nft on a Docker host, else bind",
+        "proxy engine: how it gets connections; auto: nft on a Docker host, else bind",
         choices=("auto", "nft", "bind"),
     )
-    interfaces: str = _key("", "kernel engine: those that face clients, names or globs, comma separated; empty: all")
+    interfaces: str = _key(
+        "", "kernel engine: interfaces that face clients, names or globs, comma separated; empty: all"
+    )
     xdp: str = _key(
         "off",
-        "kernel engine; on: network cards with native XDP drop denied sources before all else",
+        "kernel engine; on: network cards with native XDP drop packets from denied sources first",
         choices=("off", "on"),
     )
     no_backend: str = _key(
-        "refuse", "kernel engine: a frontend without a backend; pass: to the kernel", choices=("refuse", "pass")
+        "refuse",
+        "kernel engine: what a frontend without backends does; pass: leave packets to the kernel",
+        choices=("refuse", "pass"),
     )
     error_rate: int = _key(
-        1000, "kernel engine: ICMP errors that each CPU sends in a second at most; 0: any number", most=65535
+        1000, "kernel engine: rate limit for generated ICMP errors, per CPU and second; 0: unlimited", most=65535
     )
-    bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins, mounted there if there is none")
-    cgroup: str = _key("", "kernel engine: root of cgroup2, for local processes; empty: where it is mounted")
-    flow_cache: int = _key(262144, "kernel engine: flows remembered while slots are in transition", most=1 << 24)
-    bpf_stats: int = _key(0, "kernel engine; 1: count the programs' runs and time, at some 20 ns a run", most=1)
-    max_replies: int = _key(524288, "kernel engine: flows at once, the most silent gives way", most=1 << 26)
-    threads: int = _key(0, "forwarding threads of the proxy engine; 0: one per core", most=1024)
-    connect_timeout: float = _key(3.0, "seconds until the proxy engine tries a flow's next choice")
-    retries: int = _key(3, "further choices after the first", most=16)
-    idle_timeout: float = _key(0.0, "seconds without a byte until a TCP connection is cut; 0: never")
-    udp_idle_timeout: float = _key(60.0, "seconds without a datagram until a UDP session ends")
-    udp_max_sessions: int = _key(65536, "UDP sessions at once; the oldest gives way")
-    max_connections: int = _key(0, "TCP connections at once; 0: what the descriptor limit allows")
-    drain_timeout: float = _key(30.0, "seconds that SIGTERM waits for connections", live=True)
+    bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins; mounted if it is not")
+    cgroup: str = _key("", "kernel engine: root of cgroup2, for the socket hooks; empty: where it is mounted")
+    flow_cache: int = _key(
+        262144, "kernel engine: maximum number of flows noted while slots are in transition", most=1 << 24
+    )
+    bpf_stats: int = _key(0, "kernel engine; 1: measure the programs' run count and time, at about 20 ns a run", most=1)
+    max_replies: int = _key(
+        524288, "kernel engine: maximum number of tracked flows; the least recently used entry is evicted", most=1 << 26
+    )
+    threads: int = _key(0, "proxy engine: forwarding threads; 0: one per core", most=1024)
+    connect_timeout: float = _key(
+        3.0, "proxy engine: seconds to wait for a backend before the flow goes to its next choice"
+    )
+    retries: int = _key(3, "proxy engine: further choices after the first", most=16)
+    idle_timeout: float = _key(
+        0.0, "proxy engine: seconds without data after which a TCP connection is closed; 0: never"
+    )
+    udp_idle_timeout: float = _key(60.0, "proxy engine: seconds without a datagram after which a UDP session ends")
+    udp_max_sessions: int = _key(
+        65536, "proxy engine: maximum number of UDP sessions; the least recently used one is evicted"
+    )
+    max_connections: int = _key(
+        0, "proxy engine: maximum number of TCP connections; 0: what the descriptor limit allows"
+    )
+    drain_timeout: float = _key(30.0, "seconds to wait for open connections after SIGTERM", live=True)
     panic_threshold: float = _key(
-        0.0, "share of healthy backends at or below which all are used again", most=1, live=True
+        0.0, "share of healthy backends at or below which all backends are used", most=1, live=True
     )
-    guard_max_removal: float = _key(0.5, "share of backends whose loss at once is held back first", most=1, live=True)
-    guard_hold: float = _key(5.0, "seconds for which it is held back", live=True)
+    guard_max_removal: float = _key(
+        0.5, "share of a service's backends whose simultaneous removal is held back", most=1, live=True
+    )
+    guard_hold: float = _key(5.0, "seconds for which such a removal is held back", live=True)
     transition_calm: float = _key(
-        8100.0, "seconds of calm after which a slot leaves its transition; 0: never", live=True
+        8100.0, "seconds without a flow of another owner after which a slot leaves its transition; 0: never", live=True
     )
-    cluster_port: int = _key(9551, "agents of other nodes connect here (managers); the same on all nodes", most=65535)
-    cluster_managers: str = _key("", "host[:port], comma separated; empty: those that the local Engine names")
-    cluster_ca: str = _key("", "PEM file instead of swarm's own root under docker_data_root (autolock)")
-    cluster_certificate: str = _key("", "PEM file instead of the node's own certificate")
-    cluster_key: str = _key("", "PEM file instead of the node's own key")
+    cluster_port: int = _key(
+        9551, "TCP port of the relay, where agents connect to managers; the same on all nodes", most=65535
+    )
+    cluster_managers: str = _key(
+        "", "managers as host[:port], comma separated; empty: those that the local Engine names"
+    )
+    cluster_ca: str = _key("", "PEM file of the root certificate, if not the swarm's under docker_data_root (autolock)")
+    cluster_certificate: str = _key("", "PEM file of the node's certificate, if not the swarm's")
+    cluster_key: str = _key("", "PEM file of the node's key, if not the swarm's")
     peer_port: int = _key(
-        9552, "proxy engine: other nodes hand over connections and datagrams here; the same on all nodes", most=65535
+        9552,
+        "TCP and UDP port where other nodes hand over connections and datagrams; the same on all nodes",
+        most=65535,
     )
     tunnel_port: int = _key(
-        TUNNEL_PORT, "kernel engine: other nodes' flows come in here (UDP, Geneve); the same on all nodes", most=65535
+        TUNNEL_PORT, "kernel engine: UDP port of the tunnel between nodes (Geneve); the same on all nodes", most=65535
     )
     return_path: str = _key(
         "tunnel",
-        "kernel engine: how replies of this node's tasks leave when another node was called; direct: straight to the "
-        "client, as from the address that it called",
+        "kernel engine: how replies to clients of another node leave; direct: straight to the client, with the called "
+        "address as their source",
         choices=("tunnel", "direct"),
     )
     floating_addresses: str = _key(
-        "", "addresses that move between nodes, comma separated: served as soon as they arrive", was=("vips",)
+        "", "addresses that move between nodes, comma separated; served from their first packet", was=("vips",)
     )
-    log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"), live=True)
+    log_level: str = _key(
+        "info", "least severe level that is logged", choices=("debug", "info", "warning", "error"), live=True
+    )
     log_format: str = _key(
-        "auto", "auto: console on a terminal, else logfmt", choices=("auto", "console", "json", "logfmt"), live=True
+        "auto",
+        "format of the log; auto: console on a terminal, else logfmt",
+        choices=("auto", "console", "json", "logfmt"),
+        live=True,
     )
     problems: tuple[Problem, ...] = ()
 

@@ -7,17 +7,20 @@ thread, except `stats`, `signals`, `lookup` and `explain`, which any thread may 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from mesh._maglev import SlotTable
 from mesh.datapath.counters import Counters, Failure
-from mesh.model import Address, EngineKind, Flow, Frontend, FrontendState, Target
+from mesh.model import Address, EngineKind, Flow, Frontend, FrontendState, Path, Target
 
 
 class BackendKey(NamedTuple):
-    """What an engine addresses: a backend's id, and the port of the backend that one frontend uses.
+    """What an engine addresses: a backend's id, the port of it that one frontend uses, and the path there.
+
+    `path` is "peer" where flows are handed over at the other node's peer port, else empty: a backend to which the path
+    changes is another one to the engine, so that established flows stay on the path they have.
 
     A tuple, because a plan hashes each key several times.
     """
@@ -25,6 +28,22 @@ class BackendKey(NamedTuple):
     backend: str
     port: int
     protocol: int
+    path: str = ""
+
+    @property
+    def base(self) -> BackendKey:
+        """The same backend's, whatever the path: what counters and look-ups show."""
+        return self._replace(path="") if self.path else self
+
+    def on_other_paths(self) -> Iterator[BackendKey]:
+        """Keys of the same backend and port."""
+        return (self._replace(path=path) for path in ("", Path.PEER.value) if path != self.path)
+
+
+def key_of(state: FrontendState, target: Target) -> BackendKey:
+    """The key under which an engine holds a frontend's target."""
+    path = Path.PEER.value if target.path is Path.PEER else ""
+    return BackendKey(target.backend, target.port, int(state.frontend.protocol), path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -19,7 +19,7 @@ from typing import Final
 import prometheus_client
 from prometheus_client.exposition import choose_encoder
 
-from mesh.api.view import Json
+from mesh.api.view import Json, Verdict
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import CounterTable
 from mesh.incremental import KeyedCache, Latest
@@ -135,6 +135,25 @@ def _up(nodes: Sequence[Json]) -> dict[str, int]:
     return found
 
 
+def _traffic(lines: Rows, state: Json) -> None:
+    def put(family: Family, value: float, **labels: object) -> None:
+        lines[family].append(_line(family, labelled(**labels), value))
+
+    for path in state["paths"]:
+        put(f.PATH_UP, int(path["state"] == "up"), node=path["node_name"], path=path["path"])
+    for verdict in Verdict:
+        put(f.TRAFFIC, int(verdict.value == state["traffic"]["verdict"]), verdict=verdict.value)
+    if state["traffic"]["verdict"] == Verdict.OK.value:
+        return
+    masked = {(s["name"], t["node_name"], t["backend"]) for s in state["services"] for t in _masked(s)}
+    for (service, node), count in sorted(Counter(row[:2] for row in masked).items()):
+        put(f.BACKENDS_MASKED, count, service=service, node=node)
+
+
+def _masked(service: Json) -> Iterator[Json]:
+    return (target for frontend in service["frontends"] for target in frontend["targets"] if target["masked"])
+
+
 def _agent(lines: Rows, state: Json, ready: bool) -> None:
     def put(family: Family, value: float, **labels: object) -> None:
         lines[family].append(_line(family, labelled(**labels), value))
@@ -144,7 +163,8 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.READY, int(ready))
     put(f.STOPPING, int(state["stopping"]))
     put(f.PROBLEMS, len(state["problems"]))
-    put(f.WAYS_FAILED, state["paths_down"])
+    put(f.PATHS_DOWN, state["paths_down"])
+    _traffic(lines, state)
     provider = state["provider"]
     put(f.PROVIDER_CONNECTED, int(provider["connected"]), provider=provider["kind"])
     if provider["age_seconds"] is not None:
@@ -268,9 +288,9 @@ def _frontend_labels(order: Sequence[Frontend], names: Mapping[str, str]) -> lis
 def _backend_labels(order: Sequence[tuple[Frontend, BackendKey]], names: Mapping[str, str]) -> list[str]:
     labels: list[str] = []
     last, prefix = None, ""
-    plain = [name for _, (name, _, _) in order]
+    plain = [key.backend for _, key in order]
     named = plain if escape(joined := "".join(plain)) is joined else [escape(name) for name in plain]
-    for name, (frontend, (_, port, _)) in zip(named, order, strict=True):
+    for name, (frontend, (_, port, *_)) in zip(named, order, strict=True):
         if frontend is not last:
             key = str(frontend)
             last, prefix = frontend, f'frontend="{escape(key)}",service="{escape(names.get(key, ""))}",backend="'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every metric that the daemon exports: name, type, labels, help. A test compares docs/OPERATIONS.md with it.
+"""Every metric that the daemon exports: name, type, labels, help. docs/OPERATIONS.md has the table (`make docs`).
 
 Both engines export under these names. Labels are bounded by what is deployed: no client address is ever a label.
 """
@@ -34,32 +34,47 @@ _PORT: Final = ("frontend", "service", "protocol")
 _TARGET: Final = ("frontend", "service", "backend", "port")
 _BACKEND: Final = ("backend", "service")
 
-BUILD_INFO: Final = Family("mesh_build_info", Kind.GAUGE, ("version", "abi", "engine"), "Always 1: what is running.")
-START_TIME: Final = Family(
-    "mesh_start_time_seconds", Kind.GAUGE, (), "When the daemon started, in seconds since the epoch."
+BUILD_INFO: Final = Family(
+    "mesh_build_info", Kind.GAUGE, ("version", "abi", "engine"), "Always 1; the labels say what is running."
 )
-READY: Final = Family("mesh_ready", Kind.GAUGE, (), "1 while the node serves all that it should, as /readyz says.")
-STOPPING: Final = Family("mesh_stopping", Kind.GAUGE, (), "1 while the daemon drains in order to stop.")
+START_TIME: Final = Family(
+    "mesh_start_time_seconds", Kind.GAUGE, (), "Start time of the daemon in seconds since the epoch."
+)
+READY: Final = Family("mesh_ready", Kind.GAUGE, (), "1 if the node serves everything that it should (as /readyz).")
+STOPPING: Final = Family("mesh_stopping", Kind.GAUGE, (), "1 while the daemon drains connections before it stops.")
 PROBLEMS: Final = Family(
     "mesh_problems",
     Kind.GAUGE,
     (),
-    "Settings that cannot be used, ports that cannot be served, ways to nodes that fail; see mesh status.",
+    "Invalid settings, ports that cannot be served, paths that are down, and other problems; see mesh status.",
 )
-WAYS_FAILED: Final = Family(
-    "mesh_paths_down",
+PATHS_DOWN: Final = Family("mesh_paths_down", Kind.GAUGE, (), "Problems with paths to other nodes; see mesh status.")
+PATH_UP: Final = Family(
+    "mesh_path_up",
     Kind.GAUGE,
-    (),
-    "Ways to other nodes (tunnel, peer port) by which nothing comes back: connections to tasks there fail.",
+    ("node", "path"),
+    "1 while a path from here to a node (tunnel, peer, peer-udp) is shown to work, else 0.",
+)
+TRAFFIC: Final = Family(
+    "mesh_traffic",
+    Kind.GAUGE,
+    ("verdict",),
+    "1 for how new connections fare here: ok, degraded (tasks masked, or left to Docker), failing (not served).",
+)
+BACKENDS_MASKED: Final = Family(
+    "mesh_backends_masked",
+    Kind.GAUGE,
+    ("service", "node"),
+    "Tasks on a node that get no new connections from here because no path to it works.",
 )
 PROVIDER_CONNECTED: Final = Family(
-    "mesh_provider_connected", Kind.GAUGE, ("provider",), "1 if the last read of the source of services was good."
+    "mesh_provider_connected", Kind.GAUGE, ("provider",), "1 if the last read of the source of services succeeded."
 )
 PROVIDER_AGE: Final = Family(
     "mesh_provider_age_seconds",
     Kind.GAUGE,
     ("provider",),
-    "Seconds since the last good read of the source of services; absent before the first.",
+    "Seconds since the last successful read of the source of services; absent before the first.",
 )
 CERTIFICATE_EXPIRES: Final = Family(
     "mesh_certificate_expiry_timestamp_seconds",
@@ -74,25 +89,23 @@ NODE_UP: Final = Family(
     "1 if the node is up as this one sees it, 0 if Swarm or the failure detector says that it is down.",
 )
 GENERATION_DESIRED: Final = Family(
-    "mesh_generation_desired", Kind.GAUGE, (), "Number of the newest state that should be served."
+    "mesh_generation_desired", Kind.GAUGE, (), "Generation of the state that should be served."
 )
 GENERATION_APPLIED: Final = Family(
-    "mesh_generation_applied", Kind.GAUGE, (), "Number of the newest state that is served."
+    "mesh_generation_applied", Kind.GAUGE, (), "Generation of the state that the engine has applied."
 )
 APPLIES: Final = Family(
-    "mesh_applies_total", Kind.COUNTER, ("result",), "Plans carried out by the engine, by result: ok or failed."
+    "mesh_applies_total", Kind.COUNTER, ("result",), "Plans applied by the engine, by result: ok or failed."
 )
-APPLY_SECONDS: Final = Family("mesh_apply_last_seconds", Kind.GAUGE, (), "How long the engine took for the last plan.")
+APPLY_SECONDS: Final = Family("mesh_apply_last_seconds", Kind.GAUGE, (), "Duration of the last apply.")
 PROBES: Final = Family("mesh_probes_total", Kind.COUNTER, ("result",), "Health probes, by result: ok or failed.")
 GUARD_HOLDS: Final = Family(
     "mesh_guard_holds_total", Kind.COUNTER, (), "Mass removals of backends that were held back."
 )
 GUARD_HELD: Final = Family(
-    "mesh_guard_held_backends", Kind.GAUGE, (), "Backends that are still used because their removal is held back."
+    "mesh_guard_held_backends", Kind.GAUGE, (), "Backends that stay in use because their removal is held back."
 )
-DRAINED: Final = Family(
-    "mesh_drained", Kind.GAUGE, ("kind",), "Backends and nodes that an operator drained (mesh drain)."
-)
+DRAINED: Final = Family("mesh_drained", Kind.GAUGE, ("kind",), "Backends and nodes that are drained by mesh drain.")
 
 OPENED: Final = Family(
     "mesh_connections_opened_total",
@@ -109,7 +122,7 @@ CLOSED: Final = Family(
     "end that it sees: they count as closed at once.",
 )
 ACTIVE: Final = Family(
-    "mesh_connections_active", Kind.GAUGE, _PORT, "Connections and sessions open now: opened minus closed."
+    "mesh_connections_active", Kind.GAUGE, _PORT, "TCP connections and UDP sessions that are open: opened minus closed."
 )
 RETRIED: Final = Family(
     "mesh_connections_retried_total",
@@ -137,19 +150,19 @@ BYTES: Final = Family(
     "mesh_bytes_total",
     Kind.COUNTER,
     (*_PORT, "direction"),
-    "Bytes; in is from the client, out is to it. Payload in the proxy engine, packets in the kernel engine.",
+    "Bytes from clients (in) and to clients (out): payload in the proxy engine, whole packets in the kernel engine.",
 )
 PACKETS: Final = Family(
     "mesh_packets_total",
     Kind.COUNTER,
     (*_PORT, "direction"),
-    "Packets in the kernel engine, datagrams in the proxy engine (UDP only).",
+    "Packets (kernel engine) or datagrams (proxy engine, UDP only).",
 )
 CONNECT: Final = Family(
     "mesh_connect_seconds",
     Kind.HISTOGRAM,
     _PORT,
-    "Time that backends took to accept a connection (proxy engine); absent before the first.",
+    "Time until a backend accepted a connection (proxy engine); absent before the first.",
 )
 REPLICAS: Final = Family(
     "mesh_service_replicas",
@@ -159,22 +172,26 @@ REPLICAS: Final = Family(
 )
 SERVED: Final = Family("mesh_frontend_served", Kind.GAUGE, _PORT, "1 if the engine serves this published port.")
 PANIC: Final = Family(
-    "mesh_frontend_panic", Kind.GAUGE, _PORT, "1 while all backends are used because (nearly) all are down by health."
+    "mesh_frontend_panic", Kind.GAUGE, _PORT, "1 while all backends are used because too few are healthy."
 )
-TARGETS: Final = Family("mesh_frontend_backends", Kind.GAUGE, _PORT, "Backends that the frontend knows.")
-ELIGIBLE: Final = Family(
-    "mesh_frontend_backends_eligible", Kind.GAUGE, _PORT, "Backends that new connections can be given to."
-)
+TARGETS: Final = Family("mesh_frontend_backends", Kind.GAUGE, _PORT, "Backends of the frontend.")
+ELIGIBLE: Final = Family("mesh_frontend_backends_eligible", Kind.GAUGE, _PORT, "Backends that get new connections.")
 TRACKED: Final = Family(
-    "mesh_frontend_slots_tracked", Kind.GAUGE, _PORT, "Slots of the table that are in transition between backends."
+    "mesh_frontend_slots_tracked", Kind.GAUGE, _PORT, "Slots of the frontend's table that are in transition."
 )
-TABLE: Final = Family("mesh_frontend_slots", Kind.GAUGE, _PORT, "Slots of the table.")
+TABLE: Final = Family("mesh_frontend_slots", Kind.GAUGE, _PORT, "Slots of the frontend's table.")
 
 BACKEND_OPENED: Final = Family(
-    "mesh_backend_connections_opened_total", Kind.COUNTER, _TARGET, "Connections and sessions given to this backend."
+    "mesh_backend_connections_opened_total",
+    Kind.COUNTER,
+    _TARGET,
+    "TCP connections and UDP sessions given to this backend.",
 )
 BACKEND_ACTIVE: Final = Family(
-    "mesh_backend_connections_active", Kind.GAUGE, _TARGET, "Connections and sessions open to this backend now."
+    "mesh_backend_connections_active",
+    Kind.GAUGE,
+    _TARGET,
+    "TCP connections and UDP sessions that are open to this backend.",
 )
 BACKEND_RETRIED: Final = Family(
     "mesh_backend_connections_retried_total",
@@ -189,22 +206,25 @@ BACKEND_FAILED: Final = Family(
     "Connections that failed at this backend, by cause; a cause appears with its first failure (proxy engine).",
 )
 BACKEND_BYTES: Final = Family(
-    "mesh_backend_bytes_total", Kind.COUNTER, (*_TARGET, "direction"), "Bytes of this backend's connections, likewise."
+    "mesh_backend_bytes_total",
+    Kind.COUNTER,
+    (*_TARGET, "direction"),
+    "Bytes of this backend's connections, counted as mesh_bytes_total.",
 )
 BACKEND_PACKETS: Final = Family(
     "mesh_backend_packets_total",
     Kind.COUNTER,
     (*_TARGET, "direction"),
-    "Packets (kernel engine) or datagrams (proxy engine, UDP) of this backend; absent while there were none.",
+    "Packets (kernel engine) or datagrams (proxy engine, UDP) of this backend; absent before the first.",
 )
 BACKEND_CONNECT: Final = Family(
     "mesh_backend_connect_seconds",
     Kind.SUMMARY,
     _TARGET,
-    "Time that this backend took to accept connections: sum and count (proxy engine); absent before the first.",
+    "Time until this backend accepted connections, sum and count (proxy engine); absent before the first.",
 )
 BACKEND_WEIGHT: Final = Family(
-    "mesh_backend_weight", Kind.GAUGE, _TARGET, "Effective weight; 0 keeps its connections and gets no new ones."
+    "mesh_backend_weight", Kind.GAUGE, _TARGET, "Effective weight; 0: keeps its connections and gets no new ones."
 )
 BACKEND_SLOTS: Final = Family(
     "mesh_backend_slots", Kind.GAUGE, _TARGET, "Slots of the frontend's table that this backend owns."
@@ -213,20 +233,21 @@ BACKEND_INFO: Final = Family(
     "mesh_backend_info",
     Kind.GAUGE,
     (*_BACKEND, "name", "node", "address"),
-    "Always 1: name, node and address of a backend, to be joined on the label backend.",
+    "Always 1; name, node and address of a backend, to join on the label backend.",
 )
 BACKEND_HEALTHY: Final = Family(
-    "mesh_backend_healthy", Kind.GAUGE, _BACKEND, "0 if probes or traffic say that the backend is down, else 1."
+    "mesh_backend_healthy", Kind.GAUGE, _BACKEND, "0 if probes or traffic show that the backend is down, else 1."
 )
 BACKEND_DRAINING: Final = Family(
     "mesh_backend_draining", Kind.GAUGE, _BACKEND, "1 while the backend gets no new connections but keeps those it has."
 )
 VERDICTS: Final = Family(
-    "mesh_verdicts_total", Kind.COUNTER, ("verdict",), "Packets by what the kernel engine did with them."
+    "mesh_verdicts_total", Kind.COUNTER, ("verdict",), "Packets by verdict: what the kernel engine did with them."
 )
 
 FAMILIES: Final = (
-    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, WAYS_FAILED, PROVIDER_CONNECTED, PROVIDER_AGE,
+    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PATHS_DOWN, PATH_UP, TRAFFIC, BACKENDS_MASKED,
+    PROVIDER_CONNECTED, PROVIDER_AGE,
     CERTIFICATE_EXPIRES, NODE_UP,
     GENERATION_DESIRED, GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
     OPENED, CLOSED, ACTIVE, RETRIED, FAILED, UNANSWERED, BYTES, PACKETS, CONNECT,
@@ -244,38 +265,42 @@ ENGINE: Final = {
     (name, kind): _engine(name, kind, help_text)
     for kind, name, help_text in (
         (Kind.GAUGE, "threads", "Forwarding threads of the proxy engine."),
-        (Kind.GAUGE, "connections", "TCP connections in the proxy engine, those of drained frontends included."),
-        (Kind.GAUGE, "connections_connecting", "TCP connections that wait for a backend to accept them."),
-        (Kind.GAUGE, "connections_limit", "TCP connections from which on accepting pauses."),
-        (Kind.GAUGE, "descriptors", "File descriptors that the proxy engine uses."),
-        (Kind.GAUGE, "descriptors_limit", "File descriptors that the process may use."),
-        (Kind.GAUGE, "pipes", "Pipes open for splicing."),
-        (Kind.GAUGE, "pipes_used", "Pipes that a transfer uses now."),
-        (Kind.GAUGE, "buffers_used", "Buffers that a transfer uses now."),
-        (Kind.GAUGE, "accept_paused_threads", "Threads that accept nothing now because a limit is reached."),
+        (Kind.GAUGE, "connections", "TCP connections in the proxy engine, including those of drained frontends."),
+        (Kind.GAUGE, "connections_connecting", "TCP connections that wait for a backend."),
+        (Kind.GAUGE, "connections_limit", "Number of TCP connections at which accepting pauses."),
+        (Kind.GAUGE, "descriptors", "File descriptors in use by the proxy engine."),
+        (Kind.GAUGE, "descriptors_limit", "File descriptor limit of the process."),
+        (Kind.GAUGE, "pipes", "Open pipes for splicing."),
+        (Kind.GAUGE, "pipes_used", "Pipes in use by a transfer."),
+        (Kind.GAUGE, "buffers_used", "Buffers in use by a transfer."),
+        (Kind.GAUGE, "accept_paused_threads", "Threads that do not accept connections because a limit is reached."),
         (Kind.GAUGE, "udp_sessions", "UDP sessions in the proxy engine."),
-        (Kind.GAUGE, "flow_cache_entries", "Flows noted by the kernel engine because their slot is in transition."),
-        (Kind.GAUGE, "flow_cache_size", "Flows that the kernel engine can note; the oldest gives way."),
-        (Kind.GAUGE, "table_arenas", "Maps that hold the slot tables of the kernel engine."),
-        (Kind.COUNTER, "accept_pauses", "Times that accepting paused because a limit was reached."),
-        (Kind.COUNTER, "accept_errors", "Times that accepting failed for lack of descriptors or memory."),
+        (Kind.GAUGE, "flow_cache_entries", "Flows in the kernel engine's flow cache (their slots are in transition)."),
+        (Kind.GAUGE, "flow_cache_size", "Capacity of the flow cache; the least recently used entry is evicted."),
+        (Kind.GAUGE, "table_arenas", "Arenas: maps that hold the kernel engine's slot tables."),
+        (Kind.COUNTER, "accept_pauses", "Pauses of accepting because a limit was reached."),
+        (Kind.COUNTER, "accept_errors", "Failed accepts for lack of descriptors or memory."),
         (
             Kind.COUNTER,
             "pipe_failures",
-            "Times that no pipe could be had, so that a transfer was copied instead.",
+            "Transfers that were copied because no pipe was available.",
         ),
-        (Kind.COUNTER, "udp_evictions", "UDP sessions ended before their time to make room for new ones."),
+        (Kind.COUNTER, "udp_evictions", "UDP sessions evicted to make room for new ones."),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
-        (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for backends of this one."),
-        (Kind.COUNTER, "peer_opened", "Connections and UDP sessions that other nodes handed over and a backend took."),
-        (Kind.COUNTER, "peer_received_bytes", "Bytes from clients of other nodes."),
-        (Kind.COUNTER, "peer_sent_bytes", "Bytes to clients of other nodes."),
-        (Kind.COUNTER, "peer_foreign", "Callers of the peer port that are no node of the cluster, cut off."),
-        (Kind.COUNTER, "peer_malformed", "Callers of the peer port that sent no header, or none in time."),
-        (Kind.COUNTER, "peer_unknown", "Flows handed over for a backend that is not here."),
-        (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager it got its services from."),
-        (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Whole inventories sent because a worker fell behind."),
-        (Kind.COUNTER, "relay_sent_bytes", "Bytes that this manager's relay sent to workers."),
+        (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for this node's backends."),
+        (Kind.COUNTER, "peer_opened", "Handed-over connections and UDP sessions that a backend accepted."),
+        (Kind.COUNTER, "peer_received_bytes", "Bytes received from clients of other nodes."),
+        (Kind.COUNTER, "peer_sent_bytes", "Bytes sent to clients of other nodes."),
+        (
+            Kind.COUNTER,
+            "peer_foreign",
+            "Callers of the peer port that are not nodes of the cluster; they are disconnected.",
+        ),
+        (Kind.COUNTER, "peer_malformed", "Callers of the peer port that sent no valid header in time."),
+        (Kind.COUNTER, "peer_unknown", "Flows handed over for a backend that this node does not have."),
+        (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager that told it the services."),
+        (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Full snapshots sent because a worker fell behind."),
+        (Kind.COUNTER, "relay_sent_bytes", "Bytes that this manager's relay sent to other nodes."),
     )
 }
 """What engines report themselves, by name in Stats.gauges (gauges) or Stats.totals (counters)."""

@@ -16,10 +16,11 @@ import structlog
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath, Plan
 from mesh.errors import DatapathError
-from mesh.model import DesiredState, Frontend, HealthView, Inventory
+from mesh.model import DesiredState, Frontend, HealthView, Inventory, PathView
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import FOREVER, Guarded, Held, guard
+from mesh.reconcile.masking import MaskCache, mask, unmasked
 from mesh.reconcile.plan import doubtful, plan, settle
 
 COALESCE: Final = 0.01  # seconds from the first change to its apply; changes within them share one apply
@@ -32,11 +33,14 @@ log = structlog.get_logger("mesh.reconcile")
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """All inputs of compose, and what came out behind the guard."""
+    """All inputs, what came out behind the guard and is served by all nodes alike (`agreed`), and what this node serves
+    of that (`desired`)."""
 
     inventory: Inventory = field(default_factory=Inventory)
     health: HealthView = field(default_factory=HealthView)
     drained: Drained = field(default_factory=Drained)
+    paths: PathView = field(default_factory=PathView)
+    agreed: DesiredState = field(default_factory=DesiredState)
     desired: DesiredState = field(default_factory=DesiredState)
 
 
@@ -54,7 +58,7 @@ class Counts:
 class _Task:
     """What one step starts from: nothing of it changes while the worker has it."""
 
-    picture: Picture  # `desired` is that of the step before
+    picture: Picture  # `agreed` and `desired` are those of the step before
     config: Config
     held: Mapping[Held, float]
     applied: Applied
@@ -66,6 +70,7 @@ class _Task:
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     guarded: Guarded
+    desired: DesiredState
     plan: Plan
     applied: Applied
     seconds: float
@@ -109,10 +114,11 @@ class Reconciler:
         self._inventory: Inventory | None = None
         self._health = HealthView()
         self._drained = Drained()
+        self._paths = PathView()
         self._on_change = on_change
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-apply")
-        self._composed = ComposeCache()  # the worker's
+        self._composed, self._masked = ComposeCache(), MaskCache()  # the worker's
         self._dirty = asyncio.Event()
         self._held: Mapping[Held, float] = {}
         self._freed: deque[frozenset[int]] = deque(maxlen=RESERVED_PLANS)
@@ -136,6 +142,11 @@ class Reconciler:
         """What the guard holds back now: service and backend id, or the service's id and "" for all of it."""
         return frozenset(self._held)
 
+    @property
+    def inventory(self) -> Inventory:
+        """The last that was published."""
+        return self._inventory or Inventory()
+
     def publish(self, inventory: Inventory) -> None:
         """Take a provider's inventory."""
         self._inventory = inventory
@@ -147,6 +158,11 @@ class Reconciler:
 
     def set_drained(self, drained: Drained) -> None:
         self._drained = drained
+        self._mark()
+
+    def set_paths(self, paths: PathView) -> None:
+        """Take what is known of the paths to other nodes."""
+        self._paths = paths
         self._mark()
 
     def set_config(self, config: Config) -> None:
@@ -173,7 +189,8 @@ class Reconciler:
         """
         self.applied = await self.on_worker(self.datapath.open)
         states = {frontend: entry.state for frontend, entry in self.applied.frontends.items()}
-        self.picture = replace(self.picture, desired=DesiredState(self.applied.generation, states))
+        held = DesiredState(self.applied.generation, states)
+        self.picture = replace(self.picture, agreed=unmasked(held), desired=held)
         self._changed = dict.fromkeys(states, self._clock())
         return self.applied
 
@@ -186,7 +203,8 @@ class Reconciler:
             if self._inventory is None:
                 continue
             now = self._clock()
-            picture = Picture(self._inventory, self._health, self._drained, self.picture.desired)
+            known, inputs = self.picture, (self._inventory, self._health, self._drained, self._paths)
+            picture = Picture(*inputs, agreed=known.agreed, desired=known.desired)
             reserved = frozenset().union(*self._freed)
             task = _Task(picture, self._config, self._held, self.applied, reserved, self._due(now), now)
             self._settled.clear()
@@ -206,15 +224,15 @@ class Reconciler:
             await self._dirty.wait()
 
     def _step(self, task: _Task) -> _Outcome:
-        """Compose, guard, plan and apply. On the worker thread; touches nothing of the loop's own but the cache."""
+        """Compose, guard, mask, plan and apply. On the worker thread; touches nothing of the loop but the caches."""
         start = time.perf_counter()
         picture, applied = task.picture, task.applied
         composed = compose(picture.inventory, picture.health, picture.drained, task.config, self._composed)
-        previous = picture.desired
-        guarded = guard(previous, composed, task.held, health=picture.health, now=task.now, config=task.config)
-        same = (guarded.desired.frontends, guarded.desired.nodes) == (previous.frontends, previous.nodes)
-        desired = replace(guarded.desired, generation=previous.generation + (not same))
-        guarded = replace(guarded, desired=desired)
+        guarded = guard(picture.agreed, composed, task.held, health=picture.health, now=task.now, config=task.config)
+        previous, nodes = picture.desired, {node.id: node for node in picture.inventory.nodes}
+        masked = mask(guarded.desired, picture.paths, nodes, self.datapath.name, self._masked)
+        same = (masked.frontends, masked.nodes) == (previous.frontends, previous.nodes)
+        desired = replace(masked, generation=previous.generation + (not same))
         step, error, complete = Plan(desired.generation, result=applied), "", True
         try:
             step = plan(applied, desired, task.reserved)
@@ -229,10 +247,12 @@ class Reconciler:
             error = str(failure) if isinstance(failure, DatapathError) else f"{type(failure).__name__}: {failure}"
             applied = doubtful(applied, step)
         problems = tuple(self.datapath.problems())
-        return _Outcome(guarded, step, applied, time.perf_counter() - start, error, complete and not error, problems)
+        return _Outcome(
+            guarded, desired, step, applied, time.perf_counter() - start, error, complete and not error, problems
+        )
 
     def _take(self, picture: Picture, outcome: _Outcome) -> None:
-        before, self.picture = self.picture, replace(picture, desired=outcome.guarded.desired)
+        before, self.picture = self.picture, replace(picture, agreed=outcome.guarded.desired, desired=outcome.desired)
         self.guard_holds += len(outcome.guarded.held.keys() - self._held.keys())
         self._held = outcome.guarded.held
         self.applied = outcome.applied

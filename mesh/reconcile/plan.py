@@ -17,6 +17,7 @@ from mesh.datapath.base import (
     BackendKey,
     FrontendEntry,
     Plan,
+    key_of,
 )
 from mesh.errors import DatapathError
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Target
@@ -120,11 +121,6 @@ def doubtful(applied: Applied, failed: Plan) -> Applied:
     return Applied(applied.generation, frontends, backends, None if failed.put_nodes is not None else applied.nodes)
 
 
-def key_of(state: FrontendState, target: Target) -> BackendKey:
-    """The key under which an engine holds a frontend's target."""
-    return BackendKey(target.backend, target.port, int(state.frontend.protocol))
-
-
 def _keys(state: FrontendState) -> Iterator[BackendKey]:
     return (key_of(state, target) for target in state.targets)
 
@@ -198,7 +194,7 @@ def _frontend(
     alive = {target.backend for target in state.targets}
     stale = [owner for owner in held.backends if owner not in ids]
     gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)
-    same_size = held.table.size == state.options.table_size
+    same_size = held.table.size == state.options.table_size and held.state.passing == state.passing
     if not gone and same_size and _drawn(held.state, applied.backends) == _drawn(state, backends):
         entry = held if held.state == state else FrontendEntry(state, held.table, _named(held.table, ids))
     else:
@@ -209,10 +205,13 @@ def _frontend(
 
 
 def _keep(owners: Iterable[int], names: Mapping[int, BackendEntry], backends: dict[BackendKey, BackendEntry]) -> None:
+    """Keep what flows may still name. One that is reached by another path now drains: its datagrams change over."""
     for owner in owners:
         entry = names.get(owner)
-        if entry is not None:
-            backends.setdefault(entry.key, entry)
+        if entry is not None and entry.key not in backends:
+            if entry.target.weight and any(other in backends for other in entry.key.on_other_paths()):
+                entry = replace(entry, target=replace(entry.target, weight=0))
+            backends[entry.key] = entry
 
 
 def _drawn(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) -> list[tuple[BackendKey, int, int]]:
@@ -222,6 +221,8 @@ def _drawn(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) ->
 
 
 def _build(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) -> SlotTable:
+    if state.passing:
+        return _passing(state.options.table_size)
     return SlotTable.build(
         state.options.table_size,
         (

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+
 import pytest
 
 from tests.bpf.plane import UDP, Plane
+from tests.bpf.wires import inside
 from tests.support.frames import NODE4, NODE6, TASK4, TASK6
 
 
@@ -24,3 +29,16 @@ def plane() -> Plane:
     p.frontend(4, 56, [(5, 5)], protocol=UDP)
     p.frontend(5, 8080, [(2, 2)])
     return p
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[None]:
+    """A network namespace without routes, so that the way to a client is the interface of the packet."""
+    name = f"mesh{os.getpid()}-edge"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        with inside(name):
+            subprocess.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"], check=True)
+            yield
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)

@@ -19,11 +19,10 @@ from tests.support.frames import (
     NODE6,
     TASK4,
     TASK6,
-    TCP,
-    UDP,
     Ether,
     IPv6,
     datagram,
+    requoted,
     segment,
 )
 
@@ -48,21 +47,6 @@ def error(source: str, destination: str, icmp: Any, quoted: bytes, ttl: int = 60
     if ":" in source:
         return bytes(ETHER / IPv6(src=source, dst=destination, hlim=ttl) / icmp / quoted)
     return bytes(ETHER / IP(src=source, dst=destination, ttl=ttl) / icmp / quoted)
-
-
-def requoted(quoted: Any, **changes: Any) -> bytes:
-    """The quoted packet with other addresses and ports; its transport checksum as it was, the IP header's anew."""
-    out = quoted.__class__(bytes(quoted))
-    for name in ("src", "dst"):
-        if name in changes:
-            setattr(out, name, changes[name])
-    l4 = out[TCP] if TCP in out else out[UDP]
-    for name in ("sport", "dport"):
-        if name in changes:
-            setattr(l4, name, changes[name])
-    if isinstance(out, IP):
-        del out.chksum
-    return bytes(out)
 
 
 @pytest.mark.parametrize(("client", "node", "task", "router", "build", "port", "target", "errors"), CASES)

@@ -14,7 +14,7 @@ import pytest
 from tests.bpf.plane import REDIRECT, Plane, context, packed, u32
 from tests.bpf.wires import inside, sh
 from tests.support.frames import CLIENT4, CLIENT6, NODE4, NODE6, TASK4, TASK6, Ether, segment
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

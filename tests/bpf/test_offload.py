@@ -18,7 +18,7 @@ import pytest
 from mesh import _bpf
 from tests.bpf.plane import TCP, UDP, Plane
 from tests.bpf.wires import bulk, inside, sh
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

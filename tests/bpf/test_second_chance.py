@@ -13,11 +13,10 @@ import pytest
 
 from tests.bpf.plane import FREE, OK, PASS, REDIRECT, SHOT, TRACKED, Plane, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
-from tests.bpf.test_tunnel import PEER4, SEED, identity
-from tests.bpf.test_tunnel_edges import REPLY, VERSIONS, elsewhere, unwrapped, wrapped  # noqa: F401 (a fixture)
+from tests.bpf.tunnel import PEER4, REPLY, SEED, VERSIONS, identity, unwrapped, wrapped
 from tests.support.frames import CLIENT4, CLIENT6, NODE4, NODE6, OTHER4, TASK4, TASK6, Ether, become, datagram, segment
 
-pytestmark = [pytest.mark.root, pytest.mark.bpf]
+pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere")]
 
 VIP = {4: "192.0.2.200", 6: "2001:db8::200"}
 CLIENT = {4: CLIENT4, 6: CLIENT6}

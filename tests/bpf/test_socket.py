@@ -19,7 +19,7 @@ from mesh import _bpf
 from tests.bpf.plane import FREE, PASS, UDP, Plane
 from tests.bpf.wires import inside
 from tests.support.frames import NODE4, NODE6, TASK4, TASK6
-from tests.support.lab.netns import PATIENCE, wait_for
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

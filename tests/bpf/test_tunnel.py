@@ -9,25 +9,12 @@ import pytest
 from scapy.contrib.geneve import GENEVE
 
 from tests.bpf.plane import DIRECT, OK, REDIRECT, SHOT, Plane, u32
+from tests.bpf.tunnel import PEER4, PORT, SEED, identity, wrapped
 from tests.support.frames import CLIENT4, ETHER, IP, NODE4, TASK4, TCP, UDP, Ether, become, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
-PEER4 = "192.0.2.2"
-PORT = 6084
-SEED = bytes(range(1, 9))
 ROOM = 52
-
-
-def identity(port: int = 8080, protocol: int = 6, seed: bytes = SEED, flags: int = 0) -> bytes:
-    return seed + struct.pack("!HBB", port, protocol, flags)
-
-
-def wrapped(inner: bytes, source: str, destination: str, ident: bytes) -> bytes:
-    """An inner frame's IP packet in the tunnel, as it arrives."""
-    geneve = b"\x04\x40\x08\x00\0\0\0\0" + struct.pack("!HBB", 0xFF6D, 0x81, 3) + ident
-    udp = UDP(sport=50000, dport=PORT, chksum=0)
-    return bytes(ETHER / IP(src=source, dst=destination, flags="DF") / udp / (geneve + inner[14:]))
 
 
 def prepared(*, settings: int = 0, mtu: int = 1500, own: str = NODE4, peer: str = PEER4) -> Plane:
@@ -73,6 +60,23 @@ def test_a_clients_packet_is_wrapped_for_the_node_of_its_task() -> None:
     assert out.data[50:66] == struct.pack("!HBB", 0xFF6D, 0x81, 3) + identity()
     assert out.data[66:] == become(frame)[14:]
     assert plane.verdicts() == {"TUNNEL_TX": 1}
+
+
+def test_a_path_that_changes_leaves_established_flows_where_they_are() -> None:
+    """Owner 2 is the task by the tunnel, 3 the same task by the peer port, to which the fallback proxy hands over."""
+    plane = caller()
+    plane.away(3, PEER4, 8080, SEED, version=0)
+    plane.frontend(1, 80, [(3, 2)])
+    started = [segment(CLIENT4, 40000, NODE4, 80, flags) for flags in ("S", "A", "PA")]
+    assert [plane.run("mesh_ingress", bytes(frame)).retval for frame in started] == [OK] * 3
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 3}
+    established = bytes(segment(CLIENT4, 40001, NODE4, 80, "A", b"question"))
+    assert plane.run("mesh_ingress", established).retval == REDIRECT
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 3, "TUNNEL_TX": 1}
+    plane.frontend(1, 80, [(2, 3)])  # and back: the flow that began meanwhile stays with the proxy
+    assert plane.run("mesh_ingress", bytes(started[1])).retval == OK
+    assert plane.run("mesh_ingress", bytes(segment(CLIENT4, 40002, NODE4, 80))).retval == REDIRECT
+    assert plane.verdicts() == {"TUNNEL_NO_PATH": 4, "TUNNEL_TX": 2}
 
 
 def test_a_first_refusal_does_not_leave_the_owners_node() -> None:

@@ -14,11 +14,10 @@ import pytest
 
 from tests.bpf.plane import OK, PASS, REDIRECT, SHOT, TRACKED, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
-from tests.bpf.test_tunnel import PEER4, PORT, identity
-from tests.bpf.test_tunnel_edges import REPLY, elsewhere, far, wrapped  # noqa: F401 (a fixture)
+from tests.bpf.tunnel import PEER4, PORT, REPLY, far, identity, wrapped
 from tests.support.frames import CLIENT4, NODE4, TASK4, datagram, segment
 
-pytestmark = [pytest.mark.root, pytest.mark.bpf]
+pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere")]
 
 SEED = int(os.environ.get("MESH_FUZZ_SEED", "1"))
 PACKETS = 6000

@@ -12,15 +12,14 @@ from collections import Counter
 
 import pytest
 
+from tests.bpf.packets import Packets
 from tests.bpf.plane import HAIRPIN, HAIRPIN6, PASS, REDIRECT, SHOT, TRACKED, Plane, packed, u32
-from tests.bpf.test_fuzz import Packets
-from tests.bpf.test_tunnel import identity
-from tests.bpf.test_tunnel_edges import REPLY, elsewhere, wrapped  # noqa: F401 (a fixture)
+from tests.bpf.tunnel import REPLY, identity, wrapped
 from tests.oracle.frames import TCP, UDP, parse
 from tests.oracle.state import Backend, Frontend, same
 from tests.oracle.tunnel import Spanning
 
-pytestmark = [pytest.mark.root, pytest.mark.bpf]
+pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere")]
 
 SEED = int(os.environ.get("MESH_FUZZ_SEED", "1"))
 PACKETS = 12000

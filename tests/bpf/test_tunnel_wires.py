@@ -19,9 +19,9 @@ import pytest
 
 from mesh import _bpf
 from tests.bpf.plane import DIRECT, TCP, UDP, Plane, packed, u32
-from tests.bpf.test_tunnel import SEED, identity
+from tests.bpf.tunnel import SEED, identity
 from tests.bpf.wires import bulk, inside, sh
-from tests.support.lab.netns import PATIENCE, wait_for
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

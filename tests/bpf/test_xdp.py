@@ -24,7 +24,7 @@ from mesh.errors import BpfError
 from tests.bpf.plane import ALLOW_RULE, CLIENT, DENY, DENY_RULE, SHOT, UDP, Plane
 from tests.bpf.wires import inside
 from tests.support.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -12,7 +12,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE
 
 
 def sh(command: str) -> str:

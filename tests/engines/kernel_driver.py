@@ -16,7 +16,8 @@ from typing import Any
 
 import structlog
 
-from tests.support.lab.netns import PATIENCE, Namespace
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 

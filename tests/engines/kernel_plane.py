@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines.kernel_driver import Driver
-from tests.support.lab.netns import PATIENCE, Lab, Namespace, run, veth, wait_for
+from tests.support.lab.netns import Lab, Namespace, run, veth
+from tests.support.polling import PATIENCE, wait_for
 
 PORT, TARGET = 8000, 8080
 SERVER = """

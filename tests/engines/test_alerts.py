@@ -16,7 +16,8 @@ import pytest
 from tests.engines.topology import Spec, Topology
 from tests.support.daemon import HTTP_PORT as DAEMON_PORT
 from tests.support.lab.images import HTTP_PORT
-from tests.support.lab.netns import Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import wait_for
 from tests.support.prometheus import Prometheus
 
 pytestmark = [pytest.mark.root]

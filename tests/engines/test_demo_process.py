@@ -16,7 +16,7 @@ import pytest
 from mesh.metrics import families
 from mesh.providers.demo import BACKENDS
 from tests.support.lab.demo import Demo, get
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE
 
 
 @pytest.fixture(scope="module")

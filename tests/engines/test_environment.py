@@ -10,8 +10,8 @@ import pytest
 
 from tests.engines.topology import STREAM, STREAM_PORT, WEB, Spec, Topology
 from tests.support import peers
-from tests.support.lab.netns import wait_for
 from tests.support.peers import Stream
+from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.root
 

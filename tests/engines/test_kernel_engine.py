@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.engines import kernel_proofs
 from tests.engines.kernel_driver import Driver
-from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, datagram, refused
-from tests.support.lab.netns import wait_for
+from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, refused
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -24,26 +25,15 @@ def engine(serving: Driver) -> Driver:
 
 
 def test_every_backend_answers_and_sees_the_clients_address(plane: Plane, engine: Driver) -> None:
-    connections = [Connection(plane.client, plane.node.address) for _ in range(60)]
-    assert {c.seen for c in connections} == {plane.client.address}
-    assert {c.backend for c in connections} == {"b1", "b2", "b3"}
-    for connection in connections:
-        connection.echo(20000)
-        connection.close()
-    stats = wait_for(lambda: (s := engine.stats())["frontends"]["*:8000/tcp"]["closed"] == 60 and s, "60 closed")
-    frontend = stats["frontends"]["*:8000/tcp"]
-    assert (frontend["opened"], frontend["active"]) == (60, 0)
-    assert sum(b["opened"] for b in stats["backends"].values()) == 60
-    assert frontend["bytes_in"] > 60 * 20000 < frontend["bytes_out"]
-    assert engine.problems() == []
+    kernel_proofs.every_backend_answers_and_sees_the_clients_address(plane, engine)
 
 
 def test_udp(plane: Plane, engine: Driver) -> None:
-    engine.serve(services=[plane.web("b1", "b2", "b3", protocol="udp")])
-    answers = [datagram(plane.client, plane.node.address).split() for _ in range(60)]
-    assert {name for name, _ in answers} == {"b1", "b2", "b3"}
-    assert {seen for _, seen in answers} == {plane.client.address}
-    assert len({datagram(plane.node, "127.0.0.1").split()[0] for _ in range(60)}) == 3
+    kernel_proofs.datagrams_are_spread(plane, engine)
+
+
+def test_processes_of_the_node_are_connected_straight(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.processes_of_the_node_are_connected_straight(plane, engine)
 
 
 def test_a_connection_that_is_refused_gets_one_more_try(plane: Plane, engine: Driver) -> None:
@@ -74,16 +64,6 @@ def test_ipv6_clients_of_ipv4_tasks(plane: Plane, engine: Driver) -> None:
     assert engine.problems() == []
     plane.node.add_address("eth0", "2001:db8::201/64")
     wait_for(lambda: not refused(plane.client, "2001:db8::201"), "the new address is served")
-
-
-def test_processes_of_the_node_are_connected_straight(plane: Plane, engine: Driver) -> None:
-    before = engine.stats()["verdicts"]["socket"]
-    for address in ("127.0.0.1", plane.node.address):
-        connection = Connection(plane.node, address)
-        assert connection.socket.getpeername() == (address, PORT)
-        connection.echo()
-        connection.close()
-    assert engine.stats()["verdicts"]["socket"] == before + 2
 
 
 def test_netfilter_does_not_see_this_traffic(plane: Plane, engine: Driver) -> None:

@@ -11,7 +11,7 @@ import pytest
 from mesh.datapath.kernel.maps import CARRIED
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, Connection, Plane, refused, serve
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -29,7 +29,7 @@ def test_maps_are_printed_with_and_without_a_daemon(plane: Plane, serving: Drive
     assert {b["name"]: b["id"] for b in found["backends"]} == ids
     for backend in found["backends"]:
         assert (backend["address"], backend["port"]) == (plane.namespaces[backend["name"]].address, TARGET)
-        assert (backend["way"], backend["state"], backend["bridge"]) == ("here", "active", "docker_gwbridge")
+        assert (backend["path"], backend["state"], backend["bridge"]) == ("here", "active", "docker_gwbridge")
     (frontend,) = found["frontends"]
     assert (frontend["frontend"], frontend["service"], frontend["table_size"]) == (f"*:{PORT}/tcp", "web", 1021)
     assert sum(owner["current"] for owner in frontend["owners"]) == 1021

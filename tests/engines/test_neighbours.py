@@ -10,7 +10,7 @@ import pytest
 from mesh.datapath.kernel.locator import ASK_MOST, Locator
 from mesh.datapath.netlink import Netlink
 from tests.engines.kernel_plane import Plane
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root]
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from mesh.datapath.paths.peer_probe import PathMtu, path_mtu
-from tests.support.lab.netns import Lab, veth, wait_for
+from tests.support.lab.netns import Lab, veth
+from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.root
 

@@ -22,7 +22,7 @@ from mesh.model import Frontend, Protocol
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, refused
 from tests.support.daemon import Daemon
-from tests.support.lab.netns import PATIENCE, wait_for
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -15,7 +15,8 @@ from mesh import _bpf
 from mesh.datapath.netlink import Monitor
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import Connection, Plane
-from tests.support.lab.netns import PATIENCE, Namespace, veth, wait_for
+from tests.support.lab.netns import Namespace, veth
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engines.topology import UDP, WEB, Topology
 from tests.support import peers
-from tests.support.lab.netns import PATIENCE, wait_for
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.engines.topology import STREAM, Topology
-from tests.support.lab.netns import wait_for
 from tests.support.peers import Stream
+from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.root
 

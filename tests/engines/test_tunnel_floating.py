@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engines.kernel_plane import Connection
-from tests.engines.test_tunnel import MEGABYTE, NODES, STREAM, Pair
+from tests.engines.tunnel_pair import MEGABYTE, NODES, STREAM, Pair
 from tests.support.lab.netns import Lab, Namespace
 from tests.support.peers import Stream
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.engines.topology import UDP, Topology
 from tests.support.lab.images import UDP_PORT
-from tests.support.lab.netns import PATIENCE, wait_for
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 

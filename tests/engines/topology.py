@@ -21,7 +21,8 @@ from tests.oracle import selection
 from tests.support import peers
 from tests.support.daemon import Daemon, backends_of
 from tests.support.lab.images import ECHO_PORT, HTTP_PORT, SOURCE, UDP_PORT
-from tests.support.lab.netns import Lab, Namespace, run, veth, wait_for
+from tests.support.lab.netns import Lab, Namespace, run, veth
+from tests.support.polling import wait_for
 
 WEB, ECHO, UDP, STREAM = 8000, 8001, 8002, 8003  # published; STREAM leads to tests/support/peers/stream.c
 STREAM_PORT = 8083

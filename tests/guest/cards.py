@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.engines.kernel_plane import Connection
-from tests.support.lab.netns import PATIENCE, Namespace, run
+from tests.support.lab.netns import Namespace, run
+from tests.support.polling import PATIENCE
 
 _networks = itertools.count(1)
 

@@ -9,22 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.engines import kernel_proofs
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, Connection, Plane, refused
-from tests.engines.test_kernel_engine import (
-    test_every_backend_answers_and_sees_the_clients_address,
-    test_processes_of_the_node_are_connected_straight,
-    test_udp,
-)
 from tests.guest import cards
 from tests.guest.cards import Way
-from tests.support.lab.netns import Lab, wait_for
-
-__all__ = [
-    "test_every_backend_answers_and_sees_the_clients_address",
-    "test_processes_of_the_node_are_connected_straight",
-    "test_udp",
-]
+from tests.support.lab.netns import Lab
+from tests.support.polling import wait_for
 
 LARGE = 1 << 20
 NAMES = ("b1", "b2", "b3")
@@ -68,6 +59,18 @@ def served(plane: Plane, started: Driver) -> Driver:
     return started
 
 
+def test_every_backend_answers_and_sees_the_clients_address(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.every_backend_answers_and_sees_the_clients_address(plane, engine)
+
+
+def test_udp(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.datagrams_are_spread(plane, engine)
+
+
+def test_processes_of_the_node_are_connected_straight(plane: Plane, engine: Driver) -> None:
+    kernel_proofs.processes_of_the_node_are_connected_straight(plane, engine)
+
+
 def counted(engine: Driver, what: str = "opened") -> dict[str, int]:
     """A counter by protocol."""
     return {name.rpartition("/")[2]: front[what] for name, front in engine.stats()["frontends"].items()}
@@ -88,7 +91,7 @@ def meets(plane: Plane, engine: Driver, way: Way) -> float:
     length, packets = (
         counted(engine, what)["tcp"] - was for what, was in (("bytes_in", length), ("packets_in", packets))
     )
-    connection = Connection(plane.client, way.node6)  # of an IPv4-only task: through the proxy engine beside
+    connection = Connection(plane.client, way.node6)  # of an IPv4-only task: through the fallback proxy
     connection.echo()
     connection.close()
     engine.serve(services=[plane.web(), plane.web(*NAMES, protocol="udp")])

@@ -32,7 +32,7 @@ class Spanning(Model):
     port: int = 6084
     nodes: dict[bytes, int] = field(default_factory=dict)  # MTU by address
     ids: dict[bytes, int] = field(default_factory=dict)
-    away: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # id, IP version
+    away: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # id, IP version that the tunnel carries, or 0
     ways: dict[Flow, bytes] = field(default_factory=dict)  # node, by reverse entry
     seen: set[Flow] = field(default_factory=set)
     awaited: dict[Flow, tuple[bytes, int]] = field(
@@ -74,11 +74,13 @@ class Spanning(Model):
         ident, version = self.away[owner]
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
-        if version != p.version or from_task:
+        if version not in (0, p.version) or (version and from_task):
             return Outcome(OK, "FAMILY" if version != p.version else "TUNNEL_NO_PATH", frame)
         if note:
             made = (owner, self.backends[owner].epoch, number)
             self.notes[p.flow] = Asked(made) if verdict == "ASKED" else made
+        if not version:
+            return Outcome(OK, "TUNNEL_NO_PATH", frame)
         if verdict in ("ASKED", "NOTED") and isinstance(self.notes.get(p.flow), Asked):
             ident = ident[:-1] + ASK
         node = self.backends[owner].address

@@ -14,18 +14,30 @@ import pytest
 from tests.support import peers
 from tests.support.daemon import Daemon, backends_of
 from tests.support.lab.dockerd import Node, Swarm, bpf_fs
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 WEB = 8000
 ENGINES = ["proxy", pytest.param("kernel", marks=pytest.mark.bpf)]
 
 
 class Cluster:
-    """A swarm with a daemon on each node, and a client beside it. Further arguments are configuration keys."""
+    """A swarm with a daemon on each node, or on these, and a client beside it.
 
-    def __init__(self, swarm: Swarm, client: Namespace, *, engine: str = "proxy", **config: object) -> None:
+    Further arguments are configuration keys.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        client: Namespace,
+        *,
+        engine: str = "proxy",
+        nodes: Sequence[Node] | None = None,
+        **config: object,
+    ) -> None:
         self.swarm, self.client, self.engine, self._config = swarm, client, engine, config
-        self.daemons = [self.daemon(node, engine) for node in swarm.nodes]
+        self.daemons = [self.daemon(node, engine) for node in (swarm.nodes if nodes is None else nodes)]
 
     def daemon(self, node: Node, engine: str, **more: object) -> Daemon:
         if engine == "kernel":
@@ -116,9 +128,28 @@ class Cluster:
             self.client.add_address("eth0", f"{address}/24")
         return address
 
-    def close(self) -> None:
+    @contextlib.contextmanager
+    def configured(self, **keys: object) -> Iterator[None]:
+        """Agents with other configuration inside the block, one after the other on each node."""
+        before = self._config
+        self._replace(before | keys)
+        try:
+            yield
+        finally:
+            self._replace(before)
+
+    def _replace(self, config: dict[str, object]) -> None:
+        self._config = config
         with ThreadPoolExecutor(len(self.daemons)) as pool:
             list(pool.map(Daemon.close, self.daemons))
+        self.daemons = [self.daemon(node, self.engine) for node in self.swarm.nodes]
+        self.wait_ready()
+
+    def close(self) -> None:
+        """End the agents; with the kernel engine nothing of them is left on the nodes, which others use next."""
+        end = Daemon.release if self.engine == "kernel" else Daemon.close
+        with ThreadPoolExecutor(len(self.daemons)) as pool:
+            list(pool.map(end, self.daemons))
 
     def tails(self) -> str:
         return "\n".join(f"--- {d.namespace.short}\n{d.tail(4000)}" for d in self.daemons)

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 HTTP_PORT = 9550
 
@@ -101,6 +102,12 @@ class Daemon:
         """SIGTERM and the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return int(self.process.wait(timeout))
+
+    def release(self) -> None:
+        """`mesh stop --release`: nothing of it is left in the node's kernel; also where the process is gone."""
+        mesh = str(Path(sys.executable).with_name("mesh"))
+        self.namespace.run(mesh, "stop", "--release", f"--state-dir={self.config['state_dir']}")
+        self.process.wait(PATIENCE)
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -20,7 +19,7 @@ from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry,
 from mesh.datapath.counters import Counters
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE, wait_for
 from tests.support.ports import free_port
 
 Handler = Callable[[socket.socket], None]
@@ -45,15 +44,6 @@ def read_all(sock: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def eventually(check: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """The first true value of `check`; asserts that there is one within a generous bound."""
-    end = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < end, "did not come true"
-        time.sleep(0.005)
-    return value
-
-
 class TcpServer:
     """A thread per connection; `seen` has what handlers left, `errors` what they raised."""
 
@@ -68,17 +58,17 @@ class TcpServer:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError as error:
-                if error.errno != errno.EMFILE:
-                    return
-                time.sleep(0.01)
-                continue
+        while (sock := wait_for(self._accept, "a descriptor", interval=0.01)) is not self.listener:
             self.accepted += 1
             self.open.add(sock)
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _accept(self) -> socket.socket | None:
+        """The next connection; the listener when it is closed, None when the process has no descriptor left."""
+        try:
+            return self.listener.accept()[0]
+        except OSError as error:
+            return None if error.errno == errno.EMFILE else self.listener
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -176,7 +166,7 @@ class Served:
 
     def quiet(self, frontend: Frontend) -> Counters:
         """The counters once nothing is open any more; checks that they add up."""
-        eventually(lambda: not self.datapath.stats().gauges["connections"])
+        wait_for(lambda: not self.datapath.stats().gauges["connections"])
         now = self.counters(frontend)
         assert now.opened == now.closed
         assert now.active == 0

@@ -30,6 +30,7 @@ __all__ = [
     "Raw",
     "become",
     "datagram",
+    "requoted",
     "segment",
 ]
 
@@ -80,4 +81,19 @@ def become(
     l4.sport, l4.dport = sport or l4.sport, dport or l4.dport
     if not (UDP in out and frame[UDP].chksum == 0):
         del l4.chksum
+    return bytes(out)
+
+
+def requoted(quoted: Any, **changes: Any) -> bytes:
+    """The quoted packet with other addresses and ports; its transport checksum as it was, the IP header's anew."""
+    out = quoted.__class__(bytes(quoted))
+    for name in ("src", "dst"):
+        if name in changes:
+            setattr(out, name, changes[name])
+    l4 = out[TCP] if TCP in out else out[UDP]
+    for name in ("sport", "dport"):
+        if name in changes:
+            setattr(l4, name, changes[name])
+    if isinstance(out, IP):
+        del out.chksum
     return bytes(out)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mesh.api.view import Json
+from mesh.api.view import Json, Traffic, Verdict
 from mesh.cluster.agreement import Row, differences
 from mesh.datapath.base import BackendKey, Stats
 from mesh.datapath.counters import CONNECT_BUCKETS, Counters, Failure
@@ -51,7 +51,8 @@ def target(service: int, index: int) -> dict[str, Any]:
         "slots": 100,
         "local": True,
         "via": "",
-        "way": "here",
+        "masked": "",
+        "path": "here",
     }
 
 
@@ -79,6 +80,8 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
         "node": {"id": "n1", "name": "node-a"},
         "problems": [],
         "paths_down": 0,
+        "paths": [{"node": "node-b", "node_name": "b", "path": "tunnel", "state": "up"}],
+        "traffic": {"verdict": "ok", "reasons": []},
         "services": [
             {
                 "id": f"s{s}",
@@ -169,7 +172,12 @@ class SampleView:
 
     def nodes(self) -> Json:
         nodes = [{"id": n.id, "name": n.name, "address": n.address, "up": n.up, "engine": n.engine} for n in self.rows]
-        return {"node": "n1", "nodes": nodes}
+        for node in nodes:
+            node["paths"] = {} if node["id"] == self.rows[0].id else {"tunnel": "up", "peer": "down"}
+        return {"node": self.rows[0].id if self.rows else "", "nodes": nodes}
+
+    def traffic(self) -> Traffic:
+        return Traffic(Verdict(self.shown["traffic"]["verdict"]), tuple(self.shown["traffic"]["reasons"]))
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         return not self.reasons, self.reasons

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.lab.demo import get
-from tests.support.lab.netns import Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import wait_for
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster, failures
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

@@ -12,25 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import ENGINES, Cluster
+from tests.support.cluster import Cluster
 from tests.support.daemon import Daemon
-from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import Lab, run, wait_for
+from tests.support.lab.dockerd import Node
+from tests.support.lab.netns import Lab, run
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 Findings = dict[str, dict[str, str]]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def cluster(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cluster]:
-    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host(f"client-{request.param}"), engine=request.param)
-    cluster.wait_ready()
+@pytest.fixture
+def cluster(cluster: Cluster) -> Cluster:
+    """Whose nodes know and reach each other."""
     for daemon in cluster.daemons:
         wait_for(lambda d=daemon: len(json.loads(d.get("/nodes")[1])["nodes"]) == 3, "all nodes are known")  # type: ignore[misc]
     wait_for(lambda: check(cluster.daemons[0])[0] == 0, "all ports are open", interval=0.5)
-    yield cluster
-    cluster.close()
+    return cluster
 
 
 def check(daemon: Daemon, *flags: str, cluster: bool = True) -> tuple[int, Findings]:

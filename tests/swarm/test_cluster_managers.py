@@ -15,7 +15,7 @@ from mesh.config.keys import Config
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster, failures
 from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.later("kernel")]
 

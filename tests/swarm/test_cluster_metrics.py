@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.support.cluster import WEB, Cluster
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 ENGINE = "kernel"
 

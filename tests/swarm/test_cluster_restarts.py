@@ -13,8 +13,9 @@ import pytest
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster, failures
 from tests.support.daemon import Daemon
-from tests.support.lab.dockerd import Node
-from tests.support.lab.netns import run, wait_for
+from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.netns import run
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -22,6 +23,12 @@ pytestmark = [pytest.mark.root, pytest.mark.swarm]
 def tasks_on(cluster: Cluster, node: Node) -> set[str]:
     identity = cluster.swarm.manager.inspect("node", node.hostname)["ID"]
     return {task["ID"] for task in cluster.swarm.tasks("web") if task["NodeID"] == identity}
+
+
+def leader(swarm: Swarm) -> int:
+    """The number of the node that leads."""
+    statuses = {n["Description"]["Hostname"]: n.get("ManagerStatus", {}) for n in swarm.api("GET", "/nodes")}
+    return next(i for i, node in enumerate(swarm.nodes) if statuses[node.hostname].get("Leader"))
 
 
 @contextmanager
@@ -48,8 +55,10 @@ def test_engines_restart(cluster5: Cluster) -> None:
     swarm.create("web", "--stop-grace-period=10s", replicas=10, publish=[f"{WEB}:8080"])
     cluster5.agree("web", 10)
     with cluster5.load() as loads:
-        for number in (4, 0) if cluster5.engine == "proxy" else (4, 3, 2, 1, 0):  # the last is the leader
-            swarm.asked = 2 if number < 2 else 0
+        last = leader(swarm)
+        others = [number for number in (4, 3, 2, 1, 0) if number != last]
+        for number in (4, last) if cluster5.engine == "proxy" else (*others, last):
+            swarm.asked = next(manager for manager in range(swarm.managers) if manager != number)
             swarm.nodes[number].stop()
             swarm.nodes[number].start()
             cluster5.agree("web", 10, timeout=120)

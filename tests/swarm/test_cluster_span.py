@@ -12,12 +12,9 @@ import pytest
 
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm]
-
-
-ENGINE = "proxy"  # of the cluster
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.only("proxy")]
 
 
 def test_any_node_answers_for_any_task(cluster: Cluster) -> None:
@@ -145,5 +142,5 @@ def test_a_node_with_the_kernel_engine_takes_what_others_hand_over(cluster: Clus
             assert (report.ok, report.failures, set(report.identities)) == (300, (), tasks)
         assert mixed.total("mesh_peer_connections_total") > 0
     finally:
-        mixed.close()
+        mixed.release()
         cluster.daemons[2].start()

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster
-from tests.support.lab.netns import PATIENCE, Namespace
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
-
-
-ENGINE = "kernel"  # of the cluster
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.only("kernel")]
 
 
 def peers_seen(client: Namespace, address: str, count: int) -> Counter[str]:
@@ -37,17 +34,17 @@ def peers_seen(client: Namespace, address: str, count: int) -> Counter[str]:
 def ways(cluster: Cluster, node: int) -> dict[str, str]:
     """How a node gets to each task of `web`."""
     (service,) = (s for s in cluster.daemons[node].state()["services"] if s["name"] == "web")
-    return {target["backend"]: target["way"] for f in service["frontends"] for target in f["targets"]}
+    return {target["backend"]: target["path"] for f in service["frontends"] for target in f["targets"]}
 
 
 @pytest.mark.parametrize("back", ["tunnel", "direct"])
 def test_any_node_answers_for_any_task(cluster: Cluster, back: str) -> None:
+    with cluster.configured(return_path=back) if back == "direct" else contextlib.nullcontext():
+        any_node_answers(cluster, back)
+
+
+def any_node_answers(cluster: Cluster, back: str) -> None:
     swarm = cluster.swarm
-    if back == "direct":
-        for number, node in enumerate(swarm.nodes):
-            cluster.daemons[number].close()
-            cluster.daemons[number] = cluster.daemon(node, "kernel", return_path=back)
-        cluster.wait_ready()
     swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
     tasks = cluster.agree("web", 6)
     for node in swarm.nodes:
@@ -83,10 +80,7 @@ def test_nodes_with_either_engine_reach_each_others_tasks(cluster: Cluster) -> N
     swarm = cluster.swarm
     swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
     tasks = cluster.agree("web", 6)
-    command = [str(Path(sys.executable).with_name("mesh")), "stop", "--release"]
-    swarm.nodes[2].namespace.run(*command, f"--state-dir={cluster.daemons[2].config['state_dir']}")
-    cluster.daemons[2].process.wait(PATIENCE)
-    cluster.daemons[2].close()
+    cluster.daemons[2].release()
     cluster.daemons[2] = cluster.daemon(swarm.nodes[2], "proxy")
     try:
         cluster.wait_ready()

@@ -16,11 +16,11 @@ import pytest
 
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster
-from tests.support.lab.dockerd import Swarm
 from tests.support.lab.images import pattern
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.only("kernel")]
 
 VIP = "192.0.2.240"
 SIZE = 100_000_000
@@ -30,14 +30,9 @@ HALF = SIZE // PART // 2
 
 
 @pytest.fixture
-def cluster(shared_swarm3: Swarm, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    cluster = Cluster(shared_swarm3, shared_swarm3.lab.host("client"), engine="kernel", floating_addresses=VIP)
-    try:
-        cluster.wait_ready()
+def floating(cluster: Cluster) -> Iterator[Cluster]:
+    with cluster.configured(floating_addresses=VIP):
         yield cluster
-    finally:
-        request.node.add_report_section("teardown", "daemons", cluster.tails())
-        cluster.close()
 
 
 class Transfer:
@@ -81,9 +76,9 @@ class Transfer:
             self.may_end.wait(PATIENCE)
 
 
-def test_transfers_survive_the_move_of_their_address_and_the_death_of_its_agent(cluster: Cluster) -> None:
+def test_transfers_survive_the_move_of_their_address_and_the_death_of_its_agent(floating: Cluster) -> None:
     """100 MB up and down, with a task on the old node, on the new one and on the third."""
-    swarm, client = cluster.swarm, cluster.client
+    cluster, swarm, client = floating, floating.swarm, floating.client
     old, new = swarm.nodes[1], swarm.nodes[2]
     swarm.create("web", "--mode=global", replicas=3, publish=[f"{WEB}:8080"])
     tasks = cluster.agree("web", 3)

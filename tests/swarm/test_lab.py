@@ -21,7 +21,8 @@ import pytest
 
 from tests.support.lab import images
 from tests.support.lab.dockerd import Swarm
-from tests.support.lab.netns import NETNS_DIR, PATIENCE, Lab, Namespace, cgroup_directories, run, sweep, wait_for
+from tests.support.lab.netns import NETNS_DIR, Lab, Namespace, cgroup_directories, run, sweep
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 

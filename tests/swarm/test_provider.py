@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,8 @@ from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.providers.swarm import SwarmProvider, detect
 from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import PATIENCE, Lab, wait_for
+from tests.support.lab.netns import Lab
+from tests.support.polling import PATIENCE, settled, until, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -68,20 +68,13 @@ class Follower:
     async def until_status(self, condition: Callable[[], object], what: str) -> None:
         """Wait for a status; nothing announces one."""
         try:
-            async with asyncio.timeout(PATIENCE):
-                while not condition():  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise AssertionError(f"{what}: {self.provider.status()}") from None
+            await until(condition, what)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {self.provider.status()}") from None
 
-    async def until_quiet(self, seconds: float = 1.0) -> int:
-        """Wait until no read has begun for so long; the reads so far."""
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                before = self.provider._begun
-                await asyncio.sleep(seconds)
-                if self.provider._begun == before:
-                    return before
+    async def until_quiet(self) -> int:
+        """Wait until no read has begun for a second; the reads so far."""
+        return await settled(lambda: self.provider._begun, 1.0, "number of reads")
 
 
 @contextlib.asynccontextmanager
@@ -205,7 +198,7 @@ async def test_a_burst_costs_few_reads(swarm1: Swarm, follower: Follower) -> Non
 
 
 async def test_of_a_change_only_its_tasks_are_read(swarm1: Swarm, follower: Follower) -> None:
-    await asyncio.to_thread(swarm1.create, "web", "--restart-delay=100ms", replicas=3, publish=["8000:8080"])
+    await asyncio.to_thread(swarm1.create, "web", replicas=3, publish=["8000:8080"])
     await follower.until(lambda: len(follower.usable("web")) == 3, "three")
     dead, *others = follower.usable("web")
     whole, before = follower.provider._begun_whole, follower.provider._begun
@@ -263,13 +256,13 @@ async def test_a_paused_container_is_not_ready(swarm1: Swarm, follower: Follower
 
 
 async def calm(swarm: Swarm, follower: Follower) -> None:
-    """Whatever the swarm does, we follow, until both have named the same two tasks twelve times in a row."""
-    agreed, begun = 0, time.monotonic()
-    while agreed < 12:
-        ids = {t["ID"] for t in await asyncio.to_thread(swarm.tasks, "web")}
-        agreed = agreed + 1 if len(ids) == 2 and {b.id for b in follower.usable("web")} == ids else 0
-        assert time.monotonic() - begun < PATIENCE, f"{ids} against {follower.usable('web')}"
-        await asyncio.sleep(0.15)
+    """Whatever the swarm does, we follow, until both have named the same two tasks for a while."""
+
+    def named() -> set[str]:
+        ids = {task["ID"] for task in swarm.tasks("web")}
+        return ids if len(ids) == 2 and {b.id for b in follower.usable("web")} == ids else set()
+
+    await settled(named, 1.8, "two tasks that both name", interval=0.15)
 
 
 async def test_docker_stops_hangs_and_comes_back(lab: Lab) -> None:

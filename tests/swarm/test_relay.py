@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,22 +19,13 @@ from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
 from tests.support.lab.dockerd import Node, Swarm
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import until
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 
 def files_of(node: Node) -> Files:
     return Files.of(Config(docker_data_root=str(node.data_root)))
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise TimeoutError(what) from None
 
 
 @dataclass

@@ -7,7 +7,7 @@ asserted is that the daemon follows before it would have looked unasked.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import time
@@ -19,7 +19,8 @@ import pytest
 from tests.support import peers
 from tests.support.daemon import Daemon, backends_of
 from tests.support.lab.dockerd import Swarm, bpf_fs
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -56,6 +57,9 @@ class Site:
         doorbell = "told of every change by the swarm"
         wait_for(lambda: self.daemon.state()["provider"]["doorbell"] == "watch", doorbell)
 
+    def close(self) -> None:
+        self.daemon.release() if self.engine == "kernel" else self.daemon.close()
+
     def load(self, *options: str) -> peers.Load:
         return peers.Load(self.client, self.address, WEB, *options)
 
@@ -80,7 +84,7 @@ class Site:
         return self.docker_sees(service)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def swarm_client(shared_swarm1: Swarm) -> Namespace:
     return shared_swarm1.lab.host("client")
 
@@ -94,7 +98,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 def shared_site(engine: str, shared_swarm1: Swarm, swarm_client: Namespace) -> Iterator[Site]:
     site = Site(shared_swarm1, engine, swarm_client)
     yield site
-    site.daemon.close()
+    site.close()
 
 
 @pytest.fixture
@@ -168,7 +172,7 @@ def test_the_daemon_follows_docker(site: Site, record_property: Callable[[str, o
         swarm.docker("service", "scale", "--detach", "web=6")
         reactions.until_equal("scale 3 to 6", 6)
         victim = swarm.containers("web")[0]
-        task = json.loads(swarm.docker("inspect", victim))[0]["Config"]["Labels"]["com.docker.swarm.task.id"]
+        task = swarm.manager.inspect("container", victim)["Config"]["Labels"]["com.docker.swarm.task.id"]
         swarm.docker("kill", victim)
         reactions.follow(
             "docker kill", lambda: victim not in swarm.containers("web"), lambda: task not in site.mesh_sees()
@@ -180,7 +184,7 @@ def test_the_daemon_follows_docker(site: Site, record_property: Callable[[str, o
 
     site.up(2, "sick")
     ill = swarm.containers("sick")[0]
-    task = json.loads(swarm.docker("inspect", ill))[0]["Config"]["Labels"]["com.docker.swarm.task.id"]
+    task = swarm.manager.inspect("container", ill)["Config"]["Labels"]["com.docker.swarm.task.id"]
     swarm.manager.namespace.run("curl", "-sS", "-m60", f"http://{gateway_address(swarm, ill)}:8080/health/fail")
     reactions.follow("unhealthy", lambda: not healthy(swarm, ill), lambda: task not in site.mesh_sees("sick"))
     reactions.until_equal("replacement of the unhealthy", 2, "sick", without=task)
@@ -208,12 +212,14 @@ def gateway_address(swarm: Swarm, container: str) -> str:
 
 
 def healthy(swarm: Swarm, container: str) -> bool:
-    state = json.loads(swarm.docker("inspect", container, check=False) or "[]")
-    return bool(state and state[0]["State"]["Running"] and state[0]["State"]["Health"]["Status"] == "healthy")
+    with contextlib.suppress(RuntimeError):  # it is gone
+        state = swarm.manager.inspect("container", container)["State"]
+        return bool(state["Running"] and state["Health"]["Status"] == "healthy")
+    return False
 
 
 def services(swarm: Swarm, name: str) -> list[str]:
-    return swarm.docker("service", "ls", "-q", "--filter", f"name={name}").split()
+    return [service["ID"] for service in swarm.api("GET", "/services") if service["Spec"]["Name"] == name]
 
 
 def published(swarm: Swarm, name: str) -> set[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.support import peers
-from tests.support.cluster import ENGINES, Cluster
+from tests.support.cluster import Cluster
 from tests.support.lab import images
 from tests.support.lab.dockerd import Swarm
-from tests.support.lab.netns import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -25,19 +26,13 @@ SERVICES = {"vote": 3, "redis": 1, "worker": 1, "db": 1, "result": 1}
 VOTE, RESULT = 80, 5001
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def cluster(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cluster]:
-    for node in shared_swarm3.nodes:
-        for image in images.voting_images():
-            node.load(image)
-    client = shared_swarm3.lab.host(f"client-{request.param}")
-    cluster = Cluster(shared_swarm3, client, engine=request.param)
-    cluster.wait_ready()
+@pytest.fixture
+def cluster(cluster: Cluster) -> Iterator[Cluster]:
+    """Whose nodes have the application's images."""
+    with ThreadPoolExecutor(len(cluster.swarm.nodes)) as pool:
+        list(pool.map(lambda node: [node.load(image) for image in images.voting_images()], cluster.swarm.nodes))
     yield cluster
-    print(cluster.tails())
-    cluster.close()
-    shared_swarm3.docker("stack", "rm", "voting", check=False)
-    shared_swarm3.reset()
+    cluster.swarm.docker("stack", "rm", "voting", check=False)
 
 
 def deploy(swarm: Swarm, compose: Path) -> None:
@@ -84,8 +79,8 @@ def test_the_voting_application_is_updated_under_load(cluster: Cluster, tmp_path
         ]
         deploy(swarm, edited)
         wait_for(lambda: updated(swarm), "rolling update of vote", interval=0.1)
-        after = voters(swarm)
         cluster.agree("voting_vote", 3)
+        after = wait_for(lambda: found if len(found := voters(swarm)) == 3 else set(), "the old tasks have ended")
         for load in loads:
             load.wait_more(200)
         reports = [load.stop() for load in loads]

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mesh.cluster.agreement import Row, differences
+from mesh.cluster.agreement import differences
+from tests.support.rows import DNS, ONE, TWO, WEB
 
-WEB, DNS = "[*]:80/tcp", "[*]:53/udp"
-ONE = Row("1", "one", "192.0.2.1", True, "proxy", "0.1", 7, 0.0, {WEB: "aa", DNS: "bb"})
-TWO = replace(ONE, id="2", name="two", generation=3, age=0.9)
 THREE = replace(ONE, id="3", name="three", engine="kernel", age=0.2)
 
 

@@ -12,8 +12,10 @@ from aiohttp import web
 
 from mesh.api.app import make_app, parse_endpoint
 from mesh.errors import MeshError
-from tests.support.lab.netns import PATIENCE
 from tests.support.metrics_samples import EXPLANATION, SampleView, state
+from tests.support.polling import PATIENCE
+
+WELL = {"verdict": "ok", "reasons": []}
 
 
 @pytest.fixture(params=[True, False], ids=["control", "public"])
@@ -37,7 +39,7 @@ async def test_reading(served: Served) -> None:
     async with session.get("/state") as answer:
         assert await answer.json() == state()
     async with session.get("/readyz") as answer:
-        assert (answer.status, await answer.json()) == (200, {"ready": True, "reasons": []})
+        assert (answer.status, await answer.json()) == (200, {"ready": True, "reasons": [], "traffic": WELL})
     view.reasons.append("provider: nothing read yet")
     async with session.get("/readyz") as answer:
         assert (answer.status, (await answer.json())["reasons"]) == (503, view.reasons)

@@ -15,7 +15,7 @@ from mesh.providers.base import ProviderStatus
 from mesh.providers.swarm.decode import decode
 from mesh.providers.swarm.local_node import LocalView
 from tests.support.cluster_provider import Server, make_provider
-from tests.unit.test_swarm_decode import answers, event, task
+from tests.support.engine_answers import answers, event, task
 
 
 def test_a_manager_tells_the_others_what_its_own_engine_knows() -> None:

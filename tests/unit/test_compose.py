@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mesh.config.keys import Config
 from mesh.model import (
-    Backend,
     DesiredState,
     EngineKind,
     Health,
@@ -20,35 +19,18 @@ from mesh.model import (
     Inventory,
     Locality,
     Node,
-    Protocol,
-    PublishedPort,
-    Service,
-    ServiceOptions,
 )
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import SERVING, Drained, standing
 from tests.support.inventories import health_views, inventories
+from tests.support.parts import ADDRESS, backend, of, service
 
 CONFIG = Config()
-ADDRESS = ipaddress.IPv4Address("172.18.0.2")
-
-
-def service(name: str = "web", port: int = 8080, **options: object) -> Service:
-    return Service(name, name, (PublishedPort(port, 80, Protocol.TCP),), ServiceOptions(**options))  # type: ignore[arg-type]
-
-
-def backend(name: str, **changes: object) -> Backend:
-    plain = Backend(id=name, service="web", node="n", address=ADDRESS)
-    return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 def weights(desired: DesiredState) -> dict[str, int]:
     (state,) = desired.frontends.values()
     return {target.backend: target.weight for target in state.targets}
-
-
-def of(*backends: Backend, node: Node | None = None, **options: object) -> Inventory:
-    return Inventory((service(**options),), backends, (node,) if node else ())  # type: ignore[arg-type]
 
 
 def test_a_backend_without_new_flows_stays_with_weight_0() -> None:

@@ -7,8 +7,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
 from mesh.errors import plain
 from tests.support.cluster_provider import make_provider
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import until
 from tests.support.ports import free_port
 
 NOW = datetime.now(UTC)
@@ -90,13 +89,6 @@ def test_files_that_break_later_are_a_problem_and_the_old_ones_serve_on(authorit
     files.key.write_bytes(text)
     watch.current()
     assert not watch.problem()
-
-
-async def until(check: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not check():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

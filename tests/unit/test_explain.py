@@ -32,6 +32,7 @@ from mesh.providers.demo import DemoProvider
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Reconciler
 from tests.support.memory import MemoryDatapath
+from tests.support.polling import until
 
 ONE, TWO = Node("id-of-one", "one"), Node("id-of-two", "two", weight=0)
 HOME = ipaddress.ip_address("127.0.0.1")
@@ -69,9 +70,7 @@ async def serving(
         reconciler.set_health(HealthView({down: Health.DOWN}, {down: "172.18.0.1:8080: connection refused"}))
     reconciler.publish(inventory)
     running = asyncio.create_task(reconciler.run())
-    async with asyncio.timeout(10):
-        while not (reconciler.stepped and (refuse or reconciler.in_step)):  # noqa: ASYNC110 -- for moments
-            await asyncio.sleep(0.001)
+    await until(lambda: reconciler.stepped and (refuse or reconciler.in_step), "applied", interval=0.001)
     yield view
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -120,9 +119,7 @@ async def test_a_change_of_what_is_drained_is_shown(tmp_path: Path) -> None:
     async with serving(Inventory((service(),), (backend("1"), backend("2")), (ONE,)), tmp_path) as view:
         assert taking(view)["web.1"] == "yes"
         await view.set_drained("backend", "1", True)
-        async with asyncio.timeout(10):
-            while taking(view)["web.1"] == "yes":  # noqa: ASYNC110 -- for moments
-                await asyncio.sleep(0.001)
+        await until(lambda: taking(view)["web.1"] != "yes", "drained", interval=0.001)
         assert taking(view) == {"web.1": "no: drained", "web.2": "yes"}
 
 

@@ -14,7 +14,7 @@ from mesh.reconcile.compose import compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.guard import FOREVER, Guarded, guard
 from tests.support.inventories import health_views, inventories
-from tests.unit.test_compose import ADDRESS, backend, of, service
+from tests.support.parts import ADDRESS, backend, of, service
 
 CONFIG = Config(guard_max_removal=0.5, guard_hold=5.0)
 CALM = HealthView()

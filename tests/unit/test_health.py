@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -33,18 +33,12 @@ from mesh.model import (
     Service,
     ServiceOptions,
 )
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import settled, until
 from tests.support.ports import free_port
 
 LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 FAST = HealthCheck(interval=0.02, timeout=5.0, rise=2, fall=3)
 HTTP = replace(FAST, kind=ProbeKind.HTTP, path="/ready")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 -- any condition, without hooks in what is tested
-            await asyncio.sleep(0.005)
 
 
 @contextlib.asynccontextmanager
@@ -198,10 +192,7 @@ async def test_the_gone_are_forgotten_and_the_paused_keep_their_verdict() -> Non
     async with listening() as port, watching(of(port)) as monitor:
         await until(lambda: monitor.view.of("a") is Health.UP)
         monitor.watch(of(port, intent=Intent.DRAINING))
-        probes = -1
-        while probes != monitor.counts["ok"]:  # one may have been under way
-            probes = monitor.counts["ok"]
-            await asyncio.sleep(0.2)
+        probes = await settled(lambda: monitor.counts["ok"], 0.2)  # one may have been under way
         assert monitor.view.of("a") is Health.UP
         monitor.watch(of(port))
         await until(lambda: monitor.counts["ok"] > probes)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from mesh.cluster.heartbeat import DEAD, HUNG, QUIET, Heartbeats, acknowledged
+from tests.support.polling import until
 
 
 @pytest.fixture
@@ -72,10 +73,7 @@ async def test_a_busy_process_has_time_while_its_kernel_acknowledges(pair: tuple
         asked, silent = await watched.at(lived)
         assert silent == 0
         near.send(b"?")  # delayed acknowledgements come with the second segment
-        async with asyncio.timeout(10):
-            while acknowledged(near) > 0.02:
-                near.send(b"?")
-                await asyncio.sleep(0.001)
+        await until(lambda: near.send(b"?") and acknowledged(near) <= 0.02, "an acknowledgement", interval=0.001)
         lived += DEAD
     assert asked > 3
     assert (await watched.at(HUNG + DEAD))[1] == 1
@@ -91,9 +89,7 @@ async def test_own_delays_are_nobodys_silence(monkeypatch: pytest.MonkeyPatch) -
     running = asyncio.create_task(pulses.run())
     await asyncio.sleep(0)
     now = 3600.0
-    async with asyncio.timeout(10):
-        while not pulses.lived:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: pulses.lived, "it lives on")
     assert pulses.lived < QUIET
     assert not silent
     running.cancel()

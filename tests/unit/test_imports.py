@@ -5,6 +5,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def expand(module: str, names: list[str]) -> Iterator[str]:
         yield f"{module}.{name}" if is_module else module
 
 
+@cache
 def edges() -> list[tuple[str, str]]:
     files = [path for pattern in ("*.py", "*.pyx", "*.pxd") for path in sorted(PACKAGE.rglob(pattern))]
     found = {(name_of(path), to) for path in files for to in imported(path)}

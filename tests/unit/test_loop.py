@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Plan
+from mesh.datapath.base import Applied, Plan, key_of
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, Health, HealthView, Inventory
 from mesh.reconcile import loop as loops
 from mesh.reconcile.compose import compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture, Reconciler
-from mesh.reconcile.plan import doubtful, key_of, plan
+from mesh.reconcile.plan import doubtful, plan
 from tests.support.inventories import inventories
-from tests.support.lab.netns import PATIENCE
 from tests.support.memory import MemoryDatapath
-from tests.unit.test_compose import ADDRESS, backend, of
+from tests.support.parts import ADDRESS, backend, of
+from tests.support.polling import PATIENCE, until
 
 
 @contextlib.asynccontextmanager
@@ -40,12 +40,6 @@ async def running(engine: MemoryDatapath, config: Config | None = None) -> Async
         with contextlib.suppress(asyncio.CancelledError):
             await task
         await reconciler.close(release=False)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 -- any condition, without hooks in what is tested
-            await asyncio.sleep(0.005)
 
 
 def weights(applied: Applied) -> dict[str, int]:

@@ -95,7 +95,7 @@ Journal(directory / "names.json").put(step, Applied())
 assert restored.options == wanted
 
 # control API
-(shown,) = Services("proxy").shown(Picture(inventory, HealthView(), Drained(), desired), step.result)
+(shown,) = Services("proxy").shown(Picture(inventory, HealthView(), Drained(), desired=desired), step.result)
 print(json.dumps(shown["options"]))
 '''
 

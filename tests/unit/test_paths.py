@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to other nodes that fail are said to, and not any more once they work: over real sockets on loopback."""
+"""Paths to other nodes are up once shown to work, and down with a problem while they do not: over loopback."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import cast
 
 from mesh.config.keys import Config
-from mesh.datapath.paths.monitor import PathMonitor
-from mesh.model import EngineKind, Node
+from mesh.datapath.paths.monitor import FLAP_SECONDS, PathMonitor, Trial
+from mesh.model import EngineKind, Node, Path, PathState
+from tests.support.polling import until
 from tests.support.ports import free_port
 
 HERE = Node("n1", "one", ipaddress.ip_address("127.0.0.1"), engine=EngineKind.PROXY)
@@ -58,29 +59,63 @@ async def trying(port: int, *nodes: Node) -> AsyncIterator[tuple[PathMonitor, li
             await task
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 -- any cause, polled for moments
-            await asyncio.sleep(0.005)
+def state(monitor: PathMonitor, node: str) -> tuple[PathState, PathState]:
+    return monitor.view.of(node, Path.PEER), monitor.view.of(node, Path.PEER_UDP)
 
 
-async def test_a_way_that_fails_is_named_until_it_works() -> None:
+UP, DOWN, UNPROVEN = (PathState.UP,) * 2, (PathState.DOWN,) * 2, (PathState.UNPROVEN,) * 2
+
+
+async def test_a_path_that_fails_is_named_until_it_works() -> None:
     port = free_port()
-    async with trying(port, THERE) as (ways, nodes):
-        await until(lambda: len(ways.problems) == 2)
-        tcp, udp = map(str, ways.problems)
-        assert tcp.startswith(f"node two (127.0.0.1), peer port TCP {port}: nobody listens") and "mesh check" in tcp
-        assert udp.startswith(f"node two (127.0.0.1), peer port UDP {port}: nobody listens")
+    async with trying(port, THERE) as (monitor, nodes):
+        await until(lambda: state(monitor, "n2") == DOWN)
+        (problem,) = map(str, monitor.problems)
+        assert problem.startswith("node two (127.0.0.1): no path to it works")
+        assert f"peer port TCP {port}: nobody listens" in problem and "mesh check" in problem
         async with peer_port(port):
-            await until(lambda: not ways.problems)
-        await until(lambda: len(ways.problems) == 2)
-        nodes[1] = replace(THERE, up=False)  # told by others
-        await until(lambda: not ways.problems)
+            await until(lambda: state(monitor, "n2") == UP and not monitor.problems)
+        await until(lambda: state(monitor, "n2") == DOWN)
+        nodes[1] = replace(THERE, up=False)  # told by others, who name it
+        await until(lambda: not monitor.problems)
+        del nodes[1]
+        await until(lambda: state(monitor, "n2") == UNPROVEN)
 
 
-async def test_nodes_without_agent_or_address_are_not_tried() -> None:
-    silent = replace(THERE, engine=EngineKind.UNKNOWN)
-    others = (silent, replace(THERE, id="n3", address=None), replace(THERE, id="n4", up=False))
-    async with trying(free_port(), *others, replace(THERE, id="n5", name="five")) as (ways, _):
-        await until(lambda: ways.problems)
-        assert all("node five" in str(problem) for problem in ways.problems)
+async def test_first_trials_are_waited_for() -> None:
+    port = free_port()
+    async with peer_port(port), trying(port, THERE, replace(THERE, id="n3", name="three")) as (monitor, nodes):
+        await asyncio.wait_for(monitor.proven(), 20)
+        assert state(monitor, "n2") == state(monitor, "n3") == UP
+        nodes.append(replace(THERE, id="n4", name="four"))
+        monitor.look_again()
+        await until(lambda: state(monitor, "n4") == UP)
+
+
+async def test_nodes_without_an_agent_are_tried_and_those_without_an_address_are_not() -> None:
+    others = (replace(THERE, engine=EngineKind.UNKNOWN), replace(THERE, id="n3", name="three", address=None))
+    async with trying(free_port(), *others) as (monitor, _):
+        await until(lambda: monitor.problems)
+        assert [(node.name, path) for node, path, _ in monitor.states()] == [("two", Path.PEER), ("two", Path.PEER_UDP)]
+
+
+def test_a_path_comes_back_after_several_good_trials_and_more_the_more_it_flaps() -> None:
+    trial = Trial()
+    assert trial.take("", 0.0) and trial.state is PathState.UP  # the first proof counts at once
+    needed = []
+    for start in (1.0, 2.0, 3.0, 4.0, 5.0):
+        assert trial.take("no answer", start) and trial.state is PathState.DOWN
+        good = 1
+        while not trial.take("", start):
+            good += 1
+        needed.append(good)
+    assert needed == [4, 8, 16, 16, 16]
+    assert trial.take("no answer", 5.0 + FLAP_SECONDS) and not trial.take("", 70.0) and trial.take("", 70.0)
+
+
+def test_one_bad_trial_of_a_path_that_is_coming_back_starts_its_proof_again() -> None:
+    trial = Trial()
+    trial.take("no answer", 0.0)
+    assert trial.state is PathState.DOWN
+    assert not trial.take("", 1.0) and not trial.take("no answer", 2.0) and not trial.take("", 3.0)
+    assert trial.take("", 4.0)

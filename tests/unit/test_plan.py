@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from mesh._abi import OWNER_FIRST, OWNER_PASS, SLOT_TRACKED
 from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Plan
+from mesh.datapath.base import Applied, Plan, key_of
 from mesh.errors import DatapathError
 from mesh.model import DesiredState, HealthView, Intent, Inventory
 from mesh.reconcile import plan as plans
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
-from mesh.reconcile.plan import doubtful, key_of, plan, settle
+from mesh.reconcile.plan import doubtful, plan, settle
 from tests.support.inventories import inventories
 from tests.support.memory import MemoryDatapath
-from tests.unit.test_compose import backend, of
+from tests.support.parts import backend, of
 
 histories = st.lists(inventories(), min_size=1, max_size=4)
 thorough = settings(max_examples=30, deadline=None)

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 from dataclasses import replace
-from typing import Any
 
 from mesh.cluster.readiness import HOLD, ReadinessGate
 from mesh.cluster.wire import HealthReport, Report
@@ -25,6 +23,7 @@ from mesh.model import (
     ServiceOptions,
 )
 from tests.support.cluster_provider import Server, make_provider
+from tests.support.polling import until
 
 UP, DOWN = HealthReport("up"), HealthReport("down", "refused")
 PENDING = HealthReport("awaited")  # the word on the wire
@@ -122,12 +121,6 @@ def test_a_node_that_is_told_holds_nobody_back_and_knows_whom_it_was_told_of() -
     assert new.apply({}) == {"c": PENDING}
     new.take(inventory(backend("a"), backend("b"), backend("c"), backend("d")), hold=False)
     assert (new.apply({}), new.due) == ({}, None)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def test_a_manager_tells_the_others_who_is_pending() -> None:

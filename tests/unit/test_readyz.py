@@ -13,8 +13,8 @@ from mesh.health.monitor import Monitor
 from mesh.model import Backend, EngineKind, Inventory, Protocol, PublishedPort, Service
 from mesh.providers.demo import DemoProvider
 from mesh.reconcile.loop import Reconciler
-from tests.support.lab.netns import PATIENCE
 from tests.support.memory import MemoryDatapath
+from tests.support.polling import until
 
 
 async def stop(release: bool) -> None: ...
@@ -49,8 +49,6 @@ async def test_ready_with_nothing_to_serve(tmp_path: Path) -> None:
     view = View(Facts(EngineKind.UNKNOWN, "", tmp_path, 0.0), reconciler, DemoProvider(Config()), Monitor(print), stop)
     running = asyncio.create_task(reconciler.run())
     reconciler.publish(Inventory())
-    async with asyncio.timeout(PATIENCE):
-        while not view.ready()[0]:  # noqa: ASYNC110 -- any cause, polled for moments
-            await asyncio.sleep(0.01)
+    await until(lambda: view.ready()[0], "ready")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from mesh.api.services import Services
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Stats
+from mesh.datapath.base import Applied, Stats, key_of
 from mesh.datapath.counters import Counters
 from mesh.metrics.exposition import Exposition, Snapshot
 from mesh.model import Backend, EngineKind, HealthView, Inventory, Node, Protocol, PublishedPort, Service
 from mesh.reconcile.compose import ComposeCache, compose
 from mesh.reconcile.eligibility import Drained
 from mesh.reconcile.loop import Picture
-from mesh.reconcile.plan import key_of, plan
+from mesh.reconcile.plan import plan
 from tests.support.inventories import health_views, inventories
 from tests.support.memory import MemoryDatapath
 from tests.support.metrics_samples import state as sample
@@ -41,7 +41,7 @@ def test_a_scrape_says_what_the_first_one_would(history: list[tuple[Inventory, H
         for known in (inventory, replace(inventory, backends=inventory.backends[:-1])):
             desired = compose(known, health, drained, Config(), cache)
             applied = engine.apply(plan(applied, desired))
-            picture = Picture(known, health, drained, desired)
+            picture = Picture(known, health, drained, desired=desired)
             shown, fresh = services.shown(picture, applied), Services(EngineKind.PROXY).shown(picture, applied)
             assert shown == fresh
             now, first = (
@@ -68,7 +68,7 @@ def test_targets_that_stay_are_shown_by_the_same_objects() -> None:
             inventory,
             HealthView(),
             Drained(drained),
-            compose(inventory, HealthView(), Drained(drained), Config(), cache),
+            desired=compose(inventory, HealthView(), Drained(drained), Config(), cache),
         )
         applied = engine.apply(plan(applied, picture.desired))
         (service,) = services.shown(picture, applied)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from mesh.config.keys import Config
 from mesh.errors import ConfigError, ProviderError
 from mesh.model import Affinity, Intent, Inventory, ProbeKind, Protocol, PublishedPort
 from mesh.providers.static import StaticProvider, parse_static
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import until
 
 GOOD = """\
 [[services]]
@@ -127,11 +127,6 @@ class Follower:
         self.provider = StaticProvider(Config(static_file=str(path)))
         self.inventories: list[Inventory] = []
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-
     def replace(self, text: str) -> None:
         """As editors do: another file takes the name."""
         draft = self.path.with_suffix(".new")
@@ -157,44 +152,44 @@ async def test_changes_are_followed_and_broken_edits_are_not(tmp_path: Path) -> 
     path.write_text(GOOD)
     async with following(path) as follower:
         status = follower.provider.status
-        await follower.until(lambda: len(follower.inventories) == 1)
+        await until(lambda: len(follower.inventories) == 1)
         assert status().connected
         follower.replace(GOOD.replace("weight = 3", "weight = x"))
-        await follower.until(lambda: status().error)
+        await until(lambda: status().error)
         assert f"{path}:25" in status().error
         assert not status().connected
         assert len(follower.inventories) == 1
         path.unlink()
-        await follower.until(lambda: "No such file" in status().error)
+        await until(lambda: "No such file" in status().error)
         follower.replace(GOOD.replace("weight = 3", "weight = 4"))
-        await follower.until(lambda: len(follower.inventories) == 2)
+        await until(lambda: len(follower.inventories) == 2)
         assert follower.inventories[-1].backends[0].weight == 4
-        await follower.until(lambda: status().connected)
+        await until(lambda: status().connected)
 
 
 async def test_reload_reads_at_once_and_publishes_only_changes(tmp_path: Path) -> None:
     path = tmp_path / "services.toml"
     path.write_text(GOOD)
     async with following(path) as follower:
-        await follower.until(lambda: follower.inventories)
+        await until(lambda: follower.inventories)
         path.write_text(GOOD + "# nothing new\n")
         follower.provider.reload()
         await asyncio.sleep(0.3)
         assert len(follower.inventories) == 1
         path.write_text("")
         follower.provider.reload()
-        await follower.until(lambda: follower.inventories[-1] == Inventory(source="static"))
+        await until(lambda: follower.inventories[-1] == Inventory(source="static"))
 
 
 async def test_a_file_that_is_not_there_is_said_and_awaited(tmp_path: Path) -> None:
     path = tmp_path / "services.toml"
     async with following(path) as follower:
-        await follower.until(lambda: follower.provider.status().error)
+        await until(lambda: follower.provider.status().error)
         assert follower.provider.status().age_seconds is None
         path.write_bytes(b"name = '\xff'\n")
-        await follower.until(lambda: "not UTF-8" in follower.provider.status().error)
+        await until(lambda: "not UTF-8" in follower.provider.status().error)
         path.write_text(GOOD)
-        await follower.until(lambda: follower.inventories)
+        await until(lambda: follower.inventories)
 
 
 def test_no_file_configured() -> None:

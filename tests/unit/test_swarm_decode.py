@@ -16,36 +16,9 @@ from mesh.errors import ProviderError
 from mesh.model import Intent, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.providers.swarm import schema
-from mesh.providers.swarm.decode import GONE, TASK_LABEL, UNREADY, Answers, Decoder, decode
+from mesh.providers.swarm.decode import GONE, UNREADY, Answers, Decoder, decode
 from mesh.providers.swarm.events import Overlay
-
-INFO = {"Name": "n1", "Swarm": {"NodeID": "node1", "LocalNodeState": "active", "ControlAvailable": True}}
-
-
-def service(**changes: Any) -> dict[str, Any]:
-    port = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"}
-    return {"ID": "s1", "Spec": {"Name": "web", "Labels": {}}, "Endpoint": {"Ports": [port]}} | changes
-
-
-def task(identity: str, state: str = "running", desired: str = "running", node: str = "node1") -> dict[str, Any]:
-    status = {"State": state, "ContainerStatus": {"ContainerID": f"c-{identity}"}}
-    return {"ID": identity, "ServiceID": "s1", "NodeID": node, "Slot": 1, "Status": status, "DesiredState": desired}
-
-
-def answers(
-    services: Any = None, tasks: Any = (), nodes: Any = (), running: Any = (), unready: Any = (), info: Any = None
-) -> Answers:
-    attached = {c: {"IPv4Address": f"172.18.0.{n}/16"} for n, c in enumerate(running, 2)}
-    parts = (
-        INFO if info is None else info,
-        [service()] if services is None else services,
-        list(tasks),
-        list(nodes),
-        [{"Id": c} for c in running],
-        [{"Id": c} for c in unready],
-        {"Name": "docker_gwbridge", "Containers": attached | {"ingress-sbox": {"IPv4Address": "172.18.0.99/16"}}},
-    )
-    return Answers(*(json.dumps(p).encode() for p in parts))
+from tests.support.engine_answers import answers, event, service, task
 
 
 def test_a_running_task_is_a_backend() -> None:
@@ -220,10 +193,6 @@ def test_any_bytes_give_an_inventory_or_a_provider_error(body: bytes) -> None:
     for part in Answers.__slots__:
         with contextlib.suppress(ProviderError):
             decode(replace(answers(), **{part: body}))
-
-
-def event(action: str, container: str = "c-t1", **attributes: str) -> schema.Event:
-    return schema.Event("container", action, schema.Actor(container, {TASK_LABEL: "t1"} | attributes))
 
 
 def test_a_death_counts_at_once_and_until_the_list_shows_it() -> None:

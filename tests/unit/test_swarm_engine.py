@@ -24,7 +24,7 @@ from mesh.providers.swarm.decode import NO_GATEWAY, Answers
 from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.local_node import LocalView, decode_local, keep_role
 from mesh.providers.swarm.watch import plain_key, tls_context, watch, watch_request
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE, until
 
 PORT = {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"}
 STATUS = {"State": "running", "ContainerStatus": {"ContainerID": "c1"}}
@@ -209,12 +209,6 @@ def test_no_address_of_an_engine(host: str) -> None:
         engine_url(host)
     with pytest.raises(ConfigError):
         SwarmProvider(Config(docker_host=host))
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("how", BAD)

@@ -128,7 +128,7 @@ struct mesh_backend {
 	__u32 ifindex; /* host side of its veth; 0: unknown, deliver through `bridge` */
 	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: the node's own */
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
-	__u8 version;  /* on another node: the IP version that it serves, 4 or 6; else 0 */
+	__u8 version; /* on another node: the IP version that the tunnel carries to it, 4 or 6; 0: the peer port does */
 	__u8 pad;
 	__be64 seed; /* not 0: on another node */
 	__u8 pad2[16];
@@ -305,7 +305,8 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(RESET_HELD,                                                                                                  \
 	  "dropped: a task's first reset of a connection; the client's kernel sends its SYN again after a second")     \
 	X(TUNNEL_NO_PATH,                                                                                              \
-	  "passed: no path to the task's node, or the caller is a container of this node; replies are dropped")        \
+	  "passed: the tunnel does not lead to the task's node, or the caller is a container of this node; replies "   \
+	  "are dropped")                                                                                               \
 	X(ERROR, "passed: a map or helper failed")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,

@@ -2,5 +2,5 @@
 """`mesh check`: whether the daemon can run here, and what would help.
 
 `command` asks, `host`, `docker`, `firewall` and `cluster` answer with Findings (`finding`). Changes nothing, and works
-beside a daemon that runs. May import everything below the CLI.
+while a daemon runs. May import everything below the CLI.
 """

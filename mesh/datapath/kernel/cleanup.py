@@ -199,9 +199,9 @@ class Cleanup:
         self.problems: Sequence[str] = ()
 
     async def clear_stale_state(self, serving: Callable[[], bool]) -> None:
-        """Once the proxy engine serves: take off what the kernel engine has left in the same state directory.
+        """Once the proxy engine serves: remove what a kernel engine has left in the same state directory.
 
-        Flows that start are the proxy's from then on; those under way go on, and the programs go with the last.
+        From then on the proxy gets flows that start; established ones stay, and the programs go with the last.
 
         Args:
             serving: whether the proxy engine serves all that is known.
@@ -215,14 +215,14 @@ class Cleanup:
             return
         try:
             flows = await _thread(state.hand_back)
-            log.info("the kernel engine served here before: its programs go with the flows under way", flows=flows)
+            log.info("a kernel engine served here before; its programs stay until their flows have ended", flows=flows)
             await asyncio.sleep(GRACE)
             while await _thread(state.wait, POLL):
                 pass
             await _thread(state.take_off)
-            log.info("the kernel engine's programs are taken off")
+            log.info("the kernel engine's programs are removed")
         except (MeshError, OSError, ValueError, KeyError) as error:
-            log.warning("the kernel engine's programs of before are in the way: mesh stop --release", error=str(error))
+            log.warning("cannot remove an earlier kernel engine's programs; run mesh stop --release", error=str(error))
 
     async def watch_foreign_instances(self) -> None:
         """Keep `problems`, until cancelled."""

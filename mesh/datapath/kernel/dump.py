@@ -230,14 +230,14 @@ class _Reader:
             "protocol": str(Protocol(slot.protocol)),
             "state": STATES.get(slot.state, str(slot.state)),
             "epoch": slot.epoch,
-            "way": self._way(slot),
+            "path": self._path(slot),
             "interface": _interface(slot.ifindex),
             "bridge": _interface(slot.bridge) if slot.bridge != _abi.LOOPBACK else "",
             "mac": slot.mac.hex(":") if any(slot.mac) else "",
             "seed": slot.seed.hex() if slot.seed != LOCAL else "",
         }
 
-    def _way(self, slot: _abi.Backend) -> str:
+    def _path(self, slot: _abi.Backend) -> str:
         if slot.seed != LOCAL:
             node = self._nodes.get(slot.address)
             return "tunnel" if node is not None and node.mtu else "peer"

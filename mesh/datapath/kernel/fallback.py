@@ -44,6 +44,8 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     )
     found: dict[Frontend, FrontendEntry] = {}
     for frontend, entry in applied.frontends.items():
+        if entry.state.passing:  # Docker's own mesh has to see it
+            continue
         if any(target.via is not None for target in entry.state.targets):
             found[frontend] = entry
             continue
@@ -170,7 +172,7 @@ class Fallback:
 
         def pair(row: tuple[Frontend, BackendKey]) -> tuple[Frontend, BackendKey] | None:
             known = names[row[0]]
-            return (known, row[1]) if known in applied.frontends and row[1] in applied.backends else None
+            return (known, row[1].base) if known in applied.frontends and row[1] in applied.backends else None
 
         frontends = added(CounterTable.of(stats.frontends), CounterTable.of(ours.frontends), front)
         backends = added(CounterTable.of(stats.backends), CounterTable.of(ours.backends), pair)

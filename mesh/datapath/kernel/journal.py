@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from mesh import model
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Plan
 from mesh.model import Address, EngineKind, Frontend, FrontendState, Protocol, Target
 from mesh.options import from_compact, to_compact
@@ -35,14 +36,26 @@ class Names:
 
 def _target_out(target: Target) -> list[Any]:
     place = [target.backend, str(target.address), target.port, target.weight, target.local]
-    return [*place, target.node, target.container, str(target.via or ""), target.engine]
+    path = [target.path.value, target.masked, target.agreed] if target.path is not model.Path.LOCAL else []
+    return [*place, target.node, target.container, str(target.via or ""), target.engine, *path]
 
 
 def _target_in(row: list[Any]) -> Target:
-    backend, address, port, weight, local, node, container, via, engine = row
+    backend, address, port, weight, local, node, container, via, engine, *more = row
     away = ipaddress.ip_address(via) if via else None
-    kind = EngineKind.told(engine)
-    return Target(backend, ipaddress.ip_address(address), port, weight, local, node, container, away, kind)
+    path, masked, agreed = more or (model.Path.LOCAL.value, "", 0)
+    place = (
+        backend,
+        ipaddress.ip_address(address),
+        port,
+        weight,
+        local,
+        node,
+        container,
+        away,
+        EngineKind.told(engine),
+    )
+    return Target(*place, path=model.Path(path), masked=masked, agreed=agreed)
 
 
 def _place_out(frontend: Frontend) -> list[Any]:
@@ -66,6 +79,7 @@ def _frontend_out(state: FrontendState) -> dict[str, Any]:
         "options": to_compact(state.options, whole=True),
         "targets": [_target_out(target) for target in state.targets],
         "panic": state.panic,
+        **({"passing": True} if state.passing else {}),
     }
 
 
@@ -78,16 +92,18 @@ def _frontend_in(row: dict[str, Any]) -> FrontendState:
         options=from_compact(row["options"]),
         targets=tuple(_target_in(target) for target in row["targets"]),
         panic=row["panic"],
+        passing=row.get("passing", False),
     )
 
 
 def _backend_out(entry: BackendEntry) -> list[Any]:
-    return [entry.id, entry.key.backend, entry.key.port, entry.key.protocol, _target_out(entry.target)]
+    key = entry.key
+    return [entry.id, key.backend, key.port, key.protocol, _target_out(entry.target), *([key.path] if key.path else [])]
 
 
 def _backend_in(row: list[Any]) -> BackendEntry:
-    number, backend, port, protocol, target = row
-    return BackendEntry(number, BackendKey(backend, port, protocol), _target_in(target))
+    number, backend, port, protocol, target, *path = row
+    return BackendEntry(number, BackendKey(backend, port, protocol, *path), _target_in(target))
 
 
 class Journal:

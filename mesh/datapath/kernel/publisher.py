@@ -15,7 +15,7 @@ from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.locator import Location, is_held
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids, seed_of
-from mesh.model import Affinity, Frontend, ServiceOptions
+from mesh.model import Affinity, Frontend, Path, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
 HOLD: Final = 5.0  # seconds in which UDP flows from before a take-over must send to stay where they are
@@ -104,7 +104,7 @@ class Publisher:
         return max(0.0, min(self._held_until.values(), default=float("inf")) - time.monotonic())
 
     def release_holds(self, applied: Applied) -> None:
-        """Take over the UDP flows that have been silent since the frontend was published HOLD seconds ago."""
+        """Take over the UDP flows that have been idle since the frontend was published HOLD seconds ago."""
         now = time.monotonic()
         for frontend in [f for f, until in self._held_until.items() if until <= now]:
             del self._held_until[frontend]
@@ -127,6 +127,7 @@ def backend_slot(entry: BackendEntry, location: Location) -> _abi.Backend:
         state=_abi.BACKEND_ACTIVE if target.weight else _abi.BACKEND_DRAINING,
     )
     if target.via is not None:
-        return slot._replace(seed=seed_of(entry.key), version=AWAY_VERSION)
+        tunnelled = entry.key.path != Path.PEER.value
+        return slot._replace(seed=seed_of(entry.key), version=AWAY_VERSION if tunnelled else 0)
     bridge = _abi.LOOPBACK if location.own else location.via
     return slot._replace(ifindex=location.veth, bridge=bridge, mac=location.mac)

@@ -8,7 +8,7 @@ from typing import Final
 
 from mesh import _abi, _bpf, netaddr
 from mesh._maglev import SlotTable, backend_seed, hash_flow
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, key_of
 from mesh.datapath.kernel import stats
 from mesh.datapath.kernel.journal import Names
 from mesh.datapath.kernel.maps import KernelMaps
@@ -41,7 +41,7 @@ def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> App
             maps.drop_frontend(frontend)
             continue
         state = names.frontends.get(frontend) or FrontendState(frontend, "", "", ServiceOptions(table_size=table.size))
-        keys = (BackendKey(t.backend, t.port, int(frontend.protocol)) for t in state.targets)
+        keys = (key_of(state, target) for target in state.targets)
         ids = {backends[key].id for key in keys if key in backends}
         ids |= {owner for owner in table.owners() if owner >= _abi.OWNER_FIRST}
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
@@ -62,10 +62,11 @@ def from_journal(names: Names) -> Applied:
     entries = {entry.key: entry for entry in names.backends.values()}
     frontends: dict[Frontend, FrontendEntry] = {}
     for frontend, state in names.frontends.items():
-        keys = [BackendKey(t.backend, t.port, int(frontend.protocol)) for t in state.targets]
+        keys = [key_of(state, target) for target in state.targets]
         held = [(t, entries[key].id) for t, key in zip(state.targets, keys, strict=True) if key in entries]
         seeds = [(backend_seed(t.backend), number, t.weight) for t, number in held]
-        table = SlotTable.build(state.options.table_size, seeds)
+        size = state.options.table_size
+        table = SlotTable.uniform(size, _abi.OWNER_PASS) if state.passing else SlotTable.build(size, seeds)
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(number for _, number in held)))
     return Applied(names.generation, frontends, entries, names.nodes)
 

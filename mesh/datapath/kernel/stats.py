@@ -46,8 +46,8 @@ class Order:
         for frontend, entry in applied.frontends.items():
             for number in entry.backends:
                 key = names.pop(number, None)
-                if key is not None:
-                    backends[number] = frontend, key
+                if key is not None and (not key.path or key.base not in applied.backends):
+                    backends[number] = frontend, key.base
         numbers = tuple(served[frontend].id for frontend in frontends)
         return cls(applied, now, frontends, numbers, tuple(backends.values()), tuple(backends))
 

@@ -1,25 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tries the ways by which flows go to other nodes, all the time: of what a firewall swallows nobody tells."""
+"""Tries the paths to all other nodes, all the time: a path carries traffic once it has been shown to work, and while it
+does. Of what a firewall swallows nobody else tells."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from mesh.config.keys import Config
-from mesh.datapath.paths.peer_probe import LEAST, NOBODY, ask_stream, path_mtu
-from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
-from mesh.model import EngineKind, Node, Problem
+from mesh.datapath.paths import peer_probe, tunnel_probe
+from mesh.datapath.paths.datagrams import Questions
+from mesh.datapath.paths.peer_probe import NOBODY, ask_stream
+from mesh.model import Address, EngineKind, Node, Path, PathState, PathView, Problem
 
-EVERY: Final = 30.0  # seconds between two trials of a node
-AGAIN: Final = 5.0  # seconds until a node that failed is tried again
-FAILURES: Final = 2  # trials in a row until a way is said to fail: an agent may just be starting
-AT_ONCE: Final = 4  # nodes that are tried at the same time, and in a second
+EVERY: Final = 0.4  # seconds between two trials of a path that is up, where there are few nodes
+AGAIN: Final = 1.0  # likewise of one that is down; the other half of the proof of one that comes back takes EVERY
+SHARE: Final = {Path.TUNNEL: 0.02, Path.PEER_UDP: 0.02, Path.PEER: 0.06}  # and so many seconds for each node
+WAIT: Final = 0.4  # seconds for the answer to a datagram
+TRIES: Final = 3  # datagrams in a trial: a path is down when none of them is answered
+STREAM_WAIT: Final = 1.2  # seconds for a connection's answer; the kernel sends its first packet again after one
+BACK: Final = 2  # good trials in a row that a path needs to come back
+FLAPS: Final = 16  # at most, for one that keeps failing
+FLAP_SECONDS: Final = 60.0  # a path that was up for less was flapping
+LATE: Final = 0.3  # seconds over a trial's time after which it is this process that did not get to run
+AT_ONCE: Final = 64  # trials under way
+
+MEANS: Final = {
+    Path.TUNNEL: "connections go by the peer port instead",
+    Path.PEER: "only callers on this node itself do not reach its tasks",
+    Path.PEER_UDP: "its tasks get no datagrams from here",
+}
 
 Nodes = Callable[[], tuple[str, Sequence[Node]]]
 
@@ -27,90 +44,245 @@ log = structlog.get_logger("mesh")
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known of the ways to one node."""
+class Trial:
+    """What is known of one path to one node."""
 
+    state: PathState = PathState.UNPROVEN
+    obstacle: str = ""  # why it is down
+    good: int = 0  # trials in a row
+    needs: int = BACK  # good trials until it is up again
+    since: float = 0.0  # when it came up, monotonic
     due: float = 0.0  # monotonic
-    bad: dict[str, int] = field(default_factory=dict)  # trials that failed in a row, by way
-    problems: dict[str, Problem] = field(default_factory=dict)  # by way
+    busy: bool = False
+
+    def take(self, obstacle: str, now: float) -> bool:
+        """Take a trial's outcome. Returns whether the state has changed."""
+        before = self.state
+        self.obstacle = obstacle
+        self.good = 0 if obstacle else self.good + 1
+        if obstacle:
+            if before is PathState.UP:
+                flapping = now - self.since < FLAP_SECONDS
+                self.needs = min(self.needs * 2, FLAPS) if flapping else BACK
+            self.state = PathState.DOWN
+        elif before is PathState.UNPROVEN or (before is PathState.DOWN and self.good >= self.needs):
+            self.state, self.since = PathState.UP, now
+        return self.state is not before
 
 
 class PathMonitor:
-    """The ways from this node to all others that have an agent: the tunnel between kernel engines, the peer port.
+    """The paths from this node to all others: the tunnel between kernel engines, and the peer port.
 
     Args:
         engine: how this node forwards.
         nodes: this node's id, and all nodes.
-        pause: factor of all waits.
+        on_change: called on the event loop with what is known now, when a path has come up or gone down.
+        pause: factor of all waits between trials.
     """
 
-    def __init__(self, config: Config, engine: EngineKind, nodes: Nodes, *, pause: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: EngineKind,
+        nodes: Nodes,
+        *,
+        on_change: Callable[[PathView], None] = lambda view: None,
+        pause: float = 1.0,
+    ) -> None:
         self._config = config
         self._engine = engine
         self._nodes = nodes
+        self._on_change = on_change
         self._pause = pause
-        self._known: dict[str, _Known] = {}
+        self._trials: dict[tuple[str, Path], Trial] = {}
+        self._others: dict[str, Node] = {}
+        self._questions: dict[tuple[Path, Address | None, int], Questions] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._proven = asyncio.Event()
+        self._may_tunnel = True  # this process may listen for answers in the tunnel
+        self.view = PathView()
+
+    def look_again(self) -> None:
+        """Nodes have changed: try at once those of which nothing is known."""
+        self._refresh()
+        self._wake.set()
+
+    async def proven(self) -> None:
+        """Wait until every path to the nodes that are known has been tried once."""
+        await self._proven.wait()
 
     @property
     def problems(self) -> list[Problem]:
         """What does not work now, sorted."""
-        found = [problem for known in list(self._known.values()) for problem in list(known.problems.values())]
-        return sorted(found, key=str)
+        return sorted((p for node in list(self._others.values()) for p in self._problems(node)), key=str)
+
+    def states(self) -> list[tuple[Node, Path, PathState]]:
+        """Every path that is tried, by node and path."""
+        found = [(self._others[node], path, trial.state) for (node, path), trial in list(self._trials.items())]
+        return sorted(found, key=lambda row: (row[0].name, row[0].id, row[1].value))
 
     async def run(self) -> None:
         """Try until cancelled."""
-        while True:
-            own, nodes = self._nodes()
-            here = next((node for node in nodes if node.id == own), None)
-            others = {n.id: n for n in nodes if n.id != own and n.up and n.engine and n.address is not None}
-            for gone in self._known.keys() - others.keys():
-                del self._known[gone]
-            for node in others:
-                self._known.setdefault(node, _Known())
-            now = time.monotonic()
-            due = sorted((known.due, node) for node, known in self._known.items() if known.due <= now)
-            if here is not None:
-                await asyncio.gather(*(self._try(here, others[node]) for _, node in due[:AT_ONCE]))
-            await asyncio.sleep(self._pause)
+        try:
+            while True:
+                self._wake.clear()
+                here = self._refresh()
+                now = time.monotonic()
+                waiting = sorted(
+                    (trial.due, node, path.value, path)
+                    for (node, path), trial in self._trials.items()
+                    if not trial.busy
+                )
+                for due, node, _, path in waiting[: AT_ONCE - len(self._running)]:
+                    if here is not None and due <= now:
+                        self._start(here, self._others[node], path)
+                if all(trial.state is not PathState.UNPROVEN for trial in self._trials.values()):
+                    self._proven.set()
+                await self._sleep()
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+            for questions in self._questions.values():
+                questions.close()
+            self._questions.clear()
 
-    async def _try(self, here: Node, node: Node) -> None:
-        found = await self._obstacles(here, node)
-        known = self._known.get(node.id)
-        if known is None:
-            return
-        for way, obstacle in found.items():
-            known.bad[way] = known.bad.get(way, 0) + 1 if obstacle else 0
-            if obstacle and known.bad[way] >= FAILURES:
-                if way not in known.problems:
-                    log.warning("a way to a node fails", node=node.name, way=way, found=obstacle)
-                known.problems[way] = self._problem(node, way, obstacle)
-            elif not obstacle and way in known.problems:
-                del known.problems[way]
-                log.info("a way to a node works again", node=node.name, way=way)
-        for way in known.problems.keys() - found.keys():
-            del known.problems[way]
-        known.due = time.monotonic() + self._pause * (AGAIN if any(found.values()) else EVERY)
+    async def _sleep(self) -> None:
+        """Until a trial is due or has ended, or the nodes have changed."""
+        free = [] if len(self._running) >= AT_ONCE else [t.due for t in self._trials.values() if not t.busy]
+        wait = min(free, default=float("inf")) - time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(max(wait, 0.0), AGAIN)):
+                await self._wake.wait()
 
-    async def _obstacles(self, here: Node, node: Node) -> dict[str, str]:
-        """Why each way does not work, empty where it does."""
-        address, config = node.address, self._config
-        assert address is not None
-        found = {f"peer port TCP {config.peer_port}": await ask_stream(address, config.peer_port)}
-        if not (self._engine == node.engine == EngineKind.KERNEL):
-            reach = await asyncio.to_thread(path_mtu, address, config.peer_port, LEAST[address.version])
-            found[f"peer port UDP {config.peer_port}"] = reach.obstacle
-        elif here.address is not None and here.address.version == address.version:
-            obstacle = await asyncio.to_thread(ask_tunnel, address, here.address, config.tunnel_port)
-            if obstacle != NO_RIGHT:
-                found[f"tunnel UDP {config.tunnel_port}"] = obstacle
-        return found
+    def _refresh(self) -> Node | None:
+        """Take the nodes as they are now. Returns this one."""
+        own, nodes = self._nodes()
+        here = next((node for node in nodes if node.id == own), None)
+        self._others = {n.id: n for n in nodes if n.id != own and n.address is not None}
+        wanted = {(n.id, path) for n in self._others.values() for path in self._paths_to(here, n)}
+        for kind in [k for k in self._questions if k[0] is Path.TUNNEL and (here is None or k[1] != here.address)]:
+            self._questions.pop(kind).close()
+        gone = self._trials.keys() - wanted
+        for key in gone:
+            del self._trials[key]
+        for key in wanted - self._trials.keys():
+            self._trials[key] = Trial()
+            self._proven.clear()
+        if gone:
+            self._tell()
+        return here
 
-    def _problem(self, node: Node, way: str, obstacle: str) -> Problem:
-        tunnel = way.startswith("tunnel")
-        means = "connections to its backends hang" if tunnel else "its backends may not be reached from here"
-        if obstacle == NOBODY:
-            remedy = "is mesh running there, with the same ports? `mesh check --cluster` here, `mesh status` there"
+    def _paths_to(self, here: Node | None, node: Node) -> Iterator[Path]:
+        yield Path.PEER
+        yield Path.PEER_UDP
+        own, other = here.address if here is not None else None, node.address
+        both = self._engine == EngineKind.KERNEL and node.engine != EngineKind.PROXY and self._may_tunnel
+        if both and own is not None and other is not None and own.version == other.version:
+            yield Path.TUNNEL
+
+    def _start(self, here: Node, node: Node, path: Path) -> None:
+        self._trials[node.id, path].busy = True
+        task = asyncio.create_task(self._try(here, node, path))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _try(self, here: Node, node: Node, path: Path) -> None:
+        assert node.address is not None
+        began = time.monotonic()
+        if path is Path.PEER:
+            most, obstacle = STREAM_WAIT, await ask_stream(node.address, self._config.peer_port, STREAM_WAIT)
         else:
-            remedy = f"let {way.split(' ', 1 if tunnel else 2)[-1]} through between all nodes, both ways; "
-            remedy += "`mesh check --cluster` tries each way"
-        return Problem(f"node {node.name} ({node.address}), {way}", f"{obstacle}: {means}", remedy)
+            most, obstacle = WAIT * TRIES, await self._ask(here, node.address, path)
+        now = time.monotonic()
+        self._wake.set()
+        trial = self._trials.get((node.id, path))
+        if trial is None:
+            return
+        trial.busy = False
+        if obstacle == tunnel_probe.NO_RIGHT:
+            self._may_tunnel = False
+            return
+        if obstacle and now - began > most + LATE:  # nothing was shown
+            trial.due = now
+            return
+        changed = trial.take(obstacle, now)
+        pace = max(AGAIN if obstacle else EVERY, SHARE[path] * len(self._others))
+        trial.due = now + pace * self._pause
+        if changed:
+            self._log(node, path, trial)
+            self._tell()
+
+    async def _ask(self, here: Node, address: Address, path: Path) -> str:
+        """By datagram."""
+        source = here.address if path is Path.TUNNEL else None
+        key = path, source, address.version
+        try:
+            questions = self._questions.get(key) or self._make(*key)
+        except PermissionError:
+            return tunnel_probe.NO_RIGHT
+        except OSError as error:
+            return error.strerror or str(error)
+        self._questions[key] = questions
+        return await questions.ask(address, WAIT, TRIES)
+
+    def _make(self, path: Path, source: Address | None, version: int) -> Questions:
+        if path is Path.PEER_UDP:
+            port = self._config.peer_port
+            return Questions(version, None, port, peer_probe.question, lambda data: peer_probe.nonce_of(data, 4))
+        inner = 1024 + secrets.randbelow(64512)
+        listener = tunnel_probe.listen(version, self._config.tunnel_port, inner)
+        try:
+            return Questions(
+                version,
+                source,
+                self._config.tunnel_port,
+                lambda nonce: tunnel_probe.question(inner, int.from_bytes(nonce, "big")),
+                lambda data: tunnel_probe.nonce_of(version, data),
+                listener,
+            )
+        except OSError:
+            listener.close()
+            raise
+
+    def _tell(self) -> None:
+        self.view = PathView({key: trial.state for key, trial in self._trials.items()})
+        self._on_change(self.view)
+
+    def _log(self, node: Node, path: Path, trial: Trial) -> None:
+        if trial.state is PathState.UP:
+            log.info("path up", node=node.name, path=path.value)
+        else:
+            log.warning("path down", node=node.name, path=path.value, found=trial.obstacle)
+
+    def _down(self, node: Node) -> dict[Path, str]:
+        """Obstacles of the paths to a node that do not work."""
+        found = ((path, self._trials.get((node.id, path))) for path in SHARE)
+        return {path: trial.obstacle for path, trial in found if trial and trial.state is PathState.DOWN}
+
+    def _problems(self, node: Node) -> Iterator[Problem]:
+        down, where = self._down(node), f"node {node.name} ({node.address})"
+        tunnel = self._trials.get((node.id, Path.TUNNEL))
+        if Path.PEER in down and (tunnel is None or Path.TUNNEL in down):
+            if node.up:  # else the node is known to be down, and named as such
+                said = ", ".join(f"{self._port(path)}: {why}" for path, why in down.items())
+                means = "its tasks get no new connections from here while others can serve"
+                yield Problem(where, f"no path to it works ({said}): {means}", self._cure(node, down))
+            return
+        if tunnel is not None and tunnel.state is PathState.UP:
+            down.pop(Path.PEER_UDP, None)  # only datagrams of this node's own callers would go there
+        for path, why in down.items():
+            yield Problem(f"{where}, {self._port(path)}", f"{why}: {MEANS[path]}", self._cure(node, down))
+
+    def _port(self, path: Path) -> str:
+        if path is Path.TUNNEL:
+            return f"tunnel UDP {self._config.tunnel_port}"
+        return f"peer port {'TCP' if path is Path.PEER else 'UDP'} {self._config.peer_port}"
+
+    def _cure(self, node: Node, down: Iterable[Path]) -> str:
+        refused = Path.PEER in down and self._trials[node.id, Path.PEER].obstacle == NOBODY
+        if refused or (not node.engine and Path.PEER in down):
+            return "is mesh running there, with the same ports? `mesh check --cluster` here, `mesh status` there"
+        names = ", ".join(self._port(path).split(" ", 1 if path is Path.TUNNEL else 2)[-1] for path in down)
+        return f"let {names} through between all nodes, both ways; `mesh check --cluster` tries each path"

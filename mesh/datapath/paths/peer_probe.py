@@ -63,7 +63,7 @@ class PathMtu:
         return "" if self.mtu else NOBODY if self.refused else NO_ANSWER
 
 
-async def ask_stream(address: Address, port: int) -> str:
+async def ask_stream(address: Address, port: int, wait: float = CONNECT) -> str:
     """Whether the peer port takes connections from here; empty: it does, else why not, in words.
 
     One of: NO_ANSWER, NOBODY, "cut off" or what the system says.
@@ -74,7 +74,7 @@ async def ask_stream(address: Address, port: int) -> str:
     family = b"\x11" if address.version == 4 else b"\x21"
     header = b"\r\n\r\n\0\r\nQUIT\n\x21" + family + len(body).to_bytes(2, "big") + body
     try:
-        async with asyncio.timeout(CONNECT):
+        async with asyncio.timeout(wait):
             reader, writer = await asyncio.open_connection(str(address), port)
             try:
                 writer.write(header)
@@ -89,6 +89,16 @@ async def ask_stream(address: Address, port: int) -> str:
         return "cut off"
     except OSError as error:
         return error.strerror or str(error)
+
+
+def question(nonce: bytes) -> bytes:
+    """The shortest datagram that a peer port answers; `nonce` has 16 bytes at most."""
+    return (_QUESTION + nonce).ljust(_HEAD, b"\0")
+
+
+def nonce_of(answer: bytes, length: int) -> bytes | None:
+    """What an answer repeats of its question; None: it is no answer."""
+    return answer[len(_ANSWER) : len(_ANSWER) + length] if answer.startswith(_ANSWER) else None
 
 
 def path_mtu(address: Address, port: int, device: int) -> PathMtu:

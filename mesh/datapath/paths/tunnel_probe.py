@@ -66,7 +66,19 @@ def _filter(version: int, tunnel_port: int, port: int) -> bytes:
     return _linux.SOCKFILTER.pack_rows(_linux.SockFilter(code=c, jt=jt, jf=jf, k=k) for c, jt, jf, k in program)
 
 
-def _listen(version: int, tunnel_port: int, port: int) -> socket.socket:
+def nonce_of(version: int, answer: bytes) -> bytes:
+    """What an answer, from the outer IP header on, repeats of its question."""
+    outer = packets.IP_SIZE[version] + _linux.UDP.size
+    sequence = outer + _SEGMENT + _linux.TCP.offsets["sequence"]
+    return answer[sequence : sequence + 4]
+
+
+def listen(version: int, tunnel_port: int, port: int) -> socket.socket:
+    """A packet socket that hears answers to questions from the inner port `port`.
+
+    Raises:
+        PermissionError: it takes CAP_NET_RAW.
+    """
     # A socket for one protocol would come after the programs.
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_linux.ETH_P_ALL))
     code = _filter(version, tunnel_port, port)
@@ -87,11 +99,9 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
     """
     version, port, nonce = address.version, 1024 + secrets.randbelow(64512), secrets.randbits(32)
     data, wanted = question(port, nonce), nonce.to_bytes(4, "big")
-    outer = packets.IP_SIZE[version] + _linux.UDP.size
-    sequence = outer + _SEGMENT + _linux.TCP.offsets["sequence"]  # where an answer has the nonce
     with ExitStack() as stack:
         try:
-            answers = stack.enter_context(_listen(version, tunnel_port, port))
+            answers = stack.enter_context(listen(version, tunnel_port, port))
         except PermissionError:
             return NO_RIGHT
         family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -101,7 +111,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
             sock.connect((str(address), tunnel_port))
             for _ in range(TRIES):
                 sock.send(data)
-                if answered(answers, WAIT, lambda answer: answer.startswith(wanted, sequence)):
+                if answered(answers, WAIT, lambda answer: nonce_of(version, answer) == wanted):
                     return ""
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except ConnectionRefusedError:

@@ -150,6 +150,9 @@ class ProxyDatapath:
         with self._accounting.lock:
             self._backends.update({b.id: b for b in plan.put_backends})
         self._peers.apply(engine, plan.result.nodes or (), plan.put_backends)
+        passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
+        for frontend in passing:
+            intercept.forget(frontend)
         for entry in plan.put_frontends:
             try:
                 self._put(entry)
@@ -163,6 +166,8 @@ class ProxyDatapath:
         for frontend in gone:
             intercept.forget(frontend)
         intercept.commit()
+        for frontend in passing:
+            self._stop_listening(frontend)
         for frontend in gone:
             self._drop(frontend)
             self._problems.pop(frontend, None)
@@ -218,7 +223,7 @@ class ProxyDatapath:
             deny=prefixes(state.options.deny),
         )
         record.entry = entry
-        if not record.descriptors:
+        if not record.descriptors and not state.passing:
             opened = intercept.listen(frontend)
             six = opened.sockets[0].family == socket.AF_INET6
             record.descriptors = tuple(sock.detach() for sock in opened.sockets)
@@ -230,6 +235,14 @@ class ProxyDatapath:
                     six=six,
                     thread=thread,
                 )
+
+    def _stop_listening(self, frontend: Frontend) -> None:
+        """Leave connections that start to whoever else has the port; those there are go on."""
+        engine, _ = self._opened()
+        record = self._accounting.records.get(frontend)
+        if record is not None and record.descriptors:
+            engine.unlisten(record.front)
+            record.descriptors = ()
 
     def _drop(self, frontend: Frontend) -> None:
         engine, _ = self._opened()

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE, wait_for
 from tests.support.ports import free_port
 
 
@@ -61,16 +61,16 @@ class Demo:
         self.close()
 
     def _wait(self, condition: Any) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
+        def holds() -> bool:
             assert self.process.poll() is None, self.output()
-            try:
-                if condition():
-                    return
-            except OSError:
-                pass
-            time.sleep(0.05)
-        raise TimeoutError(self.output())
+            with contextlib.suppress(OSError):
+                return bool(condition())
+            return False
+
+        try:
+            wait_for(holds, "the demo", interval=0.05)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.output()}") from None
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

@@ -4,30 +4,23 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from tests.support.lab import images
-from tests.support.lab.netns import (
-    PATIENCE,
-    Lab,
-    Namespace,
-    delete_cgroups,
-    kill_all,
-    orphans_named,
-    reap,
-    run,
-    wait_for,
-)
+from tests.support.lab.netns import Lab, Namespace, delete_cgroups, kill_all, orphans_named, reap, run
+from tests.support.polling import PATIENCE, wait_for
 
 # The node's own mounts: /run and /opt empty, /etc writable without a trace, name look-ups refused at once (a swarm task
 # otherwise waits 20 s for a registry), the node's hostname. Held by a process of its own, so that dockerd can restart.
@@ -149,7 +142,9 @@ class Node:
         assert self._daemon is not None
         if self._daemon.poll() is not None:
             raise RuntimeError(f"dockerd of {self.cgroup} ended:\n{self.log.read_text()[-4000:]}")
-        return self.socket.exists() and self.docker("version", check=False).returncode == 0
+        with contextlib.suppress(OSError):
+            return bool(self.api("GET", "/version"))
+        return False
 
     def stop(self) -> None:
         """SIGTERM: containers end too. Waits for the end."""
@@ -176,9 +171,23 @@ class Node:
         """`docker ...` on this node."""
         return run("docker", "-H", self.host, *arguments, check=check, timeout=timeout)
 
+    def api(self, method: str, path: str) -> Any:
+        """A request to this Engine, parsed. Polling asks so: a `docker` process costs a tenth of a second of CPU."""
+        connection = http.client.HTTPConnection("docker", timeout=PATIENCE)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        with contextlib.closing(connection):
+            connection.sock.settimeout(PATIENCE)
+            connection.sock.connect(str(self.socket))
+            connection.request(method, quote(path, safe="/?&="))
+            reply = connection.getresponse()
+            body = reply.read()
+        if reply.status >= 400:
+            raise RuntimeError(f"{method} {path}: {reply.status} {body.decode(errors='replace')}")
+        return json.loads(body) if body else None
+
     def inspect(self, kind: str, name: str) -> dict[str, Any]:
-        """`docker <kind> inspect <name>`, parsed: kind is service, node, network, container, ..."""
-        found: dict[str, Any] = json.loads(self.docker(kind, "inspect", name).stdout)[0]
+        """What `docker <kind> inspect <name>` shows: kind is service, node, network or container."""
+        found: dict[str, Any] = self.api("GET", f"/{kind}s/{name}" + ("/json" if kind == "container" else ""))
         return found
 
     def load(self, image: images.Image) -> None:
@@ -201,14 +210,21 @@ class Node:
 
 def patiently(ask: Callable[[], T]) -> T:
     """What a manager answers; asked again while it says that it cannot at the moment."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
+    busy: list[RuntimeError] = []
+
+    def answered() -> tuple[T] | None:
         try:
-            return ask()
+            return (ask(),)
         except RuntimeError as error:
-            if not _AGAIN.search(str(error)) or time.monotonic() > deadline:
+            if not _AGAIN.search(str(error)):
                 raise
-        time.sleep(0.2)
+            busy[:] = [error]
+        return None
+
+    try:
+        return wait_for(answered, "a manager that answers", interval=0.2)[0]  # type: ignore[index]
+    except TimeoutError:
+        raise busy[0] from None
 
 
 class Swarm:
@@ -217,6 +233,7 @@ class Swarm:
     def __init__(self, lab: Lab, managers: int = 1, workers: int = 0) -> None:
         self.lab = lab
         self.asked = 0
+        self.managers = managers
         hosts = [lab.host(f"n{number}") for number in range(1, managers + workers + 1)]
         found = images.server_images()
         with ThreadPoolExecutor(len(hosts)) as pool:  # most of it is waiting
@@ -241,6 +258,8 @@ class Swarm:
     def revive(self) -> None:
         """Start what was stopped or killed, all at once: a manager alone waits for the others. Until all are ready."""
         self.asked = 0
+        for node in self.nodes:
+            self.lab.switch.ip("link", "set", f"p{node.address.rpartition('.')[2]}", "up")
         ended = [node for node in self.nodes if not node.running]
         if ended:
             with ThreadPoolExecutor(len(ended)) as pool:
@@ -248,8 +267,11 @@ class Swarm:
         wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready again", interval=0.2)
 
     def _ready(self, count: int) -> bool:
-        states = self.manager.docker("node", "ls", "--format", "{{.Status}}", check=False).stdout.split()
-        return states.count("Ready") == count
+        try:
+            nodes = self.manager.api("GET", "/nodes")
+        except (OSError, RuntimeError):  # it is not up yet, or has no leader
+            return False
+        return [node["Status"]["State"] for node in nodes].count("ready") == count
 
     def docker(self, *arguments: str, check: bool = True, timeout: float = PATIENCE) -> str:
         """`docker ...` on the first manager; its output."""
@@ -266,7 +288,7 @@ class Swarm:
         image: str = "mesh-lab/server:1",
         wait: bool = True,
     ) -> str:
-        """`docker service create` with the stand-in server; returns the service's id.
+        """`docker service create` with the stand-in server; returns the service's id. What ends is replaced at once.
 
         Args:
             options: further options of `docker service create`.
@@ -275,7 +297,7 @@ class Swarm:
             labels: service labels.
             wait: until all replicas run.
         """
-        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name]
+        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name, "--restart-delay=200ms"]
         if "global" not in options and "--mode=global" not in options:
             command += ["--replicas", str(replicas)]
         identity = {"TASK_ID": "{{.Task.ID}}", "TASK_NAME": "{{.Task.Name}}", "NODE": "{{.Node.Hostname}}"}
@@ -312,25 +334,7 @@ class Swarm:
 
     def api(self, method: str, path: str, *, node: Node | None = None) -> Any:
         """A request to the Engine API of a node (default: the first manager), parsed."""
-        return patiently(lambda: self._api(method, path, node or self.manager))
-
-    @staticmethod
-    def _api(method: str, path: str, node: Node) -> Any:
-        import http.client
-        import socket
-        from urllib.parse import quote
-
-        connection = http.client.HTTPConnection("docker", timeout=PATIENCE)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        with contextlib.closing(connection):
-            connection.sock.settimeout(PATIENCE)
-            connection.sock.connect(str(node.socket))
-            connection.request(method, quote(path, safe="/?&="))
-            reply = connection.getresponse()
-            body = reply.read()
-        if reply.status >= 400:
-            raise RuntimeError(f"{method} {path}: {reply.status} {body.decode(errors='replace')}")
-        return json.loads(body) if body else None
+        return patiently(lambda: (node or self.manager).api(method, path))
 
     def wait_running(self, name: str, count: int, *, timeout: float = PATIENCE) -> None:
         """Until exactly `count` tasks of a service run and no other is on its way."""
@@ -346,8 +350,8 @@ class Swarm:
 
     def containers(self, name: str, node: Node | None = None) -> list[str]:
         """Ids of the running containers of a service on a node (default: the first manager)."""
-        words = ["ps", "-q", "--no-trunc", "--filter", f"label=com.docker.swarm.service.name={name}"]
-        return (node or self.manager).docker(*words).stdout.split()
+        filters = json.dumps({"label": [f"com.docker.swarm.service.name={name}"]})
+        return [found["Id"] for found in (node or self.manager).api("GET", f"/containers/json?filters={filters}")]
 
     def remove(self, *names: str) -> None:
         """`docker service rm`, and until their containers have ended by themselves."""
@@ -355,7 +359,17 @@ class Swarm:
         self._await_end(names)
 
     def reset(self) -> None:
-        """Remove all services at once, without grace: what a test that shares the swarm leaves to the next."""
+        """Leave to the next test what the first one found: every node ready, active and in its role, and no service.
+
+        Repairs what a test that failed has left; services are removed at once, without grace.
+        """
+        self.revive()
+        for number, (node, described) in enumerate(zip(self.nodes, self._described(), strict=True)):
+            role = "manager" if number < self.managers else "worker"
+            if described["Availability"] != "active":
+                self.docker("node", "update", "--availability", "active", node.hostname)
+            if described["Role"] != role:
+                self.docker("node", "promote" if role == "manager" else "demote", node.hostname)
         names = self.docker("service", "ls", "--format", "{{.Name}}").split()
         if not names:
             return
@@ -364,6 +378,11 @@ class Swarm:
             if found := [c for name in names for c in self.containers(name, node)]:
                 node.docker("kill", *found, check=False)
         self._await_end(names)
+
+    def _described(self) -> list[dict[str, Any]]:
+        """What the swarm wants of each of `nodes`: Role and Availability."""
+        found = {node["Description"]["Hostname"]: node["Spec"] for node in self.api("GET", "/nodes")}
+        return [found[node.hostname] for node in self.nodes]
 
     def _await_end(self, names: Sequence[str]) -> None:
         def ended() -> bool:

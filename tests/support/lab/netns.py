@@ -19,17 +19,16 @@ import socket
 import struct
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
+
+from tests.support.polling import PATIENCE, wait_for
 
 NETNS_DIR = Path("/run/netns")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWNED = re.compile(r"^mesh(\d+)-")
-PATIENCE = 180.0  # seconds; tells a hang from work, on a machine that is slow or busy too
 _counter = itertools.count()
-T = TypeVar("T")
 
 
 def run(
@@ -201,17 +200,6 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def wait_for(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE, interval: float = 0.02) -> T:
-    """Poll until the condition is truthy and return it."""
-    deadline = time.monotonic() + timeout
-    while True:
-        if value := condition():
-            return value
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout:g} s")
-        time.sleep(interval)
 
 
 def adopt_orphans() -> None:

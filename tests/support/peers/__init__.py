@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[2] / "build" / "peers"

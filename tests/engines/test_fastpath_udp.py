@@ -12,8 +12,8 @@ import pytest
 
 from mesh.datapath.counters import Failure
 from mesh.model import Affinity, Frontend, ServiceOptions
-from tests.support.fastpath_bench import Served, UdpServer, engine, eventually, udp
-from tests.support.lab.netns import PATIENCE
+from tests.support.fastpath_bench import Served, UdpServer, engine, udp
+from tests.support.polling import PATIENCE, wait_for
 from tests.support.ports import free_port
 
 
@@ -42,7 +42,7 @@ def test_replies_leave_from_the_address_that_was_called() -> None:
             with client(front, host) as sock:
                 first = ask(sock)
                 assert all(ask(sock, bytes([i])) == first for i in range(50))
-        now = eventually(lambda: (c := mesh.counters(front)).packets_out == 204 and c)  # counted once they are out
+        now = wait_for(lambda: (c := mesh.counters(front)).packets_out == 204 and c)  # counted once they are out
         assert (now.opened, now.packets_in, now.failed) == (4, 204, {})
         assert (now.bytes_in, now.bytes_out) == (204, 204 * 3)
 
@@ -102,9 +102,9 @@ def test_silent_sessions_end() -> None:
         with client(front) as sock:
             ask(sock)
             assert mesh.counters(front).opened == 1
-            eventually(lambda: mesh.counters(front).active == 0)
+            wait_for(lambda: mesh.counters(front).active == 0)
             ask(sock)
-        eventually(lambda: mesh.counters(front).packets_out == 2)
+        wait_for(lambda: mesh.counters(front).packets_out == 2)
         assert mesh.counters(front).opened == 2
 
 
@@ -144,7 +144,7 @@ def test_off_a_backend_that_is_not_there() -> None:
                 before = refused(mesh, front)
                 sock.send(b"x")
                 # The first datagram brings the news; the second is the next choice's.
-                if eventually(lambda s=sock, n=before: answered(s) or refused(mesh, front) > n) is True:
+                if wait_for(lambda s=sock, n=before: answered(s) or refused(mesh, front) > n) is True:
                     sock.settimeout(PATIENCE)
                     assert ask(sock) == "here"
         gone_now = mesh.of_backend(front, "gone")
@@ -207,8 +207,8 @@ def test_nobody_and_denied() -> None:
         options = ServiceOptions(table_size=1021, deny=(ip_network("127.0.0.0/8"),))
         mesh.serve({front: {}})
         sock.send(b"x")
-        eventually(lambda: mesh.counters(front).failed == {Failure.NO_BACKEND: 1})
+        wait_for(lambda: mesh.counters(front).failed == {Failure.NO_BACKEND: 1})
         mesh.serve({front: {}, denied: {"a": server.where}}, options)
         other.send(b"x")
-        eventually(lambda: mesh.counters(denied).failed == {Failure.DENIED: 1})
+        wait_for(lambda: mesh.counters(denied).failed == {Failure.DENIED: 1})
         assert not server.sources

@@ -10,7 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from tests.support.fastpath_bench import TcpServer, ask, call, engine, eventually, reset, tcp
+from tests.support.fastpath_bench import TcpServer, ask, call, engine, reset, tcp
+from tests.support.polling import wait_for
 
 
 def test_more_clients_than_connections_wait() -> None:
@@ -20,8 +21,8 @@ def test_more_clients_than_connections_wait() -> None:
         socks = [call(front) for _ in range(24)]
         for sock in socks:
             sock.sendall(b"x")
-        eventually(lambda: mesh.counters(front).active == 8)
-        eventually(lambda: mesh.datapath.stats().totals["accept_pauses"])
+        wait_for(lambda: mesh.counters(front).active == 8)
+        wait_for(lambda: mesh.datapath.stats().totals["accept_pauses"])
         time.sleep(0.2)
         assert mesh.counters(front).active == 8
         for sock in socks:  # those that end make room for those that wait
@@ -43,7 +44,8 @@ def test_more_clients_than_connections_wait() -> None:
 STARVED = """
 import resource, socket, sys, time
 from mesh.datapath.base import Failure
-from tests.support.fastpath_bench import TcpServer, call, engine, eventually, tcp
+from tests.support.fastpath_bench import TcpServer, call, engine, tcp
+from tests.support.polling import wait_for
 
 server = TcpServer()
 front = tcp()
@@ -60,13 +62,13 @@ with engine() as mesh:
             sock.close()
     for sock in clients:
         sock.connect(("127.0.0.1", front.port))
-    eventually(lambda: mesh.datapath.stats().totals["accept_pauses"])
+    wait_for(lambda: mesh.datapath.stats().totals["accept_pauses"])
     began, spent = time.monotonic(), time.process_time()
     time.sleep(0.5)
     assert time.process_time() - spent < 0.5 * (time.monotonic() - began), "spins"  # a thread that spins takes a core
     for sock in clients + room:
         sock.close()
-    eventually(lambda: not mesh.datapath.stats().gauges["connections"])
+    wait_for(lambda: not mesh.datapath.stats().gauges["connections"])
     with call(front) as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
@@ -86,7 +88,7 @@ def test_thousands_of_connections_leave_nothing_behind() -> None:
         mesh.serve({front: {n: s.where for n, s in servers.items()}})
         assert ask(front)
         mesh.quiet(front)
-        eventually(lambda: not any(s.open for s in servers.values()))
+        wait_for(lambda: not any(s.open for s in servers.values()))
         gc.collect()  # sockets of earlier tests
         before = len(list(Path("/proc/self/fd").iterdir()))
 
@@ -106,10 +108,10 @@ def test_thousands_of_connections_leave_nothing_behind() -> None:
             thread.join()
         now = mesh.quiet(front)
         assert now.opened + sum(now.failed.values()) >= 3001
-        eventually(lambda: not any(s.open for s in servers.values()))
+        wait_for(lambda: not any(s.open for s in servers.values()))
         pipes = mesh.datapath.stats().gauges["pipes"]
         # Fewer, if what earlier tests left is collected meanwhile.
-        eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before + 2 * pipes)
+        wait_for(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before + 2 * pipes)
 
 
 def test_many_connections_at_once() -> None:

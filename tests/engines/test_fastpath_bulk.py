@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.support.fastpath_bench import TcpServer, call, engine, eventually, read_all, reset, tcp
-from tests.support.lab.netns import PATIENCE
+from tests.support.fastpath_bench import TcpServer, call, engine, read_all, reset, tcp
+from tests.support.polling import PATIENCE, wait_for
 
 MEGABYTE = 1 << 20
 
@@ -35,18 +35,18 @@ def test_back_pressure_and_integrity(slow: str) -> None:
         mesh.serve({front: {"a": server.where}})
         with call(front) as sock:
             if slow == "client":
-                eventually(lambda: stalled(mesh, front))
+                wait_for(lambda: stalled(mesh, front))
                 assert mesh.counters(front).bytes_out < len(data)
                 got.append(read_all(sock))
             else:
                 sender = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)))
                 sender.start()
-                eventually(lambda: stalled(mesh, front))
+                wait_for(lambda: stalled(mesh, front))
                 assert mesh.counters(front).bytes_in < len(data)
                 go.set()
                 sender.join()
                 assert read_all(sock) == b""
-        eventually(lambda: got)
+        wait_for(lambda: got)
         assert got[0] == data
         mesh.quiet(front)
 
@@ -85,7 +85,7 @@ def test_urgent_data_stays_in_its_place() -> None:
             sock.sendall(b"end")
             sock.shutdown(socket.SHUT_WR)
             read_all(sock)
-        eventually(lambda: got)
+        wait_for(lambda: got)
         assert got[0].replace(b"!", b"") == b"".join(b"plain%02d" % i for i in range(50)) + b"end"
         mesh.quiet(front)
 
@@ -114,7 +114,7 @@ def test_what_follows_bulk_behind_a_slow_reader(how: str) -> None:
         with call(front) as sock:
             sender = threading.Thread(target=sock.sendall, args=(data,))
             sender.start()
-            eventually(lambda: stalled(mesh, front))
+            wait_for(lambda: stalled(mesh, front))
             go.set()
             sender.join()
             assert sock.recv(3, socket.MSG_WAITALL) == b"all"
@@ -123,7 +123,7 @@ def test_what_follows_bulk_behind_a_slow_reader(how: str) -> None:
             assert sock.recv(5, socket.MSG_WAITALL) == b"small"
             if how == "reset":
                 reset(sock)
-        eventually(lambda: len(got) == 3)
+        wait_for(lambda: len(got) == 3)
         assert got == [data, b"abcde", b"reset" if how == "reset" else b""]
 
 
@@ -150,7 +150,7 @@ def test_urgent_data_behind_a_slow_reader() -> None:
 
             sender = threading.Thread(target=send)
             sender.start()
-            eventually(lambda: stalled(mesh, front))
+            wait_for(lambda: stalled(mesh, front))
             go.set()
             sender.join()
             assert read_all(sock) == b""

@@ -9,7 +9,8 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.fastpath_bench import engine, eventually
+from tests.support.fastpath_bench import engine
+from tests.support.polling import wait_for
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 LAYOUT = "IIQiIQQQ"  # struct sched_attr, sched_setattr(2)
@@ -42,5 +43,5 @@ def test_the_threads_ask_for_longer_slices_and_for_nothing_else() -> None:
     before, known = scheduling(0), threads()
     longer = before._replace(slice=2 * before.slice)
     with engine(threads=2):
-        eventually(lambda: [scheduling(thread) for thread in threads() - known].count(longer) >= 2)
+        wait_for(lambda: [scheduling(thread) for thread in threads() - known].count(longer) >= 2)
     assert scheduling(0) == before

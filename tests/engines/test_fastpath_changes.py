@@ -25,13 +25,12 @@ from tests.support.fastpath_bench import (
     ask,
     call,
     engine,
-    eventually,
     read_all,
     reset,
     tcp,
     udp,
 )
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE, wait_for
 from tests.support.ports import free_port
 
 
@@ -88,7 +87,7 @@ def test_a_backend_of_hardly_any_slots_is_found_when_the_others_refuse() -> None
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 sock.connect(("127.0.0.1", fronts.port))
                 sock.settimeout(0.1)
-                eventually(lambda s=sock: answer(s) == b"here:x")
+                wait_for(lambda s=sock: answer(s) == b"here:x")
 
 
 def test_lookup_names_the_choices_that_are_tried() -> None:
@@ -160,7 +159,7 @@ def test_a_client_that_leaves_while_its_backend_does_not_answer(silent: tuple[st
     with engine(connect_timeout=30) as mesh:
         mesh.serve({front: {"silent": silent}})
         sock = call(front)
-        eventually(lambda: mesh.datapath.stats().gauges["connections_connecting"])
+        wait_for(lambda: mesh.datapath.stats().gauges["connections_connecting"])
         reset(sock)
         assert mesh.quiet(front).failed == {Failure.OTHER: 1}
 
@@ -212,7 +211,7 @@ def test_weight_zero_keeps_connections_and_gets_none() -> None:
     with engine() as mesh:
         mesh.serve({front: backends})
         with call(front) as old:
-            eventually(lambda: any(s.accepted for s in servers.values()))
+            wait_for(lambda: any(s.accepted for s in servers.values()))
             name = next(n for n, s in servers.items() if s.accepted)
             mesh.serve({front: backends}, weights={name: 0})
             assert all(ask(front) for _ in range(20))
@@ -293,9 +292,9 @@ def test_take_over_refuses_nobody(threads_before: int, threads_after: int) -> No
             old.datapath.stop_accepting()
             assert old.datapath.listeners() == {}
             count = len(results)
-            eventually(lambda: len(results) > count + 100)  # what it had accepted by then is open
+            wait_for(lambda: len(results) > count + 100)  # what it had accepted by then is open
             already = old.counters(front).opened
-            eventually(lambda: len(results) > count + 300)
+            wait_for(lambda: len(results) > count + 300)
             kept.sendall(b"y")
             assert kept.recv(1) == b"y"
             kept.close()
@@ -303,7 +302,7 @@ def test_take_over_refuses_nobody(threads_before: int, threads_after: int) -> No
             assert old.counters(front).opened == already
             old.datapath.close(release=False)
             count = len(results)
-            eventually(lambda: len(results) > count + 100)
+            wait_for(lambda: len(results) > count + 100)
             stop.set()
             for thread in clients:
                 thread.join()
@@ -324,7 +323,7 @@ def test_drain_serves_what_is_open() -> None:
         left: list[int] = []
         drainer = threading.Thread(target=lambda: left.append(mesh.datapath.drain(PATIENCE)))
         drainer.start()
-        eventually(lambda: not ask(front))
+        wait_for(lambda: not ask(front))
         sock.sendall(b"y")
         assert sock.recv(1) == b"y"
         sock.close()

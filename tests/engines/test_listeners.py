@@ -17,8 +17,9 @@ from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
-from tests.support.fastpath_bench import Served, TcpServer, UdpServer, call, eventually, read_all, tcp, udp
-from tests.support.lab.netns import PATIENCE, Lab, Namespace
+from tests.support.fastpath_bench import Served, TcpServer, UdpServer, call, read_all, tcp, udp
+from tests.support.lab.netns import Lab, Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -149,7 +150,7 @@ def test_the_called_address_and_port_are_those_the_client_called(node: Namespace
             source = sock.getsockname()
             sock.shutdown(socket.SHUT_WR)
             read_all(sock)
-        eventually(lambda: got)
+        wait_for(lambda: got)
         addresses = socket.inet_aton(source[0]) + socket.inet_aton(node.address)
         assert got[0][16:] == addresses + source[1].to_bytes(2, "big") + PORT.to_bytes(2, "big")
 

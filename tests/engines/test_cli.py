@@ -21,7 +21,7 @@ from mesh.api.app import make_app
 from mesh.cli.exit import Exit
 from mesh.cli.main import main
 from tests.support.metrics_samples import SampleView
-from tests.unit.test_agreement import ONE, TWO
+from tests.support.rows import ONE, TWO
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ async def test_status(daemon: Daemon) -> None:
     done = await run("status")
     assert (done.code, done.err) == (Exit.OK, "")
     assert "ready      yes" in done.out and "2 services, 2 of 2 ports, 6 backends" in done.out
+    view.shown["traffic"] = {"verdict": "degraded", "reasons": ["service web0: 2 of its 3 tasks get nothing"]}
+    done = await run("status")
+    assert done.code == Exit.DEGRADED and "traffic    DEGRADED" in done.out and "2 of its 3 tasks" in done.out
+    view.shown["traffic"]["verdict"] = "failing"
+    assert (await run("status")).code == Exit.NOT_READY
+    view.shown["traffic"] = {"verdict": "ok", "reasons": []}
     view.reasons.append("*:10000/tcp is not served: the port is taken")
     view.shown["problems"].append("service web0, label mesh.affinity: 'sticky' is not one of: flow, client-ip")
     done = await run("status")
@@ -98,6 +104,23 @@ async def test_status_of_the_cluster(daemon: Daemon) -> None:
     view.rows = [ONE, replace(TWO, up=False)]
     done = await run("status", "--cluster")
     assert done.code == Exit.NOT_READY and "node two does not answer" in done.out
+
+
+async def test_status_waits_until_all_is_well(daemon: Daemon) -> None:
+    view, run = daemon
+    view.shown["traffic"] = {"verdict": "degraded", "reasons": []}
+    asyncio.get_running_loop().call_later(0.5, view.shown["traffic"].update, {"verdict": "ok"})
+    assert (await run("status", "--wait", "60")).code == Exit.OK
+    view.shown["traffic"]["verdict"] = "failing"
+    assert (await run("status", "--wait", "0.3")).code == Exit.NOT_READY
+
+
+async def test_nodes(daemon: Daemon) -> None:
+    view, run = daemon
+    view.rows = [ONE, replace(TWO, up=False)]
+    done = await run("nodes")
+    assert done.code == Exit.OK and "this node" in done.out and "tunnel up, peer down" in done.out
+    assert [node["id"] for node in (await run("nodes", "--json")).json()["nodes"]] == [ONE.id, TWO.id]
 
 
 async def test_services_and_backends(daemon: Daemon) -> None:

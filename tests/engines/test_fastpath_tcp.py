@@ -14,8 +14,8 @@ import pytest
 
 from mesh.datapath.counters import Failure
 from mesh.model import Affinity, Flow, Protocol, ProxyProtocol, ServiceOptions
-from tests.support.fastpath_bench import TcpServer, call, echo, engine, eventually, read_all, reset, tcp
-from tests.support.lab.netns import PATIENCE
+from tests.support.fastpath_bench import TcpServer, call, echo, engine, read_all, reset, tcp
+from tests.support.polling import PATIENCE, wait_for
 
 MEGABYTE = 1 << 20
 
@@ -117,7 +117,7 @@ def test_half_close_by_the_backend() -> None:
         with call(front) as sock:
             assert read_all(sock) == b"last word"
             sock.sendall(b"x" * MEGABYTE)
-        eventually(lambda: got)
+        wait_for(lambda: got)
         assert got == [b"x" * MEGABYTE]
         mesh.quiet(front)
 
@@ -140,7 +140,7 @@ def test_a_reset_by_the_client_reaches_the_backend() -> None:
         sock.sendall(b"x")
         sock.recv(1)
         reset(sock)
-        eventually(lambda: server.errors)
+        wait_for(lambda: server.errors)
         assert isinstance(server.errors[0], ConnectionResetError)
         assert mesh.quiet(front).failed == {Failure.RESET: 1}
 
@@ -176,10 +176,10 @@ def test_a_reset_after_the_client_has_ended_its_side() -> None:
         sock = call(front)
         sock.sendall(b"x")
         sock.shutdown(socket.SHUT_WR)
-        eventually(lambda: server.open)
+        wait_for(lambda: server.open)
         reset(sock)
         held.set()
-        eventually(lambda: server.errors)
+        wait_for(lambda: server.errors)
         assert mesh.quiet(front).failed == {Failure.RESET: 1}
 
 

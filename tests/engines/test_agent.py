@@ -13,16 +13,14 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.polling import PATIENCE, wait_for
 from tests.support.ports import free_port
-
-SECONDS = 180
 
 
 class Named(socketserver.StreamRequestHandler):
@@ -54,13 +52,6 @@ class Backend(socketserver.ThreadingTCPServer):
     def stop(self) -> None:
         self.shutdown()
         self.server_close()
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for: {what}"
-        time.sleep(0.02)
 
 
 class World:
@@ -124,7 +115,7 @@ class World:
         return process
 
     def get(self, path: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=SECONDS)
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=PATIENCE)
         with contextlib.closing(connection):
             try:
                 connection.request("GET", path)
@@ -147,7 +138,7 @@ class World:
         return found
 
     def call(self, port: int = 0) -> str:
-        with socket.create_connection(("127.0.0.1", port or self.port), timeout=SECONDS) as connection:
+        with socket.create_connection(("127.0.0.1", port or self.port), timeout=PATIENCE) as connection:
             connection.sendall(b"bye\n")
             data = b""
             while chunk := connection.recv(100):
@@ -236,7 +227,7 @@ def targets(world: World) -> list[dict[str, Any]]:
 def test_a_second_daemon_is_refused_by_pid(world: World) -> None:
     process = world.start()
     second = world.spawn("--http-listen=")
-    assert second.wait(SECONDS) == 1
+    assert second.wait(PATIENCE) == 1
     assert f"pid {process.pid}" in world.log()
     assert "--take-over" in world.log()
     assert world.call() in {"a", "b", "c"}
@@ -246,7 +237,7 @@ def test_sighup_takes_new_values_and_refuses_broken_ones(world: World) -> None:
     process = world.start()
     world.configure(panic_threshold=0.9, threads=1)
     process.send_signal(signal.SIGHUP)
-    wait_for(lambda: "configuration read again" in world.log(), "reload")
+    wait_for(lambda: "configuration reloaded" in world.log(), "reload")
     assert "panic_threshold" in world.log()
     assert "take effect at the next start" in world.log()
     world.configure(panic_treshold=0.9)
@@ -275,7 +266,7 @@ def test_a_deprecated_key_is_used_and_shown_until_it_is_renamed(world: World) ->
 def test_sigterm_waits_for_connections_within_the_bound(world: World) -> None:
     world.configure(drain_timeout=3600.0)
     process = world.start()
-    with socket.create_connection(("127.0.0.1", world.port), timeout=SECONDS) as held:
+    with socket.create_connection(("127.0.0.1", world.port), timeout=PATIENCE) as held:
         held.sendall(b"hold\n")
         assert held.recv(100).strip() in {b"a", b"b", b"c"}
         process.terminate()
@@ -284,13 +275,13 @@ def test_sigterm_waits_for_connections_within_the_bound(world: World) -> None:
         assert process.poll() is None
         held.sendall(b"still here\n")
         assert held.recv(100) == b"still here\n"
-    assert process.wait(SECONDS) == 0
+    assert process.wait(PATIENCE) == 0
     assert [path.name for path in world.state_dir.iterdir()] == ["lock"]
 
 
 def refused(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=SECONDS).close()
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
     except ConnectionRefusedError:
         return True
     return False
@@ -299,13 +290,13 @@ def refused(port: int) -> bool:
 def test_a_second_sigterm_ends_it_at_once(world: World) -> None:
     world.configure(drain_timeout=3600.0)
     process = world.start()
-    with socket.create_connection(("127.0.0.1", world.port), timeout=SECONDS) as held:
+    with socket.create_connection(("127.0.0.1", world.port), timeout=PATIENCE) as held:
         held.sendall(b"hold\n")
         held.recv(100)
         process.terminate()
         wait_for(lambda: world.state().get("stopping"), "stopping")
         process.terminate()
-        assert process.wait(SECONDS) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_take_over_under_load_loses_nothing(world: World) -> None:
@@ -324,7 +315,7 @@ def test_take_over_under_load_loses_nothing(world: World) -> None:
             calls[index] += 1
 
     threads = [threading.Thread(target=load, args=(index,), daemon=True) for index in range(2)]
-    with socket.create_connection(("127.0.0.1", world.port), timeout=SECONDS) as held:
+    with socket.create_connection(("127.0.0.1", world.port), timeout=PATIENCE) as held:
         held.sendall(b"hold\n")
         held.recv(100)
         for thread in threads:
@@ -336,14 +327,14 @@ def test_take_over_under_load_loses_nothing(world: World) -> None:
         wait_for(lambda: sum(calls) > at_hand_over + 200, "calls after the hand-over")
         held.sendall(b"still here\n")
         assert held.recv(100) == b"still here\n"
-    assert old.wait(SECONDS) == 0
+    assert old.wait(PATIENCE) == 0
     done.set()
     for thread in threads:
         thread.join()
     assert not failures
     assert (world.state_dir / "lock").read_text().strip() == str(new.pid)
     third = world.spawn("--http-listen=")
-    assert third.wait(SECONDS) == 1
+    assert third.wait(PATIENCE) == 1
     assert f"pid {new.pid}" in world.log()
     assert world.state()["pid"] == new.pid
 
@@ -351,10 +342,10 @@ def test_take_over_under_load_loses_nothing(world: World) -> None:
 def test_a_take_over_that_fails_leaves_everything_as_it_was(world: World) -> None:
     old = world.start()
     broken = world.spawn("--take-over", "--static-file", str(world.directory / "nowhere.toml"))
-    wait_for(lambda: "hand-over begins" in world.log(0), "begin")
+    wait_for(lambda: "handing over" in world.log(0), "begin")
     broken.kill()
     broken.wait()
-    wait_for(lambda: "this process serves on" in world.log(0), "end")
+    wait_for(lambda: "this process keeps serving" in world.log(0), "end")
     world.draining = {"a"}
     world.write()
     wait_for(lambda: world.weights() == {"a": 0, "b": 1, "c": 1}, "the old one follows changes")

@@ -32,13 +32,12 @@ from tests.support.fastpath_bench import (
     call,
     echo,
     engine,
-    eventually,
     free_port,
     read_all,
     tcp,
     udp,
 )
-from tests.support.lab.netns import PATIENCE
+from tests.support.polling import PATIENCE, wait_for
 
 HERE, THERE = "127.0.0.1", "127.0.0.2"
 
@@ -93,7 +92,7 @@ def test_connections_reach_backends_of_the_other_node() -> None:
         assert [s.accepted for s in servers.values()] == [
             nodes.ingress.of_backend(nodes.front, name).opened for name in servers
         ]
-        eventually(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
+        wait_for(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
         assert (nodes.total("peer_connections"), nodes.total("peer_opened")) == (100, 100)
         assert nodes.total("peer_received_bytes") == 500
 
@@ -182,7 +181,7 @@ def test_only_nodes_may_hand_over() -> None:
         with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), PATIENCE) as sock:
             sock.sendall(header(tag))
             assert sock.recv(10) == b""
-        eventually(lambda: nodes.total("peer_foreign") == 1)
+        wait_for(lambda: nodes.total("peer_foreign") == 1)
         with socket.create_connection((HERE, nodes.port), PATIENCE, source_address=(THERE, 0)) as sock:
             whole = header(tag)
             for i in range(len(whole)):
@@ -213,9 +212,9 @@ def test_what_is_no_header_is_cut_off() -> None:
             with contextlib.suppress(ConnectionError), socket.create_connection((HERE, nodes.port), PATIENCE) as sock:
                 sock.sendall(data)
                 assert sock.recv(10) == b""
-        eventually(lambda: nodes.total("peer_malformed") == len(wrong))
+        wait_for(lambda: nodes.total("peer_malformed") == len(wrong))
         assert server.accepted == 0
-        eventually(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
+        wait_for(lambda: nodes.owner.datapath.stats().gauges["connections"] == 0)
 
 
 def test_echo_is_exact_for_many_at_once() -> None:
@@ -260,7 +259,7 @@ def test_datagrams_reach_backends_of_the_other_node(datagrams: Pair) -> None:
             for size in (0, 1, 1400, 9000, 60000):
                 assert asked(datagrams, b"y" * size, sock) == first[:1] + b":" + b"y" * size
     assert set(answered) == {b"a", b"b"}
-    eventually(lambda: datagrams.ingress.counters(datagrams.front).packets_out == 180)
+    wait_for(lambda: datagrams.ingress.counters(datagrams.front).packets_out == 180)
     now = datagrams.ingress.counters(datagrams.front)
     assert now.packets_in == 180
     assert now.bytes_in == now.bytes_out - 2 * 180
@@ -274,15 +273,15 @@ def test_datagrams_for_what_is_not_there_are_counted(datagrams: Pair) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
         foreign.bind((HERE, 0))
         foreign.sendto(b"MUD1" + tag_of(BackendKey("a", server.where[1], 17)) + bytes(38), (HERE, datagrams.port))
-        eventually(lambda: datagrams.total("peer_foreign") == 1)
+        wait_for(lambda: datagrams.total("peer_foreign") == 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as node:
         node.bind((THERE, 0))
         node.settimeout(PATIENCE)
         for data in (b"", b"MUD1", b"x" * 100):
             node.sendto(data, (HERE, datagrams.port))
-        eventually(lambda: datagrams.total("peer_malformed") == 3)
+        wait_for(lambda: datagrams.total("peer_malformed") == 3)
         node.sendto(b"MUD1" + tag_of(BackendKey("b", 9, 17)) + bytes(38) + b"lost", (HERE, datagrams.port))
-        eventually(lambda: datagrams.total("peer_unknown") == 1)
+        wait_for(lambda: datagrams.total("peer_unknown") == 1)
         node.sendto(
             b"MUD1" + tag_of(BackendKey("a", server.where[1], 17)) + bytes(38) + b"hello", (HERE, datagrams.port)
         )
@@ -293,8 +292,8 @@ def test_who_only_asks_whether_somebody_is_there_is_answered(datagrams: Pair) ->
     """By TCP and UDP, uncounted; an answer that comes back as a question, and a stranger, get nothing."""
     datagrams.owner.serve({udp(): {}}, nodes=(HERE, "127.0.0.3"))
     here = ipaddress.ip_address(HERE)
-    eventually(lambda: asyncio.run(ask_stream(here, datagrams.port)) == "")
-    eventually(lambda: path_mtu(here, datagrams.port, 9000) == PathMtu(9000, 9000))
+    wait_for(lambda: asyncio.run(ask_stream(here, datagrams.port)) == "")
+    wait_for(lambda: path_mtu(here, datagrams.port, 9000) == PathMtu(9000, 9000))
     assert path_mtu(here, free_port(), 9000) == PathMtu(0, 9000, refused=True)
     assert asyncio.run(ask_stream(here, free_port())) == "nobody listens"
     totals = datagrams.owner.datapath.stats().totals
@@ -310,9 +309,9 @@ def test_who_only_asks_whether_somebody_is_there_is_answered(datagrams: Pair) ->
         answer = sock.recv(1000)
         assert len(answer) == 52 and answer != question
         sock.sendto(answer, (HERE, datagrams.port))
-        eventually(lambda: datagrams.total("peer_unknown") == 1)
+        wait_for(lambda: datagrams.total("peer_unknown") == 1)
     datagrams.owner.serve({udp(): {}}, nodes=(THERE, "127.0.0.3"))
-    eventually(lambda: asyncio.run(ask_stream(here, datagrams.port)) == "cut off")
+    wait_for(lambda: asyncio.run(ask_stream(here, datagrams.port)) == "cut off")
     assert path_mtu(here, datagrams.port, 9000).mtu == 0
 
 
@@ -351,7 +350,7 @@ def test_a_take_over_refuses_no_other_node(threads_after: int) -> None:
                 old.stop_accepting()
                 assert old.drain(PATIENCE) == 0
                 old.close(release=False)
-                eventually(lambda count=count: len(results) > count + 200)  # type: ignore[misc]
+                wait_for(lambda count=count: len(results) > count + 200)  # type: ignore[misc]
         finally:
             stop.set()
             for thread in clients:

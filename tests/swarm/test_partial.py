@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A swarm in which not every node has an agent, or not every path between nodes works: nothing is sent where it cannot
+arrive, and whatever is not well is named."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import peers
+from tests.support.cluster import ENGINES, WEB, Cluster, failures
+from tests.support.daemon import Daemon
+from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.netns import Lab, run
+from tests.support.polling import wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.swarm]
+
+CALLS = 5000
+_number = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def shared_bare_swarm() -> Iterator[Swarm]:
+    """A manager and two workers, of this module alone: the agents of others would be in the way."""
+    with Lab() as made:
+        yield Swarm(made, 1, 2)
+
+
+@pytest.fixture
+def swarm(shared_bare_swarm: Swarm) -> Iterator[Swarm]:
+    """The same for one test; services are removed after it."""
+    yield shared_bare_swarm
+    shared_bare_swarm.reset()
+
+
+@pytest.fixture(params=ENGINES)
+def alone(request: pytest.FixtureRequest, swarm: Swarm) -> Iterator[Cluster]:
+    """Three nodes, with an agent on the manager only."""
+    client = swarm.lab.host(f"client-alone-{next(_number)}")
+    cluster = Cluster(swarm, client, engine=request.param, nodes=swarm.nodes[:1])
+    cluster.wait_ready()
+    yield cluster
+    request.node.add_report_section("teardown", "daemons", cluster.tails())
+    cluster.close()
+
+
+@contextlib.contextmanager
+def blocked(swarm: Swarm, *rules: str, table: str = "blocked") -> Iterator[None]:
+    """What the network between the nodes drops."""
+    text = "\n".join(f"{rule} drop;" for rule in rules)
+    filters = f"table bridge {table} {{\nchain f {{ type filter hook forward priority 0; {text}\n}}\n}}"
+    run(*swarm.lab.switch.command("nft", "-f", "-"), input=filters)
+    try:
+        yield
+    finally:
+        swarm.lab.switch.run("nft", "delete", "table", "bridge", table)
+
+
+def on(swarm: Swarm, *nodes: Node) -> set[str]:
+    """Running tasks of `web` on these nodes."""
+    ids = {node.hostname: node for node in nodes}
+    names = {node["ID"]: node["Description"]["Hostname"] for node in swarm.api("GET", "/nodes")}
+    return {task["ID"] for task in swarm.tasks("web") if names[task["NodeID"]] in ids}
+
+
+def served_by(cluster: Cluster, daemon: Daemon, tasks: set[str]) -> None:
+    """Until a node sends new connections to exactly these tasks."""
+    wait_for(lambda: cluster.sees(daemon, "web") == tasks, f"new connections go to {sorted(tasks)}")
+
+
+def called(cluster: Cluster, node: Node) -> set[str]:
+    """Who answers to many new connections, of which none may fail."""
+    report = peers.load(cluster.client, node.address, WEB, "-n", str(CALLS), "-c", "32")
+    assert (report.ok, report.failures) == (CALLS, ())
+    return set(report.identities)
+
+
+def status(daemon: Daemon, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of `mesh status`."""
+    command = [str(Path(sys.executable).with_name("mesh")), "status", f"--state-dir={daemon.config['state_dir']}"]
+    done = run(*command, *arguments, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_an_agent_alone_sends_nothing_where_no_agent_is(alone: Cluster) -> None:
+    """README's five minutes: the agent runs on the manager only, and tasks run everywhere."""
+    swarm, (daemon,) = alone.swarm, alone.daemons
+    first, second, third = swarm.nodes
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    swarm.wait_running("web", 6)
+    here = on(swarm, first)
+    served_by(alone, daemon, here)
+    assert called(alone, first) == here
+    state = daemon.state()
+    (reason,) = state["traffic"]["reasons"]
+    assert state["traffic"]["verdict"] == "degraded" and reason.startswith("service web: 4 of its 6 tasks")
+    for node in (second, third):
+        assert node.hostname in reason
+        (problem,) = (line for line in state["problems"] if f"node {node.hostname} " in line)
+        assert "no path to it works" in problem and "is mesh running there" in problem
+        assert daemon.total("mesh_path_up", node=node.hostname) == 0
+        assert daemon.total("mesh_backends_masked", service="web", node=node.hostname) == 2
+    code, text = status(daemon)
+    assert code == 5 and "traffic    DEGRADED" in text and second.hostname in text
+    answer, body = daemon.get("/readyz")
+    assert answer == 200 and json.loads(body)["traffic"]["reasons"] == [reason]
+    targets = [t for s in state["services"] for f in s["frontends"] for t in f["targets"] if t["weight"] == 0]
+    assert {target["node_name"] for target in targets} == {second.hostname, third.hostname}
+    assert all(target["taking"].startswith("no: masked here, no") for target in targets)
+
+
+def test_agents_come_and_go_node_by_node_under_load(alone: Cluster) -> None:
+    """Each takes its node's tasks into the tables of the others once the path to it is proven, and out again."""
+    swarm, (first, second, third) = alone.swarm, alone.swarm.nodes
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    swarm.wait_running("web", 6)
+    served_by(alone, alone.daemons[0], on(swarm, first))
+    with alone.load(nodes=[first]) as loads:
+        loads.wait_more(500)
+        for count, node in ((2, second), (3, third)):
+            alone.daemons.append(alone.daemon(node, alone.engine))
+            alone.wait_ready()
+            for daemon in alone.daemons:
+                served_by(alone, daemon, on(swarm, *swarm.nodes[:count]))
+            loads.wait_more(500)
+        assert alone.agree("web", 6)
+        wait_for(lambda: all(d.state()["traffic"]["verdict"] == "ok" for d in alone.daemons), "all is well")
+        assert status(alone.daemons[0], "--wait", "60")[0] == 0
+        swarm.docker("service", "scale", "--detach", "web=8")
+        alone.agree("web", 8)
+        loads.wait_more(500)
+        assert failures(loads.stop()) == {}
+    assert called(alone, first) == on(swarm, *swarm.nodes)
+
+
+@pytest.mark.bpf
+def test_where_the_tunnel_is_blocked_flows_go_by_the_peer_port_and_where_both_are_to_others(
+    swarm: Swarm, request: pytest.FixtureRequest
+) -> None:
+    """A cloud's default firewall knows only Swarm's own ports."""
+    client = swarm.lab.host(f"client-blocked-{next(_number)}")
+    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
+    swarm.wait_running("web", 6)
+    first = swarm.nodes[0]
+    with contextlib.ExitStack() as stack:
+        cluster: Cluster
+        with blocked(swarm, "udp dport 6084"):
+            cluster = stack.enter_context(contextlib.closing(Cluster(swarm, client, engine="kernel")))
+            stack.callback(lambda: request.node.add_report_section("call", "daemons", cluster.tails()))
+            cluster.wait_ready()
+            tasks = cluster.agree("web", 6)
+            assert called(cluster, first) == tasks
+            assert paths(cluster.daemons[0]) == {"here", "peer"}
+            down = [line for line in cluster.daemons[0].state()["problems"] if "tunnel UDP 6084" in line]
+            assert len(down) == 2 and all("let UDP 6084 through" in line for line in down)
+            with cluster.load(nodes=[first]) as loads:
+                loads.wait_more(300)
+                with blocked(swarm, "tcp dport 9552", "udp dport 9552", table="more"):
+                    served_by(cluster, cluster.daemons[0], on(swarm, first))
+                    assert called(cluster, first) == on(swarm, first)
+                    assert status(cluster.daemons[0])[0] == 5
+                served_by(cluster, cluster.daemons[0], tasks)
+                assert failures(loads.stop()) == {}
+        wait_for(lambda: paths(cluster.daemons[0]) == {"here", "tunnel"}, "the tunnel is used again")
+        cluster.agree("web", 6)
+        assert called(cluster, first) == tasks
+        assert len(cluster.digests("web")) == 1
+
+
+def paths(daemon: Daemon) -> set[str]:
+    """By which a node gets to the tasks of `web`."""
+    services = [s for s in daemon.state()["services"] if s["name"] == "web"]
+    return {t["path"] for s in services for f in s["frontends"] for t in f["targets"] if t["weight"]}
