@@ -88,7 +88,11 @@ int mesh_tunnel_tx(struct __sk_buff *skb)
 	if (parse(skb, &p) == PARSE_OTHER || !backend || !is_remote(backend))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	length = p.length;
+	if (unlikely((p.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) && frontend)
+		await_answer(skb, &p, frontend);
 	action = tunnel_tx(skb, &p, backend, entropy, skb->cb[3]);
+	if (action == REJECT(MESH_VERDICT_TUNNEL_TOO_BIG) && frontend)
+		count_failed_start(&p, frontend, FAILURE(too_big));
 	if (IS_REJECT(action))
 		return reject(skb, &p, action);
 	if (likely(action == TC_ACT_REDIRECT)) {

@@ -129,6 +129,8 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 		}
 	}
 	verdict = choose_task(&flow, frontend, to);
+	if (verdict == MESH_VERDICT_SOCKET_REJECTED)
+		count_failure(frontend, FAILURE(no_backend));
 	if (verdict != MESH_VERDICT_SOCKET)
 		return verdict;
 	if (is_v4(&to->backend) ? v6 && call == SEND : !v6) /* the kernel rejects a datagram's change of family */
@@ -146,6 +148,7 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 	if (!entry)
 		return MESH_VERDICT_ERROR;
 	*entry = *to;
+	count_flow(frontend, to->owner, 1, 1);
 	return MESH_VERDICT_SOCKET;
 }
 

@@ -38,15 +38,14 @@ static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, str
 
 	if (unlikely(p->ttl <= 1))
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
-	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, ifindex))
+	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, ifindex)) {
+		count_failed_start(p, reply->frontend, FAILURE(too_big));
 		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
+	}
 	if (unlikely(p->fragment == 1))
 		fragment_ports(p);
-	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST))) {
-		if (is_first_reset(skb, p, reply))
-			return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
-		revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_OUT));
-	}
+	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
+		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);
 	if (unlikely(rewrite(skb, p, &to)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);

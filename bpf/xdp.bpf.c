@@ -46,6 +46,7 @@ int mesh_xdp(struct xdp_md *xdp)
 		return XDP_PASS;
 	if (!is_denied(frontend, &p.flow.source))
 		return XDP_PASS;
+	count_failed_start(&p, id, FAILURE(denied));
 	count_verdict(MESH_VERDICT_DENIED);
 	return XDP_DROP;
 }

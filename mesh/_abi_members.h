@@ -58,6 +58,11 @@ static const struct mesh_member mesh_counts_members[] = {
 	HOST(mesh_counts, packets_in), HOST(mesh_counts, bytes_in), HOST(mesh_counts, packets_out),
 	HOST(mesh_counts, bytes_out),  HOST(mesh_counts, starts),   HOST(mesh_counts, ends),
 };
+static const struct mesh_member mesh_failures_members[] = {
+	HOST(mesh_failures, denied),     HOST(mesh_failures, no_backend), HOST(mesh_failures, refused),
+	HOST(mesh_failures, too_big),    HOST(mesh_failures, no_path),    HOST(mesh_failures, collision),
+	HOST(mesh_failures, unanswered),
+};
 static const struct mesh_member mesh_config_members[] = {
 	HOST(mesh_config, netns_cookie), ADDRESS(mesh_config, hairpin),     ADDRESS(mesh_config, hairpin6),
 	HOST(mesh_config, settings),     NETWORK(mesh_config, tunnel_port), HOST(mesh_config, error_rate),
@@ -106,6 +111,7 @@ static const struct mesh_layout mesh_layouts[] = {
 	LAYOUT(Note, mesh_note),
 	LAYOUT(Revnat, mesh_revnat),
 	LAYOUT(Counts, mesh_counts),
+	LAYOUT(Failures, mesh_failures),
 	LAYOUT(Config, mesh_config),
 	LAYOUT(FragmentKey, mesh_fragment_key),
 	LAYOUT(UdpPeer, mesh_udp_peer),
@@ -194,6 +200,8 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(REVNAT_FIN_OUT),
 	CONSTANT(REVNAT_OPENED),
 	CONSTANT(REVNAT_REFUSED),
+	CONSTANT(REVNAT_ANSWERED),
+	CONSTANT(REVNAT_UNANSWERED),
 	CONSTANT(REVNAT_NODE),
 	/* the tunnel */
 	CONSTANT(TUNNEL_REPLY),

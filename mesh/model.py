@@ -194,6 +194,7 @@ class Service:
     name: str
     ports: tuple[PublishedPort, ...]
     options: ServiceOptions = field(default_factory=ServiceOptions)
+    replicas: int | None = None  # as many tasks are asked for; None: not known, or as many as there are nodes for them
 
 
 @dataclass(frozen=True, slots=True)

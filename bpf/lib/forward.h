@@ -121,8 +121,10 @@ INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb
 	if (unlikely(p->ttl <= 1))
 		return REJECT(MESH_VERDICT_EXPIRED);
 	flags = task_tuple(&to, p, c->backend, from);
-	if (!c->recent && unlikely(revnat_update(p, c, &to, skb->ifindex, flags)))
+	if (!c->recent && unlikely(revnat_update(p, c, &to, skb->ifindex, flags))) {
+		count_failed_start(p, c->frontend, FAILURE(collision));
 		return REJECT(MESH_VERDICT_COLLISION);
+	}
 	if (unlikely(c->note || c->noted))
 		flow_cache_update(&p->flow, c);
 	if (unlikely(rewrite(skb, p, &to)))
@@ -164,8 +166,12 @@ INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
 		return forward_to_backend(skb, p, &c, from);
 	if (c.note || c.noted)
 		flow_cache_update(&p->flow, &c);
-	if (c.verdict == MESH_VERDICT_REJECTED)
+	if (c.verdict == MESH_VERDICT_REJECTED) {
+		count_failed_start(p, c.frontend, FAILURE(no_backend));
 		return REJECT(MESH_VERDICT_REJECTED);
+	}
+	if (c.verdict == MESH_VERDICT_DENIED)
+		count_failed_start(p, c.frontend, FAILURE(denied));
 	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_UNSPEC);
 }
 

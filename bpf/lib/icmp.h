@@ -146,10 +146,24 @@ INLINE struct mesh_revnat *revnat_of_task_error(struct __sk_buff *skb, const str
 	return reply && !(reply->flags & MESH_REVNAT_HAIRPIN) ? reply : NULL;
 }
 
+/* Port unreachable says of UDP what a reset says of TCP. */
+INLINE void count_refused_datagram(struct __sk_buff *skb, const struct packet *p, const struct icmp_work *w,
+				   __u32 frontend)
+{
+	__u8 kind[2];
+
+	if (w->quoted.flow.protocol != IPPROTO_UDP || bpf_skb_load_bytes(skb, p->l4, kind, sizeof(kind)))
+		return;
+	if (p->version == 4 ? kind[0] == ICMP4_UNREACHABLE && kind[1] == 3
+			    : kind[0] == ICMP6_UNREACHABLE && kind[1] == 4)
+		count_failure(frontend, FAILURE(refused));
+}
+
 /* Translate it for the client. */
 INLINE int translate_to_client(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w,
 			       const struct mesh_revnat *reply)
 {
+	count_refused_datagram(skb, p, w, reply->frontend);
 	w->inner.source = w->key.source;
 	w->inner.source_port = w->key.source_port;
 	w->inner.destination = reply->called;

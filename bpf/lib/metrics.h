@@ -4,6 +4,7 @@
 #define MESH_METRICS_H
 
 #include "maps.h"
+#include "parse.h"
 
 INLINE void count_verdict(__u32 verdict)
 {
@@ -63,6 +64,30 @@ INLINE void count_flow(__u32 frontend, __u32 owner, __u32 starts, __u32 ends)
 		counts->starts += starts;
 		counts->ends += ends;
 	}
+}
+
+#define FAILURE(cause) offsetof(struct mesh_failures, cause)
+
+/* `cause`: a FAILURE. */
+INLINE void count_failure(__u32 frontend, __u32 cause)
+{
+	void *failures = bpf_map_lookup_elem(&mesh_fe_failures, &frontend);
+
+	if (failures)
+		*(__u64 *)(failures + cause) += 1;
+}
+
+/* Whether a flow starts, or is answered for the first time, with this packet. A datagram always may. */
+INLINE int is_start(const struct packet *p)
+{
+	return p->flow.protocol == IPPROTO_UDP ? p->fragment != 2 : (p->tcp_flags & TCP_SYN) != 0;
+}
+
+/* Count a packet that gets no further, if it starts a flow. */
+INLINE void count_failed_start(const struct packet *p, __u32 frontend, __u32 cause)
+{
+	if (is_start(p))
+		count_failure(frontend, cause);
 }
 
 #endif /* MESH_METRICS_H */

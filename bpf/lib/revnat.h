@@ -12,6 +12,11 @@
 #define REUSE_TCP 8192u
 #define REUSE_UDP 64u
 
+/* Other uses of mesh_revnat_new, by mesh_flow.pad[0] of the key: starts by what the client called. */
+#define KEY_SEEN   1   /* dropped for an unknown task */
+#define KEY_AWAITS 2   /* sent to another node, which has not answered */
+#define SEEN_LIFE  64u /* stamps for which such an entry holds */
+
 INLINE void revnat_key(struct mesh_flow *key, const struct packet *p, const struct tuple *to)
 {
 	key->source = to->source;
@@ -144,6 +149,20 @@ INLINE void recent_forget(const struct lb_choice *c)
 		recent->words[0] = recent->words[1] = 0;
 }
 
+#define REVNAT_START (MESH_REVNAT_REFUSED | MESH_REVNAT_ANSWERED | MESH_REVNAT_UNANSWERED)
+
+/* A client sends its SYN again: what the new entry keeps of the one that waits. The start counts as unanswered if the
+ * task has said nothing; of one that came through the tunnel the node that was called knows more (await_answer). */
+INLINE __u16 flags_sent_again(const struct mesh_revnat *opening, __u32 frontend, __u32 ifindex)
+{
+	__u16 flags = opening->flags & REVNAT_START;
+
+	if (flags || (ifindex & MESH_REVNAT_NODE))
+		return flags;
+	count_failure(frontend, FAILURE(unanswered));
+	return MESH_REVNAT_UNANSWERED;
+}
+
 /* The first packet of a flow, or the first since its entry was lost: create one. Returns -1 on collision. */
 static __noinline int revnat_create(struct packet *p, struct lb_choice *c, struct tuple *to, __u32 ifindex, __u32 flags)
 {
@@ -175,7 +194,7 @@ static __noinline int revnat_create(struct packet *p, struct lb_choice *c, struc
 			count_flow(c->frontend, c->owner, 1, 0);
 		}
 		if (known)
-			made.flags |= opening->flags & MESH_REVNAT_REFUSED;
+			made.flags |= flags_sent_again(opening, c->frontend, ifindex);
 		bpf_map_update_elem(&mesh_revnat_new, &key, &made, BPF_ANY);
 		return 0;
 	}
@@ -221,6 +240,15 @@ INLINE int revnat_update(struct packet *p, struct lb_choice *c, struct tuple *to
 		bpf_map_delete_elem(&mesh_revnat, &key);
 	}
 	return revnat_create(p, c, to, ifindex, flags);
+}
+
+/* Another node has answered the start of a flow. */
+INLINE void answer_came(const struct mesh_flow *flow)
+{
+	struct mesh_flow key = *flow;
+
+	key.pad[0] = KEY_AWAITS;
+	bpf_map_delete_elem(&mesh_revnat_new, &key);
 }
 
 /* The entry of a packet that a task sends; NULL: it is no reply. */

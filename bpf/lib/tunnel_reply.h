@@ -8,19 +8,36 @@
 
 /* Whether a task refuses a connection (RFC 9293, 3.5.2: a reset with sequence number 0) for the first time. The client
  * is not told then: its kernel sends its SYN again after a second, by when the tables name another task if this one
- * has ended, or it listens if it has just begun. */
+ * has ended, or it listens if it has just begun. Of the second time the client is told, and that is counted. */
 static __noinline int is_first_reset(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply)
 {
 	__be32 sequence;
 
 	if (!p || !reply || (p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) != (TCP_RST | TCP_ACK))
 		return 0;
-	if (p->fragment || reply->flags & (MESH_REVNAT_OPENED | MESH_REVNAT_REFUSED | REVNAT_CLOSED))
+	if (p->fragment || reply->flags & MESH_REVNAT_OPENED)
 		return 0;
 	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)) || sequence)
 		return 0;
+	if (reply->flags & MESH_REVNAT_REFUSED)
+		count_failure(reply->frontend, FAILURE(refused));
+	if (reply->flags & (MESH_REVNAT_REFUSED | REVNAT_CLOSED))
+		return 0;
 	revnat_add_flags(reply, MESH_REVNAT_REFUSED | REVNAT_CLOSED);
 	return 1;
+}
+
+/* A task's segment that starts or ends its direction of a flow. Returns 1 where it must not be sent. */
+INLINE int reply_changes_state(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply)
+{
+	if ((p->tcp_flags & TCP_SYN) && !(reply->flags & MESH_REVNAT_ANSWERED))
+		revnat_add_flags(reply, MESH_REVNAT_ANSWERED);
+	if (!(p->tcp_flags & (TCP_FIN | TCP_RST)))
+		return 0;
+	if (is_first_reset(skb, p, reply))
+		return 1;
+	revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_OUT));
+	return 0;
 }
 
 /* How a reply leaves. */
@@ -77,17 +94,18 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 
 	if (p->ttl <= 1)
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
-	if (find_reply_path(skb, p, reply, d))
+	if (find_reply_path(skb, p, reply, d)) {
+		count_failed_start(p, reply->frontend, FAILURE(no_path));
 		return verdict(MESH_VERDICT_TUNNEL_NO_PATH, TC_ACT_SHOT);
-	if (!d->ifindex && exceeds_mtu(skb, p))
+	}
+	if (!d->ifindex && exceeds_mtu(skb, p)) {
+		count_failed_start(p, reply->frontend, FAILURE(too_big));
 		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
+	}
 	if (p->fragment == 1)
 		fragment_ports(p);
-	if (p->tcp_flags & (TCP_FIN | TCP_RST)) {
-		if (is_first_reset(skb, p, reply))
-			return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
-		revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_OUT));
-	}
+	if ((p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
+		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);
 	if ((p->mtu && (p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, p->mtu)) || rewrite(skb, p, &to))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);

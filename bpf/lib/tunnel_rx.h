@@ -6,8 +6,6 @@
 
 #include "icmp.h"
 
-#define SEEN_LIFE 64u /* stamps within which a start that was dropped for an unknown task counts as seen before */
-
 INLINE int is_one_flag(__u8 flags)
 {
 	return flags <= MESH_TUNNEL_BACK && !(flags & (flags - 1));
@@ -65,8 +63,10 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	c.frontend = frontend_at(&p->flow, word);
 	task_tuple(&to, p, c.backend, 0);
-	if (revnat_update(p, &c, &to, MESH_REVNAT_NODE | node->id, 0))
+	if (revnat_update(p, &c, &to, MESH_REVNAT_NODE | node->id, 0)) {
+		count_failed_start(p, c.frontend, FAILURE(collision));
 		return REJECT(MESH_VERDICT_COLLISION);
+	}
 	recent_forget(&c);
 	if ((c.start && clamp_mss(skb, p, tunnel_mtu(&from->node))) || rewrite(skb, p, &to))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
@@ -153,6 +153,8 @@ static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, s
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
 	if (p->ttl <= 1)
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
+	if (result == PARSE_FLOW && (p->tcp_flags & (TCP_SYN | TCP_RST)))
+		answer_came(&flow);
 	ifindex = fib_output(skb, &p->flow.source, &p->flow.destination);
 	if (!ifindex)
 		return verdict(MESH_VERDICT_TOO_BIG, TC_ACT_SHOT);
@@ -169,7 +171,7 @@ static __noinline int was_seen_before(struct packet *p)
 	struct mesh_revnat seen = {.stamp = stamp_now()}, *before;
 	struct mesh_flow key = p->flow;
 
-	key.pad[0] = 1;
+	key.pad[0] = KEY_SEEN;
 	before = bpf_map_lookup_elem(&mesh_revnat_new, &key);
 	if (before && seen.stamp - before->stamp < SEEN_LIFE)
 		return 1;
@@ -191,6 +193,9 @@ static __noinline int reject_through_tunnel(struct __sk_buff *skb, struct packet
 	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND && (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) &&
 	    !was_seen_before(p))
 		return verdict(name, TC_ACT_SHOT);
+	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND)
+		count_failed_start(p, frontend_at(&p->flow, port_word(p->flow.protocol, p->flow.destination_port)),
+				   FAILURE(no_backend));
 	failed = make_rejection(skb, p, rejection_for(name));
 	count_verdict(failed > 0 ? MESH_VERDICT_RATE_LIMITED : name);
 	if (failed)

@@ -4,6 +4,27 @@
 #define MESH_TUNNEL_TX_H
 
 #include "encap.h"
+#include "revnat.h"
+
+/* A SYN that goes to another node waits for its answer, under a key that no entry has. The start counts as unanswered
+ * when the same SYN comes the third time: of the first two the other node may have dropped one on purpose
+ * (is_first_reset, was_seen_before). Of the entry `epoch` is the SYN's sequence number, `flags` how often it came
+ * again. */
+static __noinline void await_answer(struct __sk_buff *skb, struct packet *p, __u32 frontend)
+{
+	struct mesh_revnat made = {.stamp = stamp_now()}, *before;
+	struct mesh_flow key;
+
+	if (!p || bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &made.epoch, sizeof(made.epoch)))
+		return;
+	key = p->flow;
+	key.pad[0] = KEY_AWAITS;
+	before = bpf_map_lookup_elem(&mesh_revnat_new, &key);
+	if (!before || before->epoch != made.epoch || made.stamp - before->stamp >= SEEN_LIFE)
+		bpf_map_update_elem(&mesh_revnat_new, &key, &made, BPF_ANY);
+	else if (before->flags < 2 && ++before->flags == 2)
+		count_failure(frontend, FAILURE(unanswered));
+}
 
 /* A client's packet, or an error about one of its flows, to the node of its owner. Returns an action or a REJECT. */
 static __noinline int tunnel_tx(struct __sk_buff *skb, struct packet *p, struct mesh_backend *backend, __u32 entropy,

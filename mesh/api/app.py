@@ -105,7 +105,7 @@ async def _metrics(request: web.Request) -> web.Response:
     stats, accept = await view.stats(), request.headers.get("Accept", "")
 
     def write() -> tuple[bytes, str]:
-        return exposition.render(Snapshot(stats, view.state(), view.ready()[0]), accept)
+        return exposition.render(Snapshot(stats, view.state(), view.ready()[0], view.nodes()["nodes"]), accept)
 
     body, content_type = await asyncio.to_thread(write)
     # Not compressed: the scraper is near, and compression would take longer than everything else.

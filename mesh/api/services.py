@@ -233,11 +233,17 @@ def _service(engine: EngineKind, given: _Input, before: tuple[_Input, _Made] | N
 def _about(given: _Input, before: tuple[_Input, _Made] | None) -> Shown:
     """What does not depend on targets."""
     if before is not None and given.service is not None and given.service is before[0].service:
-        return {key: before[1].shown[key] for key in ("id", "name", "ports", "options")}
+        return {key: before[1].shown[key] for key in ("id", "name", "ports", "options", "replicas")}
     known = given.service or given.states[0]
     name = known.name if isinstance(known, Service) else known.service_name
     ports = sorted({port.frontend for port in known.ports}) if isinstance(known, Service) else []
-    return {"id": given.id, "name": name, "ports": [str(port) for port in ports], "options": to_plain(known.options)}
+    return {
+        "id": given.id,
+        "name": name,
+        "ports": [str(port) for port in ports],
+        "options": to_plain(known.options),
+        "replicas": known.replicas if isinstance(known, Service) else None,
+    }
 
 
 def _target(engine: EngineKind, given: _TargetInput, before: tuple[_TargetInput, Shown] | None) -> Shown:

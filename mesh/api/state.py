@@ -114,6 +114,7 @@ class View:
                 "age_seconds": status.age_seconds,
                 "error": status.error,
                 "doorbell": status.doorbell,
+                "certificate_expires": status.certificate_expires,
             },
             "generation": {"desired": picture.desired.generation, "applied": applied.generation},
             "apply": msgspec.to_builtins(loop.counts),

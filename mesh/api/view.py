@@ -42,13 +42,15 @@ class AgentView(Protocol):
 
         Keys: version, abi, pid, started (Unix seconds), engine, engine_reason,
         provider {kind, connected, age_seconds,
-        error, doorbell}, generation {desired, applied}, apply {count, failed, last_seconds, last_error},
+        error, doorbell, certificate_expires (Unix seconds; null: none is used)},
+        generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
         problems [str], critical [str] (those of the problems that keep clients out, or leave a rule unapplied),
         paths_down (problems with paths to other nodes),
         paths [{node, node_name, path, state}], traffic {verdict (ok, degraded, failing), reasons [str]},
-        services [{id, name, ports [str], options, frontends (none where mesh.enable is false)
+        services [{id, name, ports [str], options, replicas (asked for; null: not known, or one for each
+        node), frontends (none where mesh.enable is false)
         [{frontend, table_size, tracked_slots, digest, panic, served, targets [{backend, name, node, node_name, address,
         port, weight, intent, taking (why it gets new connections or not), health, health_reason, slots, local,
         via (address of the node that runs it, empty: this one), masked (why this node sends it nothing, empty: it

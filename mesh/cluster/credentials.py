@@ -205,6 +205,10 @@ class CredentialsWatch:
                     raise
         return self._current
 
+    def expires(self) -> float | None:
+        """When the certificate that is used expires, in Unix seconds; None: none is used yet."""
+        return self._current.expires.timestamp() if self._current is not None else None
+
     def problem(self) -> str:
         """What is wrong with the certificate that is used, or why newer ones are not; empty: nothing."""
         if self._current is None:  # who needs them says so

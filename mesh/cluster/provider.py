@@ -165,7 +165,9 @@ class ClusterProvider:
     def status(self) -> ProviderStatus:
         """How the source of the inventory is doing."""
         node = self._local.look.node or self._swarm.status().node_id
-        return replace(self._roles.source.status(), node_id=node, problems=tuple(self._problems()))
+        expires, problems = self._credentials.expires(), tuple(self._problems())
+        status = self._roles.source.status()
+        return replace(status, node_id=node, problems=problems, certificate_expires=expires)
 
     def _problems(self) -> Iterator[str]:
         if (listener := self._roles.listener) and listener.problem:

@@ -40,6 +40,7 @@ class WireService(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     ports: tuple[Port, ...]
     options: dict[str, Any] = {}  # those that have not their default, in the compact form of mesh.options
+    replicas: int | None = None
 
 
 class WireBackend(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -215,7 +216,7 @@ def health_of(report: HealthReport) -> model.Health:
 
 def service_of(service: Service) -> WireService:
     ports = tuple(Port(p.published, p.target, int(p.protocol), str(p.address)) for p in service.ports)
-    return WireService(service.id, service.name, ports, to_compact(service.options))
+    return WireService(service.id, service.name, ports, to_compact(service.options), service.replicas)
 
 
 def backend_of(backend: Backend) -> WireBackend:
@@ -235,7 +236,7 @@ def to_service(wire: WireService) -> Service:
         PublishedPort(p.published, p.target, model.Protocol(p.protocol), ipaddress.ip_address(p.address))
         for p in wire.ports
     )
-    return Service(wire.id, wire.name, tuple(ports), from_compact(wire.options))
+    return Service(wire.id, wire.name, tuple(ports), from_compact(wire.options), wire.replicas)
 
 
 def to_backend(wire: WireBackend) -> Backend:

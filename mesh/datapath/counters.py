@@ -21,6 +21,10 @@ class Failure(enum.Enum):
     LIMIT = "limit"  # out of descriptors, memory or the configured number of connections
     DENIED = "denied"  # mesh.allow / mesh.deny
     OTHER = "other"
+    TOO_BIG = "too_big"  # a datagram larger than the path
+    NO_PATH = "no_path"  # the backend's answer has no way back
+    COLLISION = "collision"  # the backend has a flow of the same client address and port
+    UNANSWERED = "unanswered"  # the client sent its SYN again; mesh_connections_unanswered_total
 
 
 CONNECT_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 3.0)

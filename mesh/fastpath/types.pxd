@@ -29,7 +29,7 @@ cdef enum:
     BATCH = 32  # datagrams per system call
     DATAGRAM = 65536
     CONTROL = 128
-    CAUSES = 8  # members of mesh.datapath.base.Failure
+    CAUSES = 12  # members of mesh.datapath.base.Failure
     BUCKETS = 15
     BACKENDS = 65538
     CHUNK = 64  # connections or sessions allocated at once

@@ -47,6 +47,7 @@ class Snapshot:
     stats: Stats
     state: Json
     ready: bool
+    nodes: Sequence[Json] = ()  # of the cluster, as AgentView.nodes lists them
 
 
 class Exposition:
@@ -62,6 +63,7 @@ class Exposition:
                 f.CLOSED: series.closed,
                 f.ACTIVE: series.active,
                 f.RETRIED: series.retried,
+                f.UNANSWERED: series.unanswered,
             },
             double={f.BYTES: (*series.BYTES, False), f.PACKETS: (*series.PACKETS, False)},
             failed=f.FAILED,
@@ -99,6 +101,7 @@ class Exposition:
         state, stats = snapshot.state, snapshot.stats
         agent: Rows = defaultdict(list)
         _agent(agent, state, snapshot.ready)
+        agent[f.NODE_UP] = [_line(f.NODE_UP, labelled(node=name), up) for name, up in _up(snapshot.nodes).items()]
         agent[f.VERDICTS] = [_line(f.VERDICTS, labelled(verdict=k), v) for k, v in stats.verdicts.items()]
         found = {family: "\n".join(lines).encode() for family, lines in agent.items()}
         with self._lock:
@@ -121,6 +124,15 @@ def render(snapshot: Snapshot, accept: str = "") -> tuple[bytes, str]:
 def collect(snapshot: Snapshot) -> Blocks:
     """One scrape by itself, by family."""
     return Exposition().collect(snapshot)
+
+
+def _up(nodes: Sequence[Json]) -> dict[str, int]:
+    """Whether nodes are up, by name. Of several with one name (a node that left and joined again) one suffices."""
+    found: dict[str, int] = {}
+    for node in nodes:
+        name = node["name"] or node["id"]
+        found[name] = max(found.get(name, 0), int(node["up"]))
+    return found
 
 
 def _traffic(lines: Rows, state: Json) -> None:
@@ -157,6 +169,8 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.PROVIDER_CONNECTED, int(provider["connected"]), provider=provider["kind"])
     if provider["age_seconds"] is not None:
         put(f.PROVIDER_AGE, provider["age_seconds"], provider=provider["kind"])
+    if provider["certificate_expires"] is not None:
+        put(f.CERTIFICATE_EXPIRES, provider["certificate_expires"])
     put(f.GENERATION_DESIRED, state["generation"]["desired"])
     put(f.GENERATION_APPLIED, state["generation"]["applied"])
     apply = state["apply"]
@@ -206,6 +220,8 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
     held = before[1][1] if before is not None and before[0]["name"] == service["name"] else {}
     lines: Rows = defaultdict(list)
     name = escape(service["name"])
+    if service["replicas"] is not None:
+        lines[f.REPLICAS].append(f'{f.REPLICAS.name}{{service="{name}"}} {service["replicas"]}')
     backends: set[str] = set()
     kept: dict[str, _Targets] = {}
     for frontend in service["frontends"]:
@@ -236,7 +252,7 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
     return lines, kept
 
 
-_OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "address")
+_OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "node_name", "address")
 
 
 def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target] | None) -> _Target:
@@ -253,12 +269,12 @@ def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target
     backend = escape(target["backend"])
     labels = f'{prefix},backend="{backend}",port="{target["port"]}"'
     one = f'backend="{backend}",service="{service}"'
+    node = escape(target["node_name"] or target["node"])
     return (
         labels,
         f"mesh_backend_weight{{{labels}}} {target['weight']}",
         f"mesh_backend_slots{{{labels}}} {target['slots']}",
-        f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{escape(target["node"])}",'
-        f'address="{target["address"]}"}} 1',
+        f'mesh_backend_info{{{one},name="{escape(target["name"])}",node="{node}",address="{target["address"]}"}} 1',
         f"mesh_backend_healthy{{{one}}} {int(target['health'] != 'down')}",
         f"mesh_backend_draining{{{one}}} {int(target['intent'] == 'draining')}",
     )

@@ -76,6 +76,18 @@ PROVIDER_AGE: Final = Family(
     ("provider",),
     "Seconds since the last successful read of the source of services; absent before the first.",
 )
+CERTIFICATE_EXPIRES: Final = Family(
+    "mesh_certificate_expiry_timestamp_seconds",
+    Kind.GAUGE,
+    (),
+    "When this node's certificate in the cluster expires, in seconds since the epoch; absent where none is used.",
+)
+NODE_UP: Final = Family(
+    "mesh_node_up",
+    Kind.GAUGE,
+    ("node",),
+    "1 if the node is up as this one sees it, 0 if Swarm or the failure detector says that it is down.",
+)
 GENERATION_DESIRED: Final = Family(
     "mesh_generation_desired", Kind.GAUGE, (), "Generation of the state that should be served."
 )
@@ -96,10 +108,18 @@ GUARD_HELD: Final = Family(
 DRAINED: Final = Family("mesh_drained", Kind.GAUGE, ("kind",), "Backends and nodes that are drained by mesh drain.")
 
 OPENED: Final = Family(
-    "mesh_connections_opened_total", Kind.COUNTER, _PORT, "TCP connections and UDP sessions given to a backend."
+    "mesh_connections_opened_total",
+    Kind.COUNTER,
+    _PORT,
+    "TCP connections and UDP sessions given to a backend. In the kernel engine TCP counts with the client's second "
+    "packet, on the node of the task; calls of the node's own processes count when the socket is connected.",
 )
 CLOSED: Final = Family(
-    "mesh_connections_closed_total", Kind.COUNTER, _PORT, "TCP connections and UDP sessions that ended."
+    "mesh_connections_closed_total",
+    Kind.COUNTER,
+    _PORT,
+    "Connections and sessions that ended. In the kernel engine UDP flows and calls of the node's own processes have no "
+    "end that it sees: they count as closed at once.",
 )
 ACTIVE: Final = Family(
     "mesh_connections_active", Kind.GAUGE, _PORT, "TCP connections and UDP sessions that are open: opened minus closed."
@@ -108,13 +128,23 @@ RETRIED: Final = Family(
     "mesh_connections_retried_total",
     Kind.COUNTER,
     _PORT,
-    "Connection attempts that failed at a backend and went to the next choice.",
+    "Times that a connection went on to its next choice because a backend did not take it (proxy engine).",
 )
 FAILED: Final = Family(
     "mesh_connections_failed_total",
     Kind.COUNTER,
     (*_PORT, "cause"),
-    "Failed connections by cause; a cause appears with its first failure.",
+    "Connections that failed, by cause; a cause appears with its first failure. The proxy engine counts connections "
+    "and datagrams, the kernel engine packets that would have started a flow: SYNs, each one that a client sends "
+    "again too, and datagrams.",
+)
+UNANSWERED: Final = Family(
+    "mesh_connections_unanswered_total",
+    Kind.COUNTER,
+    _PORT,
+    "Connections whose client sent its SYN again (for a task of another node: twice) before the task had answered; "
+    "once for each connection, which may still have come about. Kernel engine; the proxy engine counts them as "
+    "failed by timeout.",
 )
 BYTES: Final = Family(
     "mesh_bytes_total",
@@ -133,6 +163,12 @@ CONNECT: Final = Family(
     Kind.HISTOGRAM,
     _PORT,
     "Time until a backend accepted a connection (proxy engine); absent before the first.",
+)
+REPLICAS: Final = Family(
+    "mesh_service_replicas",
+    Kind.GAUGE,
+    ("service",),
+    "Tasks that the service is asked to have; absent where there is no such number (global services, static files).",
 )
 SERVED: Final = Family("mesh_frontend_served", Kind.GAUGE, _PORT, "1 if the engine serves this published port.")
 PANIC: Final = Family(
@@ -161,13 +197,13 @@ BACKEND_RETRIED: Final = Family(
     "mesh_backend_connections_retried_total",
     Kind.COUNTER,
     _TARGET,
-    "Connection attempts that failed at this backend and went to the next choice.",
+    "Connections that this backend did not take and that went on to their next choice (proxy engine).",
 )
 BACKEND_FAILED: Final = Family(
     "mesh_backend_connections_failed_total",
     Kind.COUNTER,
     (*_TARGET, "cause"),
-    "Connections that failed at this backend by cause; a cause appears with its first failure.",
+    "Connections that failed at this backend, by cause; a cause appears with its first failure (proxy engine).",
 )
 BACKEND_BYTES: Final = Family(
     "mesh_backend_bytes_total",
@@ -212,8 +248,10 @@ VERDICTS: Final = Family(
 FAMILIES: Final = (
     BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PATHS_DOWN, PATH_UP, TRAFFIC, BACKENDS_MASKED,
     PROVIDER_CONNECTED, PROVIDER_AGE,
+    CERTIFICATE_EXPIRES, NODE_UP,
     GENERATION_DESIRED, GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
-    OPENED, CLOSED, ACTIVE, RETRIED, FAILED, BYTES, PACKETS, CONNECT, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
+    OPENED, CLOSED, ACTIVE, RETRIED, FAILED, UNANSWERED, BYTES, PACKETS, CONNECT,
+    REPLICAS, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,
     BACKEND_OPENED, BACKEND_ACTIVE, BACKEND_RETRIED, BACKEND_FAILED, BACKEND_BYTES, BACKEND_PACKETS, BACKEND_CONNECT,
     BACKEND_WEIGHT, BACKEND_SLOTS, BACKEND_INFO, BACKEND_HEALTHY, BACKEND_DRAINING, VERDICTS,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Final, Generic, TypeVar
 
-from mesh.datapath.counters import CONNECT_BUCKETS, PLAIN, CounterTable, Failure
+from mesh.datapath.counters import COLUMNS, CONNECT_BUCKETS, PLAIN, CounterTable, Failure
 from mesh.incremental import Latest
 from mesh.metrics.families import Family
 
@@ -19,6 +19,7 @@ _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _BOUNDS: Final = (*(f"{bound}" for bound in CONNECT_BUCKETS), "+Inf")
 _OPENED, _CLOSED, _RETRIED, _IN, _OUT, _PACKETS_IN, _PACKETS_OUT, _SPENT = range(len(PLAIN))
 _CONNECT: Final = len(PLAIN) + len(Failure)
+_UNANSWERED: Final = COLUMNS.index(Failure.UNANSWERED)
 
 
 def escape(text: str) -> str:
@@ -103,7 +104,7 @@ class Series(Generic[_Key]):
 
     def _failures(self, table: CounterTable[_Key], labels: Sequence[str]) -> Iterable[str]:
         for i, cause in enumerate(Failure):
-            column = table.column(len(PLAIN) + i)
+            column = table.column(len(PLAIN) + i) if cause is not Failure.UNANSWERED else ()
             for label, count in zip(labels, column, strict=True) if any(column) else ():
                 if count:
                     yield f'{self._failed.name}{{{label},cause="{cause.value}"}} {count}'
@@ -152,6 +153,10 @@ def active(table: CounterTable[_Key]) -> Sequence[int]:
 
 def retried(table: CounterTable[_Key]) -> Sequence[int]:
     return table.column(_RETRIED)
+
+
+def unanswered(table: CounterTable[_Key]) -> Sequence[int]:
+    return table.column(_UNANSWERED)
 
 
 BYTES: Final = (_IN, _OUT)

@@ -22,6 +22,7 @@ class ProviderStatus:
     error: str = ""  # why the last attempt failed, with place and remedy; empty when it was good
     doorbell: str = ""  # what announces changes: "watch" | "events" | "poll"
     problems: tuple[str, ...] = ()  # what else is wrong around it, with place and remedy; what was read stands
+    certificate_expires: float | None = None  # Unix seconds: of this node's in the cluster; None: it uses none
     node_id: str = ""  # this node, by the inventory's id of it; empty while unknown, or where there are no nodes
 
 

@@ -17,6 +17,9 @@ ROOT: Final = Path(__file__).parents[2]
 OBJECTS: Final = ROOT / "mesh/datapath/kernel/objects"
 ABI: Final = (ROOT / "bpf/include/mesh/abi.h").read_text()
 VERDICTS: Final = re.findall(r"X\((\w+),", ABI[ABI.index("define MESH_VERDICTS") : ABI.index("MESH_VERDICT_ENUM")])
+CAUSES: Final = [
+    name.upper() for name in re.findall(r"__u64 (\w+);", ABI.partition("struct mesh_failures {")[2].partition("}")[0])
+]
 OK, SHOT, REDIRECT = 0xFFFFFFFF, 2, 7  # OK: TC_ACT_UNSPEC
 TCP, UDP = 6, 17
 FREE, ACTIVE, DRAINING = 0, 1, 2
@@ -40,6 +43,7 @@ SHARED: Final = (
     "mesh_fragments",
     "mesh_verdicts",
     "mesh_fe_metrics",
+    "mesh_fe_failures",
     "mesh_be_metrics",
     "mesh_config",
     "mesh_sk_revnat",
@@ -58,6 +62,7 @@ LARGE: Final = {
     "mesh_frontends",
     "mesh_backends",
     "mesh_fe_metrics",
+    "mesh_fe_failures",
     "mesh_be_metrics",
 }
 HASHES: Final = (
@@ -205,7 +210,8 @@ class Plane:
         first, size = self.table(slots)
         self.maps["mesh_frontends"].update(u32(number), struct.pack("=IIII", first, size, flags, acl))
         slot = (0 if protocol == TCP else 65536) + port
-        self.used |= {("mesh_frontends", number), ("mesh_fe_metrics", number), ("mesh_ports", slot)}
+        self.used |= {(f"mesh_{name}", number) for name in ("frontends", "fe_metrics", "fe_failures")}
+        self.used.add(("mesh_ports", slot))
         index = u32(slot)
         word = struct.unpack("=I", self.maps["mesh_ports"].lookup(index) or bytes(4))[0]
         if address == "::":
@@ -252,6 +258,12 @@ class Plane:
         _, values = self.maps["mesh_verdicts"].sums()
         counts = struct.unpack(f"={len(VERDICTS)}Q", values)
         return {name: count for name, count in zip(VERDICTS, counts, strict=True) if count}
+
+    def failures(self) -> dict[tuple[int, str], int]:
+        """Counted so far by frontend and cause, those above 0."""
+        _, values = self.maps["mesh_fe_failures"].sums()
+        counts = struct.unpack(f"={len(values) // 8}Q", values)
+        return {(i // len(CAUSES), CAUSES[i % len(CAUSES)]): count for i, count in enumerate(counts) if count}
 
     def counts(self, name: str, number: int) -> tuple[int, ...]:
         """(packets_in, bytes_in, packets_out, bytes_out, starts, ends) of a frontend (mesh_fe_metrics) or backend."""

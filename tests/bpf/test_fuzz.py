@@ -127,9 +127,11 @@ def test_random_packets_meet_what_the_model_says() -> None:
         if count % ROUND == ROUND - 1:
             counted = Counter({name: n for name, n in twin.seen.items() if name})
             assert Counter(twin.plane.verdicts()) == counted
+            assert twin.plane.failures() == twin.model.failures
             twin.change()
         program, frame = packets.next()
         packets.remember(twin.run(program, frame))
+    assert twin.plane.failures() == twin.model.failures
     missing = set(twin.plane.verdicts()) ^ {name for name in twin.seen if name}
     assert not missing
     if PACKETS >= 40000:
@@ -137,3 +139,5 @@ def test_random_packets_meet_what_the_model_says() -> None:
                     "REJECTED", "NO_BACKEND", "FRAGMENT", "FAMILY", "EXTENSION", "MALFORMED", "EXPIRED",
                     "RESET_HELD"}  # fmt: skip
         assert expected <= set(twin.seen), twin.seen
+        causes = {"DENIED", "NO_BACKEND", "REFUSED", "UNANSWERED"}
+        assert causes <= {cause for _, cause in twin.model.failures}, twin.model.failures

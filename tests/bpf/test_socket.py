@@ -152,6 +152,9 @@ def test_tcp_reaches_a_task_and_shows_what_was_dialled(plane: Plane, dialled: st
         assert s.recv(100) == task.encode()
         assert s.getpeername()[:2] == (dialled, port)
     assert plane.verdicts() == {"SOCKET": 1}
+    opened = {86: (2, 3)}.get(port, (1, 2))  # what is open is not known to the hooks: it counts as closed at once
+    for name, number in zip(("mesh_fe_metrics", "mesh_be_metrics"), opened, strict=True):
+        assert plane.counts(name, number)[4:] == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,7 @@ def test_unconnected_udp(plane: Plane, dialled: str, port: int, task: str) -> No
             s.sendto(b"?", (dialled, port))
             answer, peer = s.recvfrom(100)
             assert (answer, peer[:2]) == (task.encode(), (dialled, port))
+    assert plane.counts("mesh_fe_metrics", 3 if port == 53 else 4)[4:] == (1, 1)  # one flow, not three
 
 
 def test_unconnected_udp_of_an_ipv6_socket_to_a_mapped_address(plane: Plane) -> None:
@@ -244,6 +248,7 @@ def test_no_backend_is_refused_at_once(plane: Plane) -> None:
         s.connect(("127.0.0.1", 53))
     assert error.value.errno == errno.EPERM
     assert plane.verdicts() == {"SOCKET_REJECTED": 3}
+    assert plane.failures() == {(1, "NO_BACKEND"): 2, (3, "NO_BACKEND"): 1}
 
 
 def test_a_socket_that_is_connected_elsewhere_later_shows_its_new_peer(plane: Plane) -> None:

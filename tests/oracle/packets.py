@@ -8,6 +8,7 @@ still. Checksums follow RFC 1624; where 0 and 0xffff mean the same, compare with
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from tests.oracle import selection
@@ -38,6 +39,8 @@ class Model:
     replies: dict[Flow, Reply] = field(default_factory=dict)
     openings: dict[Flow, Reply] = field(default_factory=dict)
     fragments: dict[tuple[bytes, bytes, int, int], tuple[int, int]] = field(default_factory=dict)
+    failures: Counter[tuple[int, str]] = field(default_factory=Counter)  # by frontend and cause
+    source: bytes = b""  # the node that the packet came from
 
     # From a flow to its owner
 
@@ -119,6 +122,11 @@ class Model:
             return ("NO_BACKEND" if frontend.flags & PASS_IF_NONE else "REJECTED"), NONE, False
         return verdict, owner, note
 
+    def failed(self, p: Packet, number: int, cause: str) -> None:
+        """Count a packet that gets no further, if it would have started a flow."""
+        if p.fragment != 2 if p.protocol == UDP else p.flags & SYN:
+            self.failures[number, cause] += 1
+
     # Programs
 
     def ingress(self, frame: bytes) -> Outcome:
@@ -167,6 +175,8 @@ class Model:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
         start = p.protocol == TCP and p.flags & (SYN | ACK) == SYN
         verdict, owner, note = self._owner(p, number, start=start, from_task=from_task)
+        if verdict in ("REJECTED", "DENIED"):
+            self.failed(p, number, "NO_BACKEND" if verdict == "REJECTED" else verdict)
         if verdict == "REJECTED":
             return self._refuse(p, frame, verdict)
         if owner < FIRST:
@@ -181,8 +191,9 @@ class Model:
         hairpin = from_task and p.source == backend.address
         source = (self.hairpin if p.version == 4 else self.hairpin6) if hairpin else p.source
         key = (source, p.sport, backend.address, backend.port, p.protocol)
-        reply = Reply(p.destination, p.dport, p.source, owner, backend.epoch, hairpin)
+        reply = Reply(p.destination, p.dport, p.source, owner, backend.epoch, hairpin, frontend=number)
         if not self._keep(p, key, reply, start):
+            self.failed(p, number, "COLLISION")
             return self._refuse(p, frame, "COLLISION")
         if note:
             self.notes[p.flow] = (owner, backend.epoch, number)
@@ -211,7 +222,8 @@ class Model:
         if opening and not known and current(opening) and opening.closed != 3:
             return False
         if start or (not known and p.protocol == UDP):
-            made.refused = known and opening is not None and opening.refused
+            if known and opening is not None:
+                self._sent_again(opening, made)
             self.openings[key] = made
             return True
         self.openings.pop(key, None)
@@ -221,22 +233,33 @@ class Model:
             self.replies[key] = made
         return True
 
+    def _sent_again(self, opening: Reply, made: Reply) -> None:
+        """A client sends its SYN again. If its task has said nothing, the node that the client called counts it."""
+        made.refused, made.answered, made.unanswered = opening.refused, opening.answered, opening.unanswered
+        if not (made.refused or made.answered or made.unanswered or self.source):
+            made.unanswered = True
+            self.failures[made.frontend, "UNANSWERED"] += 1
+
     def _reply(self, p: Packet, frame: bytes, reply: Reply) -> Outcome:
         if p.ttl <= 1:
             return Outcome(SHOT, "EXPIRED")
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
+        reply.answered |= bool(p.flags & SYN)
         if self._is_first_refusal(p, frame, reply):
             return Outcome(SHOT, "RESET_HELD")
         reply.closed |= 3 if p.flags & RST else 2 if p.flags & FIN else 0
         return self._rewritten(p, frame, "REPLY", reply.called, reply.called_port, reply.client, p.dport)
 
-    @staticmethod
-    def _is_first_refusal(p: Packet, frame: bytes, reply: Reply) -> bool:
+    def _is_first_refusal(self, p: Packet, frame: bytes, reply: Reply) -> bool:
         """A reset with sequence number 0 before the client has answered the task."""
         if p.protocol != TCP or p.flags & (SYN | FIN | RST | ACK) != RST | ACK or p.fragment:
             return False
-        if reply.opened or reply.closed or reply.refused or frame[p.l4 + 4 : p.l4 + 8] != bytes(4):
+        if reply.opened or frame[p.l4 + 4 : p.l4 + 8] != bytes(4):
+            return False
+        if reply.refused:
+            self.failures[reply.frontend, "REFUSED"] += 1
+        if reply.closed or reply.refused:
             return False
         reply.refused, reply.closed = True, 3
         return True
@@ -357,6 +380,8 @@ class Model:
         reply = self.replies.get(flow) or self.openings.get(flow)
         if not reply or reply.hairpin:
             return None
+        if flow[4] == UDP and tuple(frame[p.l4 : p.l4 + 2]) == ((3, 3) if p.version == 4 else (1, 4)):
+            self.failures[reply.frontend, "REFUSED"] += 1
         inner = (flow[0], flow[1], reply.called, reply.called_port, flow[4])
         return self._translated(p, frame, "ICMP_OUT", at, l4, inner, reply.called, p.destination)
 

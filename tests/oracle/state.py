@@ -32,6 +32,9 @@ class Reply:
     closed: int = 0  # 1: by the client, 2: by the task
     opened: bool = False  # the client's second packet was seen
     refused: bool = False  # by the task, and the client was not told
+    answered: bool = False  # the task has answered the start
+    unanswered: bool = False  # counted as such
+    frontend: int = 0
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from tests.oracle import selection
 from tests.oracle.frames import ETHER, MAPPED, TCP, UDP, Flow, Packet, be16, changed, parse, total
-from tests.oracle.packets import ACK, CLIENT, FIRST, FREE, OK, REDIRECT, SHOT, SYN, TRACKED, Model
+from tests.oracle.packets import ACK, CLIENT, FIRST, FREE, OK, REDIRECT, RST, SHOT, SYN, TRACKED, Model
 from tests.oracle.state import Outcome, Reply
 
 ROOM, HEAD = 52, 32
@@ -35,7 +35,9 @@ class Spanning(Model):
     away: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # id, IP version that the tunnel carries, or 0
     ways: dict[Flow, bytes] = field(default_factory=dict)  # node, by reverse entry
     seen: set[Flow] = field(default_factory=set)
-    source: bytes = b""  # the node that the packet came from
+    awaited: dict[Flow, tuple[bytes, int]] = field(
+        default_factory=dict
+    )  # SYN's sequence number, how often it came again
     floating: set[bytes] = field(default_factory=set)
 
     def ingress(self, frame: bytes) -> Outcome:
@@ -82,13 +84,24 @@ class Spanning(Model):
         if verdict in ("ASKED", "NOTED") and isinstance(self.notes.get(p.flow), Asked):
             ident = ident[:-1] + ASK
         node = self.backends[owner].address
+        if start:
+            self._await(p.flow, frame[p.l4 + 4 : p.l4 + 8], number)
         if node not in self.nodes:
             return Outcome(OK, "TUNNEL_NO_PATH", frame)
         if p.ttl <= 1:
             return self._refuse(p, frame, "EXPIRED")
         if len(frame) - ETHER > self.nodes[node] - ROOM:
+            self.failed(p, number, "TOO_BIG")
             return Outcome(SHOT, "TUNNEL_TOO_BIG")
         return self._wrapped(self._hop(p, frame), "TUNNEL_TX", node, ident)
+
+    def _await(self, flow: Flow, sequence: bytes, number: int) -> None:
+        """A SYN for another node: unanswered when it comes the third time."""
+        known, again = self.awaited.get(flow, (b"", 0))
+        again = again + 1 if known == sequence else 0
+        self.awaited[flow] = (sequence, again)
+        if again == 2:
+            self.failures[number, "UNANSWERED"] += 1
 
     @staticmethod
     def _hop(p: Packet, frame: bytes) -> bytes:
@@ -156,6 +169,7 @@ class Spanning(Model):
     def _deliver(self, q: Packet, inner: bytes, node: bytes, ident: bytes) -> Outcome:
         if q.protocol != ident[10] or (q.protocol, q.dport) == (UDP, self.port):
             return Outcome(SHOT, "TUNNEL_INVALID")
+        number = self.exact.get((q.destination, q.dport, q.protocol)) or self.any_address.get((q.protocol, q.dport), 0)
         asked, ident = ident[-1:] == ASK, ident[:-1] + b"\0"
         owner = self.ids.get(ident, 0)
         backend = self.backends.get(owner)
@@ -165,15 +179,18 @@ class Spanning(Model):
             if (q.protocol == UDP or q.flags & SYN) and q.flow not in self.seen:
                 self.seen.add(q.flow)
                 return Outcome(SHOT, "TUNNEL_NO_BACKEND")
+            self.failed(q, number, "NO_BACKEND")
             return self._refuse(q, inner, "TUNNEL_NO_BACKEND")
         if q.ttl <= 1:
             return self._refuse(q, inner, "EXPIRED")
         start = q.protocol == TCP and q.flags & (SYN | ACK) == SYN
         key = (q.source, q.sport, backend.address, backend.port, q.protocol)
         self.source = node
-        kept = self._keep(q, key, Reply(q.destination, q.dport, q.source, owner, backend.epoch, False), start)
+        made = Reply(q.destination, q.dport, q.source, owner, backend.epoch, False, frontend=number)
+        kept = self._keep(q, key, made, start)
         self.source = b""
         if not kept:
+            self.failed(q, number, "COLLISION")
             return self._refuse(q, inner, "COLLISION")
         return self._rewritten(q, inner, "TUNNEL_RX", q.source, q.sport, backend.address, backend.port)
 
@@ -188,6 +205,7 @@ class Spanning(Model):
         if not node:
             return super()._reply(p, frame, reply)
         if p.ttl > 1 and len(frame) - ETHER > self.nodes[node] - ROOM:
+            self.failed(p, reply.frontend, "TOO_BIG")
             return Outcome(SHOT, "TUNNEL_TOO_BIG")
         out = super()._reply(p, frame, reply)
         if out.frame is None:
@@ -205,5 +223,7 @@ class Spanning(Model):
             return Outcome(SHOT, "TUNNEL_INVALID")
         if q.ttl <= 1:
             return Outcome(SHOT, "EXPIRED")
+        if q.flags & (SYN | RST):
+            self.awaited.pop(flow, None)
         checks = [ETHER + 10] if q.version == 4 else []
         return Outcome(REDIRECT, "TUNNEL_REPLY_RX", self._hop(q, inner), checks)

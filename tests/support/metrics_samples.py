@@ -65,7 +65,14 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
         "started": 1700000000.0,
         "engine": "proxy",
         "engine_reason": "asked for",
-        "provider": {"kind": "static", "connected": True, "age_seconds": 1.5, "error": "", "doorbell": "poll"},
+        "provider": {
+            "kind": "static",
+            "connected": True,
+            "age_seconds": 1.5,
+            "error": "",
+            "doorbell": "poll",
+            "certificate_expires": 1800000000.0,
+        },
         "generation": {"desired": 7, "applied": 7},
         "apply": {"count": 7, "failed": 1, "last_seconds": 0.002, "last_error": ""},
         "guard": {"holds": 0, "held": 0},
@@ -81,6 +88,7 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
                 "name": f"web{s}",
                 "ports": [str(frontend(s))],
                 "options": {},
+                "replicas": backends,
                 "frontends": [
                     {
                         "frontend": str(frontend(s)),
@@ -115,8 +123,14 @@ def stats(services: int = 2, backends: int = 3) -> Stats:
     )
 
 
+NODES = [
+    {"id": "n1", "name": "node-a", "address": "192.0.2.1", "up": True, "engine": "proxy"},
+    {"id": "n2", "name": "node-b", "address": "192.0.2.2", "up": False, "engine": "proxy"},
+]
+
+
 def snapshot(services: int = 2, backends: int = 3) -> Snapshot:
-    return Snapshot(stats(services, backends), state(services, backends), True)
+    return Snapshot(stats(services, backends), state(services, backends), True, NODES)
 
 
 EXPLANATION = {

@@ -41,10 +41,13 @@ ports = st.builds(
 )
 
 
+replicas = st.none() | st.integers(0, 1000)
+
+
 @st.composite
 def inventories(draw: st.DrawFn) -> model.Inventory:
     services = draw(
-        st.dictionaries(names, st.tuples(names, st.lists(ports, max_size=2).map(tuple), options), max_size=4)
+        st.dictionaries(names, st.tuples(names, st.lists(ports, max_size=2).map(tuple), options, replicas), max_size=4)
     )
     nodes = draw(st.dictionaries(names, st.tuples(st.booleans(), st.integers(0, 9)), max_size=4))
     backends = draw(st.dictionaries(names, st.tuples(st.booleans(), st.booleans(), st.integers(0, 9)), max_size=6))

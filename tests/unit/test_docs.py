@@ -105,6 +105,23 @@ def test_every_label_exit_code_cause_and_alert_is_explained() -> None:
     assert alerts == documented("## Alerts") - {"alert"}
 
 
+def test_every_alert_has_a_runbook_and_it_exists() -> None:
+    rules = (ROOT / "deploy/alerts.yml").read_text()
+    links = re.findall(r"- alert: (\w+).*?runbook_url: (\S+?)#(\S+)$", rules, re.DOTALL | re.MULTILINE)
+    assert [alert for alert, _, _ in links] == re.findall(r"- alert: (\w+)", rules)
+    for alert, file, anchor in links:
+        assert anchor == alert.lower(), alert
+        assert anchor in anchors(ROOT / file), alert
+
+
+def test_names_not_ids_are_what_alerts_and_panels_show() -> None:
+    """Ids of tasks and nodes mean nothing to whoever is called at night."""
+    shown = (ROOT / "deploy/alerts.yml").read_text()
+    panels = json.loads((ROOT / "deploy/grafana.json").read_text())["panels"]
+    shown += "\n".join(target.get("legendFormat", "") for panel in panels for target in panel["targets"])
+    assert not re.search(r"labels\.backend\b|\{\{\s*backend\s*\}\}", shown)
+
+
 def test_state_keys_are_explained() -> None:
     from tests.support.metrics_samples import state
 
@@ -150,6 +167,20 @@ def test_the_dashboard_is_whole() -> None:
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
     assert all(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+
+
+ONE_ENGINE = {
+    family.name
+    for family in (families.RETRIED, families.CONNECT, families.BACKEND_RETRIED, families.BACKEND_FAILED,
+                   families.BACKEND_CONNECT, families.VERDICTS, *families.ENGINE.values())
+}  # fmt: skip
+
+
+def test_panels_that_name_no_engine_show_both() -> None:
+    for panel in json.loads((ROOT / "deploy/grafana.json").read_text())["panels"]:
+        used = set(METRIC.findall(" ".join(target["expr"] for target in panel["targets"])))
+        used = {name.removesuffix("_bucket") for name in used}
+        assert " engine: " in panel["title"] or not used & ONE_ENGINE, panel["title"]
 
 
 def anchors(file: Path) -> set[str]:

@@ -19,7 +19,7 @@ from mesh.datapath.counters import COLUMNS, PLAIN, Counters, CounterTable, Failu
 from mesh.datapath.kernel.fallback import added
 from mesh.metrics import families
 from mesh.metrics.exposition import Exposition, Snapshot, collect, render
-from tests.support.metrics_samples import frontend, snapshot, state, stats
+from tests.support.metrics_samples import NODES, frontend, snapshot, state, stats
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 Parser = Callable[[str], Iterable[Metric]]
@@ -49,9 +49,8 @@ def test_both_formats_say_the_same(accept: str, parse: Parser) -> None:
     assert value(metrics, "mesh_connect_seconds", "mesh_connect_seconds_count", **web0) == 11
     backend = {"frontend": "*:10001/tcp", "service": "web1", "backend": "task1x2", "port": "80"}
     assert value(metrics, "mesh_backend_connections_opened", "mesh_backend_connections_opened_total", **backend) == 5
-    assert (
-        value(metrics, "mesh_backend_info", "mesh_backend_info", backend="task1x2", name="web1.2", node="node-a") == 1
-    )
+    assert value(metrics, "mesh_backend_info", "mesh_backend_info", backend="task1x2", name="web1.2", node="a") == 1
+    assert value(metrics, "mesh_service_replicas", "mesh_service_replicas", service="web1") == 3
     assert value(metrics, "mesh_applies", "mesh_applies_total", result="ok") == 6
     assert value(metrics, "mesh_threads", "mesh_threads") == 2
     assert value(metrics, "mesh_verdicts", "mesh_verdicts_total", verdict="pass") == 4
@@ -108,7 +107,25 @@ def test_absent_rather_than_wrong() -> None:
 def test_every_failure_has_a_cause() -> None:
     counted = replace(stats(1, 0), frontends={frontend(0): Counters(failed=dict.fromkeys(Failure, 1))})
     metrics = parsed(Snapshot(counted, state(1, 0), True))
-    assert {s.labels["cause"] for s in metrics["mesh_connections_failed"].samples} == {f.value for f in Failure}
+    assert {s.labels["cause"] for s in metrics["mesh_connections_failed"].samples} == {
+        f.value for f in Failure if f is not Failure.UNANSWERED
+    }
+    assert value(metrics, "mesh_connections_unanswered", "mesh_connections_unanswered_total", service="web0") == 1
+
+
+def test_nodes_and_the_certificate() -> None:
+    metrics = parsed(snapshot())
+    up = {s.labels["node"]: s.value for s in metrics["mesh_node_up"].samples}
+    assert up == {"node-a": 1, "node-b": 0}
+    family = "mesh_certificate_expiry_timestamp_seconds"
+    assert value(metrics, family, family) == 1800000000
+
+
+def test_a_node_that_left_and_joined_again_is_one_node() -> None:
+    """Swarm lists a node of the same name for each time that it joined: one series, and it is up if one is."""
+    nodes = [{**node, "name": "node-a"} for node in NODES]
+    metrics = parsed(replace(snapshot(), nodes=nodes))
+    assert [(s.labels["node"], s.value) for s in metrics["mesh_node_up"].samples] == [("node-a", 1)]
 
 
 def test_exported_families_are_the_declared_ones() -> None:
@@ -119,7 +136,7 @@ def test_exported_families_are_the_declared_ones() -> None:
     udp = {frontend(0): replace(counted.frontends[frontend(0)], packets_in=1)}
     backends = {key: replace(c, packets_in=1) for key, c in counted.backends.items()}
     counted = replace(counted, frontends=udp, backends=backends, gauges={})
-    assert set(collect(Snapshot(counted, shown, True))) == set(families.FAMILIES)
+    assert set(collect(Snapshot(counted, shown, True, NODES))) == set(families.FAMILIES)
 
 
 def test_masked_tasks_are_counted_by_service_and_node() -> None:

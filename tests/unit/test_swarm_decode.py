@@ -88,6 +88,15 @@ def test_only_ingress_ports_as_allocated() -> None:
     assert [p.where for p in inventory.problems] == ["service web, port 82/sctp", "service web, port 84/tcp"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "replicas"),
+    [({"Replicated": {"Replicas": 3}}, 3), ({"Replicated": {"Replicas": 0}}, 0), ({"Global": {}}, None), (None, None)],
+)
+def test_how_many_tasks_are_asked_for(mode: Any, replicas: int | None) -> None:
+    (found,) = decode(answers([service(Spec={"Name": "web", "Labels": {}, "Mode": mode})])).inventory.services
+    assert found.replicas == replicas
+
+
 def test_labels_on_containers_are_said_to_mean_nothing() -> None:
     """`labels:` beside `image:` in a compose file, not under `deploy:`."""
     of_containers = {"mesh.affinity": "client-ip", "mesh.deny": "10.0.0.1", "other": "x"}

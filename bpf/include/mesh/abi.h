@@ -163,13 +163,15 @@ struct mesh_note {
 _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 
 /* Key of mesh_revnat is a mesh_flow: source = the client as the task sees it, destination = the backend. */
-#define MESH_REVNAT_PEER    0x1u        /* the client is a container of this node: deliver to its veth */
-#define MESH_REVNAT_HAIRPIN 0x2u        /* the client is the task itself and sees mesh_config.hairpin as its peer */
-#define MESH_REVNAT_FIN_IN  0x4u        /* the client has closed its direction */
-#define MESH_REVNAT_FIN_OUT 0x8u        /* the task has closed its direction */
-#define MESH_REVNAT_OPENED  0x10u       /* counted in `starts` */
-#define MESH_REVNAT_REFUSED 0x20u       /* the task has refused the connection, and the client was not told */
-#define MESH_REVNAT_NODE    0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
+#define MESH_REVNAT_PEER       0x1u        /* the client is a container of this node: deliver to its veth */
+#define MESH_REVNAT_HAIRPIN    0x2u        /* the client is the task itself and sees mesh_config.hairpin as its peer */
+#define MESH_REVNAT_FIN_IN     0x4u        /* the client has closed its direction */
+#define MESH_REVNAT_FIN_OUT    0x8u        /* the task has closed its direction */
+#define MESH_REVNAT_OPENED     0x10u       /* counted in `starts` */
+#define MESH_REVNAT_REFUSED    0x20u       /* the task has refused the connection, and the client was not told */
+#define MESH_REVNAT_ANSWERED   0x40u       /* the task has answered the start of the flow */
+#define MESH_REVNAT_UNANSWERED 0x80u       /* counted as unanswered */
+#define MESH_REVNAT_NODE       0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
 /* Value of mesh_revnat and mesh_revnat_new. */
 struct mesh_revnat {
@@ -191,10 +193,25 @@ struct mesh_counts {
 	__u64 bytes_in;   /* of the IP packets, headers included */
 	__u64 packets_out;
 	__u64 bytes_out;
-	__u64 starts; /* TCP: the client's second packet was seen, so that a flood does not count; UDP: the first */
-	__u64 ends;   /* TCP flows closed by both sides or reset */
+	__u64 starts; /* TCP: the client's second packet was seen, so that a flood does not count; UDP: the first; calls
+			 of this node's own processes: the socket was connected */
+	__u64 ends;   /* TCP flows closed by both sides or reset; calls of own processes, at once */
 };
 _Static_assert(sizeof(struct mesh_counts) == 48, "mesh_counts is 48 bytes");
+
+/* Per-CPU failures of one frontend by cause: the label `cause` of mesh_connections_failed_total; `unanswered` has a
+ * metric of its own. Packets that would have started a flow are counted: SYNs, also those that a client sends again,
+ * and datagrams. */
+struct mesh_failures {
+	__u64 denied;     /* mesh.allow or mesh.deny denies the source */
+	__u64 no_backend; /* the frontend has no backend, or the backend's node does not know it */
+	__u64 refused;    /* the client was told that nobody listens */
+	__u64 too_big;    /* a datagram is larger than the path */
+	__u64 no_path;    /* a task's answer has no way back, neither to the node that was called nor to the client */
+	__u64 collision;  /* the task has a flow of this client address and port that called another address */
+	__u64 unanswered; /* the client sent its SYN again, and the task had not answered; once for each start */
+};
+_Static_assert(sizeof(struct mesh_failures) == 56, "mesh_failures is 56 bytes");
 
 /* The one element of mesh_config. */
 struct mesh_config {

@@ -215,6 +215,7 @@ class KernelMaps:
             raise DatapathError(f"no room for more than {_abi.MAX_FRONTENDS - 1} frontends", where=str(frontend))
         number = heapq.heappop(self._free)
         self._zero("mesh_fe_metrics", [number])
+        self._zero("mesh_fe_failures", [number])
         return number
 
     def _publish(self, frontend: Frontend, number: int) -> None:

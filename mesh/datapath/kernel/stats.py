@@ -12,12 +12,13 @@ from mesh import _abi, _bpf, _linux
 from mesh._maglev import hash_packed, slot_of
 from mesh.datapath import packets
 from mesh.datapath.base import Applied, BackendKey, Explanation, Stats
-from mesh.datapath.counters import CounterTable
+from mesh.datapath.counters import CounterTable, Failure
 from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.maps import KernelMaps, Served
 from mesh.model import Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _abi.VERDICTS)
+CAUSES: Final = frozenset(map(Failure, _abi.Failures._fields))
 UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
 REPLY_CLOSED: Final = _abi.REVNAT_FIN_IN | _abi.REVNAT_FIN_OUT
 
@@ -60,10 +61,18 @@ def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> 
     return [opened, closed, [0] * len(rows), *sums]
 
 
+def _failures(raw: bytes, rows: Sequence[int]) -> list[Sequence[int]]:
+    """Rows of mesh_failures as the columns of all causes, in the order of Failure."""
+    none = [0] * len(rows)
+    return [_abi.FAILURES.column(cause.value, raw, rows) if cause in CAUSES else none for cause in Failure]
+
+
 def read(maps: KernelMaps, order: Order) -> Stats:
     """Read all counters."""
     raw = maps.counts("mesh_fe_metrics", max(order.numbers, default=0) + 1)
     columns = _columns(raw, order.numbers, [frontend.protocol for frontend in order.frontends])
+    raw = maps.counts("mesh_fe_failures", max(order.numbers, default=0) + 1)
+    columns += [[0] * len(order.numbers), *_failures(raw, order.numbers)]  # no connect times
     frontends = CounterTable(order.frontends, columns)
     raw = maps.counts("mesh_be_metrics", max(order.ids, default=0) + 1)
     columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])

@@ -284,7 +284,9 @@ def _services(
                 service.spec.name, service.spec.labels or {}, last.get(service.id)
             )
             problems += wrong + labels.misplaced(service.spec.name, service.spec.labels or {}, _of_containers(service))
-            found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options))
+            mode = service.spec.mode
+            replicas = mode.replicated.replicas if mode and mode.replicated else None
+            found.append(Service(service.id, service.spec.name, tuple(sorted(set(ports))), options, replicas))
     return tuple(found), problems, accepted
 
 

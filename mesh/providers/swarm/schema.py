@@ -60,9 +60,18 @@ class TaskTemplate(_Part, frozen=True):
     container_spec: ContainerSpec | None = None
 
 
+class Replicated(_Part, frozen=True):
+    replicas: int | None = None
+
+
+class Mode(_Part, frozen=True):
+    replicated: Replicated | None = None
+
+
 class ServiceSpec(_Part, frozen=True):
     name: str
     labels: dict[str, str] | None = None
+    mode: Mode | None = None
     task_template: TaskTemplate | None = None
 
 
