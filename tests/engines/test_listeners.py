@@ -255,7 +255,7 @@ def test_a_table_that_nobody_refreshes_stops_redirecting(node: Namespace, outsid
             table.replace({frontend: 1})
             for _ in range(2):
                 assert refuses(outside, node.address)
-                eventually(lambda: not refuses(outside, node.address))
+                wait_for(lambda: not refuses(outside, node.address))
                 assert who(outside, node.address) == b"rival"
                 table.refresh()
             table.delete()
@@ -271,9 +271,9 @@ def test_the_engine_refreshes_its_table(node: Namespace, outside: Namespace) -> 
             assert mesh.datapath.heartbeat()
             assert who(outside, node.address) == b"mesh"
             time.sleep(0.2)
-        eventually(lambda: who(outside, node.address) == b"rival", seconds=PATIENCE)
+        wait_for(lambda: who(outside, node.address) == b"rival")
         mesh.datapath.heartbeat()
-        eventually(lambda: who(outside, node.address) == b"mesh", seconds=PATIENCE)
+        wait_for(lambda: who(outside, node.address) == b"mesh")
 
 
 def test_nft_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

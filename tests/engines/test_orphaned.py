@@ -21,7 +21,8 @@ import pytest
 
 from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, serve
 from tests.support.daemon import Daemon
-from tests.support.lab.netns import PATIENCE, Namespace, wait_for
+from tests.support.lab.netns import Namespace
+from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
