@@ -193,6 +193,8 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(ADDRESS_FLOATING),
 	/* the flow cache and the reverse translation */
 	CONSTANT(STAMP_SHIFT),
+	CONSTANT(ORPHAN_NEVER),
+	CONSTANT(ORPHAN_UDP),
 	CONSTANT(NOTE_ASKED),
 	CONSTANT(REVNAT_PEER),
 	CONSTANT(REVNAT_HAIRPIN),

@@ -21,12 +21,13 @@ struct lb_choice {
 	__u32 hash;
 	__u32 slot;
 	__u32 owner;
-	__u16 start;  /* the packet starts a flow */
-	__u8 note;    /* the flow cache must store the owner: NOTE_* */
-	__u8 trusted; /* source rules do not apply */
-	__u32 recent; /* see is_recent */
-	__u32 other;  /* the current owner, where a flow without a note was given to the previous one */
-	__u32 asked;  /* MESH_NOTE_ASKED: the owner's node decides whether the flow is its own */
+	__u32 orphaned; /* 0: an agent keeps the tables; else for how many stamps none has, and 1 */
+	__u8 start;     /* the packet starts a flow */
+	__u8 note;      /* the flow cache must store the owner: NOTE_* */
+	__u8 trusted;   /* source rules do not apply */
+	__u8 recent;    /* see is_recent */
+	__u32 other;    /* the current owner, where a flow without a note was given to the previous one */
+	__u32 asked;    /* MESH_NOTE_ASKED: the owner's node decides whether the flow is its own */
 };
 
 /* Whether a note still counts: its owner lives, and the owner's id has not been reused. */

@@ -69,17 +69,33 @@ INLINE int read_slot(const struct mesh_frontend *frontend, struct lb_choice *c, 
 	return 0;
 }
 
+/* For how many stamps the tables have been orphaned, and 1; 0: they are not. Packets that start no flow use the stored
+ * stamp; those that do read the clock, for nothing else may have for a while. */
+INLINE __u32 orphaned(const struct lb_choice *c)
+{
+	__u32 zero = 0, at, since;
+	__u32 *heartbeat = bpf_map_lookup_elem(&mesh_heartbeat, &zero);
+
+	if (!heartbeat)
+		return 0;
+	at = *(volatile __u32 *)heartbeat;
+	since = (unlikely(c->start) ? stamp_tick() : mesh_now) - at;
+	return likely((__s32)since < 0) || at == MESH_ORPHAN_NEVER ? 0 : since + 1;
+}
+
 /* Whether a slot's previous owner gets flows that are not in the flow cache and do not start now. UDP has no start:
  * its flows stay with an active previous owner, and leave a draining one; they leave PASS, unless the frontend holds
- * them. */
-INLINE int keeps_flows(__u32 owner, __u8 protocol, __u32 flags)
+ * them. Of orphaned tables they leave every owner once those under way have had time to be noted. */
+INLINE int keeps_flows(__u32 owner, __u8 protocol, const struct lb_choice *c)
 {
 	struct mesh_backend *backend;
 
 	if (owner == MESH_OWNER_NONE)
 		return 0;
 	if (owner == MESH_OWNER_PASS)
-		return protocol == IPPROTO_TCP || (flags & MESH_FRONTEND_HOLD);
+		return protocol == IPPROTO_TCP || (c->flags & MESH_FRONTEND_HOLD);
+	if (protocol != IPPROTO_TCP && c->orphaned > MESH_ORPHAN_UDP)
+		return 0;
 	backend = find_backend(owner);
 	if (!backend)
 		return 0;
@@ -87,8 +103,10 @@ INLINE int keeps_flows(__u32 owner, __u8 protocol, __u32 flags)
 	       (backend->state == MESH_BACKEND_DRAINING && protocol == IPPROTO_TCP);
 }
 
-/* The owner of a flow whose slot is in transition. */
-INLINE void lb_choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, struct lb_choice *c)
+/* The owner of a flow whose slot is in transition. `listed` is the slot's current owner in the table, which is
+ * slot->current unless the table is orphaned. */
+INLINE void lb_choose_in_transition(const struct mesh_flow *flow, const struct mesh_slot *slot, __u32 listed,
+				    struct lb_choice *c)
 {
 	__u32 previous = slot->previous & MESH_OWNER_MASK;
 	struct mesh_note *note = bpf_map_lookup_elem(&mesh_flows, flow);
@@ -119,11 +137,12 @@ INLINE void lb_choose_in_transition(const struct mesh_flow *flow, const struct m
 		c->owner = note->owner;
 		c->asked = note->frontend & MESH_NOTE_ASKED;
 		c->verdict = MESH_VERDICT_NOTED;
-	} else if (revnat_knows(flow, slot->current) == KNOWN_LIVE) {
+	} else if (revnat_knows(flow, listed) == KNOWN_LIVE) {
+		c->owner = listed;
 		c->verdict = MESH_VERDICT_NOTED;
 	} else {
 		c->note = NOTE_FIRST;
-		if (!keeps_flows(previous, flow->protocol, c->flags))
+		if (!keeps_flows(previous, flow->protocol, c))
 			return;
 		c->owner = previous;
 		c->other = slot->current;
@@ -136,6 +155,7 @@ INLINE void lb_choose(const struct mesh_flow *flow, struct lb_choice *c)
 {
 	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &c->frontend);
 	struct mesh_slot slot;
+	__u32 listed;
 
 	c->owner = MESH_OWNER_PASS;
 	c->verdict = MESH_VERDICT_PASS;
@@ -154,14 +174,21 @@ INLINE void lb_choose(const struct mesh_flow *flow, struct lb_choice *c)
 	}
 	if (unlikely(read_slot(frontend, c, &slot)))
 		return;
+	listed = slot.current;
+	c->orphaned = orphaned(c);
+	if (unlikely(c->orphaned)) /* handed back: a settled slot's flows have its owner as their previous one */
+		slot.current = MESH_OWNER_PASS;
 	if (likely(slot.current == slot.previous)) {
 		c->owner = slot.current;
 		c->verdict = MESH_VERDICT_FORWARD;
 	} else {
-		lb_choose_in_transition(flow, &slot, c);
+		lb_choose_in_transition(flow, &slot, listed, c);
 	}
 	if (c->owner == MESH_OWNER_PASS) {
-		c->verdict = MESH_VERDICT_PASS;
+		c->verdict = unlikely(c->orphaned) && listed != MESH_OWNER_PASS &&
+					     (c->verdict == MESH_VERDICT_STARTED || c->verdict == MESH_VERDICT_MOVED)
+				     ? MESH_VERDICT_ORPHANED
+				     : MESH_VERDICT_PASS;
 		return;
 	}
 	c->backend = find_backend(c->owner);

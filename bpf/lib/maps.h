@@ -258,6 +258,15 @@ struct {
 	__type(value, struct mesh_config);
 } mesh_config SEC(".maps");
 
+/* From when on the tables are orphaned: a stamp, or MESH_ORPHAN_NEVER. Written by the agent every second (mmap). */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} mesh_heartbeat SEC(".maps");
+
 /* Socket hooks: what a socket called and where it went instead; freed with the socket. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -307,6 +316,16 @@ INLINE struct mesh_config *config(void)
 INLINE __u32 stamp_now(void)
 {
 	return (__u32)(bpf_ktime_get_coarse_ns() >> MESH_STAMP_SHIFT);
+}
+
+/* Read the clock, and store the stamp for all packets of this object. */
+INLINE __u32 stamp_tick(void)
+{
+	__u32 now = stamp_now();
+
+	if (mesh_now != now)
+		mesh_now = now;
+	return now;
 }
 
 /* The word of mesh_ports: 0 for a port that is not served, by one array look-up. */

@@ -79,16 +79,6 @@ INLINE int revnat_is_reusable(const struct mesh_revnat *reply, const struct pack
 	return !is_current(reply, c) || (reply->flags & REVNAT_CLOSED) == REVNAT_CLOSED || now - reply->stamp >= limit;
 }
 
-/* Read the clock, and store the stamp for all packets of this object. */
-INLINE __u32 stamp_tick(void)
-{
-	__u32 now = stamp_now();
-
-	if (mesh_now != now)
-		mesh_now = now;
-	return now;
-}
-
 INLINE struct recent *recent_of(const struct lb_choice *c)
 {
 	__u32 index = (__u32)(c->wide >> (64 - MESH_RECENT_BITS));

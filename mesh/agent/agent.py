@@ -268,11 +268,24 @@ class Agent:
         told = ""
         while True:
             self._notifier.alive()
+            if not self._parts.datapath.heartbeat():
+                await self._rejoin()
             self._follow_provider()
             if (status := self._status()) != told:
                 self._notifier.status(status)
                 told = status
             await asyncio.sleep(min(1.0, self._notifier.watchdog / 3 or 1.0))
+
+    async def _rejoin(self) -> None:
+        """This process stood still for orphan_timeout, and the programs have handed the ports back meanwhile."""
+        if self._stopping.is_set():
+            return
+        log.warning("no heartbeat for orphan_timeout: the ports were handed back, and are taken over again")
+        await self.pause()
+        try:
+            await self._parts.reconciler.rejoin()
+        finally:
+            await self.resume()
 
     def _follow_provider(self) -> None:
         status = self._parts.provider.status()

@@ -87,18 +87,18 @@ def _unreachable(socket: Path) -> DaemonUnreachableError:
     if socket.exists() and not os.access(socket, os.W_OK):
         return DaemonUnreachableError("no permission to talk to the daemon", where=str(socket), remedy="run as root")
     message, remedy = "no daemon answers there", "start it with `mesh run`, or set --state-dir to its directory"
-    if _forwards(socket.parent):
-        message += ", but its eBPF programs still forward by the last tables"
+    if forwards := holds(socket.parent):
+        message += f", but its eBPF programs still forward by the last tables {forwards}"
         remedy = "`mesh run` brings the tables up to date, `mesh stop --release` removes the programs"
     return DaemonUnreachableError(message, where=str(socket), remedy=remedy)
 
 
-def _forwards(state_dir: Path) -> bool:
-    """Whether the kernel engine's programs are pinned, as far as this user can see."""
+def holds(state_dir: Path) -> str:
+    """Until when the kernel engine's pinned programs forward; empty: there are none, as far as this user can see."""
     try:
         from mesh.datapath.kernel import cleanup  # noqa: PLC0415 -- absent where it was built without libbpf
 
         stale = cleanup.find(load({"state_dir": str(state_dir)}))
     except (ImportError, ConfigError):
-        return False
-    return stale is not None and stale.programs
+        return ""
+    return stale.holds() if stale is not None and stale.programs else ""

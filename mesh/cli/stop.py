@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import click
 
 from mesh.agent.lock import Lock
-from mesh.cli.client import call, daemon_options
+from mesh.cli.client import call, daemon_options, holds
 from mesh.cli.exit import DaemonUnreachableError, Exit
 from mesh.cli.output import echo_json
 from mesh.config.load import load
@@ -27,10 +28,10 @@ from mesh.config.load import load
 def stop(release: bool, now: bool, wait: bool, timeout: float, state_dir: Path, as_json: bool) -> None:
     """Stop the daemon as SIGTERM does: accept no new connections, wait for open ones (at most drain_timeout), exit.
 
-    The kernel engine's programs stay in the kernel and forward by the last tables. --release removes them, even when
-    no daemon runs any more: new connections are left to Docker's own mesh at once, open ones are waited for unless
-    --now is given. Without a daemon, the pins are looked for in the bpf file system that the default configuration
-    file or MESH_BPF_FS names.
+    The kernel engine's programs stay in the kernel and forward by the last tables. After orphan_timeout without a
+    daemon they leave new connections to Docker's own mesh by themselves. --release does that at once and removes them,
+    even when no daemon runs any more: open connections are waited for unless --now is given. Without a daemon, the pins
+    are looked for in the bpf file system that the default configuration file or MESH_BPF_FS names.
 
     \b
     Exit code: 0 the daemon has exited (or is exiting, with --no-wait); 1 it still runs after --timeout.
@@ -44,15 +45,31 @@ def stop(release: bool, now: bool, wait: bool, timeout: float, state_dir: Path, 
         _clear(state_dir, timeout if wait and not now else 0.0, now, as_json, error)
         return
     gone = not wait or _wait_gone(state_dir, timeout)
+    stays = holds(state_dir) if wait and gone else ""
     if as_json:
-        echo_json({**answer, "gone": gone if wait else None})
+        echo_json({**answer, "gone": gone if wait else None, "programs": stays})
     elif wait:
         pid = answer["pid"]
         click.echo(f"daemon {pid} stopped" if gone else f"daemon {pid} is still draining after {timeout:g} s")
     else:
         click.echo(f"daemon {answer['pid']} is stopping")
+    if stays and not as_json:
+        click.echo(_stays(stays, release))
     if not gone:
         sys.exit(Exit.NOT_READY)
+
+
+def _stays(until: str, release: bool) -> str:
+    """What a daemon that is gone leaves at work, and how to end it."""
+    if release:
+        return (
+            "open connections still use its eBPF programs, which pass all new ones; `mesh stop --release` again "
+            "removes them once those have ended (--now: at once)"
+        )
+    return (
+        f"its eBPF programs forward by the last tables {until}; sources that mesh.allow and mesh.deny shut out stay "
+        "shut out; `mesh stop --release` hands back now"
+    )
 
 
 def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachable: DaemonUnreachableError) -> None:
@@ -62,8 +79,9 @@ def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachabl
     except ImportError:
         raise unreachable from None
     stale = cleanup.find(load({"state_dir": str(state_dir)}))
-    if not state_dir.is_dir() or stale is None or not (stale.programs or stale.table.exists()):
-        raise unreachable
+    if stale is None or not (stale.programs or stale.table.exists()):
+        _nothing(state_dir, as_json, unreachable)
+        return
     lock = Lock.acquire(state_dir)
     try:
         if stale.table.exists():
@@ -83,6 +101,18 @@ def _clear(state_dir: Path, seconds: float, now: bool, as_json: bool, unreachabl
         click.echo("no daemon ran; its stale programs and pins are removed")
     if flows:
         sys.exit(Exit.NOT_READY)
+
+
+def _nothing(state_dir: Path, as_json: bool, unreachable: DaemonUnreachableError) -> None:
+    """Say that there is nothing to remove, where that is certain."""
+    if os.geteuid():  # who may not look cannot say that nothing is there
+        raise unreachable
+    if state_dir.is_dir():
+        Lock.acquire(state_dir).close()  # a daemon that hangs has it
+    if as_json:
+        echo_json({"pid": None, "flows": 0, "gone": True})
+    else:
+        click.echo(f"no daemon ran with the state directory {state_dir}, and none has left anything to remove")
 
 
 def _wait_gone(state_dir: Path, timeout: float) -> bool:

@@ -122,6 +122,11 @@ class Config:
     transition_calm: float = _key(
         8100.0, "seconds without a flow of another owner after which a slot leaves its transition; 0: never", live=True
     )
+    orphan_timeout: float = _key(
+        900.0,
+        "seconds without an agent after which its tables hand new connections back to Docker; at least 3; 0: never",
+        most=1e9,
+    )
     cluster_port: int = _key(
         9551, "TCP port of the relay, where agents connect to managers; the same on all nodes", most=65535
     )

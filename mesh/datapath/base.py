@@ -2,7 +2,7 @@
 """The contract between the reconciler and an engine: Applied -> Plan -> Datapath.apply, and Stats back.
 
 An engine gets complete tables and never chooses between backends itself. All calls block and come from one worker
-thread, except `stats`, `signals`, `lookup` and `explain`, which any thread may call at any time.
+thread, except `stats`, `signals`, `lookup`, `explain` and `heartbeat`, which any thread may call at any time.
 """
 
 from __future__ import annotations
@@ -186,6 +186,25 @@ class Datapath(Protocol):
 
         They must stay in transition. Empty for an engine whose connections remember their backend themselves.
         """
+
+    def heartbeat(self) -> bool:
+        """Say that somebody keeps the tables: what has not heard this for orphan_timeout hands the ports back.
+
+        Called every second on the event loop, so that a wedged agent hands back too; must not block. The default does
+        nothing, for an engine that ends with its process.
+
+        Returns:
+            False: the tables are orphaned, and stay so until `rejoin`.
+        """
+        return True
+
+    def rejoin(self) -> Applied:
+        """Keep orphaned tables again, without a flow that whoever has the ports meanwhile has got being cut.
+
+        Returns:
+            What is held now.
+        """
+        return Applied()
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of all listening sockets, to be sent to a process that takes over; they stay this engine's.

@@ -188,6 +188,15 @@ class Reconciler:
             DatapathError: it cannot run here.
         """
         self.applied = await self.on_worker(self.datapath.open)
+        return self._adopt()
+
+    async def rejoin(self) -> None:
+        """Keep tables that were orphaned while this process stood still; `run` must not run meanwhile."""
+        self.applied = await self.on_worker(self.datapath.rejoin)
+        self._adopt()
+
+    def _adopt(self) -> Applied:
+        """Start from what the engine holds."""
         states = {frontend: entry.state for frontend, entry in self.applied.frontends.items()}
         held = DesiredState(self.applied.generation, states)
         self.picture = replace(self.picture, agreed=unmasked(held), desired=held)

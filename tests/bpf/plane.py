@@ -7,6 +7,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
@@ -46,6 +47,7 @@ SHARED: Final = (
     "mesh_fe_failures",
     "mesh_be_metrics",
     "mesh_config",
+    "mesh_heartbeat",
     "mesh_sk_revnat",
     "mesh_udp_revnat",
     "mesh_nodes",
@@ -78,6 +80,7 @@ HASHES: Final = (
     "mesh_ids",
 )
 TUNNEL_PORT = 6084
+CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
 DIRECT = 1  # MESH_SETTING_DIRECT
 HAIRPIN, HAIRPIN6 = "169.254.77.1", "fe80::6d65:7368"
 
@@ -162,6 +165,12 @@ class Plane:
     def configure(self, cookie: int = 0, *, settings: int = 0, error_rate: int = 0) -> None:
         value = struct.pack("=Q16s16sI", cookie, packed(HAIRPIN), packed(HAIRPIN6), settings)
         self.maps["mesh_config"].update(u32(0), value + struct.pack("!H", TUNNEL_PORT) + struct.pack("=H", error_rate))
+
+    def orphan(self, stamps: int = 0) -> None:
+        """The tables have been orphaned for so many stamps; negative: they will be after so many."""
+        self.used.add(("mesh_heartbeat", 0))
+        now = time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) >> 30  # the programs' clock
+        self.maps["mesh_heartbeat"].update(u32(0), u32((now - stamps) % (1 << 32) or 1))
 
     def tunnel(self, number: int, node: str, own: str, *, mtu: int = 1500, ifindex: int = 1) -> None:
         """Another node, and this one's address by which it is known there."""

@@ -107,6 +107,9 @@ class Twin:
         for owner in self.random.sample(sorted(BACKENDS), 4):
             state = self.random.choice((ACTIVE, ACTIVE, DRAINING, FREE))
             self.backend(owner, state, self.model.backends[owner].epoch + self.random.randrange(2))
+        orphaned_for = self.random.choice((-900, -900, 10, 1000))  # far from where the answer changes
+        self.plane.orphan(orphaned_for)
+        self.model.now, self.model.orphan_at = 10**6, 10**6 - orphaned_for
 
     def run(self, program: str, frame: bytes) -> Outcome:
         """One frame through both; the model's outcome."""

@@ -157,6 +157,14 @@ def test_tcp_reaches_a_task_and_shows_what_was_dialled(plane: Plane, dialled: st
         assert plane.counts(name, number)[4:] == (1, 1)
 
 
+def test_calls_are_left_alone_once_the_tables_are_orphaned(plane: Plane) -> None:
+    plane.orphan()
+    with echo(TASK4, 8080), echo(NODE4, 80), client(NODE4) as s:
+        s.connect((NODE4, 80))
+        assert s.recv(100) == NODE4.encode()
+    assert plane.verdicts() == {"SOCKET_PASS": 1}
+
+
 @pytest.mark.parametrize(
     ("dialled", "port", "task"), [("127.0.0.1", 53, TASK4), ("::1", 53, TASK4), ("::1", 56, TASK6)]
 )

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -235,6 +237,42 @@ def test_what_a_killed_process_left_is_cleared(node: Namespace, outside: Namespa
             who(outside, node.address)
         with open_engine(node, intercept="auto"):
             assert who(outside, node.address) == b"rival"
+
+
+def refuses(namespace: Namespace, host: str) -> bool:
+    try:
+        return not who(namespace, host)
+    except ConnectionRefusedError:
+        return True
+
+
+def test_a_table_that_nobody_refreshes_stops_redirecting(node: Namespace, outside: Namespace) -> None:
+    """Also one for an address of its own; and one that has expired already redirects again once it is refreshed."""
+    exact = dataclasses.replace(tcp(PORT), address=ipaddress.ip_address(node.address))
+    with rival(node), node.entered():
+        for frontend in (tcp(PORT), exact):
+            table = NftTable(table_name(STATE), lifetime=3.0)
+            table.replace({frontend: 1})
+            for _ in range(2):
+                assert refuses(outside, node.address)
+                wait_for(lambda: not refuses(outside, node.address))
+                assert who(outside, node.address) == b"rival"
+                table.refresh()
+            table.delete()
+
+
+def test_the_engine_refreshes_its_table(node: Namespace, outside: Namespace) -> None:
+    """For as long as somebody keeps its tables: a wedged agent's redirection ends too."""
+    front = tcp(PORT)
+    with rival(node), open_engine(node, intercept="nft", orphan_timeout=3.0) as mesh:
+        mesh.serve({front: {"a": says(b"mesh").where}})
+        for _ in range(40):
+            assert mesh.datapath.heartbeat()
+            assert who(outside, node.address) == b"mesh"
+            time.sleep(0.2)
+        wait_for(lambda: who(outside, node.address) == b"rival")
+        mesh.datapath.heartbeat()
+        wait_for(lambda: who(outside, node.address) == b"mesh")
 
 
 def test_nft_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

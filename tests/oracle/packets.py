@@ -2,7 +2,7 @@
 """What the kernel engine's programs must do with a frame, in plain Python: the oracle for random packets.
 
 Written from docs/DATAPATH.md and docs/HASHING.md, not from the C; slow and obvious. Caches never evict and time stands
-still. Checksums follow RFC 1624; where 0 and 0xffff mean the same, compare with `tests.oracle.state.same`.
+still at `now`. Checksums follow RFC 1624; where 0 and 0xffff mean the same, compare with `tests.oracle.state.same`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ CLIENT, DENY, PASS_IF_NONE, HOLD = 1, 2, 4, 8
 NONE, PASS, FIRST = 0, 1, 2
 TRACKED = 0x80000000
 FIN, SYN, RST, ACK = 1, 2, 4, 16
+NEVER, UDP_GRACE = 0, 64  # MESH_ORPHAN_*
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Model:
 
     hairpin: bytes
     hairpin6: bytes
+    now: int = 0  # stamps, as orphan_at
+    orphan_at: int = NEVER
     frontends: dict[int, Frontend] = field(default_factory=dict)
     any_address: dict[tuple[int, int], int] = field(default_factory=dict)
     exact: dict[tuple[bytes, int, int], int] = field(default_factory=dict)
@@ -62,11 +65,18 @@ class Model:
                 best, allow = bits, rule
         return not allow
 
+    @property
+    def orphaned_for(self) -> int:
+        """Stamps since the tables were orphaned; negative: they are not."""
+        return -1 if self.orphan_at == NEVER else self.now - self.orphan_at
+
     def keeps(self, owner: int, protocol: int, flags: int) -> bool:
         if owner == NONE:
             return False
         if owner == PASS:
             return protocol == TCP or bool(flags & HOLD)
+        if protocol == UDP and self.orphaned_for >= UDP_GRACE:
+            return False
         state = self.backends[owner].state if owner in self.backends else FREE
         return state == ACTIVE or (state == DRAINING and protocol == TCP)
 
@@ -102,7 +112,9 @@ class Model:
         if self.denied(frontend, flow[0]):
             return "DENIED", NONE, False
         value = selection.client_hash(flow[0]) if frontend.flags & CLIENT else selection.flow_hash(*flow)
-        current, previous = frontend.slots[selection.slot_for(value, len(frontend.slots))]
+        listed, previous = frontend.slots[selection.slot_for(value, len(frontend.slots))]
+        handed_back = self.orphaned_for >= 0
+        current = PASS if handed_back else listed
         verdict, owner, note = "FORWARD", current, False
         if current != previous:
             known = self.notes.get(flow)
@@ -112,12 +124,13 @@ class Model:
             elif known is not None:
                 if self.good(known, number):
                     verdict, owner, note = "NOTED", known[0], False
-            elif self.known_of(flow, current):
-                verdict = "NOTED"
+            elif self.known_of(flow, listed):
+                verdict, owner = "NOTED", listed
             elif self.keeps(previous & ~TRACKED, flow[4], frontend.flags):
                 verdict, owner = "KEPT", previous & ~TRACKED
         if owner == PASS:
-            return "PASS", PASS, note
+            because = handed_back and listed != PASS and verdict in ("STARTED", "MOVED")
+            return ("ORPHANED" if because else "PASS"), PASS, note
         if owner == NONE or owner not in self.backends or self.backends[owner].state == FREE:
             return ("NO_BACKEND" if frontend.flags & PASS_IF_NONE else "REJECTED"), NONE, False
         return verdict, owner, note

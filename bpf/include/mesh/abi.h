@@ -225,6 +225,11 @@ struct mesh_config {
 };
 _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
 
+/* Value of mesh_heartbeat: the stamp (MESH_STAMP_SHIFT) from which the tables are orphaned, unless the agent puts it
+ * off before. Compared as a signed difference, so that it may wrap. */
+#define MESH_ORPHAN_NEVER 0u  /* tables are never orphaned */
+#define MESH_ORPHAN_UDP   64u /* stamps for which orphaned UDP flows without a note stay where they are */
+
 #define MESH_SETTING_DIRECT 0x1u /* direct return: replies go straight to clients, whichever node they called */
 
 /* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
@@ -307,7 +312,8 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(TUNNEL_NO_PATH,                                                                                              \
 	  "passed: the tunnel does not lead to the task's node, or the caller is a container of this node; replies "   \
 	  "are dropped")                                                                                               \
-	X(ERROR, "passed: a map or helper failed")
+	X(ERROR, "passed: a map or helper failed")                                                                     \
+	X(ORPHANED, "passed: no agent has kept the tables for orphan_timeout")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,
 enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };

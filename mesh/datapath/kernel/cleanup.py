@@ -9,6 +9,7 @@ that runs, `StaleState` for `mesh stop --release` after the daemon has gone.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -19,7 +20,7 @@ from mesh import _bpf
 from mesh._abi import CONFIG, OWNER_PASS
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
-from mesh.datapath.kernel import stats
+from mesh.datapath.kernel import heartbeat, stats
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal
 from mesh.datapath.kernel.maps import KernelMaps
@@ -70,6 +71,16 @@ class StaleState:
             return any(self._home.glob("*/mesh_ports"))
         except OSError:
             return False
+
+    def holds(self) -> str:
+        """Until when the programs forward by the tables as they are, as the end of a sentence."""
+        left = heartbeat.seconds_left(self._home)
+        if left is None:
+            return "for good"
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
+        if left <= 0:
+            return f"until {at}, and have left new connections to Docker since then"
+        return f"until {at} (in {left:.0f} s), and leave new connections to Docker from then on"
 
     @property
     def owned(self) -> bool:

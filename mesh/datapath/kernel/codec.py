@@ -41,6 +41,13 @@ def word_at(data: bytes, offset: int) -> int:
     return int.from_bytes(data[offset : offset + WORD], sys.byteorder)
 
 
+def track(slots: bytes) -> bytes:
+    """A mesh_slot array with SLOT_TRACKED in every slot."""
+    mark = _abi.SLOT.pack(_abi.Slot(0, _abi.SLOT_TRACKED)) * (len(slots) // _abi.SLOT.size)
+    both = int.from_bytes(slots, "little") | int.from_bytes(mark, "little")
+    return both.to_bytes(len(slots), "little")
+
+
 def port_index(port: int, protocol: Protocol) -> int:
     """Index of a port in mesh_ports."""
     return port + (_abi.PORT_UDP if protocol is Protocol.UDP else _abi.PORT_TCP)

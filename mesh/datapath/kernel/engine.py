@@ -24,6 +24,8 @@ from mesh.datapath.kernel import stats as kernel_stats
 from mesh.datapath.kernel.cleanup import hand_back, take_off
 from mesh.datapath.kernel.fallback import Fallback, Listeners
 from mesh.datapath.kernel.gc import Collector
+from mesh.datapath.kernel.heartbeat import NAME as HEARTBEAT
+from mesh.datapath.kernel.heartbeat import Heartbeat
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.locator import Locator
@@ -51,6 +53,7 @@ class Parts:
     hooks: Hooks
     follower: Follower
     collector: Collector
+    heartbeat: Heartbeat
 
 
 class KernelDatapath:
@@ -114,14 +117,18 @@ class KernelDatapath:
         nodes = Nodes(loaded, netlink)
         network = Network(config, Locator(netlink, config.floating), maps, nodes)
         maps.configure(node_config(config, netns_cookie()))
+        heartbeat = Heartbeat(loaded[HEARTBEAT], config.orphan_timeout)
         self._applied = restore.from_maps(maps, names, nodes.all)
+        if heartbeat.orphaned:
+            self._applied = restore.rejoined(maps, self._applied)
+        heartbeat.beat()
         tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
         publisher = Publisher(config, maps, Ids(loaded), tables)
         hooks = Hooks(programs, directory, config.cgroup)
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
         follower = start(contextlib.closing(Follower(self._look, publisher.due)))
         start(contextlib.closing(RouteMonitor(loaded["mesh_fib_gen"])))
-        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector)
+        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat)
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
@@ -207,6 +214,29 @@ class KernelDatapath:
                     self._attach(parts)
                     self._fallback.apply(self._applied, parts.network.topology.addresses)
         return True
+
+    # ---- heartbeat ----
+
+    def heartbeat(self) -> bool:
+        """See Datapath.heartbeat: one store."""
+        parts = self._parts
+        if parts is None:
+            return True
+        if parts.heartbeat.orphaned:
+            return False
+        parts.heartbeat.beat()
+        self._fallback.heartbeat()
+        return True
+
+    def rejoin(self) -> Applied:
+        """See Datapath.rejoin."""
+        parts = self._opened()
+        with self._lock:
+            if parts.heartbeat.orphaned:
+                self._applied = restore.rejoined(parts.maps, self._applied)
+                parts.publisher.restore({f: entry.table for f, entry in self._applied.frontends.items()})
+            parts.heartbeat.beat()
+        return self._applied
 
     # ---- reads ----
 

@@ -153,6 +153,11 @@ class Fallback:
         )
         self._sources = dict(sources)
 
+    def heartbeat(self) -> None:
+        """See Datapath.heartbeat."""
+        if self._proxy is not None:
+            self._proxy.heartbeat()
+
     def problems(self) -> Sequence[str]:
         found = list(self._proxy.problems()) if self._proxy else []
         return [*found, self._problem] if self._problem else found

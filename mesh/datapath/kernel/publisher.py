@@ -60,6 +60,10 @@ class Publisher:
         for gone in plan.drop_backends:
             self._placed.pop(gone.id, None)
 
+    def restore(self, tables: Mapping[Frontend, SlotTable]) -> None:
+        """Take these for the slot tables that the maps hold."""
+        self._tables = dict(tables)
+
     def keep(self, backends: Iterable[BackendEntry]) -> None:
         """Take from other nodes the flows of no other backends than these."""
         self._ids.keep(e.id for e in backends if e.target.via is None)

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
+import time
 from typing import Final
 
 from mesh import _abi, _bpf, netaddr
 from mesh._maglev import SlotTable, backend_seed, hash_flow
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, key_of
-from mesh.datapath.kernel import stats
+from mesh.datapath.kernel import codec, stats
+from mesh.datapath.kernel.arenas import GRACE
 from mesh.datapath.kernel.journal import Names
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import seed_of
@@ -46,6 +49,25 @@ def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> App
         ids |= {owner for owner in table.owners() if owner >= _abi.OWNER_FIRST}
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
     return Applied(names.generation, frontends, backends, nodes)
+
+
+def rejoined(maps: KernelMaps, applied: Applied) -> Applied:
+    """Publish the tables of an agent that was away for so long that they were orphaned; they still are.
+
+    Flows that started meanwhile are noted as the kernel's, all others belong to their slots' owners. So every slot
+    becomes one whose notes count. Waits until no program reads the tables of before.
+    """
+    tables = {f: codec.track(entry.table.to_bytes()) for f, entry in applied.frontends.items() if f in maps.served}
+    maps.arenas.reserve(len(table) // _abi.SLOT.size for table in tables.values())
+    for frontend, table in tables.items():
+        maps.put_frontend(frontend, table, maps.served[frontend].flags, None)
+    if tables:
+        time.sleep(GRACE)
+    frontends = {
+        f: dataclasses.replace(entry, table=SlotTable.from_slots(tables[f])) if f in tables else entry
+        for f, entry in applied.frontends.items()
+    }
+    return dataclasses.replace(applied, frontends=frontends)
 
 
 def _published(entry: BackendEntry) -> tuple[Address, int, int, bytes]:

@@ -115,6 +115,7 @@ class ProxyDatapath:
             table=table_name(self._config.state_dir),
             inherited=self._inherited,
             floating=self._config.floating,
+            orphan_timeout=self._config.orphan_timeout,
         )
         try:
             self._engine = Engine(
@@ -309,6 +310,16 @@ class ProxyDatapath:
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """Empty: a connection's socket, or a session, remembers its backend."""
         return {}
+
+    def heartbeat(self) -> bool:
+        """See Datapath.heartbeat: the nftables table redirects for as long as it is kept."""
+        if self._intercept is not None:
+            self._intercept.heartbeat()
+        return True
+
+    def rejoin(self) -> Applied:
+        """See Datapath.rejoin: nothing is ever orphaned."""
+        return self._applied
 
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup. It names as many backends as a connection tries."""

@@ -3,7 +3,9 @@
 
 `bind` listens on the published port. `nft` listens on a port that the kernel chooses, and a table of its own redirects
 new flows for local addresses there, ahead of Docker's rules. It changes the port and never the address, so that the
-called address is kept. Connection tracking keeps established flows where they are, whichever way the rules change.
+called address is kept. The table stops redirecting by itself when this process no longer refreshes it, so that Docker
+has the connections once nobody listens for them. Connection tracking keeps established flows where they are, whichever
+way the rules change.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import contextlib
 import errno
 import ipaddress
 import socket
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
-from mesh.datapath.proxy.nft import NftTable
+from mesh.datapath.proxy.nft import LIFETIME, NftTable
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
@@ -29,6 +33,7 @@ IPV6_RECVPKTINFO: Final = 49
 IP_PKTINFO: Final = 8
 IP_FREEBIND: Final = 15
 IPV6_FREEBIND: Final = 78
+LEAST: Final = 3.0  # seconds: a table that lives shorter might expire under a process that is well
 
 log = structlog.get_logger(__name__)
 
@@ -138,6 +143,7 @@ class Interceptor:
         table: name of the nftables table.
         inherited: sockets of a process that is taken over from, maybe none; ownership passes to the interceptor.
         floating: addresses that the node may get later.
+        orphan_timeout: seconds without `heartbeat` after which the table is not refreshed any more; 0: never.
     """
 
     def __init__(
@@ -149,10 +155,17 @@ class Interceptor:
         table: str,
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         floating: frozenset[Address] = frozenset(),
+        orphan_timeout: float = 0.0,
     ) -> None:
         self._threads = threads
         self._floating = floating
-        self._table = NftTable(table)
+        self._orphan_timeout = orphan_timeout
+        self._lifetime = min(LIFETIME, max(orphan_timeout, LEAST)) if orphan_timeout else LIFETIME
+        self._table = NftTable(table, self._lifetime)
+        self._table_lock = threading.Lock()
+        self._refresher: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._beat = time.monotonic()
         self._can_nft = mode != "bind" and NftTable.usable()
         if mode == "nft" and not self._can_nft:
             raise DatapathError(
@@ -195,8 +208,35 @@ class Interceptor:
         ports = {f: o.port for f, o in self._opened.items() if o.redirected}
         if ports or self._touched:
             self._touched = True
-            self._table.replace(ports)
+            with self._table_lock:
+                self._table.replace(ports)
+            self._keep_refreshed()
         self._changed = False
+
+    def heartbeat(self) -> None:
+        """See Datapath.heartbeat."""
+        self._beat = time.monotonic()
+
+    def _keep_refreshed(self) -> None:
+        if self._refresher is None:
+            self._refresher = threading.Thread(target=self._refresh, name="mesh-nft", daemon=True)
+            self._refresher.start()
+
+    def _refresh(self) -> None:
+        """Until `close`: refresh the table, unless the agent is wedged or another process has the table."""
+        failed = False
+        while not self._closed.wait(self._lifetime / 3):
+            if self._orphan_timeout and time.monotonic() - self._beat > self._orphan_timeout:
+                continue
+            try:
+                with self._table_lock:
+                    if not self._yielded:
+                        self._table.refresh()
+                failed = False
+            except DatapathError as error:
+                if not failed:
+                    log.warning("cannot refresh the nftables table; it stops redirecting", error=str(error))
+                failed = True
 
     def drop_inherited(self) -> None:
         """Close the inherited sockets that no frontend uses."""
@@ -207,19 +247,25 @@ class Interceptor:
 
     def hand_back(self) -> None:
         """Redirect nothing any more, but keep the chains that established flows need."""
-        if self._touched and not self._yielded:
-            self._table.replace({})
+        with self._table_lock:
+            if self._touched and not self._yielded:
+                self._table.replace({})
 
     def yield_table(self) -> None:
         """Another process has taken over the table."""
-        self._yielded = True
+        with self._table_lock:
+            self._yielded = True
 
     def close(self) -> None:
+        self._closed.set()
         self.drop_inherited()
         self._opened.clear()
-        if self._touched and not self._yielded:
-            with contextlib.suppress(DatapathError):
-                self._table.delete()
+        with self._table_lock:
+            if self._touched and not self._yielded:
+                with contextlib.suppress(DatapathError):
+                    self._table.delete()
+        if self._refresher is not None:
+            self._refresher.join()
 
     def _inherit(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy engine's nftables table, which redirects connections to it ahead of Docker's own rules."""
+"""The proxy engine's nftables table, which redirects connections to it ahead of Docker's own rules.
+
+It redirects only for as long as somebody refreshes it: once the process is killed, its ports are closed, and what has
+the connections otherwise gets them again.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ log = structlog.get_logger("mesh")
 
 
 PRIORITY: Final = -110  # ahead of Docker's chains, which are at dstnat, -100
+LIFETIME: Final = 30.0  # seconds for which the table redirects without being refreshed, at most
+ALIVE: Final = "alive"  # the set of protocols that are redirected
 
 
 def table_name(state_dir: str) -> str:
@@ -27,10 +33,15 @@ def table_name(state_dir: str) -> str:
 
 
 class NftTable:
-    """This instance's table. Every change replaces all of it in one transaction."""
+    """This instance's table. Every change replaces all of it in one transaction.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        lifetime: seconds for which it redirects without `refresh`.
+    """
+
+    def __init__(self, name: str, lifetime: float = LIFETIME) -> None:
         self.name = name
+        self._elements = ", ".join(f"{protocol} timeout {lifetime * 1000:.0f}ms" for protocol in Protocol)
         self._rules: tuple[str, ...] | None = None
 
     @staticmethod
@@ -70,12 +81,25 @@ class NftTable:
             return
         chains = "".join(
             f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
-            + "".join(f"    {rule}\n" for rule in rules)
-            + "  }\n"
+            f"    meta l4proto != @{ALIVE} return\n" + "".join(f"    {rule}\n" for rule in rules) + "  }\n"
             for hook in ("prerouting", "output")
         )
-        self._run(f"table inet {self.name}\ndelete table inet {self.name}\ntable inet {self.name} {{\n{chains}}}\n")
+        alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"
+        table = f"table inet {self.name}"
+        self._run(f"{table}\ndelete {table}\n{table} {{\n{alive}{chains}}}\n")
         self._rules = rules
+
+    def refresh(self) -> None:
+        """Redirect for another lifetime. Does nothing where nothing is redirected.
+
+        Raises:
+            DatapathError: nft rejected it; somebody else has deleted the table.
+        """
+        if not self._rules:
+            return
+        element = f"element inet {self.name} {ALIVE} {{ {self._elements} }}\n"
+        protocols = f"element inet {self.name} {ALIVE} {{ {', '.join(map(str, Protocol))} }}\n"
+        self._run(f"add {element}delete {protocols}add {element}")  # the first: an element may have expired
 
     def delete(self) -> None:
         """Delete the table. The flows that it redirected end, unless something else uses NAT on this host."""
