@@ -252,7 +252,7 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
     return lines, kept
 
 
-_OTHERS: Final = operator.itemgetter("weight", "health", "intent", "name", "node", "node_name", "address")
+_OTHERS: Final = operator.itemgetter("port", "weight", "health", "intent", "name", "node", "node_name", "address")
 
 
 def _target(prefix: str, service: str, target: Json, before: tuple[Json, _Target] | None) -> _Target:

@@ -13,7 +13,7 @@ from scapy.layers.inet import ICMP
 from scapy.layers.inet6 import ICMPv6DestUnreach
 
 from tests.bpf.plane import DENY, DENY_RULE, OK, PASS_IF_NONE, REDIRECT, SHOT, UDP, Plane, u32
-from tests.bpf.test_tunnel import PEER4, caller, identity, owner, wrapped
+from tests.bpf.tunnel import PEER4, caller, identity, owner, wrapped
 from tests.bpf.wires import inside
 from tests.support.frames import (
     CLIENT4,

@@ -8,38 +8,13 @@ import struct
 import pytest
 from scapy.contrib.geneve import GENEVE
 
-from tests.bpf.plane import DIRECT, OK, REDIRECT, SHOT, Plane, u32
-from tests.bpf.tunnel import PEER4, PORT, SEED, identity, wrapped
+from tests.bpf.plane import DIRECT, OK, REDIRECT, SHOT
+from tests.bpf.tunnel import PEER4, PORT, SEED, caller, identity, owner, wrapped
 from tests.support.frames import CLIENT4, ETHER, IP, NODE4, TASK4, TCP, UDP, Ether, become, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 ROOM = 52
-
-
-def prepared(*, settings: int = 0, mtu: int = 1500, own: str = NODE4, peer: str = PEER4) -> Plane:
-    plane = Plane.fresh()
-    plane.local(own)
-    plane.configure(settings=settings)
-    plane.tunnel(7, peer, own, mtu=mtu)
-    return plane
-
-
-def caller(**options: int) -> Plane:
-    """The node that is called: the backend is on PEER4."""
-    plane = prepared(**options)  # type: ignore[arg-type]
-    plane.away(2, PEER4, 8080, SEED)
-    plane.frontend(1, 80, [(2, 2)])
-    return plane
-
-
-def owner(**options: int) -> Plane:
-    """The node where the backend is; NODE4 is the one that was called."""
-    plane = prepared(own=PEER4, peer=NODE4, **options)
-    plane.backend(3, TASK4, 8080)
-    plane.frontend(1, 80, [(3, 3)])
-    plane.maps["mesh_ids"].update(identity(), u32(3))
-    return plane
 
 
 def test_a_clients_packet_is_wrapped_for_the_node_of_its_task() -> None:

@@ -83,3 +83,28 @@ def far(inner: int = 4, outer: int = 4, protocol: int = 6, *, mtu: int = 1500) -
     plane.backend(3, TASK[inner], 8080, protocol=protocol)
     plane.maps["mesh_ids"].update(identity(8080, protocol), u32(3))
     return plane
+
+
+def prepared(*, settings: int = 0, mtu: int = 1500, own: str = NODE4, peer: str = PEER4) -> Plane:
+    plane = Plane.fresh()
+    plane.local(own)
+    plane.configure(settings=settings)
+    plane.tunnel(7, peer, own, mtu=mtu)
+    return plane
+
+
+def caller(**options: int) -> Plane:
+    """The node that is called: the backend is on PEER4."""
+    plane = prepared(**options)  # type: ignore[arg-type]
+    plane.away(2, PEER4, 8080, SEED)
+    plane.frontend(1, 80, [(2, 2)])
+    return plane
+
+
+def owner(**options: int) -> Plane:
+    """The node where the backend is; NODE4 is the one that was called."""
+    plane = prepared(own=PEER4, peer=NODE4, **options)
+    plane.backend(3, TASK4, 8080)
+    plane.frontend(1, 80, [(3, 3)])
+    plane.maps["mesh_ids"].update(identity(), u32(3))
+    return plane

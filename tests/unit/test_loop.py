@@ -183,6 +183,7 @@ async def test_tables_settle_after_the_calm_without_any_event() -> None:
     async with running(engine, Config(transition_calm=0.05)) as reconciler:
         reconciler.publish(of(backend("a")))
         await until(lambda: bool(engine.plans))
+        await until(lambda: len(engine.plans) > 1)
         await until(lambda: not any(e.table.tracked for e in reconciler.applied.frontends.values()))
         assert len(engine.plans) == 2
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -137,6 +138,21 @@ def test_exported_families_are_the_declared_ones() -> None:
     backends = {key: replace(c, packets_in=1) for key, c in counted.backends.items()}
     counted = replace(counted, frontends=udp, backends=backends, gauges={})
     assert set(collect(Snapshot(counted, shown, True, NODES))) == set(families.FAMILIES)
+
+
+def test_a_backend_that_gets_another_port_is_labelled_with_it() -> None:
+    exposition, shown = Exposition(), state()
+    exposition.collect(Snapshot(stats(), shown, True))
+    services = copy.deepcopy(shown["services"])
+    for service in services:
+        for target in (t for frontend in service["frontends"] for t in frontend["targets"]):
+            target["port"] = 443
+    found = exposition.collect(Snapshot(stats(), shown | {"services": services}, True))
+    assert (
+        found[families.BACKEND_SLOTS]
+        == collect(Snapshot(stats(), shown | {"services": services}, True))[families.BACKEND_SLOTS]
+    )
+    assert b'port="443"' in found[families.BACKEND_SLOTS] and b'port="80"' not in found[families.BACKEND_SLOTS]
 
 
 def test_masked_tasks_are_counted_by_service_and_node() -> None:

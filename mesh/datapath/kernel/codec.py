@@ -43,7 +43,7 @@ def word_at(data: bytes, offset: int) -> int:
 
 def track(slots: bytes) -> bytes:
     """A mesh_slot array with SLOT_TRACKED in every slot."""
-    mark = _abi.SLOT.pack(_abi.Slot(0, _abi.SLOT_TRACKED)) * (len(slots) // _abi.SLOT.size)
+    mark = _abi.SLOT.pack(_abi.Slot(previous=_abi.SLOT_TRACKED)) * (len(slots) // _abi.SLOT.size)
     both = int.from_bytes(slots, "little") | int.from_bytes(mark, "little")
     return both.to_bytes(len(slots), "little")
 
