@@ -132,7 +132,7 @@ def test_commands_that_are_shown_exist() -> None:
 
 def test_the_example_is_the_default() -> None:
     assert load({"config": str(EXAMPLE)}, {}) == keys.Config()
-    assert EXAMPLE.read_text() == example(), "run: python -m tests.unit.test_docs"
+    assert EXAMPLE.read_text() == example(), "run: make docs"
 
 
 def test_the_unit_waits_longer_than_the_daemon_drains() -> None:
@@ -150,6 +150,14 @@ def test_the_dashboard_is_whole() -> None:
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
     assert all(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+
+
+def test_what_developing_names_exists() -> None:
+    text = (ROOT / "docs" / "DEVELOPING.md").read_text()
+    for path in re.findall(r"(?<![\w/])(?:bpf|deploy|docs|mesh|tests)/[\w./]*\w/?", text):
+        assert (ROOT / path).exists(), path
+    for file, word in re.findall(r"-m pytest (\S+) -k (\w+)", text):
+        assert re.search(rf"def test_\w*{word}", (ROOT / file).read_text()), f"{file}: no test named {word}"
 
 
 def anchors(file: Path) -> set[str]:
