@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target does its own set-up: Debian packages (as root, only those that are missing), virtual environment, build.
+# Every target does its own set-up: virtual environment, build. Debian packages (as root, only those that are missing) come
+# with run, test, fuzz, golden, verifier and bench; before the others, `make packages-test` installs them.
 #
 #   make run          the daemon on its main job: the local swarm, else an embedded demo with its own backends
 #   make test         lint and all tests, end to end on a real dockerd swarm in namespaces (root)
 #   make test-all     the same with other random examples, and long scenarios with the second engine too: some minutes more
+#   make build        virtual environment from requirements-dev.lock, extensions, eBPF objects
+#   make packages-test   the Debian packages for all of this but bench; packages-build: those for run and build
 #   make unit         the fast loop: pure tests, half a minute (neither root nor Docker nor network)
 #   make lint         ruff, mypy, clang-format, codespell
 #   make format       ruff and clang-format, in place

@@ -4,8 +4,9 @@
     [[services]]
     name = "web"
     [services.options]                # names and values as the labels of a swarm service, without "mesh."
-    affinity = "client-ip"            # likewise: enable, proxy-protocol, table-size, locality, allow, deny,
-    health = "http:/ready"            # health.interval (in quotes, or health-interval), health.timeout, ...
+    affinity = "client-ip"
+    health = "http:/ready"
+    health-interval = "500ms"         # mesh.health.interval; or, in quotes, "health.interval"
     [[services.ports]]
     published = 8000                  # where clients call
     target = 8080                     # where backends listen

@@ -149,7 +149,7 @@ def test_commands_that_are_shown_exist() -> None:
 
 def test_the_example_is_the_default() -> None:
     assert load({"config": str(EXAMPLE)}, {}) == keys.Config()
-    assert EXAMPLE.read_text() == example(), "run: python -m tests.unit.test_docs"
+    assert EXAMPLE.read_text() == example(), "run: make docs"
 
 
 def test_the_unit_waits_longer_than_the_daemon_drains() -> None:
@@ -181,6 +181,14 @@ def test_panels_that_name_no_engine_show_both() -> None:
         used = set(METRIC.findall(" ".join(target["expr"] for target in panel["targets"])))
         used = {name.removesuffix("_bucket") for name in used}
         assert " engine: " in panel["title"] or not used & ONE_ENGINE, panel["title"]
+
+
+def test_what_developing_names_exists() -> None:
+    text = (ROOT / "docs" / "DEVELOPING.md").read_text()
+    for path in re.findall(r"(?<![\w/])(?:bpf|deploy|docs|mesh|tests)/[\w./]*\w/?", text):
+        assert (ROOT / path).exists(), path
+    for file, word in re.findall(r"-m pytest (\S+) -k (\w+)", text):
+        assert re.search(rf"def test_\w*{word}", (ROOT / file).read_text()), f"{file}: no test named {word}"
 
 
 def anchors(file: Path) -> set[str]:

@@ -145,7 +145,7 @@ def test_a_backend_that_gets_another_port_is_labelled_with_it() -> None:
     exposition.collect(Snapshot(stats(), shown, True))
     services = copy.deepcopy(shown["services"])
     for service in services:
-        for target in (t for frontend in service["frontends"] for t in frontend["targets"]):
+        for target in (t for front in service["frontends"] for t in front["targets"]):
             target["port"] = 443
     found = exposition.collect(Snapshot(stats(), shown | {"services": services}, True))
     assert (

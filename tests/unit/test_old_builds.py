@@ -362,12 +362,26 @@ def test_an_old_journal_is_read(tmp_path: Path) -> None:
     )
 
 
+def known_to_the_old_build(journal: str) -> str:
+    """A journal without the options of later builds, which the old build ignores."""
+    rows = [msgspec.json.decode(line) for line in journal.splitlines()]
+    for frontend in (frontend for row in rows for frontend in row["frontends"]):
+        options, known = frontend["options"], OldOptions.__struct_fields__
+        frontend["options"] = {name: value for name, value in options.items() if name in known}
+    return "".join(msgspec.json.encode(row).decode() + "\n" for row in rows)
+
+
+def test_options_of_later_builds_are_left_out_and_nothing_else() -> None:
+    more = JOURNAL.replace('"deny":[]', '"deny":[],"pacing":5,"health.threshold":2.5')
+    assert more != JOURNAL and known_to_the_old_build(more) == known_to_the_old_build(JOURNAL) == JOURNAL
+
+
 def test_a_journal_is_written_as_the_old_build_wrote_it(tmp_path: Path) -> None:
-    """To the byte: the old build reads it after a downgrade."""
+    """To the byte, apart from options that came later: the old build reads it after a downgrade."""
     journal = Journal(tmp_path / "names.json")
     for plan, held in steps():
         journal.put(plan, held)
-    assert (tmp_path / "names.json").read_text() == JOURNAL
+    assert known_to_the_old_build((tmp_path / "names.json").read_text()) == JOURNAL
 
 
 @pytest.mark.parametrize(
