@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.support.lab.fixtures import lab
+from tests.support.lab.netns import sweep
 
 __all__ = ["lab"]
 
@@ -100,3 +101,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in out]
     if hasattr(config, "workerinput"):  # of pytest-xdist
         items.sort(key=lambda item: group_of(item.nodeid)[0])  # within a group as they are
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what workers that were killed have left: after ctrl-C they have ten seconds to end swarms themselves."""
+    if getattr(config.option, "numprocesses", None) and not os.geteuid():
+        sweep()

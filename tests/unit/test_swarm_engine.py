@@ -345,3 +345,25 @@ async def test_watch_without_a_swarm(tmp_path: Path) -> None:
     with pytest.raises(ProviderError):
         async for _ in watch(tmp_path / "control.sock", tmp_path):
             raise AssertionError
+
+
+async def test_a_cancelled_read_ends_though_the_engine_refuses_at_the_same_moment(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node is demoted: its Engine says that it is no manager just when its agent stops reading."""
+    refuses = asyncio.Event()
+
+    async def get(path: str) -> bytes:
+        await refuses.wait()
+        raise ProviderError("This node is not a swarm manager", where=path)
+
+    engine._prefix = "/v1.41"
+    monkeypatch.setattr(engine, "_get", get)
+    reading = asyncio.create_task(engine.read())
+    for _ in range(3):
+        await asyncio.sleep(0)  # until all requests are under way
+    refuses.set()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert reading.cancelled()

@@ -132,13 +132,17 @@ class Engine:
         if not self._prefix:
             await self.negotiate()
         known = bool(self._info) and now - self._info_read < _INFO_SECONDS
+        # No TaskGroup: before Python 3.13 it prefers a request's error to a cancellation that comes at the same moment.
+        reads = [asyncio.create_task(self._get(path)) for path in (*(() if known else ("/info",)), *paths)]
         try:
-            async with asyncio.TaskGroup() as group:
-                reads = [group.create_task(self._get(path)) for path in (*(() if known else ("/info",)), *paths)]
-        except BaseExceptionGroup as failed:
+            answers = await asyncio.gather(*reads)
+        except BaseException:
             self._prefix, self._info = "", b""  # another Engine may be there next time
-            raise _first(failed) from None
-        answers = [r.result() for r in reads]
+            raise
+        finally:
+            for read in reads:
+                read.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
         if known:
             return [self._info, *answers]
         self._info, self._info_read = answers[0], now
@@ -221,8 +225,3 @@ def _number(version: str) -> tuple[int, int]:
         return int(major), int(minor)
     except ValueError:
         raise ProviderError(f"{version!r} is no API version", where="GET /version") from None
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
