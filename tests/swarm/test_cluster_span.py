@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import peers
 from tests.support.cluster import WEB, Cluster
+from tests.support.lab.dockerd import AT_ONCE
 from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.only("proxy")]
@@ -57,7 +58,7 @@ def test_nodes_are_compared(cluster: Cluster) -> None:
 
 
 def test_killed_on_a_worker_is_out_everywhere(cluster: Cluster) -> None:
-    cluster.swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    cluster.swarm.create("web", AT_ONCE, replicas=3, publish=[f"{WEB}:8080"])
     before = cluster.agree("web", 3)
     worker = cluster.swarm.nodes[2]
     for container in cluster.swarm.containers("web", worker):

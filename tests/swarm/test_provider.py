@@ -16,7 +16,7 @@ from mesh.config.keys import Config
 from mesh.model import Affinity, Backend, Intent, Inventory, PublishedPort
 from mesh.model import Protocol as Transport
 from mesh.providers.swarm import SwarmProvider, detect
-from tests.support.lab.dockerd import Node, Swarm
+from tests.support.lab.dockerd import AT_ONCE, Node, Swarm
 from tests.support.lab.netns import Lab
 from tests.support.polling import PATIENCE, settled, until, wait_for
 
@@ -141,7 +141,7 @@ async def test_scale_up_and_down(swarm1: Swarm, follower: Follower) -> None:
 
 
 async def test_killed_container_is_gone_at_once(swarm1: Swarm, follower: Follower) -> None:
-    await asyncio.to_thread(swarm1.create, "web", replicas=2, publish=["8000:8080"])
+    await asyncio.to_thread(swarm1.create, "web", AT_ONCE, replicas=2, publish=["8000:8080"])
     await follower.until(lambda: len(follower.usable("web")) == 2, "two")
     victim = follower.usable("web")[0]
     await docker(swarm1, "kill", victim.container)
@@ -153,7 +153,7 @@ async def test_killed_container_is_gone_at_once(swarm1: Swarm, follower: Followe
 
 async def test_unhealthy_container(swarm1: Swarm, follower: Follower) -> None:
     await asyncio.to_thread(
-        swarm1.create, "web", replicas=2, publish=["8000:8080"], image="mesh-lab/server:health", wait=False
+        swarm1.create, "web", AT_ONCE, replicas=2, publish=["8000:8080"], image="mesh-lab/server:health", wait=False
     )
     await follower.until(lambda: len(follower.usable("web")) == 2, "healthy")
     victim = follower.usable("web")[0]
@@ -198,7 +198,7 @@ async def test_a_burst_costs_few_reads(swarm1: Swarm, follower: Follower) -> Non
 
 
 async def test_of_a_change_only_its_tasks_are_read(swarm1: Swarm, follower: Follower) -> None:
-    await asyncio.to_thread(swarm1.create, "web", replicas=3, publish=["8000:8080"])
+    await asyncio.to_thread(swarm1.create, "web", AT_ONCE, replicas=3, publish=["8000:8080"])
     await follower.until(lambda: len(follower.usable("web")) == 3, "three")
     dead, *others = follower.usable("web")
     whole, before = follower.provider._begun_whole, follower.provider._begun

@@ -18,7 +18,7 @@ import pytest
 
 from tests.support import peers
 from tests.support.daemon import Daemon, backends_of
-from tests.support.lab.dockerd import Swarm, bpf_fs
+from tests.support.lab.dockerd import AT_ONCE, Swarm, bpf_fs
 from tests.support.lab.netns import Namespace
 from tests.support.polling import PATIENCE, wait_for
 
@@ -160,8 +160,8 @@ def test_six_replicas_share_six_thousand_connections(site: Site) -> None:
 def test_the_daemon_follows_docker(site: Site, record_property: Callable[[str, object], None]) -> None:
     """Scaling, a kill, a failing HEALTHCHECK, removal and re-creation, another published port."""
     swarm, reactions = site.swarm, Reactions(site)
-    swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
-    swarm.create("sick", replicas=2, publish=["8001:8080"], image="mesh-lab/server:health")
+    swarm.create("web", AT_ONCE, replicas=6, publish=[f"{WEB}:8080"])
+    swarm.create("sick", AT_ONCE, replicas=2, publish=["8001:8080"], image="mesh-lab/server:health")
     first = site.up(6)
     with site.load("-c", "60", "-k", "100") as kept:
         kept.wait_ready()

@@ -43,6 +43,9 @@ T = TypeVar("T")
 _AGAIN = re.compile("update out of sequence|does not have a leader|lost leadership|code = Unavailable")
 
 
+AT_ONCE = "--restart-delay=200ms"  # replaces what ends without the five seconds that Swarm waits by default
+
+
 def unavailable() -> str:
     """Why no dockerd can run here; empty when it can."""
     if os.geteuid():
@@ -288,7 +291,7 @@ class Swarm:
         image: str = "mesh-lab/server:1",
         wait: bool = True,
     ) -> str:
-        """`docker service create` with the stand-in server; returns the service's id. What ends is replaced at once.
+        """`docker service create` with the stand-in server; returns the service's id.
 
         Args:
             options: further options of `docker service create`.
@@ -297,7 +300,7 @@ class Swarm:
             labels: service labels.
             wait: until all replicas run.
         """
-        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name, "--restart-delay=200ms"]
+        command = ["service", "create", "--detach", "--no-resolve-image", "--name", name]
         if "global" not in options and "--mode=global" not in options:
             command += ["--replicas", str(replicas)]
         identity = {"TASK_ID": "{{.Task.ID}}", "TASK_NAME": "{{.Task.Name}}", "NODE": "{{.Node.Hostname}}"}
