@@ -60,6 +60,7 @@ class Topology:
 
     def __init__(self, lab: Lab, engine: str, *, backends: int = 4, mtu: int = 1500, client_mtu: int = 1500) -> None:
         self.lab, self.engine, self.mtu = lab, engine, mtu
+        self.program: Path | None = None  # the daemon's, where it is not this build's
         self.client = lab.host("client", mtu=client_mtu)
         self.node = lab.host("node")
         self.node.bridge("docker_gwbridge", "172.31.0.1/24", "2001:db8:1::1/64")
@@ -137,6 +138,7 @@ class Topology:
             provider="static",
             static_file=self.static_file,
             engine=self.engine,
+            program=self.program,
             **config,  # type: ignore[arg-type]
         )
         self.lab.on_close(self.daemon.close)

@@ -34,12 +34,15 @@ def backends_of(state: dict[str, Any], service: str) -> dict[str, int]:
 class Daemon:
     """One `mesh run`. Keyword arguments are configuration keys."""
 
-    def __init__(self, namespace: Namespace, directory: Path, *, wait: bool = True, **config: object) -> None:
+    def __init__(
+        self, namespace: Namespace, directory: Path, *, wait: bool = True, program: Any = None, **config: object
+    ) -> None:
         self.namespace = namespace
         self.directory = directory
         self.config = {"state_dir": directory / "state", "http_listen": f"127.0.0.1:{HTTP_PORT}", **config}
         self.log = directory / "mesh.log"
         directory.mkdir(parents=True, exist_ok=True)
+        self.program = program or Path(sys.executable).with_name("mesh")  # of this build, or of another one
         self.process: subprocess.Popen[Any]
         self.start(wait=wait)
 
@@ -47,7 +50,7 @@ class Daemon:
         """Start a (further) process with the same configuration."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self.config.items()]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
-        command = [str(Path(sys.executable).with_name("mesh")), "run", *flags, *extra]
+        command = [str(self.program), "run", *flags, *extra]
         with self.log.open("ab") as log:
             self.process = self.namespace.popen(*command, stdout=log, stderr=log, env=environment, close_fds=True)
         if wait:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the build before the contract last changed to this one, with its connections. The old one is built from git."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engines.topology import WEB, Topology
+from tests.support import peers
+from tests.support.lab.netns import run
+from tests.support.polling import PATIENCE, wait_for
+
+OLD = "2480956"
+ROOT = Path(__file__).parents[2]
+BUILD_SECONDS = 900.0
+
+pytestmark = [pytest.mark.root, pytest.mark.later("kernel", "proxy")]
+
+
+@pytest.fixture(scope="module")
+def old() -> Path:
+    """The command of the old build, which is kept in build/."""
+    tree = ROOT / "build" / f"build-{OLD}"
+    if not (tree / ".venv" / ".built").exists():
+        tree.mkdir(parents=True, exist_ok=True)
+        archive = subprocess.run(["git", "archive", OLD], cwd=ROOT, capture_output=True, check=True).stdout
+        subprocess.run(["tar", "-x"], cwd=tree, input=archive, check=True)
+        run("make", "-C", str(tree), "build", timeout=BUILD_SECONDS)
+    return tree / ".venv" / "bin" / "mesh"
+
+
+@pytest.mark.parametrize("how", ["take over", "restart", "kill"])
+def test_connections_go_on_through_an_upgrade(old: Path, make_topology: Callable[..., Topology], how: str) -> None:
+    """New ones too, but for those of a proxy that was not there for a moment."""
+    topology = make_topology()
+    proxy = topology.engine == "proxy"
+    topology.program = old
+    daemon = topology.serve()
+    before, address = daemon.process, topology.node.address
+    assert daemon.state()["engine"] == topology.engine
+    with (
+        peers.Load(topology.client, address, WEB, "-c", "100", "-k", "100") as busy,
+        peers.Load(topology.client, address, WEB, "-c", "100", "-k", "3600000") as silent,
+        peers.Load(topology.client, address, WEB, "-n", "0", "-c", "8", "-r", "200") as fresh,
+    ):
+        busy.wait_ready()
+        silent.wait_ready()
+        fresh.wait_more()
+        daemon.program = Path(sys.executable).with_name("mesh")
+        if how == "take over":
+            daemon.start("--take-over")
+            before.wait(PATIENCE)
+        else:
+            daemon.stop() if how == "restart" else daemon.kill()
+            daemon.start()
+        new = daemon.state()
+        assert new["pid"] == daemon.process.pid != before.pid and new["problems"] == []
+        fresh.wait_more(1000)
+        busy.wait_more(1000)
+        reports = [load.stop() for load in (busy, silent, fresh)]
+    survive = not proxy or how == "take over"
+    if survive:
+        assert [report.failures for report in reports] == [(), (), ()]
+        assert reports[0].ok == reports[1].ok == 100
+    wait_for(lambda: peers.load(topology.client, address, WEB, "-n", "200", "-c", "8").ok == 200, "all is served")
+    if not proxy:
+        assert len(list(topology.bpf_fs().glob("mesh/*/*/mesh_config"))) == 1, "the old build's pins are gone"
