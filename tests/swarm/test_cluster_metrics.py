@@ -12,9 +12,7 @@ import pytest
 from tests.support.cluster import WEB, Cluster
 from tests.support.polling import wait_for
 
-ENGINE = "kernel"
-
-pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf]
+pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.bpf, pytest.mark.only("kernel")]
 
 
 def total(cluster: Cluster, name: str, **labels: str) -> list[float]:

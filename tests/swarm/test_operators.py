@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,10 @@ import pytest
 from tests.support import peers
 from tests.support.cluster import ENGINES, WEB, Cluster, failures
 from tests.support.daemon import Daemon
-from tests.support.lab.dockerd import Node, Swarm, bpf_fs
+from tests.support.lab.dockerd import Node, bpf_fs
 from tests.support.lab.netns import Lab, wait_for
-from tests.swarm.conftest import agents, for_a_test
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def both(request: pytest.FixtureRequest, shared_swarm3: Swarm) -> Iterator[Cluster]:
-    """A manager and two workers with an agent on each, once for each engine."""
-    yield from agents(shared_swarm3, request.param)
-
-
-@pytest.fixture
-def cluster(both: Cluster, swarm3: Swarm, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """The same for one test; services are removed after it."""
-    yield from for_a_test(both, request)
 
 
 def mesh(daemon: Daemon, *arguments: str) -> tuple[int, str]:
