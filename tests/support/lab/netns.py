@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import itertools
 import os
 import re
@@ -257,13 +258,21 @@ def cgroup_directories(prefix: str) -> list[Path]:
     return [p for pattern in (f"{prefix}*", f"*/{prefix}*") for p in CGROUP_ROOT.glob(pattern) if p.is_dir()]
 
 
+def _below(top: Path, pattern: str) -> list[Path]:
+    """What is below a cgroup; nothing where another process is removing it, too."""
+    try:
+        return list(top.rglob(pattern))
+    except FileNotFoundError:
+        return []
+
+
 def delete_cgroups(prefix: str) -> None:
     """Kill what runs in the cgroups whose name begins so and remove them."""
 
     def pids() -> list[int]:
         found: set[int] = set()
         for top in cgroup_directories(prefix):
-            for procs in top.rglob("cgroup.procs"):
+            for procs in _below(top, "cgroup.procs"):
                 with contextlib.suppress(OSError):
                     found.update(int(p) for p in procs.read_text().split())
         return sorted(found)
@@ -272,7 +281,7 @@ def delete_cgroups(prefix: str) -> None:
 
     def removed() -> bool:
         for top in cgroup_directories(prefix):
-            for directory in [*sorted((d for d in top.rglob("*") if d.is_dir()), reverse=True), top]:
+            for directory in [*sorted((d for d in _below(top, "*") if d.is_dir()), reverse=True), top]:
                 with contextlib.suppress(OSError):
                     directory.rmdir()
         return not cgroup_directories(prefix)
@@ -281,8 +290,16 @@ def delete_cgroups(prefix: str) -> None:
 
 
 def sweep() -> None:
-    """Remove what dead processes have left: namespaces, their processes, cgroups, mounts, directories."""
+    """Remove what dead processes have left: namespaces, their processes, cgroups, mounts, directories.
 
+    One process at a time: the workers of a test run all begin with it.
+    """
+    with (Path(tempfile.gettempdir()) / "mesh-sweep.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _sweep()
+
+
+def _sweep() -> None:
     def dead(name: str) -> bool:
         owner = _OWNED.match(name)
         return owner is not None and not Path(f"/proc/{owner[1]}").exists()
