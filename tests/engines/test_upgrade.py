@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the build before the contract last changed to this one, with its connections. The old one is built from git."""
+"""From the build before the contract last changed to this one (kernel engine). The old one is built from git."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD = "2480956"
 ROOT = Path(__file__).parents[2]
 BUILD_SECONDS = 900.0
 
-pytestmark = [pytest.mark.root, pytest.mark.later("kernel", "proxy")]
+pytestmark = [pytest.mark.root, pytest.mark.only("kernel"), pytest.mark.later("kernel")]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,8 @@ def old() -> Path:
 
 @pytest.mark.parametrize("how", ["take over", "restart", "kill"])
 def test_connections_go_on_through_an_upgrade(old: Path, make_topology: Callable[..., Topology], how: str) -> None:
-    """New ones too, but for those of a proxy that was not there for a moment."""
+    """Those that are open, busy or silent, and new ones."""
     topology = make_topology()
-    proxy = topology.engine == "proxy"
     topology.program = old
     daemon = topology.serve()
     before, address = daemon.process, topology.node.address
@@ -63,10 +62,7 @@ def test_connections_go_on_through_an_upgrade(old: Path, make_topology: Callable
         fresh.wait_more(1000)
         busy.wait_more(1000)
         reports = [load.stop() for load in (busy, silent, fresh)]
-    survive = not proxy or how == "take over"
-    if survive:
-        assert [report.failures for report in reports] == [(), (), ()]
-        assert reports[0].ok == reports[1].ok == 100
+    assert [report.failures for report in reports] == [(), (), ()]
+    assert reports[0].ok == reports[1].ok == 100
     wait_for(lambda: peers.load(topology.client, address, WEB, "-n", "200", "-c", "8").ok == 200, "all is served")
-    if not proxy:
-        assert len(list(topology.bpf_fs().glob("mesh/*/*/mesh_config"))) == 1, "the old build's pins are gone"
+    assert len(list(topology.bpf_fs().glob("mesh/*/*/mesh_config"))) == 1, "the old build's pins are gone"
