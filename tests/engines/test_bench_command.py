@@ -44,7 +44,7 @@ def test_on_a_node_it_compares_with_the_tasks_and_knows_who_answered(topology: T
     counts = told["distribution"]["counts"]
     assert set(counts) == {f"web/{name}" for name in topology.hosts} or set(counts) == set(topology.hosts)
     assert sum(counts.values()) >= 100
-    assert ("counted" if topology.engine == "proxy" else "by their sockets") in told["distribution"]["how"]
+    assert "as the daemon counted" in told["distribution"]["how"]
 
 
 def test_from_another_host_it_measures_what_that_host_sees(topology: Topology) -> None:

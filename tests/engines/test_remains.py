@@ -124,7 +124,7 @@ def test_the_proxy_engine_takes_its_place(plane: Plane, engine: Driver) -> None:
     old = next(c for c in iter(lambda: Connection(plane.client, plane.node.address), None) if c.backend == "b1")
     engine.kill()
     with serving_static(plane, "b2", engine="proxy", state_dir=plane.state) as daemon:
-        wait_for(lambda: "its programs go with the flows" in daemon.tail(), "found and handed back")
+        wait_for(lambda: "its programs stay until their flows have ended" in daemon.tail(), "found and handed back")
         assert set(plane.calls(60)) == {"b2"}
         old.echo()
         assert plane.pins()
@@ -171,7 +171,7 @@ def test_the_next_engines_programs_stay(plane: Plane, engine: Driver) -> None:
     old = Connection(plane.client, plane.node.address)
     engine.kill()
     with serving_static(plane, "b2", engine="proxy", state_dir=plane.state, drain_timeout=60) as daemon:
-        wait_for(lambda: "its programs go with the flows" in daemon.tail(), "found and handed back")
+        wait_for(lambda: "its programs stay until their flows have ended" in daemon.tail(), "found and handed back")
         proxied = Connection(plane.client, plane.node.address)
         process = daemon.process
         daemon.config["engine"] = "kernel"
