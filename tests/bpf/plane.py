@@ -147,6 +147,8 @@ class Plane:
         self.used.clear()
         for number in range(len(VERDICTS)):
             self.maps["mesh_verdicts"].update(u32(number), bytes(self.maps["mesh_verdicts"].stride))
+        for number in {frontend for frontend, _ in self.failures()}:
+            self.maps["mesh_fe_failures"].update(u32(number), bytes(self.maps["mesh_fe_failures"].stride))
         for name in HASHES:
             if name in self.maps and (keys := self.maps[name].dump()[0]):
                 self.maps[name].delete_batch(keys)
