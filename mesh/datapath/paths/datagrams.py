@@ -114,6 +114,8 @@ class Questions:
             except BlockingIOError:
                 return
             except OSError:  # an error that the queue has told, too
+                if sock.fileno() < 0:  # closed while a question was open
+                    return
                 continue
             nonce = self._nonce_of(data)
             if nonce is not None:
