@@ -79,7 +79,8 @@ def counted(engine: Driver, what: str = "opened") -> dict[str, int]:
 def meets(plane: Plane, engine: Driver, way: Way) -> float:
     """All that a client has of a service over this way: much data in both directions, datagrams, refusals; each flow is
     counted once, so no packet is served twice. Returns the mean length of the client's TCP packets, in bytes."""
-    wait_for(lambda: not refused(plane.client, way.node), "the new address is served")
+    for address in (way.node, way.node6):  # by the programs, and by the fallback proxy: each learns of addresses itself
+        wait_for(lambda there=address: not refused(plane.client, there), f"{address} is served")
     before = counted(engine)
     length, packets = (counted(engine, what)["tcp"] for what in ("bytes_in", "packets_in"))
     for _ in range(4):
