@@ -17,7 +17,7 @@
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make annotate     HTML of what Cython made of each line of the proxy engine, in build/annotate/
-#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-cluster: a swarm, 6;
+#   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-against: with another build, 10; bench-cluster: a swarm, 6;
 #                     bench-scale: a large swarm on paper, 5
 #   make verifier     what the kernel's verifier says of each program, against bpf/verifier.tsv (root); UPDATE=1 writes the table
 #   make clean        remove everything that was built
@@ -37,7 +37,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock sanitize annotate bench bench-quick bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -135,6 +135,10 @@ bench-cluster: bench-deps
 bench-scale: bench-deps
 	$(BIN)/python -m bench.scale $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report
+
+# Is this build as fast as another? TREE=DIR: a checkout of that, built (`make build` there); 12 minutes.
+bench-against: bench-deps
+	$(BIN)/python -m bench.against $(TREE) $(ARGS)
 
 bench-quick: bench-deps
 	$(BIN)/python -m bench.run --quick $(ARGS)
