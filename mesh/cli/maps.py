@@ -77,7 +77,7 @@ def _lines(found: Json) -> Iterator[str]:
     yield from ("", "backends")
     yield from _table(
         map(_backend, found["backends"]),
-        *("ID", "NAME", "NODE", "ADDRESS", "STATE", "EPOCH", "WAY", "INTERFACE", "BRIDGE", "MAC", "SEED"),
+        *("ID", "NAME", "NODE", "ADDRESS", "STATE", "EPOCH", "PATH", "INTERFACE", "BRIDGE", "MAC", "SEED"),
     )
     yield from ("", "ids")
     ids = ((i["seed"], f"{i['port']}/{i['protocol']}", f"{i['owner']} {i['name']}") for i in found["ids"])
