@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -277,12 +278,25 @@ def test_ipv6_backends() -> None:
 
 
 def test_idle_timeout_cuts_only_the_silent() -> None:
+    """Whoever speaks goes on, in either direction, for longer than the silent ones last."""
     server, front = TcpServer(), tcp()
     with engine(idle_timeout=2.0) as mesh:
         mesh.serve({front: {"a": server.where}})
-        with call(front) as sock:
-            sock.sendall(b"x")
-            assert sock.recv(1) == b"x"
-            with pytest.raises(ConnectionResetError):
-                sock.recv(1)
+        with call(front) as silent, call(front) as busy:
+            for sock in (silent, busy):
+                sock.sendall(b"x")
+                assert sock.recv(1) == b"x"
+            silent.setblocking(False)
+            cut = False
+            for _ in range(30):  # 6 s
+                busy.sendall(b"x")
+                assert busy.recv(1) == b"x"
+                try:
+                    silent.recv(1)
+                except BlockingIOError:
+                    pass
+                except ConnectionResetError:
+                    cut = True
+                time.sleep(0.2)
+            assert cut
         assert mesh.quiet(front).failed == {Failure.TIMEOUT: 1}
