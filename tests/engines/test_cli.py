@@ -19,7 +19,7 @@ from aiohttp import web
 
 from mesh.api.app import make_app
 from mesh.cli.exit import Exit
-from mesh.cli.main import main
+from mesh.cli.main import COMMANDS
 from tests.support.metrics_samples import SampleView
 from tests.support.rows import ONE, TWO
 
@@ -319,11 +319,11 @@ async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
     await runner.cleanup()
 
 
-@pytest.mark.parametrize("command", [None, *main.commands])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
 async def test_help_teaches(command: str | None) -> None:
     done = await mesh(*([command] if command else []), "--help")
     assert done.code == 0 and ("Example" in done.out or command is None)
-    assert command is not None or all(name in done.out for name in main.commands)
+    assert command is not None or all(name in done.out for name in COMMANDS)
 
 
 async def test_wrong_usage() -> None:
