@@ -82,7 +82,7 @@ class Cluster:
             return tasks if all(self.sees(d, service) == tasks for d in self.daemons) else set()
 
         try:
-            tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=timeout, interval=0.1)
+            tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=timeout)
         except TimeoutError as error:
             seen = {d.namespace.short: sorted(self.sees(d, service)) for d in self.daemons}
             docker = sorted(task["ID"] for task in self.swarm.tasks(service))
