@@ -48,11 +48,13 @@ def call(
     query: Mapping[str, str] | None = None,
     body: Json | None = None,
     accept: tuple[int, ...] = (),
+    seconds: float = _TIMEOUT,
 ) -> Json:
     """Send one request to the daemon, POST if there is a body, else GET. Returns the JSON object of the response.
 
     Args:
         accept: HTTP statuses of 400 and above that count as a response, not as a refusal.
+        seconds: for the response.
 
     Raises:
         DaemonUnreachableError: no daemon answers on the socket.
@@ -60,11 +62,12 @@ def call(
     """
     control = state_dir / "mesh.sock"
     try:
-        status, reason, data = _exchange(control, f"{path}?{urlencode(query)}" if query else path, body)
+        target = f"{path}?{urlencode(query)}" if query else path
+        status, reason, data = _exchange(control, target, body, seconds)
         answer = msgspec.json.decode(data, type=Json)
     except TimeoutError as error:
         raise DaemonUnreachableError(
-            f"the daemon did not answer within {_TIMEOUT:g} s", where=str(control), remedy="look at its log"
+            f"the daemon did not answer within {seconds:g} s", where=str(control), remedy="look at its log"
         ) from error
     except msgspec.DecodeError as error:
         raise DaemonUnreachableError(
@@ -79,17 +82,17 @@ def call(
     return answer
 
 
-def _exchange(path: Path, target: str, body: Json | None) -> tuple[int, str, bytes]:
+def _exchange(path: Path, target: str, body: Json | None, seconds: float) -> tuple[int, str, bytes]:
     """One request through a socket: status, reason and body of the response."""
     connection = HTTPConnection("mesh")
     with closing(connection), socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(_TIMEOUT)
+        sock.settimeout(seconds)
         sock.connect(str(path))
         connection.sock = sock
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        connection.request(
-            "GET" if body is None else "POST", target, None if body is None else msgspec.json.encode(body), headers
-        )
+        if body is None:
+            connection.request("GET", target)
+        else:
+            connection.request("POST", target, msgspec.json.encode(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.reason, response.read()
 

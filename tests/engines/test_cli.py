@@ -330,3 +330,20 @@ async def test_wrong_usage() -> None:
     assert (await mesh("stats")).code == Exit.USAGE
     done = await mesh("run", "--threads", "many")
     assert done.code == Exit.USAGE and "--threads: threads must be a whole number" in done.err
+
+
+async def test_commands_that_ask_the_daemon_import_neither_agent_nor_server() -> None:
+    """Imports are most of what a command costs."""
+    commands = ["status", "nodes", "services", "backends", "explain", "maps", "drain", "undrain", "stop"]
+    code = (
+        "import sys; from mesh.cli.main import main\n"
+        f"for command in {commands}: main([command, '--help'], standalone_mode=False)\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    modules = set(said.decode().split())
+    assert "mesh.cli.status" in modules
+    assert not modules & {"aiohttp", "asyncio", "cryptography", "prometheus_client", "mesh.agent.agent", "mesh.api.app"}
