@@ -27,8 +27,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 PYTEST ?= $(BIN)/python -m pytest
-# How many tests run at once: the suite waits as much as it computes. 0: one after the other, as a debugger wants it.
-WORKERS ?= 2
+# How many tests run at once, for two processors: tests of swarms wait more than they compute. 0: one after the other, as a
+# debugger wants it.
+WORKERS ?= 3
 
 BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
 TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \

@@ -50,8 +50,17 @@ def pytest_make_collect_report(
     return report
 
 
-SUITES = ("swarm", "guest", "engines", "bpf", "scenarios", "unit")
-FIVE_NODES = {"test_cluster_changes.py", "test_cluster_managers.py", "test_cluster_restarts.py"}
+SUITES = ("swarm", "guest", "attacks", "engines", "bpf", "scenarios", "unit")
+SWARMS = {
+    "test_cluster_changes.py": "swarm of five",
+    "test_cluster_managers.py": "swarm of five",
+    "test_cluster_restarts.py": "swarm of five",
+    "test_partial.py": "bare swarm",
+    "test_provider.py": "swarm of one",
+    "test_scenario_one_node.py": "swarm of one",
+}
+"""The files of tests/swarm that do not use the swarm of three."""
+LONGEST = ("swarm of five", "swarm of three", "tests/guest/test_stock_kernel.py", "swarm of one", "bare swarm")
 
 
 def group_of(nodeid: str) -> tuple[int, str]:
@@ -62,9 +71,10 @@ def group_of(nodeid: str) -> tuple[int, str]:
     """
     path = nodeid.partition("::")[0]
     suite, _, file = path.removeprefix("tests/").partition("/")
-    if suite == "swarm":
-        return 0, "swarm of five" if file in FIVE_NODES else "swarms"
-    return SUITES.index(suite) if suite in SUITES else len(SUITES), path
+    group = SWARMS.get(file, "swarm of three") if suite == "swarm" else path
+    if group in LONGEST:
+        return LONGEST.index(group), group
+    return len(LONGEST) + (SUITES.index(suite) if suite in SUITES else len(SUITES)), group
 
 
 class Groups(LoadScopeScheduling):  # type: ignore[misc]

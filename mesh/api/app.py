@@ -11,11 +11,11 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
+from mesh.api.endpoint import parse_endpoint
 from mesh.api.view import AgentView
 from mesh.errors import MeshError
 from mesh.metrics.exposition import Exposition, Snapshot
-from mesh.model import Address, Flow, Protocol
-from mesh.netaddr import split_address_port
+from mesh.model import Flow, Protocol
 
 VIEW: Final = web.AppKey("view", AgentView)
 _EXPOSITION: Final = web.AppKey("exposition", Exposition)
@@ -59,24 +59,6 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
         app.router.add_post("/undrain", _undrain)
         app.router.add_post("/stop", _stop)
     return app
-
-
-def parse_endpoint(text: str) -> tuple[Address, int]:
-    """`192.0.2.7:80` or `[2001:db8::7]:80` as address and port.
-
-    Raises:
-        MeshError: it is neither; the message shows both forms.
-    """
-    try:
-        address, port = split_address_port(text)
-    except ValueError:
-        port = 0
-    if not port:
-        raise MeshError(
-            f"{text!r} is not an address and a port",
-            remedy="write 192.0.2.7:40000, or [2001:db8::7]:40000 for IPv6; names are not looked up",
-        )
-    return address, port
 
 
 def _json(value: object, status: int = 200) -> web.Response:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls the daemon through its control socket; the options that every such command shares."""
+"""Calls the daemon through its control socket; the options that every such command shares.
+
+By the standard library's client: an asynchronous one takes longer to import than a command takes for all else.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import socket
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import urlencode
 
-import aiohttp
 import click
 import msgspec
 
@@ -43,54 +48,64 @@ def call(
     query: Mapping[str, str] | None = None,
     body: Json | None = None,
     accept: tuple[int, ...] = (),
+    seconds: float = _TIMEOUT,
 ) -> Json:
     """Send one request to the daemon, POST if there is a body, else GET. Returns the JSON object of the response.
 
     Args:
         accept: HTTP statuses of 400 and above that count as a response, not as a refusal.
+        seconds: for the response.
 
     Raises:
         DaemonUnreachableError: no daemon answers on the socket.
         DaemonRefusedError: the daemon refused the request; the message says why.
     """
-    return asyncio.run(_call(state_dir / "mesh.sock", path, query or {}, body, accept))
-
-
-async def _call(socket: Path, path: str, query: Mapping[str, str], body: Json | None, accept: tuple[int, ...]) -> Json:
-    method = "GET" if body is None else "POST"
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
+    control = state_dir / "mesh.sock"
     try:
-        async with (
-            aiohttp.ClientSession(
-                "http://mesh", connector=aiohttp.UnixConnector(str(socket)), timeout=timeout
-            ) as session,
-            session.request(method, path, params=query, json=body) as response,
-        ):
-            answer = msgspec.json.decode(await response.read(), type=Json)
+        target = f"{path}?{urlencode(query)}" if query else path
+        status, reason, data = _exchange(control, target, body, seconds)
+        answer = msgspec.json.decode(data, type=Json)
     except TimeoutError as error:
         raise DaemonUnreachableError(
-            f"the daemon did not answer within {_TIMEOUT:g} s", where=str(socket), remedy="look at its log"
+            f"the daemon did not answer within {seconds:g} s", where=str(control), remedy="look at its log"
         ) from error
     except msgspec.DecodeError as error:
         raise DaemonUnreachableError(
-            "something other than the daemon answers", where=str(socket), remedy="set --state-dir to its directory"
+            "something other than the daemon answers",
+            where=str(control),
+            remedy="set --state-dir to its directory",
         ) from error
-    except (OSError, aiohttp.ClientError) as error:
-        raise _unreachable(socket) from error
-    if response.status >= 400 and response.status not in accept:
-        raise DaemonRefusedError(str(answer.get("error", response.reason)), remedy=str(answer.get("remedy", "")))
+    except (OSError, HTTPException) as error:
+        raise _unreachable(control) from error
+    if status >= 400 and status not in accept:
+        raise DaemonRefusedError(str(answer.get("error", reason)), remedy=str(answer.get("remedy", "")))
     return answer
 
 
-def _unreachable(socket: Path) -> DaemonUnreachableError:
+def _exchange(path: Path, target: str, body: Json | None, seconds: float) -> tuple[int, str, bytes]:
+    """One request through a socket: status, reason and body of the response."""
+    connection = HTTPConnection("mesh")
+    with closing(connection), socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(seconds)
+        sock.connect(str(path))
+        connection.sock = sock
+        if body is None:
+            connection.request("GET", target)
+        else:
+            connection.request("POST", target, msgspec.json.encode(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.reason, response.read()
+
+
+def _unreachable(path: Path) -> DaemonUnreachableError:
     """Why no daemon answered, and what to do about it."""
-    if socket.exists() and not os.access(socket, os.W_OK):
-        return DaemonUnreachableError("no permission to talk to the daemon", where=str(socket), remedy="run as root")
+    if path.exists() and not os.access(path, os.W_OK):
+        return DaemonUnreachableError("no permission to talk to the daemon", where=str(path), remedy="run as root")
     message, remedy = "no daemon answers there", "start it with `mesh run`, or set --state-dir to its directory"
-    if forwards := holds(socket.parent):
+    if forwards := holds(path.parent):
         message += f", but its eBPF programs still forward by the last tables {forwards}"
         remedy = "`mesh run` brings the tables up to date, `mesh stop --release` removes the programs"
-    return DaemonUnreachableError(message, where=str(socket), remedy=remedy)
+    return DaemonUnreachableError(message, where=str(path), remedy=remedy)
 
 
 def holds(state_dir: Path) -> str:

@@ -30,7 +30,7 @@ def _named(ctx: click.Context, param: click.Parameter, value: str) -> str:
 LOCAL: Final = click.option("--local", is_flag=True, help="On this node only, instead of on all nodes of the swarm.")
 
 
-@click.command(short_help="Stop new connections to a backend or a node.")
+@click.command()
 @click.argument("kind", type=KIND)
 @click.argument("name", callback=_named)
 @LOCAL
@@ -64,7 +64,7 @@ def drain(kind: str, name: str, local: bool, wait: bool, timeout: float, state_d
         sys.exit(Exit.NOT_READY)
 
 
-@click.command(short_help="Resume new connections to a backend or a node.")
+@click.command()
 @click.argument("kind", type=KIND)
 @click.argument("name", callback=_named)
 @LOCAL

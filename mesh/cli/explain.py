@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mesh.api.app import parse_endpoint
+from mesh.api.endpoint import parse_endpoint
 from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import Exit
 from mesh.cli.output import Json, address_port, echo_json, node_shown
@@ -23,7 +23,7 @@ def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-@click.command(short_help="Which backend a connection gets, and why.")
+@click.command()
 @click.argument("source", metavar="SRC:PORT", callback=_endpoint)
 @click.argument("destination", metavar="DST:PORT", callback=_endpoint)
 @click.option("--proto", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True, help="Protocol.")

@@ -1,31 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command group: registers the commands, and turns errors into a line on stderr and an exit code."""
+"""The command group: finds the commands, and turns errors into a line on stderr and an exit code."""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from importlib import metadata
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from mesh.cli.bench.command import bench
-from mesh.cli.check.command import check
-from mesh.cli.drain import drain, undrain
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
-from mesh.cli.explain import explain
-from mesh.cli.maps import maps
-from mesh.cli.nodes import nodes
-from mesh.cli.run import run
-from mesh.cli.services import backends, services
-from mesh.cli.status import status
-from mesh.cli.stop import stop
-from mesh.cli.trace import trace
 from mesh.errors import ConfigError, MeshError
+
+COMMANDS: Final = {
+    "run": ("run", "Run the daemon."),
+    "check": ("check.command", "Can the daemon run here: findings and remedies."),
+    "status": ("status", "Is the node healthy, and if not, why."),
+    "nodes": ("nodes", "The cluster's nodes, and the paths from here to each."),
+    "services": ("services", "Published services and ports."),
+    "backends": ("services", "Backends: health and share of new connections."),
+    "explain": ("explain", "Which backend a connection gets, and why."),
+    "maps": ("maps", "What the kernel engine's programs forward by."),
+    "trace": ("trace", "Connections as they open, close, are reset or dropped."),
+    "bench": ("bench.command", "Measure a service: connections, latency, throughput, distribution."),
+    "drain": ("drain", "Stop new connections to a backend or a node."),
+    "undrain": ("drain", "Resume new connections to a backend or a node."),
+    "stop": ("stop", "Stop the daemon; hand the ports back if asked to."),
+}
+"""The module below `mesh.cli` that has the command, and what `mesh --help` says of it: in the order of that list. Only
+the module of the command that runs is imported, because imports are most of what a command costs."""
 
 
 class _Group(click.Group):
-    """Prints an error that a user can act on as one line on stderr; lists commands in the order of registration."""
+    """Imports the command that is asked for; prints an error that a user can act on as one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -40,7 +47,18 @@ class _Group(click.Group):
             _fail(error, Exit.NOT_READY)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mesh.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
 def _fail(error: MeshError, code: Exit) -> None:
@@ -54,7 +72,7 @@ def _fail(error: MeshError, code: Exit) -> None:
     epilog="Exit codes: 0 success; 1 not ready, or a check failed; 2 wrong usage or configuration; "
     "3 the daemon does not answer; 4 the daemon refused the request; 5 traffic is degraded.",
 )
-@click.version_option(metadata.version("mesh"), prog_name="mesh")
+@click.version_option(package_name="mesh", prog_name="mesh")
 def main() -> None:
     """A routing mesh for Docker Swarm: forwards every connection to a published port to one healthy backend.
 
@@ -76,7 +94,3 @@ def main() -> None:
 
     Commands that read take --json for scripts.
     """
-
-
-for _command in (run, check, status, nodes, services, backends, explain, maps, trace, bench, drain, undrain, stop):
-    main.add_command(_command)

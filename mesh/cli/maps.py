@@ -18,7 +18,7 @@ from mesh.errors import DatapathError
 INDENT: Final = "  "
 
 
-@click.command(short_help="What the kernel engine's programs forward by.")
+@click.command()
 @click.option("--bpf-fs", help="The bpf file system with the pins, as for `mesh run` (default: as configured).")
 @daemon_options
 def maps(bpf_fs: str | None, state_dir: Path, as_json: bool) -> None:

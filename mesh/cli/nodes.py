@@ -11,7 +11,7 @@ from mesh.cli.client import call, daemon_options
 from mesh.cli.output import echo_json, echo_table
 
 
-@click.command(short_help="The cluster's nodes, and the paths from here to each.")
+@click.command()
 @daemon_options
 def nodes(state_dir: Path, as_json: bool) -> None:
     """Show every node of the cluster, on any node: whether it is up, its engine, and whether the paths to it work.

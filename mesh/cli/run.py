@@ -11,7 +11,7 @@ import click
 from mesh.config.load import config_options, load
 
 
-@click.command(short_help="Run the daemon.")
+@click.command()
 @click.option("--take-over", is_flag=True, help="Take over the ports of the daemon that runs in this state directory.")
 @config_options
 def run(take_over: bool, **flags: Any) -> None:

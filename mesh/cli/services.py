@@ -30,7 +30,7 @@ def _selected(state: Json, names: tuple[str, ...]) -> list[Json]:
     return chosen
 
 
-@click.command(short_help="Published services and ports.")
+@click.command()
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
 @daemon_options
 def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
@@ -70,7 +70,7 @@ def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key.replace("_", "-"), few(value, 3) if isinstance(value, list) else value
 
 
-@click.command(short_help="Backends: health and share of new connections.")
+@click.command()
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
 @daemon_options
 def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:

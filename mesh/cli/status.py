@@ -14,7 +14,7 @@ from mesh.cli.exit import Exit
 from mesh.cli.output import Json, duration, each_target, echo_json, echo_table, few
 
 
-@click.command(short_help="Is the node healthy, and if not, why.")
+@click.command()
 @click.option("--cluster", is_flag=True, help="Compare all nodes of the swarm (on a manager).")
 @click.option(
     "--wait", type=float, metavar="SECONDS", help="Wait at most so long until the node is ready and traffic ok."

@@ -17,7 +17,7 @@ from mesh.cli.output import echo_json
 from mesh.config.load import load
 
 
-@click.command(short_help="Stop the daemon; hand the ports back if asked to.")
+@click.command()
 @click.option("--release", is_flag=True, help="Also hand the ports back to Docker's own mesh.")
 @click.option("--now", is_flag=True, help="With --release and without a daemon: do not wait for open connections.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the daemon has exited.")

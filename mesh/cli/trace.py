@@ -48,7 +48,7 @@ def _line(values: tuple[object, ...]) -> str:
     return " ".join(shown(value, width) for value, width in zip(values, _WIDTHS, strict=True)).rstrip()
 
 
-@click.command(short_help="Connections as they open, close, are reset or dropped.")
+@click.command()
 @click.option("--service", default="", help="Only this service.")
 @click.option("--backend", default="", help="Only backends whose name starts with this.")
 @click.option("--client", default="", help="Only clients with this address or in this network.")

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from mesh.api.app import make_app
 from mesh.cli.exit import Exit
-from mesh.cli.main import main
+from mesh.cli.main import COMMANDS
 from tests.support.metrics_samples import SampleView
 from tests.support.rows import ONE, TWO
 
@@ -319,14 +319,31 @@ async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
     await runner.cleanup()
 
 
-@pytest.mark.parametrize("command", [None, *main.commands])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
 async def test_help_teaches(command: str | None) -> None:
     done = await mesh(*([command] if command else []), "--help")
     assert done.code == 0 and ("Example" in done.out or command is None)
-    assert command is not None or all(name in done.out for name in main.commands)
+    assert command is not None or all(name in done.out for name in COMMANDS)
 
 
 async def test_wrong_usage() -> None:
     assert (await mesh("stats")).code == Exit.USAGE
     done = await mesh("run", "--threads", "many")
     assert done.code == Exit.USAGE and "--threads: threads must be a whole number" in done.err
+
+
+async def test_commands_that_ask_the_daemon_import_neither_agent_nor_server() -> None:
+    """Imports are most of what a command costs."""
+    commands = ["status", "nodes", "services", "backends", "explain", "maps", "drain", "undrain", "stop"]
+    code = (
+        "import sys; from mesh.cli.main import main\n"
+        f"for command in {commands}: main([command, '--help'], standalone_mode=False)\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    modules = set(said.decode().split())
+    assert "mesh.cli.status" in modules
+    assert not modules & {"aiohttp", "asyncio", "cryptography", "prometheus_client", "mesh.agent.agent", "mesh.api.app"}

@@ -82,7 +82,7 @@ class Cluster:
             return tasks if all(self.sees(d, service) == tasks for d in self.daemons) else set()
 
         try:
-            tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=timeout, interval=0.1)
+            tasks = wait_for(all_see, f"{count} backends of {service} on every node", timeout=timeout)
         except TimeoutError as error:
             seen = {d.namespace.short: sorted(self.sees(d, service)) for d in self.daemons}
             docker = sorted(task["ID"] for task in self.swarm.tasks(service))
@@ -168,9 +168,9 @@ class Loads:
         self._loads[node] = load
 
     def wait_more(self, count: int = 100) -> None:
-        """Until each has had so many further answers."""
-        for load in self._loads.values():
-            load.wait_more(count)
+        """Until each has had so many further answers, counted from now for all."""
+        with ThreadPoolExecutor(len(self._loads)) as pool:
+            list(pool.map(lambda load: load.wait_more(count), self._loads.values()))
 
     def stop(self) -> dict[str, peers.Report]:
         """End them all; reports by node."""

@@ -16,29 +16,36 @@ T = TypeVar("T")
 No = Literal[False] | None  # so that `condition and value` is a condition
 
 
+RAREST = 0.15  # seconds between two looks at most
+
+
 def wait_for(
     condition: Callable[[], T | No],
     what: str = "a condition",
     *,
     timeout: float = PATIENCE,
-    interval: float = 0.02,
+    interval: float | None = None,
 ) -> T:
     """Poll until the condition is truthy and return its value.
+
+    Looks become rarer the longer it takes, so that it ends a tenth too late at most, and looking leaves the processor
+    to what is waited for.
 
     Args:
         condition: what it raises ends the wait.
         what: what the error says was waited for.
         timeout: seconds until it gives up.
-        interval: seconds between two looks.
+        interval: seconds between two looks, where the moment itself is what is measured.
 
     Raises:
         TimeoutError: it did not come true in time.
     """
-    deadline = time.monotonic() + timeout
+    begun = time.monotonic()
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > timeout:
             raise TimeoutError(f"{what}: not within {timeout:g} s")
-        time.sleep(interval)
+        time.sleep(min(max(waited / 10, 0.005), RAREST) if interval is None else interval)
     return value
 
 

@@ -48,15 +48,15 @@ def any_node_answers(cluster: Cluster, back: str) -> None:
     swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
     tasks = cluster.agree("web", 6)
     for node in swarm.nodes:
-        report = peers.load(cluster.client, node.address, WEB, "-n", "10000", "-c", "32")
-        assert (report.ok, report.failures) == (10000, ())
+        report = peers.load(cluster.client, node.address, WEB, "-n", "3000", "-c", "32")
+        assert (report.ok, report.failures) == (3000, ())
         assert set(report.identities) == tasks
-        assert all(1350 <= answers <= 2000 for answers in report.identities.values()), report.identities
+        assert all(350 <= answers <= 650 for answers in report.identities.values()), report.identities
         assert set(peers_seen(cluster.client, node.address, 30)) == {cluster.client.address}
     verdict = "tunnel_reply_rx" if back == "tunnel" else "tunnel_direct"
     for number, daemon in enumerate(cluster.daemons):
-        assert daemon.total("mesh_verdicts_total", verdict="tunnel_tx") > 10000
-        assert daemon.total("mesh_verdicts_total", verdict=verdict) > 10000
+        assert daemon.total("mesh_verdicts_total", verdict="tunnel_tx") > 3000
+        assert daemon.total("mesh_verdicts_total", verdict=verdict) > 3000
         assert daemon.state()["problems"] == []
         assert set(ways(cluster, number).values()) == {"here", "tunnel"}
 
@@ -93,3 +93,4 @@ def test_nodes_with_either_engine_reach_each_others_tasks(cluster: Cluster) -> N
     finally:
         cluster.daemons[2].close()
         cluster.daemons[2] = cluster.daemon(swarm.nodes[2], "kernel")
+        cluster.wait_ready()  # whoever ends it next finds its control socket

@@ -23,6 +23,7 @@ from tests.support.polling import wait_for
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
 CALLS = 5000
+BUSY = ("-n", "0", "-c", "16", "-r", "250")  # so that hundreds of calls take no time
 _number = itertools.count()
 
 
@@ -122,7 +123,7 @@ def test_agents_come_and_go_node_by_node_under_load(alone: Cluster) -> None:
     swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
     swarm.wait_running("web", 6)
     served_by(alone, alone.daemons[0], on(swarm, first))
-    with alone.load(nodes=[first]) as loads:
+    with alone.load(*BUSY, nodes=[first]) as loads:
         loads.wait_more(500)
         for count, node in ((2, second), (3, third)):
             alone.daemons.append(alone.daemon(node, alone.engine))
@@ -160,7 +161,7 @@ def test_where_the_tunnel_is_blocked_flows_go_by_the_peer_port_and_where_both_ar
             assert paths(cluster.daemons[0]) == {"here", "peer"}
             down = [line for line in cluster.daemons[0].state()["problems"] if "tunnel UDP 6084" in line]
             assert len(down) == 2 and all("let UDP 6084 through" in line for line in down)
-            with cluster.load(nodes=[first]) as loads:
+            with cluster.load(*BUSY, nodes=[first]) as loads:
                 loads.wait_more(300)
                 with blocked(swarm, "tcp dport 9552", "udp dport 9552", table="more"):
                     served_by(cluster, cluster.daemons[0], on(swarm, first))

@@ -30,7 +30,7 @@ ENGINES = [
 ]
 WEB = 8000
 SOCKET_AWAY = 60.0 if os.environ.get("MESH_TEST_ALL") else 5.0  # seconds
-RESYNC = 20.0  # seconds until the daemon looks unasked
+RESYNC = 16.0  # seconds until the daemon looks unasked; more than REACTION, and than a connection to Docker is kept
 REACTION = 15.0  # seconds; unloaded it is well below one, see the recorded properties
 
 
@@ -237,18 +237,18 @@ def test_rolling_update_loses_nothing(site: Site) -> None:
     """Stop-first, one at a time, a server that closes on SIGTERM: 0 of 20,000 new connections fail, nor a long one."""
     site.swarm.create(
         "web", "--stop-grace-period=20s", "--update-parallelism=1", "--update-order=stop-first", "--update-delay=0s",
-        "--update-monitor=1s", replicas=4, publish=[f"{WEB}:8080"],
+        "--update-monitor=200ms", replicas=4, publish=[f"{WEB}:8080"],
     )  # fmt: skip
     before = site.up(4)
     with (
         site.load("-n", "0", "-c", "128", "-r", "1000") as fresh,
-        site.load("-n", "0", "-c", "8", "-r", "1", "-u", "/slow?seconds=8") as long,
+        site.load("-n", "0", "-c", "32", "-r", "4", "-u", "/slow?seconds=4") as long,
     ):
         wait_for(lambda: site.daemon.total("mesh_connections_active", service="web") >= 4, "long transfers in flight")
         site.swarm.update("web", "--image=mesh-lab/server:2")
         after = site.up(4)
         fresh.wait_more(1000)
-        wait_for(lambda: fresh.answers >= 20_000, "20,000 connections", interval=0.2)
+        wait_for(lambda: fresh.answers >= 20_000, "20,000 connections")
         new, transfers = fresh.stop(), long.stop()
     assert not before & after
     assert (new.failed, new.failures) == (0, ())

@@ -67,7 +67,10 @@ def test_the_voting_application_is_updated_under_load(cluster: Cluster, tmp_path
         wait_for(lambda at=node.address: results(cluster, at), f"result at {node.hostname}")
 
     edited = tmp_path / "voting.yml"
-    edited.write_text(COMPOSE.read_text().replace("examplevotingapp_vote", "examplevotingapp_vote:next"))
+    text = COMPOSE.read_text().replace("examplevotingapp_vote", "examplevotingapp_vote:next")
+    soon = text.replace("order: start-first}", "order: start-first, monitor: 500ms}")  # of each task, by default 5 s
+    assert soon != text
+    edited.write_text(soon)
     with ExitStack() as stack:
         loads = [
             stack.enter_context(
@@ -78,7 +81,7 @@ def test_the_voting_application_is_updated_under_load(cluster: Cluster, tmp_path
             for node, choice in zip(swarm.nodes, "aab", strict=True)
         ]
         deploy(swarm, edited)
-        wait_for(lambda: updated(swarm), "rolling update of vote", interval=0.1)
+        wait_for(lambda: updated(swarm), "rolling update of vote")
         cluster.agree("voting_vote", 3)
         after = wait_for(lambda: found if len(found := voters(swarm)) == 3 else set(), "the old tasks have ended")
         for load in loads:

@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from mesh.api.app import make_app, parse_endpoint
+from mesh.api.app import make_app
+from mesh.api.endpoint import parse_endpoint
 from mesh.errors import MeshError
 from tests.support.metrics_samples import EXPLANATION, SampleView, state
 from tests.support.polling import PATIENCE

@@ -54,7 +54,7 @@ class Options:
     insecure: bool
 
 
-@click.command(short_help="Measure a service: connections, latency, throughput, distribution.")
+@click.command()
 @click.argument("target", metavar="TARGET")
 @click.option(
     "-c",

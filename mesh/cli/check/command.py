@@ -23,7 +23,7 @@ from mesh.config.load import config_options, load
 from mesh.errors import ConfigError, MeshError
 
 
-@click.command(short_help="Can the daemon run here: findings and remedies.")
+@click.command()
 @click.option("--cluster", is_flag=True, help="Check the paths to all other nodes instead; needs a running daemon.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @config_options

@@ -331,7 +331,7 @@ class Swarm:
                 raise RuntimeError(f"update of {name}: {state}")
             return bool(state == "completed")
 
-        wait_for(done, f"update of {name}", timeout=timeout, interval=0.1)
+        wait_for(done, f"update of {name}", timeout=timeout)
 
     def tasks(self, name: str, *, running: bool = True) -> list[dict[str, Any]]:
         """The tasks of a service as the Engine API gives them; `running`: only those that run and shall run."""
@@ -353,7 +353,7 @@ class Swarm:
             return len(tasks) == count and all(t["Status"]["State"] == "running" for t in tasks)
 
         try:
-            wait_for(running, f"{count} tasks of {name}", timeout=timeout, interval=0.05)
+            wait_for(running, f"{count} tasks of {name}", timeout=timeout)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.docker('service', 'ps', '--no-trunc', name, check=False)}") from None
 
@@ -397,4 +397,4 @@ class Swarm:
         def ended() -> bool:
             return not any(self.containers(name, node) for name in names for node in self.nodes)
 
-        wait_for(ended, f"end of {', '.join(names)}", interval=0.1)
+        wait_for(ended, f"end of {', '.join(names)}")
