@@ -290,6 +290,7 @@ class Target:
     path: Path = Path.LOCAL
     masked: str = ""
     agreed: int = 0  # where it is masked
+    handed: bool = True  # on another node: its peer port is shown to take flows, also those of own processes here
 
 
 @dataclass(frozen=True, slots=True)
