@@ -43,22 +43,26 @@ def call(
     query: Mapping[str, str] | None = None,
     body: Json | None = None,
     accept: tuple[int, ...] = (),
+    seconds: float = _TIMEOUT,
 ) -> Json:
     """Send one request to the daemon, POST if there is a body, else GET. Returns the JSON object of the response.
 
     Args:
         accept: HTTP statuses of 400 and above that count as a response, not as a refusal.
+        seconds: for the response.
 
     Raises:
         DaemonUnreachableError: no daemon answers on the socket.
         DaemonRefusedError: the daemon refused the request; the message says why.
     """
-    return asyncio.run(_call(state_dir / "mesh.sock", path, query or {}, body, accept))
+    return asyncio.run(_call(state_dir / "mesh.sock", path, query or {}, body, accept, seconds))
 
 
-async def _call(socket: Path, path: str, query: Mapping[str, str], body: Json | None, accept: tuple[int, ...]) -> Json:
+async def _call(
+    socket: Path, path: str, query: Mapping[str, str], body: Json | None, accept: tuple[int, ...], seconds: float
+) -> Json:
     method = "GET" if body is None else "POST"
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
+    timeout = aiohttp.ClientTimeout(total=seconds)
     try:
         async with (
             aiohttp.ClientSession(
@@ -69,7 +73,7 @@ async def _call(socket: Path, path: str, query: Mapping[str, str], body: Json | 
             answer = msgspec.json.decode(await response.read(), type=Json)
     except TimeoutError as error:
         raise DaemonUnreachableError(
-            f"the daemon did not answer within {_TIMEOUT:g} s", where=str(socket), remedy="look at its log"
+            f"the daemon did not answer within {seconds:g} s", where=str(socket), remedy="look at its log"
         ) from error
     except msgspec.DecodeError as error:
         raise DaemonUnreachableError(

@@ -11,11 +11,13 @@ import click
 
 from mesh.cli.bench.command import bench
 from mesh.cli.check.command import check
+from mesh.cli.connectivity import connectivity_test
 from mesh.cli.drain import drain, undrain
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
 from mesh.cli.explain import explain
 from mesh.cli.maps import maps
 from mesh.cli.nodes import nodes
+from mesh.cli.probe import probe
 from mesh.cli.run import run
 from mesh.cli.services import backends, services
 from mesh.cli.status import status
@@ -65,10 +67,12 @@ def main() -> None:
               mesh nodes                    the cluster's nodes, and the paths from here to each
               mesh services                 published services and ports
               mesh backends web             the backends of a service, their health and share of connections
+              mesh probe web.3                whether its own node reaches a backend, and the path there
               mesh explain 192.0.2.7:40000 192.0.2.1:8080    which backend a connection gets, and why
               mesh trace --service web      connections as they open and close
               mesh bench 8080               measure a service, and which backends answer
               mesh check --cluster          can this node reach every other node
+              mesh connectivity-test        every node calls every task through every node
               mesh maps                     what the kernel engine's programs forward by, as text
     Change:   mesh drain node worker-3      no new connections to that node, from any; open ones stay
               mesh undrain node worker-3
@@ -78,5 +82,21 @@ def main() -> None:
     """
 
 
-for _command in (run, check, status, nodes, services, backends, explain, maps, trace, bench, drain, undrain, stop):
+for _command in (
+    run,
+    check,
+    status,
+    nodes,
+    services,
+    backends,
+    probe,
+    explain,
+    maps,
+    trace,
+    bench,
+    connectivity_test,
+    drain,
+    undrain,
+    stop,
+):
     main.add_command(_command)
