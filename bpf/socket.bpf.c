@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Processes of this node that call a published port of it: the socket is connected straight to a task, and no packet is
- * ever rewritten. Host network namespace only: containers' calls are translated packet by packet (task.bpf.c). Source
+/* Processes of this node that call a published port of it: the socket is connected straight to a task, or, for a task of
+ * another node, to the fallback proxy, which is told the task; no packet is ever rewritten. Host network namespace only: containers' calls are translated packet by packet (task.bpf.c). Source
  * rules do not apply: these processes can reach the tasks anyway. */
 #include <linux/in.h>
 #include "lib/lb.h"
@@ -10,6 +10,7 @@
 #define DENY     0 /* EPERM */
 #define LOOPBACK bpf_htonl(0x7f000000)
 #define NET8     bpf_htonl(0xff000000)
+#define DRAWS    8 /* choices of a call, until one is of a task that processes of this node reach */
 
 enum call { CONNECT, SEND };
 
@@ -50,23 +51,36 @@ INLINE int is_bound_to_loopback(struct bpf_sock *sk)
 					 sk->src_ip6[3] == bpf_htonl(1);
 }
 
-/* The frontend that a socket of the host's namespace calls; 0: none. */
-INLINE __u32 called_frontend(struct bpf_sock_addr *ctx, struct mesh_flow *flow)
+/* Whether an address of the fallback proxy names an owner: the kernel sends datagrams of an IPv6 socket that is connected
+ * to one through the hook of IPv4 again, with that address. */
+INLINE int is_named(const struct mesh_addr *a)
 {
-	__u32 zero = 0, word;
+	return is_v4(a) && (a->words[3] & bpf_htonl(MESH_NAMED_MASK)) == bpf_htonl(MESH_NAMED);
+}
+
+/* The frontend that a socket of the host's namespace calls; 0: none. `any`: whether it is one for any address. */
+INLINE __u32 called_frontend(struct bpf_sock_addr *ctx, struct mesh_flow *flow, int *any)
+{
+	__u32 zero = 0, word, id;
 	struct mesh_config *node;
 
 	if (flow->protocol != IPPROTO_TCP && flow->protocol != IPPROTO_UDP)
 		return 0;
 	word = port_word(flow->protocol, flow->destination_port);
-	if (likely(!word))
+	if (likely(!word) || is_named(&flow->destination))
 		return 0;
 	node = bpf_map_lookup_elem(&mesh_config, &zero);
 	if (!node || !node->netns_cookie || bpf_get_netns_cookie(ctx) != node->netns_cookie)
 		return 0;
-	if (is_loopback(&flow->destination))
-		return word & MESH_PORT_FRONTEND;
-	return find_frontend(flow, word);
+	id = is_loopback(&flow->destination) ? word & MESH_PORT_FRONTEND : find_frontend(flow, word);
+	*any = id == (word & MESH_PORT_FRONTEND);
+	return id;
+}
+
+/* Whether processes of this node reach a task: of another node, they do by its peer port. */
+INLINE int is_reached(const struct mesh_backend *backend)
+{
+	return !is_remote(backend) || backend->handed;
 }
 
 /* Unconnected UDP: whether a socket may stay with the task that it talks to about this address. */
@@ -77,32 +91,50 @@ INLINE int is_still_valid(const struct mesh_sk_revnat *entry, const struct mesh_
 	if (entry->called_port != flow->destination_port || !same_address(&entry->called, &flow->destination))
 		return 0;
 	backend = find_backend(entry->owner);
-	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == entry->epoch;
+	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == entry->epoch && is_reached(backend);
 }
 
-/* Choose a task for a call; fills `to`. Returns a verdict: SOCKET, or why not. */
-INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, struct mesh_sk_revnat *to)
+/* What becomes of a call that goes to `to`. */
+INLINE __u32 verdict_of(const struct mesh_sk_revnat *to)
+{
+	return is_named(&to->backend) ? MESH_VERDICT_SOCKET_HANDED : MESH_VERDICT_SOCKET;
+}
+
+/* Choose a task for a call; fills `to`. Returns a verdict: SOCKET, SOCKET_HANDED, or why neither. */
+INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, int any, struct mesh_sk_revnat *to)
 {
 	struct lb_choice c = {.frontend = frontend, .start = 1, .trusted = 1};
+	int i;
 
 	/* With affinity all of a node's processes are one client. */
 	flow->source = flow->destination;
 	flow->source_port = (__be16)bpf_get_prandom_u32();
-	lb_choose(flow, &c);
+	for (i = 0; i < DRAWS; i++) {
+		c.backend = NULL;
+		c.again = i;
+		lb_choose(flow, &c);
+		if (!c.backend || is_reached(c.backend))
+			break;
+	}
 	if (c.owner == MESH_OWNER_PASS)
-		return MESH_VERDICT_SOCKET_PASS;
-	if (c.backend && is_remote(c.backend))
 		return MESH_VERDICT_SOCKET_PASS;
 	if (!c.backend)
 		return c.verdict == MESH_VERDICT_REJECTED ? MESH_VERDICT_SOCKET_REJECTED : MESH_VERDICT_SOCKET_PASS;
 	to->called = flow->destination;
 	to->called_port = flow->destination_port;
-	to->backend = c.backend->address;
-	to->backend_port = c.backend->port;
 	to->owner = c.owner;
 	to->epoch = c.backend->epoch;
 	to->frontend = frontend;
-	return MESH_VERDICT_SOCKET;
+	if (!is_remote(c.backend)) {
+		to->backend = c.backend->address;
+		to->backend_port = c.backend->port;
+		return MESH_VERDICT_SOCKET;
+	}
+	if (!any || !is_reached(c.backend)) /* the fallback proxy listens for the frontend's own address alone */
+		return MESH_VERDICT_SOCKET_PASS;
+	address_v4(&to->backend, bpf_htonl(MESH_NAMED | (c.owner & ~MESH_NAMED_MASK)));
+	to->backend_port = flow->destination_port;
+	return MESH_VERDICT_SOCKET_HANDED;
 }
 
 /* The task of a call: for a datagram socket the one that it talks to, while that is active; else a new choice, stored.
@@ -113,25 +145,26 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 	struct mesh_sk_revnat *entry;
 	struct mesh_flow flow = {.destination_port = (__be16)ctx->user_port, .protocol = (__u8)ctx->protocol};
 	__u32 frontend, verdict;
+	int any = 0;
 
 	if (v6)
 		get_v6(ctx, &flow.destination);
 	else
 		get_v4(ctx, &flow.destination);
-	frontend = called_frontend(ctx, &flow);
+	frontend = called_frontend(ctx, &flow, &any);
 	if (likely(!frontend) || !sk || is_bound_to_loopback(sk))
 		return MESH_VERDICT_COUNT;
 	if (call == SEND) {
 		entry = bpf_sk_storage_get(&mesh_sk_revnat, sk, NULL, 0);
 		if (entry && is_still_valid(entry, &flow)) {
 			*to = *entry;
-			return MESH_VERDICT_SOCKET;
+			return verdict_of(to);
 		}
 	}
-	verdict = choose_task(&flow, frontend, to);
+	verdict = choose_task(&flow, frontend, any, to);
 	if (verdict == MESH_VERDICT_SOCKET_REJECTED)
 		count_failure(frontend, FAILURE(no_backend));
-	if (verdict != MESH_VERDICT_SOCKET)
+	if (verdict != MESH_VERDICT_SOCKET && verdict != MESH_VERDICT_SOCKET_HANDED)
 		return verdict;
 	if (is_v4(&to->backend) ? v6 && call == SEND : !v6) /* the kernel rejects a datagram's change of family */
 		return MESH_VERDICT_FAMILY;
@@ -148,8 +181,9 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 	if (!entry)
 		return MESH_VERDICT_ERROR;
 	*entry = *to;
-	count_flow(frontend, to->owner, 1, 1);
-	return MESH_VERDICT_SOCKET;
+	if (verdict == MESH_VERDICT_SOCKET) /* the fallback proxy counts its own */
+		count_flow(frontend, to->owner, 1, 1);
+	return verdict;
 }
 
 INLINE int call(struct bpf_sock_addr *ctx, enum call call, int v6)
@@ -166,7 +200,7 @@ INLINE int call(struct bpf_sock_addr *ctx, enum call call, int v6)
 		ctx->user_port = 0; /* nobody listens there: ECONNREFUSED instead of EPERM */
 		return ALLOW;
 	}
-	if (verdict != MESH_VERDICT_SOCKET)
+	if (verdict != MESH_VERDICT_SOCKET && verdict != MESH_VERDICT_SOCKET_HANDED)
 		return ALLOW;
 	if (v6)
 		set_v6(ctx, &to.backend);

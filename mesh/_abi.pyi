@@ -50,6 +50,8 @@ BACKEND_FREE: Final[int]
 BACKEND_ACTIVE: Final[int]
 BACKEND_DRAINING: Final[int]
 LOOPBACK: Final[int]
+NAMED: Final[int]
+NAMED_MASK: Final[int]
 ACL_ALLOW: Final[int]
 ACL_DENY: Final[int]
 SETTING_DIRECT: Final[int]
@@ -129,6 +131,7 @@ class Backend(NamedTuple):
     bridge: int = ...
     mac: bytes = ...
     version: int = ...
+    handed: int = ...
     seed: bytes = ...
 
 class AclKey(NamedTuple):

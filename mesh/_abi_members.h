@@ -36,7 +36,7 @@ static const struct mesh_member mesh_backend_members[] = {
 	ADDRESS(mesh_backend, address), NETWORK(mesh_backend, port), HOST(mesh_backend, protocol),
 	HOST(mesh_backend, state),      HOST(mesh_backend, epoch),   HOST(mesh_backend, ifindex),
 	HOST(mesh_backend, bridge),     RAW(mesh_backend, mac),      HOST(mesh_backend, version),
-	RAW(mesh_backend, seed),
+	HOST(mesh_backend, handed),     RAW(mesh_backend, seed),
 };
 static const struct mesh_member mesh_acl_key_members[] = {
 	HOST(mesh_acl_key, bits),
@@ -186,6 +186,8 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(BACKEND_ACTIVE),
 	CONSTANT(BACKEND_DRAINING),
 	CONSTANT(LOOPBACK),
+	CONSTANT(NAMED),
+	CONSTANT(NAMED_MASK),
 	CONSTANT(ACL_ALLOW),
 	CONSTANT(ACL_DENY),
 	CONSTANT(SETTING_DIRECT),

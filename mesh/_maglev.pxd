@@ -12,6 +12,8 @@ cdef extern from "mesh/abi.h" nogil:
     const uint32_t MESH_OWNER_FIRST
     const uint32_t MESH_SLOT_TRACKED
     const uint32_t MESH_OWNER_MASK
+    const uint32_t MESH_NAMED
+    const uint32_t MESH_NAMED_MASK
 
     struct mesh_addr:
         uint8_t bytes[16]

@@ -249,10 +249,14 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class HealthView:
-    """Verdicts of the health monitor by backend id; absent means UNKNOWN."""
+    """Verdicts of the health monitor by backend id; absent means UNKNOWN.
+
+    `addresses`: where backends of other nodes are reached there, as their nodes tell.
+    """
 
     verdicts: Mapping[str, Health] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    addresses: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, backend_id: str) -> Health:
         return self.verdicts.get(backend_id, Health.UNKNOWN)
@@ -290,6 +294,7 @@ class Target:
     path: Path = Path.LOCAL
     masked: str = ""
     agreed: int = 0  # where it is masked
+    handed: bool = True  # on another node: its peer port is shown to take flows, also those of own processes here
 
 
 @dataclass(frozen=True, slots=True)

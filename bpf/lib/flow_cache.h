@@ -26,6 +26,8 @@ struct lb_choice {
 	__u8 note;      /* the flow cache must store the owner: NOTE_* */
 	__u8 trusted;   /* source rules do not apply */
 	__u8 recent;    /* see is_recent */
+	__u32 again;    /* 0, or the n of mesh_hash_again: a further choice */
+	__u32 pad;
 	__u32 other;    /* the current owner, where a flow without a note was given to the previous one */
 	__u32 asked;    /* MESH_NOTE_ASKED: the owner's node decides whether the flow is its own */
 };

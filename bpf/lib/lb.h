@@ -166,6 +166,8 @@ INLINE void lb_choose(const struct mesh_flow *flow, struct lb_choice *c)
 	c->hash = (__u32)(c->wide >> 32);
 	if (c->flags & MESH_FRONTEND_CLIENT)
 		c->hash = mesh_hash_client(&flow->source);
+	if (unlikely(c->again))
+		c->hash = mesh_hash_again(c->hash, c->again);
 	if (unlikely(frontend->acl || (c->flags & MESH_FRONTEND_DENY)) && !c->trusted &&
 	    is_denied(frontend, &flow->source)) {
 		c->owner = MESH_OWNER_NONE;

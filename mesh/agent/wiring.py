@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.agent.held import HeldBackends
+from mesh.api.connectivity import QUESTION as CALLS
+from mesh.api.connectivity import Connectivity
 from mesh.api.drained import DRAINED_FILE, DrainedState, connections_left
+from mesh.api.probing import QUESTION as PROBE
+from mesh.api.probing import Probing
 from mesh.api.server import Servers
 from mesh.api.services import Services
 from mesh.api.state import Facts, View
+from mesh.cluster.ask import Answer
 from mesh.cluster.provider import ClusterProvider, DrainHooks, Tables
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
@@ -49,9 +54,9 @@ class Source:
     own_health: Callable[[HealthView], None]
 
 
-MakeSource = Callable[[EngineKind, Reconciler, Tables, DrainHooks], Source]
-"""Makes the provider that was chosen, of this node's engine, the loop, what tells digests of tables, and what takes the
-drains that all nodes share."""
+MakeSource = Callable[[EngineKind, Reconciler, Tables, DrainHooks, Mapping[str, Answer]], Source]
+"""Makes the provider that was chosen, of this node's engine, the loop, what tells digests of tables, what takes the
+drains that all nodes share, and what other nodes may ask this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +128,29 @@ async def _has_docker(config: Config) -> bool:
 
 
 def _single_source(provider: Provider) -> MakeSource:
-    return lambda engine, reconciler, tables, drains: Source(provider, None, reconciler.set_health)
+    return lambda engine, reconciler, tables, drains, answers: Source(provider, None, reconciler.set_health)
 
 
 def _cluster_source(config: Config) -> MakeSource:
     module: Any = importlib.import_module("mesh.providers.swarm")
     local, swarm = module.LocalNode(config), module.SwarmProvider(config)
 
-    def make(engine: EngineKind, reconciler: Reconciler, tables: Tables, drains: DrainHooks) -> Source:
+    def make(
+        engine: EngineKind,
+        reconciler: Reconciler,
+        tables: Tables,
+        drains: DrainHooks,
+        answers: Mapping[str, Answer],
+    ) -> Source:
         provider = ClusterProvider(
-            config, local, swarm, engine=engine, tables=tables, on_health=reconciler.set_health, drains=drains
+            config,
+            local,
+            swarm,
+            engine=engine,
+            tables=tables,
+            on_health=reconciler.set_health,
+            drains=drains,
+            answers=answers,
         )
         return Source(provider, provider, provider.own_health)
 
@@ -229,7 +247,9 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
     state_dir = Path(config.state_dir)
     drained = DrainedState(state_dir / DRAINED_FILE, reconciler.set_drained)
     hooks_of_drains = DrainHooks(drained.set_shared, lambda: reconciler.picture.drained.shared, held)
-    source = make_source(name, reconciler, tables, hooks_of_drains)
+    connectivity = Connectivity(reconciler)
+    answers = {PROBE: Probing(reconciler, name).answer, CALLS: connectivity.answer}
+    source = make_source(name, reconciler, tables, hooks_of_drains, answers)
     provider = source.provider
     monitor = Monitor(source.own_health)
     paths = PathMonitor(
@@ -248,6 +268,7 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         drained=drained,
         cluster=source.cluster,
         paths=paths,
+        connectivity=connectivity,
         problems=hooks.problems,
         stopping=hooks.stopping,
     )

@@ -39,7 +39,8 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     """The HTTP application for a view.
 
     Args:
-        control: also serve POST /drain, /undrain and /stop. For the control socket only, which only root can open.
+        control: also serve POST /drain, /undrain, /probe, /connectivity and /stop. For the control socket only, which
+            only root can open.
     """
     app = web.Application(middlewares=[_errors])
     app[VIEW] = view
@@ -57,6 +58,8 @@ def make_app(view: AgentView, *, control: bool) -> web.Application:
     if control:
         app.router.add_post("/drain", _drain)
         app.router.add_post("/undrain", _undrain)
+        app.router.add_post("/probe", _probe)
+        app.router.add_post("/connectivity", _connectivity)
         app.router.add_post("/stop", _stop)
     return app
 
@@ -157,6 +160,20 @@ async def _set_drained(request: web.Request, *, drained: bool) -> web.Response:
     if kind not in ("backend", "node") or not isinstance(name, str) or not name:
         raise MeshError('expected {"kind": "backend" | "node", "name": "…", "local": false}', where=request.path)
     return _json(await request.app[VIEW].set_drained(kind, name, drained, local=local is True))
+
+
+async def _probe(request: web.Request) -> web.Response:
+    name = (await _body(request)).get("name")
+    if not isinstance(name, str) or not name:
+        raise MeshError('expected {"name": "…"}, a backend', where=request.path)
+    return _json(await request.app[VIEW].probe(name))
+
+
+async def _connectivity(request: web.Request) -> web.Response:
+    services = (await _body(request)).get("services", [])
+    if not isinstance(services, list) or not all(isinstance(name, str) for name in services):
+        raise MeshError('expected {"services": ["…"]}', where=request.path)
+    return _json(await request.app[VIEW].connectivity(services))
 
 
 async def _stop(request: web.Request) -> web.Response:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mesh._abi import OWNER_FIRST, OWNER_NONE, OWNER_PASS
-from mesh.api.services import path_of
+from mesh.api.services import own_address, path_of
 from mesh.api.view import Json
 from mesh.datapath.base import BackendEntry, Choice, Explanation, FrontendEntry
 from mesh.model import Address, EngineKind, Flow, FrontendState, Health, Protocol, ServiceOptions
@@ -121,6 +121,8 @@ class Explainer:
             "node": entry.target.node,
             "node_name": self._node_name(entry.target.node),
             "address": str(entry.target.address),
+            "own_address": own_address(entry.target, health.addresses.get(entry.key.backend, "")),
+            "via": str(entry.target.via or ""),
             "path": path_of(entry.target, self._reconciler.datapath.name),
             "port": entry.target.port,
             "health": health.of(entry.key.backend).value,

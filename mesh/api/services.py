@@ -36,10 +36,10 @@ from mesh.reconcile.loop import Picture
 AT_ONCE: Final = 64  # tables that are summed while the caller waits; more are summed in the background
 
 GONE: Final = (None, None)
-NOT_KNOWN: Final = (Health.UNKNOWN, "")
+NOT_KNOWN: Final = (Health.UNKNOWN, "", "")
 
 Shown = dict[str, Any]
-_Health = tuple[Health, str]  # verdict and reason
+_Health = tuple[Health, str, str]  # verdict, reason, and where a backend of another node is reached there
 _TargetInput = tuple[int, Target, Backend | None, Node | None, _Health, Drained]
 """All that is shown of a target, its slots in the table first: they change most often."""
 _Targets = KeyedCache[str, _TargetInput, Shown]  # of one frontend, by backend
@@ -186,8 +186,14 @@ def _by_name(made: Mapping[str, _Made]) -> list[Shown]:
 
 
 def _health_of(view: HealthView) -> Mapping[str, _Health]:
-    """Verdict and reason by backend."""
-    return {name: (view.of(name), view.reasons.get(name, "")) for name in view.verdicts.keys() | view.reasons.keys()}
+    """What is told of each backend."""
+    told = view.verdicts.keys() | view.reasons.keys() | view.addresses.keys()
+    return {name: (view.of(name), view.reasons.get(name, ""), view.addresses.get(name, "")) for name in told}
+
+
+def own_address(target: Target, told: str) -> str:
+    """Where a target's own node reaches it; empty: its node has not told."""
+    return str(target.address) if target.via is None else told
 
 
 def _same(a: _Input, b: _Input) -> bool:
@@ -248,7 +254,7 @@ def _about(given: _Input, before: tuple[_Input, _Made] | None) -> Shown:
 
 def _target(engine: EngineKind, given: _TargetInput, before: tuple[_TargetInput, Shown] | None) -> Shown:
     """One target. `before`: an earlier state of it, and as what that was shown: mostly only the slots differ."""
-    slots, target, backend, node, (verdict, reason), drained = given
+    slots, target, backend, node, (verdict, reason, told), drained = given
     if before is not None and before[0][1:] == given[1:]:
         return {**before[1], "slots": slots}
     return {
@@ -257,6 +263,7 @@ def _target(engine: EngineKind, given: _TargetInput, before: tuple[_TargetInput,
         "node": target.node,
         "node_name": node.name if node else "",
         "address": str(target.address),
+        "own_address": own_address(target, told),
         "port": target.port,
         "weight": target.weight,
         "intent": backend.intent.value if backend else "gone",

@@ -17,6 +17,7 @@ import structlog
 
 from mesh import __version__
 from mesh._abi import ABI_VERSION
+from mesh.api.connectivity import Connectivity
 from mesh.api.drained import (
     DRAINED_FILE,
     PENDING,
@@ -28,6 +29,7 @@ from mesh.api.drained import (
     still_without,
 )
 from mesh.api.explain import Explainer
+from mesh.api.probing import Probing
 from mesh.api.services import Services
 from mesh.api.traffic import traffic
 from mesh.api.view import Json, Traffic
@@ -63,6 +65,7 @@ class View:
         drained: what is drained; None: of its own, for this node only.
         cluster: of a provider that serves all nodes of a cluster.
         paths: what is known of the paths to other nodes, for who has any.
+        connectivity: makes this node's calls, also for others; None: of its own.
         problems: what is wrong with the daemon itself, one sentence each.
         stopping: whether the daemon is about to end.
     """
@@ -79,6 +82,7 @@ class View:
         drained: DrainedState | None = None,
         cluster: ClusterView | None = None,
         paths: PathMonitor | None = None,
+        connectivity: Connectivity | None = None,
         problems: Callable[[], Iterable[str]] = tuple,
         stopping: Callable[[], bool] = bool,
     ) -> None:
@@ -93,6 +97,8 @@ class View:
         self._stopping = stopping
         self._services = services or Services(facts.engine)
         self._explainer = Explainer(reconciler)
+        self._probing = Probing(reconciler, facts.engine)
+        self._connectivity = connectivity or Connectivity(reconciler)
         self._drained = drained or DrainedState(facts.state_dir / DRAINED_FILE, reconciler.set_drained)
 
     def state(self) -> Json:
@@ -195,6 +201,14 @@ class View:
 
     async def explain(self, flow: Flow) -> Json:
         return await self._explainer.explain(flow)
+
+    async def probe(self, name: str) -> Json:
+        return await self._probing.probe(name, self._cluster, self._paths)
+
+    async def connectivity(self, services: Sequence[str]) -> Json:
+        if self._cluster is None:
+            raise MeshError("this daemon serves one node only", remedy="provider = swarm serves all")
+        return await self._connectivity.test(self._provider.status().node_id, services, self._cluster)
 
     async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:
         picture = self._reconciler.picture

@@ -52,9 +52,9 @@ class AgentView(Protocol):
         services [{id, name, ports [str], options, replicas (asked for; null: not known, or one for each
         node), frontends (none where mesh.enable is false)
         [{frontend, table_size, tracked_slots, digest, panic, served, targets [{backend, name, node, node_name, address,
-        port, weight, intent, taking (why it gets new connections or not), health, health_reason, slots, local,
-        via (address of the node that runs it, empty: this one), masked (why this node sends it nothing, empty: it
-        does), path (here, tunnel, peer)}]}]}],
+        own_address (where its own node reaches it; empty: not told), port, weight, intent, taking (why it gets new
+        connections or not), health, health_reason, slots, local, via (address of the node that runs it, empty: this
+        one), masked (why this node sends it nothing, empty: it does), path (here, tunnel, peer)}]}]}],
         drained {backends [id], nodes [id], here [id] (those on this node only)}, stopping (bool).
         """
 
@@ -87,6 +87,24 @@ class AgentView(Protocol):
 
         program {verdict, hash, slot, owner, backend}: what the loaded program says to the same question, null with an
         engine that runs none; agree: whether it says what the tables say, null without a program.
+        """
+
+    async def probe(self, name: str) -> Json:
+        """Have a backend's own node probe it now; the name as in `set_drained`. Answers backend, name, node, node_name,
+        node_address, address (its own), ports [{port, published [str], ok, said, seconds, by}], ok, error and remedy
+        (why its node cannot say), path {by (here, tunnel, peer, empty), proven, masked, states {path: state}}.
+
+        Raises:
+            mesh.errors.MeshError: no backend, or more than one, has that name.
+        """
+
+    async def connectivity(self, services: Sequence[str]) -> Json:
+        """Have every node call every task through every node; services by name or id, none: all. Answers ok, nodes
+        [{id, name, state ("asked", or why not), remedy, rows [{through (node id), service, frontend, asked, answered,
+        failed [{backend, name, said, calls}], left_out, denied}]}].
+
+        Raises:
+            mesh.errors.MeshError: this daemon serves one node only, or no service has that name.
         """
 
     async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:

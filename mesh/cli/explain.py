@@ -11,7 +11,7 @@ import click
 from mesh.api.endpoint import parse_endpoint
 from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import Exit
-from mesh.cli.output import Json, address_port, echo_json, node_shown
+from mesh.cli.output import Json, echo_json, node_shown, own_address_port, way_shown
 from mesh.errors import MeshError
 
 
@@ -53,9 +53,9 @@ def explain(source: str, destination: str, proto: str, state_dir: Path, as_json:
 def describe(backend: Json) -> str:
     """A backend of an explanation in a few words."""
     name = backend.get("name") or backend.get("backend") or backend.get("id")
-    where = f" at {address_port(backend)}" if backend.get("address") else ""
-    where += f" by {backend['path']}" if backend.get("path", "here") != "here" else ""
-    return f"{name}{where}" + (f" on node {node_shown(backend)}" if backend.get("node") else "")
+    where = f" at {own_address_port(backend)}" if backend.get("address") else ""
+    where += f" on node {node_shown(backend)}" if backend.get("node") else ""
+    return f"{name}{where}" + (f", {way_shown(backend)}" if backend.get("path", "here") != "here" else "")
 
 
 def _previous(answer: Json) -> str:

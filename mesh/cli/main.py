@@ -19,10 +19,12 @@ COMMANDS: Final = {
     "nodes": ("nodes", "The cluster's nodes, and the paths from here to each."),
     "services": ("services", "Published services and ports."),
     "backends": ("services", "Backends: health and share of new connections."),
+    "probe": ("probe", "Whether a backend answers on its own node, and the path there."),
     "explain": ("explain", "Which backend a connection gets, and why."),
     "maps": ("maps", "What the kernel engine's programs forward by."),
     "trace": ("trace", "Connections as they open, close, are reset or dropped."),
     "bench": ("bench.command", "Measure a service: connections, latency, throughput, distribution."),
+    "connectivity-test": ("connectivity", "Every node calls every task through every node."),
     "drain": ("drain", "Stop new connections to a backend or a node."),
     "undrain": ("drain", "Resume new connections to a backend or a node."),
     "stop": ("stop", "Stop the daemon; hand the ports back if asked to."),
@@ -83,10 +85,12 @@ def main() -> None:
               mesh nodes                    the cluster's nodes, and the paths from here to each
               mesh services                 published services and ports
               mesh backends web             the backends of a service, their health and share of connections
+              mesh probe web.3              whether its own node reaches a backend, and the path there
               mesh explain 192.0.2.7:40000 192.0.2.1:8080    which backend a connection gets, and why
               mesh trace --service web      connections as they open and close
               mesh bench 8080               measure a service, and which backends answer
               mesh check --cluster          can this node reach every other node
+              mesh connectivity-test        every node calls every task through every node
               mesh maps                     what the kernel engine's programs forward by, as text
     Change:   mesh drain node worker-3      no new connections to that node, from any; open ones stay
               mesh undrain node worker-3

@@ -109,7 +109,8 @@ def _frontend(frontend: Json) -> Iterator[str]:
 def _backend(row: Json) -> tuple[object, ...]:
     where = f"{address_port(row)}/{row['protocol']}"
     who = (row["id"], row["name"], row["node"], where, row["state"], row["epoch"])
-    return (*who, row["path"], row["interface"], row["bridge"], row["mac"], row["seed"])
+    path = row["path"] + ("" if row["handed"] else ", not for own calls")
+    return (*who, path, row["interface"], row["bridge"], row["mac"], row["seed"])
 
 
 def _table(rows: Iterable[tuple[object, ...]], *headers: str) -> Iterator[str]:

@@ -53,6 +53,18 @@ def address_port(target: Json) -> str:
     return join_host_port(target["address"], target["port"])
 
 
+def own_address_port(target: Json) -> str:
+    """ADDRESS:PORT of a task on its own node; `?` for an address that this has not told."""
+    return join_host_port(target.get("own_address", target["address"]) or "?", target["port"])
+
+
+def way_shown(target: Json) -> str:
+    """How this node gets to a target."""
+    path = str(target.get("path", "here"))
+    way = {"tunnel": "by tunnel", "peer": "by peer port"}.get(path, path)
+    return f"{way} to {target['via']}" if target.get("via") else way
+
+
 def each_target(services: Iterable[Json]) -> Iterator[tuple[Json, Json, Json]]:
     """Every target in the `services` of `GET /state`, with its service and its frontend."""
     for service in services:

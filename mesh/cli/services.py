@@ -11,7 +11,17 @@ import click
 
 from mesh.cli.client import call, daemon_options
 from mesh.cli.exit import DaemonRefusedError
-from mesh.cli.output import Json, address_port, each_target, echo_json, echo_table, few, id_shown, node_shown
+from mesh.cli.output import (
+    Json,
+    each_target,
+    echo_json,
+    echo_table,
+    few,
+    id_shown,
+    node_shown,
+    own_address_port,
+    way_shown,
+)
 from mesh.model import ServiceOptions
 from mesh.options import to_plain
 
@@ -77,6 +87,8 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
     """List every backend with its health and its share of new connections.
 
     \b
+    ADDRESS      the task's own, as its node reaches it; `mesh probe BACKEND` has that node call it
+    PATH         how this node gets there: here, through the tunnel or by the peer port of the task's node
     TAKES NEW    whether it gets new connections; if not, why: drained, draining (it stops), down, node down, …
     WEIGHT       0: it keeps its connections and gets no new ones
     SHARE        share of the slots, which is its share of new connections
@@ -99,7 +111,8 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
             b["name"] or b["backend"],
             id_shown(b["backend"]),
             node_shown(b),
-            address_port(b) + (f" by {b['path']}" if b["path"] != "here" else ""),
+            own_address_port(b),
+            way_shown(b),
             b["health"] + (f" ({b['health_reason']})" if b["health_reason"] and b["health"] == "down" else ""),
             b["taking"],
             b["weight"],
@@ -107,7 +120,7 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
         )
         for b in flat
     ]
-    headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "HEALTH", "TAKES NEW", "WEIGHT", "SHARE")
+    headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "PATH", "HEALTH", "TAKES NEW", "WEIGHT", "SHARE")
     without = [_without(service, state["provider"]["kind"]) for service in chosen if not any(each_target([service]))]
     if rows:
         echo_table(rows, *headers, empty="")

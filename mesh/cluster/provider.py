@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,17 +18,18 @@ from typing import Any, Final
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.agreement import Row, differences
+from mesh.cluster.ask import Answer, Asker, Query
 from mesh.cluster.credentials import CredentialsWatch, Files
 from mesh.cluster.drains import FILE, Drains, digest
 from mesh.cluster.liveness import FailureDetector
 from mesh.cluster.relay_client import RelayProvider
-from mesh.cluster.relay_server import RelayServer
+from mesh.cluster.relay_server import Questions, RelayServer
 from mesh.cluster.reports import Soon
 from mesh.cluster.roles import Roles
 from mesh.cluster.verdicts import OnHealth, Verdicts
 from mesh.config.keys import Config
 from mesh.errors import MeshError
-from mesh.incremental import KeyedCache
+from mesh.incremental import KeyedCache, Latest
 from mesh.model import Address, EngineKind, HealthView, Inventory, Node
 from mesh.providers.base import Follower, ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
@@ -70,6 +72,7 @@ class ClusterProvider:
         tables: tells the generation that is applied and the digests of its tables by frontend.
         on_health: takes all nodes' verdicts, this node's among them, whenever they change; on the event loop.
         drains: what the drains that all nodes share are given to, and what this node says of them.
+        answers: what other nodes may ask this one.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ClusterProvider:
         tables: Tables,
         on_health: OnHealth,
         drains: DrainHooks | None = None,
+        answers: Mapping[str, Answer] | None = None,
     ) -> None:
         self._drain_hooks = drains or DrainHooks()
         self._drains = Drains(Path(config.state_dir) / FILE)
@@ -91,11 +95,14 @@ class ClusterProvider:
         self._engine = engine
         self._tables = tables
         self._credentials = CredentialsWatch(Files.of(config))
+        self._answers = answers or {}
+        self._asker = Asker(self._credentials, self._port, self._managers)
         self._local = local
         self._swarm = swarm
         self._publish: Publish = lambda inventory: None
         self._inventory: Inventory | None = None  # as it was read or told
         self._published: Inventory | None = None
+        self._addresses: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # of this node's backends
         self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
         self._changed = asyncio.Event()  # something to report
         self._report = wire.Report({})  # this node's last
@@ -112,6 +119,7 @@ class ClusterProvider:
         self._verdicts = Verdicts(
             inventory=lambda: self._inventory,
             ended=self._ended,
+            addresses=lambda: self._addresses.of(self._published, _own_addresses),
             hears=lambda node: self._roles.server is not None and node in self._roles.server.nodes,
             on_health=on_health,
             on_due=self._merge,
@@ -128,10 +136,17 @@ class ClusterProvider:
         )
 
     def _make_server(self, manager: bool) -> RelayServer:
+        engine, questions = self._engine, Questions(self._answers, self._pass_question)
         if not manager:
-            return RelayServer(self._credentials, self._port, engine=self._engine, manager=False)
-        on_report, on_node = self._on_report, self._liveness.on_node
-        server = RelayServer(self._credentials, self._port, engine=self._engine, on_report=on_report, on_node=on_node)
+            return RelayServer(self._credentials, self._port, engine=engine, manager=False, questions=questions)
+        server = RelayServer(
+            self._credentials,
+            self._port,
+            engine=engine,
+            on_report=self._on_report,
+            on_node=self._liveness.on_node,
+            questions=questions,
+        )
         self._followers = {node: said for node, said in self._followers.items() if node == self._local.look.node}
         server.share(self._drains.entries, self._followers)
         return server
@@ -182,6 +197,16 @@ class ClusterProvider:
         self._verdicts.probed(view)
         self._changed.set()
         self._merge()
+
+    async def ask(self, node: str, question: str, query: Mapping[str, str], seconds: float) -> Mapping[str, Any]:
+        """See ClusterView.ask."""
+        answer: Mapping[str, Any] = await self._asker.ask(node, self._address_of(node), question, query, seconds)
+        return answer
+
+    async def _pass_question(self, node: str, question: str, query: Query) -> Mapping[str, Any]:
+        """Ask on behalf of a node that cannot call another."""
+        answer: Mapping[str, Any] = await self._asker.ask_directly(node, self._address_of(node), question, query)
+        return answer
 
     def cluster(self) -> Mapping[str, Any]:
         """See ClusterView.cluster."""
@@ -378,3 +403,8 @@ class ClusterProvider:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY if in_force == self._drains.keys else DRAIN_SOON):
                     await self._changed.wait()
+
+
+def _own_addresses(inventory: Inventory | None) -> dict[str, str]:
+    """Where this node reaches its own backends."""
+    return {b.id: str(b.address) for b in (inventory or Inventory()).backends if b.local and b.address is not None}

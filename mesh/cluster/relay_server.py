@@ -7,9 +7,9 @@ import asyncio
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -17,17 +17,20 @@ from aiohttp import WSMsgType, web
 
 from mesh import __version__
 from mesh.cluster import wire
+from mesh.cluster.ask import NODE, PATH, Answer, Query
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
 from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.translate import Outgoing
-from mesh.errors import plain
+from mesh.errors import MeshError, plain
 from mesh.model import EngineKind, Inventory
+from mesh.providers.base import EarlierBuildError
 
 EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
 SHARE: Final = 2.0  # so many times as long as that takes, until the next change is told: at most a third of the time
 QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a snapshot instead
 LARGE: Final = 1 << 16  # bytes; larger frames go to LARGE_AT_ONCE nodes at a time, so that pings are answered meanwhile
 LARGE_AT_ONCE: Final = 4
+ASKED_AT_ONCE: Final = 8  # questions of other nodes that are answered at a time
 _ROTATION_CHECK: Final = 5.0
 CLOSED: Final = (1000, 1001, 1002)  # the peer, or we, said why (RFC 6455, 7.4.1)
 
@@ -60,6 +63,23 @@ def _ignore_node(node: str, here: bool) -> None:
     """Likewise."""
 
 
+async def _pass_nothing(node: str, question: str, query: Query) -> Mapping[str, Any]:
+    raise MeshError("this node asks nobody")
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What other nodes may ask this one.
+
+    Attributes:
+        answers: by question.
+        ask: asks another node, by its id, for one that cannot call it.
+    """
+
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    ask: Callable[[str, str, Query], Awaitable[Mapping[str, Any]]] = _pass_nothing
+
+
 class RelayServer:
     """Serves agents of the same swarm.
 
@@ -70,6 +90,7 @@ class RelayServer:
             `mesh check --cluster` asks.
         on_report: a node's verdicts over its own backends, whole, whenever they change.
         on_node: a node went silent without closing its connection (False) or is back (True).
+        questions: what other nodes may ask this one (mesh.cluster.ask).
     """
 
     def __init__(
@@ -81,6 +102,7 @@ class RelayServer:
         manager: bool = True,
         on_report: OnReport = _ignore_report,
         on_node: OnNode = _ignore_node,
+        questions: Questions | None = None,
     ) -> None:
         self._credentials = credentials
         self._manager = manager
@@ -89,6 +111,8 @@ class RelayServer:
         self.problem = ""  # why it does not listen
         self._on_report = on_report
         self._on_node = on_node
+        self._questions = questions or Questions()
+        self._asked = asyncio.Semaphore(ASKED_AT_ONCE)
         self._peers: set[_Peer] = set()
         self._owners: dict[str, str] = {}  # backend -> node
         self._outgoing = Outgoing()
@@ -189,6 +213,7 @@ class RelayServer:
         """Serve until cancelled. New certificates are taken up without closing what is open."""
         app = web.Application()
         app.router.add_get("/v1/node", self._about)
+        app.router.add_get(PATH + "{question}", self._answer)
         if self._manager:
             app.router.add_get("/v1/relay", self._handle)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
@@ -253,6 +278,29 @@ class RelayServer:
             return caller
         ours = self._credentials.current().identity
         return web.json_response({"node": ours.node, "role": ours.role, "mesh": __version__, "engine": self._engine})
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        """GET /v1/ask/QUESTION, JSON: the answer, or {"error", "remedy"} with status 400; 404: not known here."""
+        caller = self._admit(request)
+        if isinstance(caller, web.Response):
+            return caller
+        question, query = request.match_info["question"], dict(request.query)
+        node = query.pop(NODE, "")
+        answer = self._questions.answers.get(question)
+        if answer is None:
+            raise web.HTTPNotFound
+        async with self._asked:
+            try:
+                if node and node != self._credentials.current().identity.node:
+                    said = await self._questions.ask(node, question, query)
+                else:
+                    said = await answer(query)
+            except EarlierBuildError:
+                raise web.HTTPNotFound from None
+            except MeshError as error:
+                said = {"error": str(MeshError(error.message, where=error.where)), "remedy": error.remedy}
+                return web.json_response(said, status=400)
+        return web.json_response(said)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         identity = self._admit(request)

@@ -87,10 +87,14 @@ class Follower(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HealthReport(msgspec.Struct, array_like=True, frozen=True):
-    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS."""
+    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS.
+
+    `address` is where its node reaches it, to be shown to people; empty from a build that does not tell.
+    """
 
     health: str
     reason: str = ""
+    address: str = ""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):

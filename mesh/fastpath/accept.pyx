@@ -4,7 +4,7 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t
 
-from mesh.fastpath.address cimport from_sockaddr
+from mesh.fastpath.address cimport from_sockaddr, named_owner
 from mesh.fastpath.choose cimport hash_of, permitted
 from mesh.fastpath.conns cimport conn_new, list_append, list_remove
 from mesh.fastpath.epoll cimport watch
@@ -173,13 +173,15 @@ cdef void accepted(worker *w, listener *l, int fd, const sockaddr_in6 *name) noe
     c.flow.destination = f.address
     c.flow.destination_port = f.port
     c.flow.protocol = 6
-    if way is NULL or not permitted(way, &c.flow.source):
+    if f.any and getsockname(fd, <sockaddr *>&called, &length) == 0:
+        from_sockaddr(&called, &c.flow.destination, &ignored)
+        c.named = named_owner(&c.flow.source, &c.flow.destination)
+        if c.named:  # source rules do not apply to this node's own processes
+            c.flow.destination = c.flow.source
+    if way is NULL or (c.named == 0 and not permitted(way, &c.flow.source)):
         count_failure(w, c, FAIL_NO_BACKEND if way is NULL else FAIL_DENIED)
         conn_end(w, c, True)
         return
-    if f.any:
-        if getsockname(fd, <sockaddr *>&called, &length) == 0:
-            from_sockaddr(&called, &c.flow.destination, &ignored)
     start(w, c, way)
 
 

@@ -2,10 +2,14 @@
 # cython: language_level=3, cdivision=True
 """Addresses of flows (16 bytes, IPv4 mapped) and of sockets."""
 
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
+from mesh._maglev cimport MESH_NAMED, MESH_NAMED_MASK
 from mesh.fastpath.sys cimport AF_INET, sockaddr_in
+
+cdef enum:
+    LOOPBACK = 127  # first byte
 
 
 cdef void map_v4(mesh_addr *address, const void *four) noexcept nogil:
@@ -31,3 +35,12 @@ cdef void from_sockaddr(const sockaddr_in6 *name, mesh_addr *address, uint16_t *
     else:
         memcpy(address.bytes, &name.sin6_addr, 16)
         port[0] = name.sin6_port
+
+
+cdef uint32_t named_owner(const mesh_addr *source, const mesh_addr *called) noexcept nogil:
+    """The owner that a call names by its address (MESH_NAMED in abi.h): one of a process of this node. 0: none."""
+    cdef const uint8_t *four = &called.bytes[12]
+    cdef uint32_t address = <uint32_t>four[0] << 24 | <uint32_t>four[1] << 16 | <uint32_t>four[2] << 8 | four[3]
+    if address & MESH_NAMED_MASK != MESH_NAMED or source.bytes[12] != LOOPBACK:
+        return 0
+    return address & ~MESH_NAMED_MASK if is_v4(called) and is_v4(source) else 0

@@ -8,5 +8,5 @@ from mesh.fastpath.types cimport backend, engine, route, target
 
 cdef bint permitted(const route *way, const mesh_addr *client) noexcept nogil
 cdef uint32_t hash_of(const route *way, const mesh_flow *flow) noexcept nogil
-cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t *again, const uint32_t *tried, uint32_t tries,
-                    backend **found) noexcept nogil
+cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t named, uint32_t *again, const uint32_t *tried,
+                    uint32_t tries, backend **found) noexcept nogil

@@ -43,12 +43,21 @@ cdef bint was_tried(const uint32_t *tried, uint32_t count, uint32_t owner) noexc
     return False
 
 
-cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t *again, const uint32_t *tried,
-                           uint32_t tries, backend **found) noexcept nogil:
+cdef uint32_t index_of(const route *way, uint32_t owner) noexcept nogil:
+    """The index of an owner's target; 0: it has none here."""
+    cdef uint32_t i
+    for i in range(1, way.count + 1):
+        if way.targets[i].backend == owner:
+            return i
+    return 0
+
+
+cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t named, uint32_t *again, const uint32_t *tried,
+                    uint32_t tries, backend **found) noexcept nogil:
     """The flow's next choice that was not tried, in the order of SlotTable.choices. NULL: none is left.
 
     `again` says where to continue, and is 0 for a new flow: the n of mesh_hash_again, then the steps of a walk over all
-    targets.
+    targets. `named` is the owner that was drawn already, which comes first; 0: none was.
     """
     cdef uint32_t draws = 8 * (e.retries + 1)
     cdef uint32_t n, index
@@ -58,7 +67,7 @@ cdef target *choose(engine *e, const route *way, uint32_t hash, uint32_t *again,
         n = again[0]
         again[0] += 1
         if n == 0:
-            index = way.slots[mesh_slot_of(hash, way.size)]
+            index = index_of(way, named) if named else way.slots[mesh_slot_of(hash, way.size)]
         elif n < draws:
             index = way.slots[mesh_slot_of(mesh_hash_again(hash, n), way.size)]
         else:

@@ -212,7 +212,7 @@ cdef backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
     cdef int error
     while c.tries <= e.retries:
         way = <route *>fp_load(&c.frontend.route)
-        t = choose(e, way, c.hash, &c.again, c.tried, c.tries, &b)
+        t = choose(e, way, c.hash, c.named, &c.again, c.tried, c.tries, &b)
         if t is NULL:
             break
         if left is not NULL:

@@ -202,6 +202,7 @@ cdef struct conn:
     uint8_t eager  # bytes are ready to be sent once the backend has answered
     uint8_t tag[TAG_SIZE]
     uint32_t again  # see choose
+    uint32_t named  # likewise
     uint32_t hash
     uint32_t tried[TRIES_MAX]
     frontend *frontend
@@ -242,6 +243,7 @@ cdef struct session:
     uint32_t hash  # for the choice of a backend
     uint32_t key  # for the table of sessions
     uint32_t again
+    uint32_t named  # see choose
     uint32_t tried[TRIES_MAX]
     uint32_t backend
     listener *listener

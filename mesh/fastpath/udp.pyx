@@ -9,7 +9,7 @@ from libc.stdint cimport uint16_t
 from libc.string cimport memcmp, memcpy, memset
 
 from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
-from mesh.fastpath.address cimport from_sockaddr, map_v4
+from mesh.fastpath.address cimport from_sockaddr, map_v4, named_owner
 from mesh.fastpath.choose cimport choose, hash_of, permitted
 from mesh.fastpath.failure cimport cause_of, is_scarce
 from mesh.fastpath.peer_acl cimport is_peer_node, local_backend
@@ -111,7 +111,7 @@ cdef bint session_route(worker *w, session *s) noexcept nogil:
     while True:
         t = NULL
         if s.tries <= w.engine.retries:
-            t = choose(w.engine, way, s.hash, &s.again, s.tried, s.tries, &b)
+            t = choose(w.engine, way, s.hash, s.named, &s.again, s.tried, s.tries, &b)
         if t is NULL:
             if not again:
                 fp_count(&s.listener.frontend.counts[w.index].failed[cause], 1)
@@ -229,6 +229,7 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     cdef session *s
     cdef msghdr *m = &d.messages[i].msg_hdr
     cdef uint32_t key
+    cdef uint32_t named
     cdef uint8_t tag[TAG_SIZE]
     memset(&flow, 0, sizeof(flow))
     flow.destination = f.address
@@ -247,7 +248,8 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     if s is not NULL:
         return s
     way = <route *>fp_load(&f.route)
-    if f.peers is NULL and not permitted(way, &flow.source):
+    named = named_owner(&flow.source, &flow.destination) if f.any else 0
+    if f.peers is NULL and named == 0 and not permitted(way, &flow.source):
         fp_count(&f.counts[w.index].failed[FAIL_DENIED], 1)
         return NULL
     while fp_add(&w.engine.sessions, 1) >= w.engine.udp_max:
@@ -261,6 +263,7 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
         fp_count(&f.counts[w.index].failed[FAIL_LIMIT], 1)
         return NULL
     s.flow = flow
+    s.named = named
     s.listener = l
     if f.peers is NULL:
         s.hash = hash_of(way, &flow)

@@ -112,7 +112,8 @@ OPENED: Final = Family(
     Kind.COUNTER,
     _PORT,
     "TCP connections and UDP sessions given to a backend. In the kernel engine TCP counts with the client's second "
-    "packet, on the node of the task; calls of the node's own processes count when the socket is connected.",
+    "packet, on the node of the task; calls of the node's own processes count when the socket is connected, on the "
+    "calling node.",
 )
 CLOSED: Final = Family(
     "mesh_connections_closed_total",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mesh.errors import MeshError
 from mesh.model import HealthView, Inventory
 
 Publish = Callable[[Inventory], None]
@@ -58,6 +59,10 @@ class Follower:
     held: Mapping[str, int]
 
 
+class EarlierBuildError(MeshError):
+    """Another node's agent does not know what it is asked."""
+
+
 class ClusterView(Protocol):
     """What a provider that serves all nodes of a cluster can do besides. Implementation: mesh.cluster.ClusterProvider.
 
@@ -76,6 +81,14 @@ class ClusterView(Protocol):
 
     def followers(self) -> Mapping[str, Follower]:
         """How the agents follow the drains, by node, this one among them; an agent of an earlier build is not."""
+
+    async def ask(self, node: str, question: str, query: Mapping[str, str], seconds: float) -> Mapping[str, Any]:
+        """Ask the agent of another node, by its id, something about that node; see mesh.api.reach.
+
+        Raises:
+            EarlierBuildError: its build does not know the question.
+            MeshError: it cannot be asked within so many seconds, or refused; the message says why.
+        """
 
     def cluster(self) -> Mapping[str, Any]:
         """All nodes side by side, and where they differ: see mesh.api.view.AgentView.cluster.

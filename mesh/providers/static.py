@@ -338,7 +338,7 @@ class StaticProvider:
 
     async def _load(self, publish: Publish) -> None:
         try:
-            inventory = await asyncio.to_thread(_read, self._path)
+            inventory = await asyncio.to_thread(read_static, self._path)
         except ProviderError as error:
             if str(error) != self._error:
                 stays = "keeping the last known state" if self._last_good is not None else "nothing is served yet"
@@ -375,7 +375,12 @@ def _stamp_of(path: Path) -> tuple[int, ...]:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _read(path: Path) -> Inventory:
+def read_static(path: Path) -> Inventory:
+    """The inventory of a static file.
+
+    Raises:
+        ProviderError: it cannot be read, or is wrong; the error names the line.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(_SIZE_LIMIT + 1)

@@ -36,6 +36,11 @@ class MaskCache:
     frontends: dict[Frontend, tuple[FrontendState, FrontendState]] = field(default_factory=dict)  # agreed, masked
 
 
+def peer_path(protocol: Protocol) -> Path:
+    """The path by which flows of a protocol are handed over."""
+    return Path.PEER_UDP if protocol is Protocol.UDP else Path.PEER
+
+
 def path_to(target: Target, protocol: Protocol, view: PathView, engine: str) -> tuple[Path, str]:
     """How this node gets to a target, and why it cannot; empty: it can.
 
@@ -47,7 +52,7 @@ def path_to(target: Target, protocol: Protocol, view: PathView, engine: str) -> 
     if target.via is None:
         return Path.LOCAL, ""
     tunnel = engine == EngineKind.KERNEL and target.engine != EngineKind.PROXY
-    handed = (Path.PEER_UDP if protocol is Protocol.UDP else Path.PEER,)
+    handed = (peer_path(protocol),)
     for path in (Path.TUNNEL, *handed) if tunnel else handed:
         if view.of(target.node, path) is PathState.UP:
             return (path if path is Path.TUNNEL else Path.PEER), ""
@@ -95,15 +100,17 @@ def mask(
 def _masked(state: FrontendState, view: PathView, nodes: Mapping[str, Node], engine: str) -> FrontendState:
     if all(target.via is None for target in state.targets):
         return state
-    targets = []
+    targets, by_peer = [], peer_path(state.frontend.protocol)
     for target in state.targets:
         path, why = path_to(target, state.frontend.protocol, view, engine)
+        handed = target.via is None or view.of(target.node, by_peer) is PathState.UP
         if why and target.weight:
             node = nodes.get(target.node)
             name = node.name if node is not None and node.name else target.node
-            targets.append(replace(target, path=path, weight=0, masked=f"{why} to {name}", agreed=target.weight))
+            masked = f"{why} to {name}"
+            targets.append(replace(target, path=path, weight=0, masked=masked, agreed=target.weight, handed=handed))
         else:
-            targets.append(replace(target, path=path))
+            targets.append(replace(target, path=path, handed=handed))
     passing = any(t.weight for t in state.targets) and not any(t.weight for t in targets)
     return replace(state, targets=tuple(targets), passing=passing)
 
@@ -117,7 +124,10 @@ def unmasked(desired: DesiredState) -> DesiredState:
 def _unmasked(state: FrontendState) -> FrontendState:
     if not state.passing and all(target.path is Path.LOCAL for target in state.targets):
         return state
-    targets = [replace(t, path=Path.LOCAL, masked="", agreed=0, weight=t.agreed or t.weight) for t in state.targets]
+    targets = [
+        replace(t, path=Path.LOCAL, masked="", agreed=0, weight=t.agreed or t.weight, handed=True)
+        for t in state.targets
+    ]
     return replace(state, targets=tuple(targets), passing=False)
 
 

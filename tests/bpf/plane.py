@@ -191,10 +191,11 @@ class Plane:
         protocol: int = TCP,
         state: int = ACTIVE,
         version: int = 4,
+        handed: bool = False,
     ) -> None:
         """A backend on another node."""
         value = packed(node) + struct.pack("!HBB", port, protocol, state)
-        value += struct.pack("=III6sBx8s16x", 1, 0, 0, bytes(6), version, seed)
+        value += struct.pack("=III6sBB8s16x", 1, 0, 0, bytes(6), version, handed, seed)
         self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 

@@ -10,13 +10,14 @@ import re
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mesh import _bpf
-from tests.bpf.plane import FREE, PASS, UDP, Plane
+from tests.bpf.plane import CLIENT, FREE, PASS, UDP, Plane
 from tests.bpf.wires import inside
 from tests.support.frames import NODE4, NODE6, TASK4, TASK6
 from tests.support.polling import PATIENCE, wait_for
@@ -35,6 +36,15 @@ ATTACH = {
 }
 SO_NETNS_COOKIE = 71
 TASK4B = "172.18.0.4"
+NODE2 = "192.0.2.2"
+SEED = b"remotely"
+CALLS = 300
+SPREAD = 5 * (CALLS * 2 / 9) ** 0.5  # five standard deviations of a share of a third or two
+
+
+def named(owner: int) -> str:
+    """The address of the fallback proxy that names an owner (MESH_NAMED)."""
+    return f"127.109.{owner >> 8}.{owner & 255}"
 
 
 @pytest.fixture
@@ -211,6 +221,124 @@ def test_unconnected_udp_talks_to_two_frontends_and_leaves_a_task_that_is_gone(p
         plane.backend(4, TASK4, 5353, protocol=UDP, state=FREE)
         s.sendto(b"?", (NODE4, 53))
         assert s.recvfrom(100) == (TASK4B.encode(), (NODE4, 53))
+
+
+def drawn(dialled: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
+    """Who a new socket is connected to, of echo servers."""
+    with client(dialled, kind) as s:
+        s.connect((dialled, port))
+        assert s.getpeername()[:2] == (dialled, port)
+        if kind == socket.SOCK_DGRAM:
+            s.send(b"?")
+        return s.recv(100).decode()
+
+
+@contextlib.contextmanager
+def echoes(kind: socket.SocketKind, *places: tuple[str, int]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for address, port in places:
+            stack.enter_context(echo(address, port, kind))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialled"),
+    [
+        (socket.SOCK_STREAM, "127.0.0.1"),
+        (socket.SOCK_STREAM, NODE4),
+        (socket.SOCK_STREAM, "::1"),
+        (socket.SOCK_STREAM, NODE6),
+        (socket.SOCK_DGRAM, "127.0.0.1"),
+        (socket.SOCK_DGRAM, "::1"),
+    ],
+)
+def test_a_call_makes_one_draw_of_all_tasks(plane: Plane, kind: socket.SocketKind, dialled: str) -> None:
+    """Two tasks of three on another node: two thirds of the calls name one of them to the fallback proxy."""
+    protocol, frontend, port, own = (UDP, 3, 53, 4) if kind == socket.SOCK_DGRAM else (6, 1, 80, 2)
+    for owner in (300, 301):
+        plane.away(owner, NODE2, 8080, SEED, protocol=protocol, handed=True)
+    plane.frontend(frontend, port, [(own, own), (300, 300), (301, 301)] * 7, protocol=protocol)
+    own_port = 5353 if protocol == UDP else 8080
+    with echoes(kind, (TASK4, own_port), (named(300), port), (named(301), port)):
+        found = Counter(drawn(dialled, port, kind) for _ in range(CALLS))
+    assert all(abs(found[who] - CALLS / 3) < SPREAD for who in (TASK4, named(300), named(301))), found
+    assert plane.verdicts() == {"SOCKET": found[TASK4], "SOCKET_HANDED": CALLS - found[TASK4]}
+    for name, number in (("mesh_fe_metrics", frontend), ("mesh_be_metrics", own)):
+        assert plane.counts(name, number)[4:] == (found[TASK4],) * 2  # the fallback proxy counts the others
+    assert plane.counts("mesh_be_metrics", 300)[4:] == (0, 0)
+
+
+def test_a_call_is_not_handed_to_a_node_whose_peer_port_does_not_answer(plane: Plane) -> None:
+    plane.away(300, NODE2, 8080, SEED, handed=True)
+    plane.away(301, NODE2, 8080, SEED)
+    plane.frontend(1, 80, [(2, 2), (301, 301), (300, 300), (301, 301)] * 5)
+    with echoes(socket.SOCK_STREAM, (TASK4, 8080), (named(300), 80), (NODE4, 80)):
+        found = Counter(drawn(NODE4, 80) for _ in range(100))
+        assert set(found) == {TASK4, named(300)} and min(found.values()) > 20, found
+        plane.frontend(1, 80, [(301, 301)])
+        assert drawn(NODE4, 80) == NODE4  # who else has the port: the fallback proxy, or Docker's own mesh
+
+
+def test_affinity_takes_all_processes_of_the_node_for_one_client(plane: Plane) -> None:
+    owners = [2, *range(300, 306)]
+    for owner in owners[1:]:
+        plane.away(owner, NODE2, 8080, SEED, handed=owner != 300)
+    places = [(TASK4, 8080), *((named(owner), 80) for owner in owners[1:])]
+    with echoes(socket.SOCK_STREAM, *places):
+        for turn in range(4):
+            slots = [(owner, owner) for owner in owners[turn:] + owners[:turn]] * 3
+            plane.frontend(1, 80, slots, flags=CLIENT)
+            for dialled in ("127.0.0.1", NODE4):
+                assert len({drawn(dialled, 80) for _ in range(8)}) == 1
+    assert plane.verdicts().keys() == {"SOCKET", "SOCKET_HANDED"}
+
+
+def test_unconnected_udp_stays_with_the_task_that_was_drawn(plane: Plane) -> None:
+    plane.away(300, NODE2, 8080, SEED, protocol=UDP, handed=True)
+    plane.frontend(3, 53, [(4, 4), (300, 300)] * 9, protocol=UDP)
+    met = set()
+    with echoes(socket.SOCK_DGRAM, (TASK4, 5353), (named(300), 53)):
+        for _ in range(20):
+            with client(NODE4, socket.SOCK_DGRAM) as s:
+                answers = set()
+                for _ in range(6):
+                    s.sendto(b"?", (NODE4, 53))
+                    answers.add(s.recvfrom(100))
+                assert len(answers) == 1
+                ((answer, peer),) = answers
+                assert peer == (NODE4, 53)
+                met.add(answer.decode())
+        assert met == {TASK4, named(300)}
+        with client(NODE4, socket.SOCK_DGRAM) as s:  # a peer port that goes down in between
+            while True:
+                s.sendto(b"?", (NODE4, 53))
+                if s.recv(100) == named(300).encode():
+                    break
+                s.close()
+                s = client(NODE4, socket.SOCK_DGRAM)  # noqa: PLW2901
+            plane.away(300, NODE2, 8080, SEED, protocol=UDP)
+            s.sendto(b"?", (NODE4, 53))
+            assert s.recv(100) == TASK4.encode()
+            s.close()
+
+
+def test_what_cannot_be_named_is_left_to_the_fallback_proxys_own_draw(plane: Plane) -> None:
+    """A frontend with an address of its own, a datagram of an IPv6 socket, a socket bound to loopback."""
+    plane.away(300, NODE2, 8080, SEED, handed=True)
+    plane.away(301, NODE2, 5353, SEED, protocol=UDP, handed=True)
+    plane.frontend(6, 87, [(300, 300)], address=NODE4)
+    plane.frontend(3, 53, [(301, 301)], protocol=UDP)
+    plane.frontend(1, 80, [(300, 300)])
+    with echoes(socket.SOCK_STREAM, (NODE4, 87), ("127.0.0.1", 80)):
+        assert drawn(NODE4, 87) == NODE4
+        with client("127.0.0.1") as s:
+            s.bind(("127.0.0.1", 0))
+            s.connect(("127.0.0.1", 80))
+            assert s.recv(100) == b"127.0.0.1"
+    with echo("::1", 53, socket.SOCK_DGRAM), client("::1", socket.SOCK_DGRAM) as s:
+        s.sendto(b"?", ("::1", 53))
+        assert s.recv(100) == b"::1"
+    assert plane.verdicts() == {"SOCKET_PASS": 1, "FAMILY": 1}
 
 
 def test_other_calls_are_left_alone(plane: Plane, namespace: str) -> None:

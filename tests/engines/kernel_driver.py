@@ -112,7 +112,8 @@ class Served:
         return self.open()
 
     def serve(self, services: list[dict[str, Any]], nodes: Sequence[str] = ()) -> dict[str, Any]:
-        """services: name, published, protocol, backends {name: [address, port, weight]}, options, address, engine.
+        """services: name, published, protocol, backends {name: [address, port, weight]}, options, address, engine,
+        unhanded [name] (their node's peer port does not answer).
 
         A backend whose address is among `nodes` runs there, on a node with this engine (default: kernel).
         """
@@ -131,6 +132,7 @@ class Served:
             for name, (where, port, weight) in sorted(service["backends"].items()):
                 at = ipaddress.ip_address(where)
                 away = {"local": False, "node": where, "via": at, "engine": service.get("engine", "kernel")}
+                away["handed"] = name not in service.get("unhanded", ())
                 targets.append(Target(name, at, port, weight, **(away if where in nodes else {})))
             options.setdefault("table_size", 1021)
             state = FrontendState(frontend, service["name"], service["name"], ServiceOptions(**options), tuple(targets))

@@ -347,3 +347,90 @@ async def test_commands_that_ask_the_daemon_import_neither_agent_nor_server() ->
     modules = set(said.decode().split())
     assert "mesh.cli.status" in modules
     assert not modules & {"aiohttp", "asyncio", "cryptography", "prometheus_client", "mesh.agent.agent", "mesh.api.app"}
+
+
+PROBED = {
+    "backend": "0123456789abcdefghijklmno",
+    "name": "web.3",
+    "node": "n2",
+    "node_name": "node-b",
+    "node_address": "192.0.2.2",
+    "address": "172.18.0.5",
+    "ports": [
+        {"port": 8080, "published": ["*:80/tcp"], "ok": True, "said": "", "seconds": 0.002, "by": "tcp"},
+        {
+            "port": 8081,
+            "published": ["*:81/tcp", "*:82/tcp"],
+            "ok": False,
+            "said": "172.18.0.5:8081: connection refused",
+            "seconds": 0.001,
+            "by": "http /ready",
+        },
+    ],
+    "ok": False,
+    "error": "",
+    "remedy": "",
+    "path": {"by": "tunnel", "proven": True, "masked": "", "states": {"tunnel": "up", "peer": "down"}},
+}
+
+
+async def test_probe_tells_the_tasks_own_address_each_port_and_the_path(daemon: Daemon) -> None:
+    view, run = daemon
+    view.probed = PROBED
+    done = await run("probe", "web.3")
+    assert done.code == Exit.NOT_READY
+    assert done.out.splitlines() == [
+        "web.3 (0123456789ab) on node node-b (192.0.2.2), address 172.18.0.5",
+        "  172.18.0.5:8080 (tcp; published as *:80/tcp): answers, 2.0 ms",
+        "  172.18.0.5:8081 (http /ready; published as *:81/tcp, *:82/tcp): 172.18.0.5:8081: connection refused",
+        "  path from here: tunnel, proven (tunnel up, peer down)",
+    ]
+    view.probed = PROBED | {"ports": PROBED["ports"][:1], "ok": True}  # type: ignore[index]
+    assert (await run("probe", "web.3")).code == Exit.OK
+    assert (await run("probe", "web.3", "--json")).json() == view.probed
+    path = {"by": "tunnel", "proven": False, "masked": "no path to node-b", "states": {"tunnel": "down"}}
+    view.probed = view.probed | {"path": path}
+    done = await run("probe", "web.3")
+    assert done.code == Exit.NOT_READY and "path from here: NOT proven (no path to node-b; tunnel down)" in done.out
+    assert (await run("probe", "nobody")).code == Exit.REFUSED
+
+
+async def test_probe_says_once_why_a_node_cannot_be_asked(daemon: Daemon) -> None:
+    view, run = daemon
+    error = {"error": "its build does not know the question", "remedy": "upgrade mesh there"}
+    view.probed = PROBED | error | {"ports": [], "address": ""}
+    done = await run("probe", "web.3")
+    assert done.code == Exit.NOT_READY and done.err == ""
+    assert "node-b cannot say whether it answers: its build does not know the question (upgrade mesh there)" in done.out
+
+
+def calls(through: str, answered: int, *failed: tuple[str, str], **more: object) -> dict[str, Any]:
+    rows = [{"backend": name, "name": name, "said": said, "calls": 1} for name, said in failed]
+    row = {"through": through, "service": "web", "frontend": "*:80/tcp", "asked": answered + len(rows), "failed": rows}
+    return row | {"answered": answered, "left_out": 0, "denied": False} | more
+
+
+async def test_connectivity_test_prints_a_matrix_and_what_failed(daemon: Daemon) -> None:
+    view, run = daemon
+    one = {"id": "n1", "name": "node-a", "state": "asked", "remedy": ""}
+    two, three = one | {"id": "n2", "name": "node-b"}, one | {"id": "n3", "name": "node-c", "rows": []}
+    view.connected = {
+        "ok": False,
+        "nodes": [
+            one | {"rows": [calls("n1", 3), calls("n2", 2, ("web.2", "timed out"))]},
+            two | {"rows": [calls("n1", 3), calls("n2", 3, left_out=4)]},
+            three | {"state": "its build does not know the test"},
+        ],
+    }
+    done = await run("connectivity-test")
+    assert done.code == Exit.NOT_READY
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["node-a", "3/3", "2/3", "FAILED"] in lines and ["node-b", "3/3", "3/3"] in lines
+    assert "node-a -> node-b *:80/tcp (web): timed out, 1 of 3 calls, given to web.2" in done.out
+    assert "node-c: its build does not know the test" in done.out and "4 tasks were left out" in done.out
+    view.connected = view.connected | {"ok": True}
+    assert (await run("connectivity-test", "web", "--json")).json() == view.connected
+    assert (await run("connectivity-test", "nothing")).code == Exit.REFUSED
+    view.connected = {"ok": True, "nodes": [one | {"rows": []}]}
+    done = await run("connectivity-test")
+    assert done.code == Exit.OK and "nothing was called" in done.out

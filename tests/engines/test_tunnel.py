@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from ipaddress import ip_address
 
@@ -117,9 +118,68 @@ def connect(caller: Namespace, address: str) -> str:
     return connection.backend
 
 
-def test_tasks_come_and_go_on_the_other_node(pair: Pair) -> None:
+CALLS = 200
+SPREAD = 5 * (CALLS * 2 / 9) ** 0.5  # five standard deviations of a share of a third
+
+
+def udp_answer(caller: Namespace, address: str) -> str:
+    """Who answers a connected datagram socket."""
+    with caller.entered(), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.settimeout(PATIENCE)
+        s.connect((address, UDP))
+        s.send(b"hello")
+        return s.recv(100).decode().split()[0]
+
+
+def with_a_second_task_there(pair: Pair) -> None:
     if "also" not in pair.tasks:
         pair.tasks["also"] = pair.task("also", pair.b, 2)
+
+
+def test_calls_of_a_node_make_one_draw_and_count_once(pair: Pair) -> None:
+    """A third of the tasks is here, so a third of the node's own calls is theirs, whatever the address and protocol."""
+    with_a_second_task_there(pair)
+    pair.serve("here", "there", "also")
+    streams = [lambda to=to: connect(pair.a, to) for to in ("127.0.0.1", pair.a.address, pair.a.address6)]
+    datagrams = [lambda to=to: udp_answer(pair.a, to) for to in ("127.0.0.1", "::1")]
+    unconnected = [lambda: datagram(pair.a, "127.0.0.1", UDP).split()[0]]
+    for port, protocol, calls in ((PORT, "tcp", streams), (UDP, "udp", datagrams + unconnected)):
+        name = f"*:{port}/{protocol}"
+        before = pair.drivers[pair.a].stats()["frontends"][name]["opened"]
+        for call in calls:
+            found = Counter(call() for _ in range(CALLS))
+            assert all(abs(found[task] - CALLS / 3) < SPREAD for task in ("here", "there", "also")), found
+        counted = pair.drivers[pair.a].stats()["frontends"][name]["opened"] - before
+        assert counted == len(calls) * CALLS
+
+
+def test_calls_of_a_node_do_not_go_where_its_peer_port_is_not_answered(pair: Pair) -> None:
+    """The tunnel carries clients' flows there all the same."""
+    with_a_second_task_there(pair)
+    pair.serve("here", "there", "also")
+    backends = {name: [B, TARGET, 1] for name in ("there", "also")}
+    local = {"here": [pair.tasks["here"][0].address, TARGET, 1]}
+    service = {"name": "s", "published": PORT, "backends": backends | local, "unhanded": ["there", "also"]}
+    pair.b.run(
+        "nft",
+        "add table inet shut; add chain inet shut in { type filter hook input priority 0; };"
+        " add rule inet shut in tcp dport 9552 drop",
+    )
+    try:
+        pair.drivers[pair.a].serve(services=[service], nodes=list(NODES))
+        for address in ("127.0.0.1", pair.a.address, "::1"):
+            assert {connect(pair.a, address) for _ in range(30)} == {"here"}
+        assert {connect(pair.client, pair.a.address) for _ in range(40)} == {"here", "there", "also"}
+        pair.drivers[pair.a].serve(services=[service | {"backends": backends}], nodes=list(NODES))
+        assert {connect(pair.client, pair.a.address) for _ in range(30)} == {"there", "also"}
+        with pair.a.entered(), pytest.raises(ConnectionRefusedError):  # at once, and where Docker's own mesh would be
+            socket.create_connection(("127.0.0.1", PORT), timeout=PATIENCE)
+    finally:
+        pair.b.run("nft", "delete table inet shut")
+
+
+def test_tasks_come_and_go_on_the_other_node(pair: Pair) -> None:
+    with_a_second_task_there(pair)
     pair.serve("here", "there", "also")
     connections = [Connection(pair.client, pair.a.address) for _ in range(60)]
     assert {c.backend for c in connections} == {"here", "there", "also"}

@@ -42,6 +42,7 @@ def target(service: int, index: int) -> dict[str, Any]:
         "node": "node-a",
         "node_name": "a",
         "address": f"172.18.{index // 250}.{index % 250 + 1}",
+        "own_address": f"172.18.{index // 250}.{index % 250 + 1}",
         "port": 80,
         "weight": 1,
         "intent": "active",
@@ -163,6 +164,8 @@ class SampleView:
         self.follow = [{"node": "one", "state": "follows"}]
         self.notes: list[str] = []
         self.left: list[Json] = [{"drained": [], "nodes": []}]  # answers, in turn
+        self.probed: Json = {}
+        self.connected: Json = {}
         self.stopped = asyncio.Event()
         self.released = False
         self.flows: list[Flow] = []
@@ -197,6 +200,16 @@ class SampleView:
         if flow.destination_port == 2:
             return {**EXPLANATION, "current": None, "backend": None, "next": [], "reasons": ["no backend may be used"]}
         return EXPLANATION
+
+    async def probe(self, name: str) -> Json:
+        if name == "nobody":
+            raise MeshError("there is no backend 'nobody'", remedy="`mesh backends` lists backends")
+        return self.probed
+
+    async def connectivity(self, services: Sequence[str]) -> Json:
+        if "nothing" in services:
+            raise MeshError("there is no service 'nothing'", remedy="`mesh services` lists them")
+        return self.connected
 
     async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:
         if name == "nobody":

@@ -92,6 +92,38 @@ def test_all_is_well_from_every_node(cluster: Cluster) -> None:
         assert all(cluster.engine in findings[f"{other} mesh"]["found"] for other in names if other != name)
 
 
+def test_before_the_first_start_the_ports_of_other_nodes_are_tried(cluster: Cluster) -> None:
+    """On a manager those of all nodes, on a worker those of the manager, whether an agent runs there or not."""
+    nodes, victim = cluster.swarm.nodes, cluster.daemons[2]
+    ports = ["control port tcp", "peer port tcp", "peer port udp"] + ["tunnel udp"] * (cluster.engine == "kernel")
+    manager, third = cluster.daemons[0], nodes[2].hostname
+
+    def answer(findings: Findings) -> bool:
+        tried = [findings[f"{node.hostname} {port}"] for node in nodes[1:] for port in ports]
+        return all(each["found"].endswith("open, mesh answers") for each in tried)
+
+    wait_for(lambda: answer(check(manager, cluster=False)[1]), "every port answers")
+    _, findings = check(cluster.daemons[1], cluster=False)
+    where = f"manager {nodes[0].address}:2377"
+    assert all(findings[f"{where} {port}"]["found"].endswith("open, mesh answers") for port in ports)
+    if cluster.engine == "kernel":
+        victim.release()
+    else:
+        victim.kill()
+    try:
+        _, findings = check(manager, cluster=False)
+        assert all("open, nobody listens there yet" in findings[f"{third} {port}"]["found"] for port in ports)
+        with rules(nodes[2], "tcp dport 9552 drop; udp dport { 6084, 9552 } drop;"):
+            code, findings = check(manager, cluster=False)
+        assert code == 1
+        found = {port: findings[f"{third} {port}"] for port in ports}
+        assert "blocked, no answer" in found["peer port tcp"]["found"]
+        assert "TCP 9552" in found["peer port tcp"]["remedy"]
+        assert all("unknown" in found[port]["found"] for port in ports if port.endswith("udp"))
+    finally:
+        victim.start(wait=False)
+
+
 @pytest.mark.later("kernel")  # the ports and the questions are the same
 def test_what_is_blocked_is_named_with_the_remedy(cluster: Cluster) -> None:
     node = cluster.swarm.nodes[1]

@@ -180,6 +180,62 @@ def test_a_local_drain_holds_on_its_node_only_and_says_so(cluster: Cluster) -> N
     wait_for(lambda: weights_of(cluster, identity) == [True, True, True], "undrained")
 
 
+def test_backends_are_shown_and_probed_where_they_run_from_any_node(cluster: Cluster) -> None:
+    swarm, worker = cluster.swarm, cluster.daemons[2]
+    swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    cluster.agree("web", 3)
+    local = {t["backend"]: t["address"] for d in cluster.daemons for t in targets(d) if not t["via"]}
+
+    def told() -> bool:
+        return all({t["backend"]: t["own_address"] for t in targets(d)} == local for d in cluster.daemons)
+
+    wait_for(told, "every node knows the own address of every task")
+    away = next(t for t in targets(worker) if t["via"])
+    (line,) = [line for line in mesh(worker, "backends", "web")[1].splitlines() if away["backend"][:12] in line]
+    by = "tunnel" if cluster.engine == "kernel" else "peer port"
+    assert f"{away['own_address']}:8080" in line and f"by {by} to {away['via']}" in line
+
+    def probed() -> bool:
+        return all(mesh(worker, "probe", task)[0] == 0 for task in local)
+
+    wait_for(probed, "all answer, and the paths are proven")
+    code, said = mesh(worker, "probe", away["name"])
+    assert code == 0 and f"{away['own_address']}:8080 (tcp; published as *:{WEB}/tcp): answers" in said
+    assert f"path from here: {'tunnel' if cluster.engine == 'kernel' else 'peer'}, proven" in said
+    swarm.create("off", "--label=mesh.health=off", replicas=1, publish=[f"{WEB + 1}:9"])  # nobody listens at 9
+    swarm.wait_running("off", 1)
+    (task,) = swarm.tasks("off")
+    wait_for(lambda: "connection refused" in mesh(worker, "probe", task["ID"])[1], "nobody listens there")
+    assert mesh(worker, "probe", task["ID"])[0] == 1
+
+
+def targets(daemon: Daemon) -> list[dict[str, Any]]:
+    """Of the service `web`, as a node sees them."""
+    return [t for s in daemon.state()["services"] if s["name"] == "web" for f in s["frontends"] for t in f["targets"]]
+
+
+def test_every_node_calls_every_task_through_every_node(cluster: Cluster) -> None:
+    swarm, worker = cluster.swarm, cluster.daemons[2]
+    swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
+    cluster.agree("web", 3)
+    wait_for(lambda: mesh(worker, "connectivity-test", "web")[0] == 0, "all calls are answered", interval=0.5)
+    answer = json.loads(mesh(worker, "connectivity-test", "--json")[1])
+    rows = [(n["id"], row["through"], row["asked"], row["answered"]) for n in answer["nodes"] for row in n["rows"]]
+    ids = [node["id"] for node in answer["nodes"]]
+    assert sorted(rows) == sorted((one, other, 3, 3) for one in ids for other in ids)
+    second, own = swarm.nodes[1], worker.namespace
+    table = "table inet shut { chain out { type filter hook output priority 0; "
+    own.run("nft", "-f", "-", input=f"{table} ip daddr {second.address} tcp dport {WEB} drop; }} }}")
+    try:
+        code, said = mesh(worker, "connectivity-test", "web")
+    finally:
+        own.run("nft", "delete", "table", "inet", "shut")
+    assert code == 1
+    assert f"{swarm.nodes[2].hostname} -> {second.hostname} *:{WEB}/tcp (web): timed out" in said
+    (row,) = [line.split() for line in said.splitlines() if line.startswith(f"{swarm.nodes[2].hostname} ")][:1]
+    assert sorted(row[1:]) == sorted(["3/3", "0/3", "FAILED", "3/3"])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_docker_that_is_not_up_yet_is_waited_for(lab: Lab, engine: str) -> None:
     """Started before dockerd, as at boot: nothing is served until there is a swarm, and no demo ever."""

@@ -8,16 +8,20 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from mesh.cluster import wire
+from mesh.cluster.ask import Asker, Query
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
 from mesh.cluster.relay_client import RelayProvider
-from mesh.cluster.relay_server import RelayServer
+from mesh.cluster.relay_server import Questions, RelayServer
 from mesh.config.keys import Config
+from mesh.errors import MeshError
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
+from mesh.providers.base import EarlierBuildError
 from tests.support.lab.dockerd import Node, Swarm
 from tests.support.polling import until
 
@@ -38,7 +42,7 @@ class Manager:
 
 
 @contextlib.asynccontextmanager
-async def manager(node: Node) -> AsyncIterator[Manager]:
+async def manager(node: Node, questions: Questions | None = None) -> AsyncIterator[Manager]:
     reports: dict[str, wire.Report] = {}
     silent: list[tuple[str, bool]] = []
     server = RelayServer(
@@ -46,6 +50,7 @@ async def manager(node: Node) -> AsyncIterator[Manager]:
         0,
         on_report=reports.__setitem__,
         on_node=lambda name, up: silent.append((name, up)),
+        questions=questions,
     )
     made = Manager(server, reports, silent)
     task = asyncio.create_task(made.server.run())
@@ -70,6 +75,43 @@ async def agent(
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def test_nodes_ask_each_other_and_by_way_of_a_manager(swarm3: Swarm) -> None:
+    """A worker asks a worker; where it cannot call it, a manager does. A build before the question is named."""
+    first, worker, other = swarm3.nodes
+    her = load(files_of(other)).identity.node
+    home, nowhere = ip_address("127.0.0.1"), ip_address("127.0.0.2")
+
+    async def name(query: Query) -> dict[str, str]:
+        if "wrong" in query:
+            raise MeshError("it is wrong", where="name", remedy="put it right")
+        return {"said": f"hello {query['you']}"}
+
+    async def pass_on(node: str, question: str, query: Query) -> dict[str, str]:
+        return {"said": f"{node} {question} {sorted(query.items())}"}
+
+    managers: list[tuple[str, int]] = []
+
+    async def addresses() -> list[tuple[str, int]]:
+        return managers
+
+    on_way = Questions({"name": name}, pass_on)
+    async with manager(other, Questions({"name": name})) as asked, manager(first, on_way) as m:
+        asker = Asker(CredentialsWatch(files_of(worker)), asked.server.port, addresses)
+        assert await asker.ask(her, home, "name", {"you": "there"}, 10) == {"said": "hello there"}
+        with pytest.raises(EarlierBuildError, match="does not know the question"):
+            await asker.ask(her, home, "age", {}, 10)
+        with pytest.raises(MeshError) as refused:
+            await asker.ask(her, home, "name", {"wrong": "1"}, 10)
+        assert (refused.value.message, refused.value.remedy) == ("name: it is wrong", "put it right")
+        with pytest.raises(MeshError, match=r"certificate|ostname"):
+            await asker.ask("another", home, "name", {"you": "there"}, 10)  # only the node itself answers for it
+        with pytest.raises(MeshError, match=r"127\.0\.0\.2:.*refused"):
+            await Asker(CredentialsWatch(files_of(worker)), 9, addresses).ask(her, nowhere, "name", {}, 10)
+        managers.append(("127.0.0.1", m.server.port))
+        said = await Asker(CredentialsWatch(files_of(worker)), 9, addresses).ask(her, nowhere, "name", {"you": "x"}, 10)
+        assert said == {"said": f"{her} name [('you', 'x')]"}
 
 
 def inventory(*nodes: str) -> Inventory:

@@ -251,6 +251,9 @@ def test_the_proxy_beside_serves_the_other_version() -> None:
     away = Target("c", ipaddress.ip_address("192.0.2.2"), 80, 1, local=False, via=ipaddress.ip_address("192.0.2.2"))
     assert served(four, away) == {"::"}
     assert served(away, address="192.0.2.9") == {"192.0.2.9"}
+    unhanded = dataclasses.replace(away, handed=False)  # Docker's own mesh gets what would be handed over
+    assert served(four, away, unhanded) == {"::"}
+    assert served(unhanded) == served(four)
 
 
 def test_instances_differ_by_state_directory(tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def test_a_masked_task_weighs_nothing_here_and_says_why_and_what_was_agreed() ->
     assert not found.passing
 
 
+@pytest.mark.parametrize(("protocol", "path"), [(Protocol.TCP, "n2_peer"), (Protocol.UDP, "n2_peer_udp")])
+def test_own_callers_need_the_peer_port_even_where_the_tunnel_is_up(protocol: Protocol, path: str) -> None:
+    asked = state(local("a"), remote("b", "n2"), protocol=protocol)
+    for known, handed in (({path: UP}, True), ({path: DOWN}, False), ({path: UNPROVEN}, False), ({}, False)):
+        found = masked(view(n2_tunnel=UP, **known), asked)
+        assert [(t.weight, t.handed) for t in found.targets] == [(1, True), (1, handed)]
+
+
 def test_with_nobody_in_reach_the_port_is_left_to_docker_and_the_service_is_named() -> None:
     asked = state(remote("b", "n2"), local("a", weight=0))
     made = mask(DesiredState(1, {asked.frontend: asked}), view(n2_tunnel=DOWN, n2_peer=DOWN), NODES, "kernel")

@@ -6,12 +6,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import cast
 
+import pytest
+
 from mesh.config.keys import Config
+from mesh.datapath.paths import peer_probe
+from mesh.datapath.paths.datagrams import Questions
 from mesh.datapath.paths.monitor import FLAP_SECONDS, PathMonitor, Trial
 from mesh.model import EngineKind, Node, Path, PathState
 from tests.support.polling import until
@@ -119,3 +124,16 @@ def test_one_bad_trial_of_a_path_that_is_coming_back_starts_its_proof_again() ->
     assert trial.state is PathState.DOWN
     assert not trial.take("", 1.0) and not trial.take("no answer", 2.0) and not trial.take("", 3.0)
     assert trial.take("", 4.0)
+
+
+@pytest.mark.timeout(30)  # it would never give the event loop its turn
+async def test_a_question_that_is_open_when_its_socket_is_closed_ends() -> None:
+    address = ipaddress.ip_address("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind((str(address), 0))
+        port = silent.getsockname()[1]
+        asks = Questions(4, address, port, peer_probe.question, lambda data: peer_probe.nonce_of(data, 4))
+        question = asyncio.create_task(asks.ask(address, 0.05, 1))
+        await asyncio.sleep(0)  # it is sent, and waits
+        asks.close()
+        assert await question == peer_probe.NO_ANSWER

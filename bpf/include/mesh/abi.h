@@ -116,6 +116,12 @@ _Static_assert(sizeof(struct mesh_frontend_key) == 24, "mesh_frontend_key is 24 
 #define MESH_BACKEND_ACTIVE   1u
 #define MESH_BACKEND_DRAINING 2u /* keeps its flows, gets no new ones (UDP flows without a note count as new) */
 
+/* A call of this node's own for a task of another node: the socket hook connects it to the fallback proxy, at the port
+ * that was called and the IPv4 address MESH_NAMED | owner, which is of loopback and names what was drawn. */
+#define MESH_NAMED      0x7f6d0000u /* host order */
+#define MESH_NAMED_MASK 0xffff0000u
+_Static_assert(MESH_MAX_BACKENDS - 1 <= (__u32)~MESH_NAMED_MASK, "an address names every owner");
+
 /* A backend by owner id. `epoch` changes whenever an id is given to another backend, so that notes of the old one are
  * not taken for the new one's. One that runs on another node has a `seed`: `address` is that node's then, as in
  * mesh_nodes, `seed` and `port` are what the backend is called there (struct mesh_id), `ifindex` and `bridge` are 0. */
@@ -129,8 +135,8 @@ struct mesh_backend {
 	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: the node's own */
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
 	__u8 version; /* on another node: the IP version that the tunnel carries to it, 4 or 6; 0: the peer port does */
-	__u8 pad;
-	__be64 seed; /* not 0: on another node */
+	__u8 handed;  /* on another node: 1 if its peer port is shown to take flows, so that calls of own processes go there */
+	__be64 seed;  /* not 0: on another node */
 	__u8 pad2[16];
 };
 _Static_assert(sizeof(struct mesh_backend) == 64, "mesh_backend is 64 bytes");
@@ -312,6 +318,8 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(TUNNEL_NO_PATH,                                                                                              \
 	  "passed: the tunnel does not lead to the task's node, or the caller is a container of this node; replies "   \
 	  "are dropped")                                                                                               \
+	X(SOCKET_HANDED,                                                                                               \
+	  "connection or datagram of a process of this node: sent to the fallback proxy, for a task of another node")  \
 	X(ERROR, "passed: a map or helper failed")                                                                     \
 	X(ORPHANED, "passed: no agent has kept the tables for orphan_timeout")
 

@@ -16,6 +16,7 @@ from mesh.cli.check.docker import check_docker
 from mesh.cli.check.finding import Finding, Level
 from mesh.cli.check.firewall import check_firewall
 from mesh.cli.check.host import check_host
+from mesh.cli.check.paths import summed
 from mesh.cli.exit import Exit
 from mesh.cli.output import echo_json, echo_table
 from mesh.config.keys import Config
@@ -30,7 +31,10 @@ from mesh.errors import ConfigError, MeshError
 def check(as_json: bool, cluster: bool, **flags: Any) -> None:
     """Check whether the daemon can run here: configuration, engine, limits, ports, Docker, firewall, with remedies.
 
-    Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon.
+    Takes the flags of `mesh run`, so that it judges the configuration that would run. Needs no running daemon, here or
+    elsewhere: it also tries the ports of mesh on the swarm's other nodes (all of them on a manager, the managers on a
+    worker), where mesh answers or else the kernel, for a closed port. Each is open, blocked, or unknown. The last line
+    sums up.
 
     With --cluster it asks the daemon for the swarm's nodes and tries the path to each of them as traffic takes it:
     control port (mutual TLS; certificates, version, engine), peer port by TCP and UDP, path MTU, and between kernel
@@ -52,6 +56,7 @@ def check(as_json: bool, cluster: bool, **flags: Any) -> None:
         remedies = [(f.level.value, f.what, f.remedy) for f in findings if f.remedy and f.level is not Level.OK]
         for remedy in dict.fromkeys(remedies):
             click.echo(": ".join(remedy))
+        click.echo(summed(findings))
     if any(finding.level is Level.FAIL for finding in findings):
         sys.exit(Exit.NOT_READY)
 

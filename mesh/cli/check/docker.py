@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,12 +14,13 @@ import aiohttp
 import msgspec
 
 from mesh.cli.check.finding import Finding, Level
+from mesh.cli.check.paths import Other, check_paths
 from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
 from mesh.errors import MeshError, plain
-from mesh.model import EngineKind
-from mesh.netaddr import of_proc
+from mesh.model import Address, EngineKind
+from mesh.netaddr import of_proc, split_host_port
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
 _DOCKER: Final = ("dockerd", "docker-proxy")
@@ -33,7 +35,7 @@ def check_docker(config: Config) -> Iterator[Finding]:
     # auto serves the demo where there is no Docker; swarm has nothing to serve then.
     missing = Level.FAIL if config.provider == "swarm" else Level.WARN
     try:
-        version, info, services = asyncio.run(_ask(config.docker_host))
+        version, info, services, nodes = asyncio.run(_ask(config.docker_host))
     except PermissionError:
         yield Finding("Docker", missing, f"no permission for {config.docker_host}", "run as root or in group docker")
         return
@@ -52,14 +54,43 @@ def check_docker(config: Config) -> Iterator[Finding]:
             yield Finding("swarm", missing, "this node is a worker that knows no manager", "docker swarm join")
             return
         yield Finding("swarm", Level.OK, f"worker {swarm.get('NodeID')}, told by {', '.join(managers)}")
+        found = "of a worker, Docker lists the managers only; `mesh check` on a manager tries the paths to all nodes"
+        yield Finding("paths", Level.OK, found)
+        yield from check_paths(config, _address(swarm.get("NodeAddr", "")), others(swarm, nodes))
         return
     yield Finding("swarm", Level.OK, f"manager {swarm.get('NodeID')}")
     yield from _ports(services, config)
     yield from _tunnel(services, config, int(swarm.get("Nodes") or 1))
+    yield from check_paths(config, _address(swarm.get("NodeAddr", "")), others(swarm, nodes))
 
 
-async def _ask(host: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """/version, /info and, from a manager, /services (else an empty list)."""
+def others(swarm: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[Other]:
+    """The swarm's other nodes: all by `nodes` (GET /nodes), or on a worker, which cannot list any, the managers."""
+    own, found = swarm.get("NodeID"), []
+    for node in nodes:
+        status, manager = node.get("Status") or {}, node.get("ManagerStatus") or {}
+        # A manager that was initialised without an address reports 0.0.0.0 as its own.
+        address = _address(status.get("Addr", "")) or _address(manager.get("Addr", ""))
+        name = (node.get("Description") or {}).get("Hostname") or node.get("ID", "")
+        if node.get("ID") != own:
+            found.append(Other(name, address, status.get("State") != "down"))
+    if not nodes:
+        places = ((m.get("NodeID"), m.get("Addr", "")) for m in swarm.get("RemoteManagers") or ())
+        found = [Other(f"manager {place}", _address(place)) for node, place in places if node != own]
+    return found
+
+
+def _address(text: str) -> Address | None:
+    """An address with or without port; None where there is none, or one that means no node in particular."""
+    try:
+        address = ipaddress.ip_address(split_host_port(text, default=0)[0])
+    except ValueError:
+        return None
+    return None if address.is_unspecified or address.is_loopback else address
+
+
+async def _ask(host: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """/version, /info and, from a manager, /services and /nodes (else empty lists)."""
     connector = aiohttp.UnixConnector(host.removeprefix("unix://")) if host.startswith("unix://") else None
     base = "http://docker" if connector else host.replace("tcp://", "http://", 1)
     async with aiohttp.ClientSession(base, connector=connector, timeout=_TIMEOUT) as session:
@@ -74,8 +105,9 @@ async def _ask(host: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str
             raise error.os_error from error
         if not isinstance(version, dict) or not isinstance(info, dict):
             raise ValueError("what answers there is not a Docker Engine")
-        services = await get("/services")
-        return version, info, services if isinstance(services, list) else []
+        services, nodes = await get("/services"), await get("/nodes")
+        listed = [answer if isinstance(answer, list) else [] for answer in (services, nodes)]
+        return version, info, listed[0], listed[1]
 
 
 def _ports(services: list[dict[str, Any]], config: Config) -> Iterator[Finding]:

@@ -18,9 +18,10 @@ from mesh.cli.check.finding import Finding, Level
 from mesh.cli.client import call
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
-from mesh.errors import MeshError
+from mesh.errors import MeshError, ProviderError
 from mesh.model import EngineKind
 from mesh.netaddr import split_host_port
+from mesh.providers.static import read_static
 
 FILES_WANTED: Final = 65536
 TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
@@ -149,6 +150,11 @@ def _http(listen: str, running: bool) -> Finding:
 
 def _static_file(path: str) -> Finding:
     what = "static file"
-    if path and os.access(path, os.R_OK):
-        return Finding(what, Level.OK, path)
-    return Finding(what, Level.FAIL, path or "none given", "set static_file to a readable TOML file")
+    if not path:
+        return Finding(what, Level.FAIL, "none given", "set static_file to a readable TOML file")
+    try:
+        inventory = read_static(Path(path))
+    except ProviderError as error:
+        return Finding(what, Level.FAIL, str(MeshError(error.message, where=error.where)), error.remedy or "correct it")
+    counts = f"{len(inventory.services)} services, {len(inventory.backends)} backends"
+    return Finding(what, Level.OK, f"{path}: {counts}")

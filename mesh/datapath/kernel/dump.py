@@ -231,6 +231,7 @@ class _Reader:
             "state": STATES.get(slot.state, str(slot.state)),
             "epoch": slot.epoch,
             "path": self._path(slot),
+            "handed": slot.seed == LOCAL or bool(slot.handed),
             "interface": _interface(slot.ifindex),
             "bridge": _interface(slot.bridge) if slot.bridge != _abi.LOOPBACK else "",
             "mac": slot.mac.hex(":") if any(slot.mac) else "",

@@ -3,8 +3,9 @@
 
 The programs punt clients of an IP version that the task does not speak (verdict FAMILY) and backends at addresses of
 this node (HOST_BACKEND). For tasks of other nodes they punt what the tunnel does not carry (TUNNEL_NO_PATH,
-SOCKET_PASS): flows for nodes with the proxy engine or without a path for the tunnel, and calls of this node's own
-processes and containers. The fallback proxy hands those over at the other node's peer port.
+SOCKET_HANDED): flows for nodes with the proxy engine or without a path for the tunnel, and calls of this node's own
+processes and containers. The fallback proxy hands those over at the other node's peer port. A call of this node's own
+processes names the backend that was drawn (MESH_NAMED in abi.h).
 
 It also listens on this node's peer port, where other nodes hand over such flows for the tasks of this one.
 """
@@ -34,8 +35,9 @@ _Key = TypeVar("_Key")
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
     """The frontends that the fallback proxy serves, each with its entry. Pure.
 
-    A frontend with targets on other nodes is served as it is; any other on this node's addresses of the IP version that
-    its targets do not speak, except loopback: the socket hooks connect local processes whatever the version.
+    A frontend with targets on other nodes whose peer ports answer is served as it is; any other on this node's
+    addresses of the IP version that its targets do not speak, except loopback: the socket hooks connect local processes
+    whatever the version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -46,7 +48,7 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     for frontend, entry in applied.frontends.items():
         if entry.state.passing:  # Docker's own mesh has to see it
             continue
-        if any(target.via is not None for target in entry.state.targets):
+        if any(target.via is not None and target.handed for target in entry.state.targets):
             found[frontend] = entry
             continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
@@ -138,7 +140,11 @@ class Fallback:
             for frontend, source in sources.items()
         }
         used = {owner for entry in entries.values() for owner in entry.backends}
-        backends = {key: entry for key, entry in applied.backends.items() if entry.id in used or key in peers}
+        backends = {
+            key: entry
+            for key, entry in applied.backends.items()
+            if (entry.id in used and (entry.target.via is None or entry.target.handed)) or key in peers
+        }
         held = self._applied
         self._applied = self._proxy.apply(
             Plan(

@@ -132,6 +132,7 @@ def backend_slot(entry: BackendEntry, location: Location) -> _abi.Backend:
     )
     if target.via is not None:
         tunnelled = entry.key.path != Path.PEER.value
-        return slot._replace(seed=seed_of(entry.key), version=AWAY_VERSION if tunnelled else 0)
+        version = AWAY_VERSION if tunnelled else 0
+        return slot._replace(seed=seed_of(entry.key), version=version, handed=int(target.handed))
     bridge = _abi.LOOPBACK if location.own else location.via
     return slot._replace(ifindex=location.veth, bridge=bridge, mac=location.mac)

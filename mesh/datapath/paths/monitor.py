@@ -35,7 +35,7 @@ AT_ONCE: Final = 64  # trials under way
 
 MEANS: Final = {
     Path.TUNNEL: "connections go by the peer port instead",
-    Path.PEER: "only callers on this node itself do not reach its tasks",
+    Path.PEER: "only callers on this node itself do not reach its tasks; they get others, or Docker's own mesh",
     Path.PEER_UDP: "its tasks get no datagrams from here",
 }
 

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mesh connectivity-test`: every node calls every task through every node's published ports.
+
+The tables are equal on all nodes and a function of the 5-tuple, so the caller chooses its source port such that the
+called node gives the connection to the task that is meant. A node's calls of its own ports are drawn by the socket
+hook; of those there are as many as tasks, and it is not known which answers which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import os
+import random
+import socket
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mesh import netaddr
+from mesh._abi import OWNER_FIRST
+from mesh._maglev import SlotTable, backend_seed, hash_client, hash_flow, slot_of
+from mesh.api.explain import is_denied
+from mesh.api.view import Json
+from mesh.errors import MeshError
+from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, FrontendState, Node, Protocol
+from mesh.providers.base import ClusterView, EarlierBuildError
+from mesh.reconcile.loop import Reconciler
+
+QUESTION: Final = "calls"
+MOST: Final = 600  # calls that one node makes; tasks beyond are drawn by lot
+AT_ONCE: Final = 32
+CONNECT: Final = 3.0  # seconds for a call: the kernel sends its first packet again after one
+SETTLE: Final = 0.2  # seconds in which a proxy that reached no task resets what it has accepted
+SECONDS: Final = 25.0  # for all calls of a node
+WAIT: Final = SECONDS + 5.0  # for another node's answer
+PORTS: Final = (20000, 60999)  # source ports
+DRAWS: Final = 60  # source ports that are tried for each task
+
+ASKED: Final = "asked"
+EARLIER: Final = "its build does not know the test"
+NO_AGENT: Final = "no agent"
+AWAY: Final = "down or silent"
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One connection to be made. `backend`: who is meant to get it; empty: not known."""
+
+    source: Address
+    port: int  # 0: the kernel chooses
+    address: Address
+    to: int
+    backend: str
+
+
+@dataclass(slots=True)
+class _Row:
+    """What became of the calls through one node for one frontend."""
+
+    through: str
+    service: str
+    frontend: str
+    asked: int = 0
+    answered: int = 0
+    failed: dict[tuple[str, str], int] = field(default_factory=dict)  # by backend and what was said
+    left_out: int = 0  # tasks that were not called
+    denied: bool = False  # mesh.allow or mesh.deny keep this node out
+
+    def shown(self, names: Mapping[str, str]) -> dict[str, Any]:
+        failed = [
+            {"backend": backend, "name": names.get(backend, ""), "said": said, "calls": calls}
+            for (backend, said), calls in sorted(self.failed.items())
+        ]
+        return {
+            "through": self.through,
+            "service": self.service,
+            "frontend": self.frontend,
+            "asked": self.asked,
+            "answered": self.answered,
+            "failed": failed,
+            "left_out": self.left_out,
+            "denied": self.denied,
+        }
+
+
+class Connectivity:
+    """Makes this node's calls for whoever asks, and asks all nodes for theirs."""
+
+    def __init__(self, reconciler: Reconciler) -> None:
+        self._reconciler = reconciler
+        self._free = asyncio.Semaphore(AT_ONCE)
+        self._busy = False
+
+    async def answer(self, query: Mapping[str, str]) -> Json:
+        """Call every task of the services through every node with an agent, by TCP.
+
+        Args:
+            query: `services`, ids separated by commas, empty: all; `own`: this node's id.
+
+        Returns:
+            rows [{through (node id), service, frontend, asked, answered, failed [{backend, name, said, calls}],
+            left_out, denied}].
+
+        Raises:
+            MeshError: it is at it already.
+        """
+        if self._busy:
+            raise MeshError("another connectivity test is under way", remedy="wait until it has ended")
+        self._busy = True
+        try:
+            return await self._calls(query.get("own", ""), set(filter(None, query.get("services", "").split(","))))
+        finally:
+            self._busy = False
+
+    async def _calls(self, own: str, services: set[str]) -> Json:
+        picture = self._reconciler.picture
+        states = [
+            state
+            for frontend, state in sorted(picture.agreed.frontends.items())
+            if frontend.protocol is Protocol.TCP and frontend.address == ANY_ADDRESS
+            if (not services or state.service in services) and any(target.weight for target in state.targets)
+        ]
+        nodes = [node for node in picture.inventory.nodes if node.up and node.engine and node.address is not None]
+        most = max(1, MOST // max(1, len(states) * len(nodes)))
+        rows, tasks = [], []
+        for state in states:
+            table = await asyncio.to_thread(_table, state)
+            for node in nodes:
+                row = _Row(node.id, state.service_name, str(state.frontend))
+                rows.append(row)
+                planned = _planned(state, table, node, own=node.id == own, most=most, row=row)
+                tasks += [asyncio.create_task(self._make(call, row)) for call in planned]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        names = {backend.id: backend.name for backend in picture.inventory.backends}
+        return {"rows": [row.shown(names) for row in rows]}
+
+    async def _make(self, call: _Call, row: _Row) -> None:
+        async with self._free:
+            said = await _called(call)
+        row.asked += 1
+        row.answered += not said
+        if said:
+            row.failed[call.backend, said] = row.failed.get((call.backend, said), 0) + 1
+
+    async def test(self, own: str, services: Sequence[str], cluster: ClusterView) -> Json:
+        """See AgentView.connectivity."""
+        inventory = self._reconciler.picture.inventory
+        wanted = [_service(name, {s.id: s.name for s in inventory.services}) for name in services]
+        query = {"services": ",".join(wanted)}
+
+        async def of(node: Node) -> dict[str, Any]:
+            shown = {"id": node.id, "name": node.name or node.id, "rows": [], "remedy": ""}
+            if not node.up or not node.engine:
+                return {**shown, "state": NO_AGENT if node.up else AWAY}
+            asking: Awaitable[Json] = (
+                self.answer({**query, "own": own})
+                if node.id == own
+                else cluster.ask(node.id, QUESTION, {**query, "own": node.id}, WAIT)
+            )
+            try:
+                return {**shown, "state": ASKED, "rows": (await asking)["rows"]}
+            except EarlierBuildError:
+                return {**shown, "state": EARLIER}
+            except MeshError as error:
+                return {**shown, "state": f"cannot be asked: {error.message}", "remedy": error.remedy}
+
+        found = await asyncio.gather(*(of(node) for node in sorted(inventory.nodes, key=lambda n: (n.name, n.id))))
+        bad = any(row["failed"] for node in found for row in node["rows"])
+        silent = any(node["state"] not in (ASKED, EARLIER, NO_AGENT, AWAY) for node in found)
+        return {"ok": not bad and not silent, "nodes": found}
+
+
+def _service(name: str, things: Mapping[str, str]) -> str:
+    found = [identity for identity, known in things.items() if name in (identity, known)]
+    if not found:
+        raise MeshError(f"there is no service {name!r}", remedy="`mesh services` lists them")
+    return found[0]
+
+
+def _table(state: FrontendState) -> SlotTable:
+    """The table that all nodes have agreed upon; owners are numbers of targets."""
+    rows = [(backend_seed(t.backend), OWNER_FIRST + i, t.weight) for i, t in enumerate(state.targets) if t.weight]
+    return SlotTable.build(state.options.table_size, rows)
+
+
+def _planned(state: FrontendState, table: SlotTable, node: Node, *, own: bool, most: int, row: _Row) -> Sequence[_Call]:
+    """The calls through a node; what is left out is noted in `row`."""
+    assert node.address is not None
+    source, to = _source_towards(node.address), state.frontend.port
+    if source is None:
+        row.asked, row.failed["", "no route to it"] = 1, 1
+        return ()
+    row.denied = is_denied(Flow(source, 1024, node.address, to, Protocol.TCP), state.options) and not own
+    if row.denied:
+        return ()
+    targets = [target.backend for target in state.targets if target.weight]
+    if own:
+        return [_Call(source, 0, node.address, to, "")] * min(len(targets), most)
+    found = dict(_drawn(state, table, source, node.address))
+    chosen = random.sample(sorted(found), min(most, len(found)))
+    row.left_out = len(targets) - len(chosen)
+    return [_Call(source, found[backend], node.address, to, backend) for backend in chosen]
+
+
+def _drawn(state: FrontendState, table: SlotTable, source: Address, address: Address) -> Iterator[tuple[str, int]]:
+    """Tasks, each with a source port of which a connection is its."""
+    packed, called, port = netaddr.pack(source), netaddr.pack(address), state.frontend.port
+    if state.options.affinity is Affinity.CLIENT_IP:  # all connections of a client are of one task
+        owner = table.slot(slot_of(hash_client(packed), table.size))[0]
+        yield state.targets[owner - OWNER_FIRST].backend, 0
+        return
+    missing = {OWNER_FIRST + i for i, target in enumerate(state.targets) if target.weight}
+    for _ in range(DRAWS * len(missing)):
+        if not missing:
+            return
+        own_port = random.randint(*PORTS)  # noqa: S311 -- spreads, guards nothing
+        owner = table.slot(slot_of(hash_flow(packed, own_port, called, port, int(Protocol.TCP)), table.size))[0]
+        if owner in missing and _is_free(source, own_port):
+            missing.discard(owner)
+            yield state.targets[owner - OWNER_FIRST].backend, own_port
+
+
+def _socket(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+
+
+def _is_free(source: Address, port: int) -> bool:
+    with _socket(source) as trial, contextlib.suppress(OSError):
+        trial.bind((str(source), port))
+        return True
+    return False
+
+
+def _source_towards(address: Address) -> Address | None:
+    """This node's address by which it calls another; None: there is no route."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((str(address), 9))
+        except OSError:
+            return None
+        return ipaddress.ip_address(sock.getsockname()[0])
+
+
+async def _called(call: _Call) -> str:
+    """Make a call, and close it. Empty: somebody took it; else why not, in words."""
+    loop = asyncio.get_running_loop()
+    with _socket(call.address) as sock:
+        try:
+            if call.port:
+                sock.bind((str(call.source), call.port))
+            async with asyncio.timeout(CONNECT):
+                await loop.sock_connect(sock, (str(call.address), call.to))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE):
+                    await loop.sock_recv(sock, 1)
+        except TimeoutError:
+            return "timed out"
+        except ConnectionRefusedError:
+            return "refused"
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # taken since it was chosen: nothing was shown
+                return ""
+            return "reset" if isinstance(error, ConnectionError) else os.strerror(error.errno or 0).lower()
+    return ""
