@@ -10,6 +10,8 @@ RETRIES_MOST: Final[int]
 # connect times by bucket, nanoseconds spent connecting
 Counts = tuple[int, int, int, int, int, tuple[int, ...], int, int, int, int, tuple[int, ...], int]
 
+def siphash(key: bytes, data: bytes) -> int: ...
+
 class Pair:
     def read(self) -> Counts: ...
 

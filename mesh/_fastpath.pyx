@@ -6,6 +6,8 @@ This module is its Python API; the engine itself is in mesh/fastpath/. All metho
 except `Pair.read`, `Front.read` and `Engine.totals`, which any thread may call at any time.
 """
 
+import os
+
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -14,6 +16,7 @@ from libc.string cimport memcpy, memset
 from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable
 from mesh.fastpath.counts cimport WIDTH, counters_new, counters_sum, gather
 from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
+from mesh.fastpath.siphash cimport mesh_siphash, mesh_siphash_key
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
 from mesh.fastpath.tables cimport backend_new, is_same_backend, prefixes_new, route_free, route_index
 from mesh.fastpath.types cimport (
@@ -22,6 +25,15 @@ from mesh.fastpath.types cimport (
 from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
 
 RETRIES_MOST = TRIES_MAX - 1
+
+
+def siphash(bytes key not None, const uint8_t[::1] data not None):
+    """SipHash-2-4 of `data` by a key of 16 bytes."""
+    cdef mesh_siphash_key secret
+    if len(key) != sizeof(secret):
+        raise ValueError("a key has 16 bytes")
+    memcpy(&secret, <const char *>key, sizeof(secret))
+    return mesh_siphash(&secret, &data[0] if data.shape[0] else NULL, data.shape[0])
 
 
 def read_columns(tuple things not None, tuple rows=None):
@@ -158,6 +170,8 @@ cdef class Engine:
         self.e.idle_ns = <uint64_t>(idle_timeout * 1e9)
         self.e.udp_idle_ns = <uint64_t>(udp_idle_timeout * 1e9)
         self.e.udp_max = udp_sessions
+        secret = os.urandom(sizeof(self.e.secret))
+        memcpy(&self.e.secret, <const char *>secret, sizeof(self.e.secret))
         self.e.connections_max = connections
         self.e.pipes_max = pipes
         first, last = ports

@@ -13,6 +13,7 @@ The extension modules hold no state of their own: everything hangs on an `engine
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from mesh._maglev cimport mesh_addr, mesh_flow
+from mesh.fastpath.siphash cimport mesh_siphash_key
 from mesh.fastpath.sys cimport (
     epoll_event, in6_addr, iovec, mmsghdr, pthread_cond_t, pthread_mutex_t, pthread_t, sockaddr_in6)
 
@@ -118,6 +119,7 @@ cdef struct totals:  # of one thread
     uint64_t accept_errors
     uint64_t udp_evictions
     uint64_t udp_dropped
+    uint64_t udp_chained  # sessions of other flows that were looked at in the table of sessions
     uint64_t pipe_failures
     uint64_t peer_connections  # peer_request over by other nodes
     uint64_t peer_foreign  # from addresses that are no node of the cluster
@@ -334,6 +336,7 @@ cdef struct engine:
     uint64_t idle_ns
     uint64_t udp_idle_ns
     int64_t udp_max
+    mesh_siphash_key secret  # of the tables of sessions: clients choose the keys
     int64_t connections_max
     int64_t pipes_max
     int64_t connections  # atomic, all threads

@@ -8,13 +8,14 @@ SO_REUSEPORT gives all datagrams of a flow to one thread. A reply has the addres
 from libc.stdint cimport uint16_t
 from libc.string cimport memcmp, memcpy, memset
 
-from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
+from mesh._maglev cimport mesh_addr, mesh_flow
 from mesh.fastpath.address cimport from_sockaddr, map_v4, named_owner
 from mesh.fastpath.choose cimport choose, hash_of, permitted
 from mesh.fastpath.failure cimport cause_of, is_scarce
 from mesh.fastpath.peer_acl cimport is_peer_node, local_backend
 from mesh.fastpath.proto cimport is_peer_probe, peer_datagram_head, peer_datagram_tag
 from mesh.fastpath.sessions cimport session_bury, session_find, session_link, session_new, session_touch, session_unlink
+from mesh.fastpath.siphash cimport mesh_siphash
 from mesh.fastpath.sys cimport (
     CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, EAGAIN, EINTR, EPOLLERR, EPOLLET, EPOLLIN,
     EPOLL_CTL_ADD, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, IP_PKTINFO, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_CLOEXEC,
@@ -240,7 +241,7 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     flow.protocol = 17
     if f.peers is not NULL and not peer_strip_head(w, d, i, &flow.source, tag):
         return NULL
-    key = mesh_hash_flow(&flow)
+    key = <uint32_t>mesh_siphash(&w.engine.secret, &flow, sizeof(flow))
     s = session_find(w, &flow, key, l)
     if s is not NULL and f.peers is not NULL and memcmp(s.tag, tag, TAG_SIZE) != 0:
         session_end(w, s)  # the source port was used by another session
