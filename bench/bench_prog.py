@@ -35,6 +35,7 @@ SAMPLES: Final = 15
 SIZES: Final = {  # of the flow tables, as by default
     "mesh_revnat": 524288,
     "mesh_flows": 262144,
+    "mesh_revnat_udp": 131072,
     "mesh_revnat_new": 65536,
     "mesh_flows_new": 65536,
 }

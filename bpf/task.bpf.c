@@ -96,7 +96,7 @@ int mesh_task(struct __sk_buff *skb)
 	if (result == PARSE_FRAGMENT && !fragment_ports(&p))
 		result = PARSE_FLOW;
 	if (likely(result == PARSE_FLOW)) {
-		reply = revnat_lookup(&p.flow);
+		reply = revnat_lookup(&p);
 		if (likely(reply && !(reply->ifindex & MESH_REVNAT_NODE)))
 			return forward_reply(skb, &p, reply);
 		if (!reply) {
@@ -133,7 +133,7 @@ int mesh_tunnel_reply(struct __sk_buff *skb)
 	}
 	if (result != PARSE_FLOW && (result != PARSE_FRAGMENT || fragment_ports(&p)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
-	reply = revnat_lookup(&p.flow);
+	reply = revnat_lookup(&p);
 	if (!reply || !(reply->ifindex & MESH_REVNAT_NODE))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	action = prepare_reply(skb, &p, reply, &d);

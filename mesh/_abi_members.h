@@ -53,6 +53,7 @@ static const struct mesh_member mesh_revnat_members[] = {
 	ADDRESS(mesh_revnat, called), ADDRESS(mesh_revnat, client), NETWORK(mesh_revnat, called_port),
 	HOST(mesh_revnat, flags),     HOST(mesh_revnat, ifindex),   HOST(mesh_revnat, frontend),
 	HOST(mesh_revnat, owner),     HOST(mesh_revnat, epoch),     HOST(mesh_revnat, stamp),
+	HOST(mesh_revnat, sequence),
 };
 static const struct mesh_member mesh_counts_members[] = {
 	HOST(mesh_counts, packets_in), HOST(mesh_counts, bytes_in), HOST(mesh_counts, packets_out),

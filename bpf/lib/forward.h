@@ -61,8 +61,8 @@ INLINE int fragment_ports(struct packet *p)
 	return 0;
 }
 
-/* The tuple by which the task sees the flow. Returns MESH_REVNAT_* flags. */
-INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
+/* The tuple by which the task sees the flow. */
+INLINE void task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
 {
 	struct mesh_config *node;
 
@@ -70,14 +70,15 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
 	to->source_port = p->flow.source_port;
 	to->destination = backend->address;
 	to->destination_port = backend->port;
-	to->pad = 0;
+	to->flags = to->pad = 0;
 	if (from != FROM_TASK)
-		return 0;
+		return;
+	to->flags = MESH_REVNAT_PEER;
 	node = config();
 	if (!node || !same_address(&to->source, &to->destination))
-		return MESH_REVNAT_PEER;
+		return;
 	to->source = p->version == 4 ? node->hairpin : node->hairpin6;
-	return MESH_REVNAT_PEER | MESH_REVNAT_HAIRPIN;
+	to->flags |= MESH_REVNAT_HAIRPIN;
 }
 
 /* A packet whose owner is a task of another node. A container's own address means nothing there: it belongs to this
@@ -110,7 +111,6 @@ INLINE int pass_to_host(const struct packet *p, const struct lb_choice *c)
 INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, int from)
 {
 	struct tuple to;
-	__u16 flags;
 
 	if (unlikely(is_remote(c->backend)))
 		return forward_to_node(skb, p, c, from);
@@ -120,8 +120,8 @@ INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb
 		return pass_to_host(p, c);
 	if (unlikely(p->ttl <= 1))
 		return REJECT(MESH_VERDICT_EXPIRED);
-	flags = task_tuple(&to, p, c->backend, from);
-	if (!c->recent && unlikely(revnat_update(p, c, &to, skb->ifindex, flags))) {
+	task_tuple(&to, p, c->backend, from);
+	if (!c->recent && unlikely(revnat_update(skb, p, c, &to, skb->ifindex))) {
 		count_failed_start(p, c->frontend, FAILURE(collision));
 		return REJECT(MESH_VERDICT_COLLISION);
 	}

@@ -77,7 +77,8 @@ struct tuple {
 	struct mesh_addr destination;
 	__be16 source_port;
 	__be16 destination_port;
-	__u32 pad;
+	__u16 flags; /* MESH_REVNAT_* of the entry */
+	__u16 pad;
 };
 
 INLINE __u32 header_length(const struct packet *p)

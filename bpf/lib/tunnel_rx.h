@@ -63,7 +63,7 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	c.frontend = frontend_at(&p->flow, word);
 	task_tuple(&to, p, c.backend, 0);
-	if (revnat_update(p, &c, &to, MESH_REVNAT_NODE | node->id, 0)) {
+	if (revnat_update(skb, p, &c, &to, MESH_REVNAT_NODE | node->id)) {
 		count_failed_start(p, c.frontend, FAILURE(collision));
 		return REJECT(MESH_VERDICT_COLLISION);
 	}
@@ -98,8 +98,8 @@ static __noinline int tunnel_rx_icmp(struct __sk_buff *skb, struct packet *p, st
 }
 
 /* Whether a flow's packets go to an owner on that node: no other node answers them. The called address may have left
- * this node since. */
-static __noinline int is_reply_from(struct mesh_flow *flow, struct mesh_addr *node)
+ * this node since. `goes_on`: the reply proves that the flow exists. */
+static __noinline int is_reply_from(struct mesh_flow *flow, struct mesh_addr *node, int goes_on)
 {
 	struct lb_choice c = {.trusted = 1};
 	__u32 word;
@@ -113,8 +113,9 @@ static __noinline int is_reply_from(struct mesh_flow *flow, struct mesh_addr *no
 	lb_choose(flow, &c);
 	if (!c.backend || !is_remote(c.backend) || !same_address(&c.backend->address, node))
 		return 0;
-	if (unlikely(c.asked)) {
+	if (unlikely(c.asked || (goes_on && c.note == NOTE_PROMOTE))) {
 		c.asked = 0;
+		c.recent = goes_on != 0;
 		if (c.noted)
 			c.noted->frontend = c.frontend;
 		flow_cache_update(flow, &c);
@@ -146,9 +147,10 @@ INLINE int flow_of_reply(struct __sk_buff *skb, const struct packet *p, int resu
 static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from, int result)
 {
 	struct mesh_flow flow = {};
+	int goes_on = result == PARSE_FLOW && !p->fragment && !(p->tcp_flags & (TCP_SYN | TCP_RST));
 	__u32 ifindex;
 
-	if (flow_of_reply(skb, p, result, &flow) || !is_reply_from(&flow, &from->node) ||
+	if (flow_of_reply(skb, p, result, &flow) || !is_reply_from(&flow, &from->node, goes_on) ||
 	    is_local(&p->flow.destination))
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
 	if (p->ttl <= 1)

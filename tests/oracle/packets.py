@@ -22,6 +22,7 @@ NONE, PASS, FIRST = 0, 1, 2
 TRACKED = 0x80000000
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 NEVER, UDP_GRACE = 0, 64  # MESH_ORPHAN_*
+PROOF_WINDOW = 1 << 17  # how far behind a task's first sequence number an acknowledgement may be
 
 
 @dataclass
@@ -151,12 +152,21 @@ class Model:
             p = replace(p, kind="flow", sport=known[0], dport=known[1])
         if p.kind == "flow":
             key = (p.destination, p.dport, p.source, p.sport, p.protocol)
-            reply = self.replies.get(key) or self.openings.get(key)
+            reply = self.replies.get(key) or self._goes_on(p, key)
             if reply:
                 return self._reply(p, frame, reply)
         if p.kind == "icmp" and (out := self._error_of_task(p, frame)):
             return out
         return self._client(p, frame, from_task=True)
+
+    def _goes_on(self, p: Packet, key: Flow) -> Reply | None:
+        """The entry of a flow that is not proven; a task's segment other than SYN and RST proves it."""
+        opening = self.openings.get(key)
+        if opening is None or p.protocol != TCP or p.fragment or p.flags & (SYN | RST) or opening.closed == 3:
+            return opening
+        opening.opened |= opening.answered
+        self.replies[key] = self.openings.pop(key)
+        return opening
 
     def _client(self, p: Packet, frame: bytes, *, from_task: bool) -> Outcome:
         untouched = Outcome(OK, "", frame)
@@ -239,16 +249,30 @@ class Model:
                 self._sent_again(opening, made)
             self.openings[key] = made
             return True
-        self.openings.pop(key, None)
         made.closed = closed
-        made.opened = known and not closed & 1
-        if not p.flags & RST:
+        if p.flags & RST:
+            self.openings.pop(key, None)
+        elif p.protocol == TCP and not (known and opening is not None and self._is_proof(p, opening)):
+            if known and opening is not None:
+                opening.closed |= closed
+            else:
+                self.openings[key] = made
+        else:
+            self.openings.pop(key, None)
+            made.opened = not closed & 1
             self.replies[key] = made
         return True
+
+    @staticmethod
+    def _is_proof(p: Packet, opening: Reply) -> bool:
+        """Whether a client's segment acknowledges what the task answered to its start."""
+        behind = (p.acknowledged - opening.sequence - 1) % (1 << 32)
+        return opening.answered and bool(p.flags & ACK) and not p.fragment and behind < PROOF_WINDOW
 
     def _sent_again(self, opening: Reply, made: Reply) -> None:
         """A client sends its SYN again. If its task has said nothing, the node that the client called counts it."""
         made.refused, made.answered, made.unanswered = opening.refused, opening.answered, opening.unanswered
+        made.sequence = opening.sequence
         if not (made.refused or made.answered or made.unanswered or self.source):
             made.unanswered = True
             self.failures[made.frontend, "UNANSWERED"] += 1
@@ -258,7 +282,8 @@ class Model:
             return Outcome(SHOT, "EXPIRED")
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
-        reply.answered |= bool(p.flags & SYN)
+        if p.flags & SYN and not p.fragment:
+            reply.answered, reply.sequence = True, p.sequence
         if self._is_first_refusal(p, frame, reply):
             return Outcome(SHOT, "RESET_HELD")
         reply.closed |= 3 if p.flags & RST else 2 if p.flags & FIN else 0

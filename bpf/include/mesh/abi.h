@@ -179,7 +179,7 @@ _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 #define MESH_REVNAT_UNANSWERED 0x80u       /* counted as unanswered */
 #define MESH_REVNAT_NODE       0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
-/* Value of mesh_revnat and mesh_revnat_new. */
+/* Value of mesh_revnat, mesh_revnat_udp and mesh_revnat_new. */
 struct mesh_revnat {
 	struct mesh_addr called; /* the address that the client called */
 	struct mesh_addr client; /* the client's own address */
@@ -189,9 +189,10 @@ struct mesh_revnat {
 	__u32 frontend;
 	__u32 owner;
 	__u32 epoch;
-	__u32 stamp; /* when the client was last heard, MESH_STAMP_SHIFT */
+	__u32 stamp;    /* when the client was last heard, MESH_STAMP_SHIFT */
+	__u32 sequence; /* of the task's SYN-ACK, if MESH_REVNAT_ANSWERED */
 };
-_Static_assert(sizeof(struct mesh_revnat) == 56, "mesh_revnat is 56 bytes");
+_Static_assert(sizeof(struct mesh_revnat) == 60, "mesh_revnat is 60 bytes");
 
 /* Per-CPU counters of one frontend or one backend. */
 struct mesh_counts {

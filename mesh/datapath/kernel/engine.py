@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from mesh import _bpf
 from mesh._abi import ABI_VERSION
@@ -39,6 +40,8 @@ from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Netlink
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend
+
+UDP_SHARE: Final = 4  # mesh_revnat_udp has a fourth as many entries as mesh_revnat
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,11 @@ class KernelDatapath:
     def _build(self, directory: Path, names: Names) -> Parts:
         """Load the programs over the maps pinned in `directory`, and make the parts that work on them."""
         config, start = self._config, self._threads.enter_context
-        sizes = {"mesh_flows": config.flow_cache, "mesh_revnat": config.max_replies}
+        sizes = {
+            "mesh_flows": config.flow_cache,
+            "mesh_revnat": config.max_replies,
+            "mesh_revnat_udp": max(1024, config.max_replies // UDP_SHARE),
+        }
         programs, loaded = loader.load(directory, sizes, xdp.objects(config))
         maps = KernelMaps(loaded, directory)
         self._resources.callback(maps.close)

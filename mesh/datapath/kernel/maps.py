@@ -21,7 +21,8 @@ from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
 
 CARRIED: Final = {  # maps that are copied from the pins of another build: name -> former name
     "mesh_nodes": "mesh_nodes",
-    "mesh_revnat": "mesh_replies",
+    "mesh_revnat": "mesh_replies",  # with UDP flows, which have a map of their own now
+    "mesh_revnat_udp": "mesh_revnat_udp",
     "mesh_revnat_new": "mesh_openings",
 }
 
@@ -294,7 +295,8 @@ class KernelMaps:
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
         """(protocol, flags, stamp) of all of reverse NAT, except for backends that are gone; any thread."""
-        keys, values = self._maps["mesh_revnat"].dump()
+        dumps = [self._maps[name].dump() for name in ("mesh_revnat", "mesh_revnat_udp")]
+        keys, values = (b"".join(parts) for parts in zip(*dumps, strict=True))
         names = ("owner", "epoch", "flags", "stamp")
         columns = [_abi.FLOW.column("protocol", keys), *(_abi.REVNAT.column(name, values) for name in names)]
         for protocol, owner, epoch, flags, stamp in zip(*columns, strict=True):
@@ -314,8 +316,23 @@ class KernelMaps:
             if pin is None:
                 continue
             source, target = _bpf.Map.open(str(pin)), self._maps[name]
-            if (source.key_size, source.value_size) == (target.key_size, target.value_size):
+            mixed = name == "mesh_revnat" and not (other / "mesh_revnat_udp").exists()
+            if source.key_size != target.key_size or source.value_size > target.value_size:
+                continue
+            if mixed or source.value_size < target.value_size:
+                self._convert(name, source, target.value_size - source.value_size)
+            else:
                 target.update_batch(*source.dump())
+
+    def _convert(self, name: str, source: _bpf.Map, grown: int) -> None:
+        """Copy a map of a build whose struct was `grown` bytes shorter: members are added at the end, and mean unknown
+        by zeros. mesh_revnat had UDP flows as well."""
+        rows: dict[str, list[tuple[bytes, bytes]]] = {}
+        for key, value in source.rows():
+            udp = name == "mesh_revnat" and _abi.FLOW.load("protocol", key) == Protocol.UDP
+            rows.setdefault("mesh_revnat_udp" if udp else name, []).append((key, value + bytes(grown)))
+        for into, pairs in rows.items():
+            self._maps[into].update_batch(b"".join(k for k, _ in pairs), b"".join(v for _, v in pairs))
 
     def close(self) -> None:
         """Close the descriptors; pinned maps stay."""
