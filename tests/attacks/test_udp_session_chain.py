@@ -41,7 +41,7 @@ def chained(datapath: ProxyDatapath) -> int:
 
 def test_chosen_ports_do_not_make_long_chains() -> None:
     server, front = UdpServer("a"), udp()
-    with engine(threads=1, udp_sessions=BUCKETS) as mesh:
+    with engine(threads=1, udp_max_sessions=BUCKETS) as mesh:
         mesh.serve({front: {"a": server.where}})
         for source in itertools.islice(colliding(front.port), SESSIONS):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -40,7 +40,8 @@ def slow(key: bytes, data: bytes) -> int:
             v[2] = turn(v[2], 32)
 
     k = [int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")]
-    v = [k[i % 2] ^ word for i, word in enumerate(int.from_bytes(b"somepseudorandomlygeneratedbytes"[i : i + 8], "big") for i in range(0, 32, 8))]
+    text = b"somepseudorandomlygeneratedbytes"
+    v = [k[i % 2] ^ int.from_bytes(text[8 * i : 8 * i + 8], "big") for i in range(4)]
     padded = data + bytes(7 - len(data) % 8) + bytes([len(data) & 0xFF])
     for at in range(0, len(padded), 8):
         word = int.from_bytes(padded[at : at + 8], "little")
