@@ -39,12 +39,8 @@ struct kind {
 };
 
 static const struct kind kinds[] = {
-	{"syn", {TH_SYN}, 0},
-	{"ack", {TH_ACK}, 0},
-	{"fin", {TH_FIN | TH_ACK}, 0},
-	{"rst", {TH_RST}, 0},
-	{"pair", {TH_SYN, TH_ACK}, 0},
-	{"acks", {TH_ACK, TH_ACK}, 0},
+	{"syn", {TH_SYN}, 0}, {"ack", {TH_ACK}, 0},          {"fin", {TH_FIN | TH_ACK}, 0},
+	{"rst", {TH_RST}, 0}, {"pair", {TH_SYN, TH_ACK}, 0}, {"acks", {TH_ACK, TH_ACK}, 0},
 	{"udp", {0, 1}, 1},
 };
 

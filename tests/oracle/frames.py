@@ -112,6 +112,8 @@ def parse_v6(frame: bytes) -> Packet:
 def ports(p: Packet, frame: bytes, rest: int) -> Packet:
     if rest < (20 if p.protocol == TCP else 8):
         p.kind = "malformed"
+        if p.protocol == TCP and rest >= 4:
+            p.sport, p.dport = be16(frame, p.l4), be16(frame, p.l4 + 2)
         return p
     p.sport, p.dport = be16(frame, p.l4), be16(frame, p.l4 + 2)
     if p.protocol == TCP:

@@ -34,6 +34,7 @@ class Reply:
     refused: bool = False  # by the task, and the client was not told
     answered: bool = False  # the task has answered the start
     sequence: int = 0  # by which it has
+    stamp: int = 0  # when it began
     unanswered: bool = False  # counted as such
     frontend: int = 0
 
