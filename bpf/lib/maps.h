@@ -149,8 +149,8 @@ struct {
 /* Reverse NAT: what the client called, by (client, backend). Written by programs; the agent sets max_entries at load.
  *
  * TCP flows whose client has shown that it gets the task's packets, or whose task has gone on with them: no flood from
- * invented addresses gets in, so that none evicts them. The entry of a closed flow stays for late packets: the agent deletes entries that have both MESH_REVNAT_FIN flags
- * and are a minute old, and the LRU evicts what it misses. */
+ * invented addresses gets in, so that none evicts them. The entry of a closed flow stays for late packets: the agent
+ * deletes entries that have both MESH_REVNAT_FIN flags and are a minute old, and the LRU evicts what it misses. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 524288);
@@ -287,7 +287,8 @@ struct {
 	__type(value, struct mesh_sk_revnat);
 } mesh_sk_revnat SEC(".maps");
 
-/* Socket hooks, unconnected UDP: what was called, by (socket, backend). Written by programs. */
+/* Socket hooks, UDP: what was called, by (socket, backend). Written by programs; the agent looks up connected sockets.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
@@ -357,9 +358,12 @@ INLINE int is_local(const struct mesh_addr *address)
 /* The reverse NAT entry of a flow that has proved itself, or NULL. */
 INLINE struct mesh_revnat *revnat_proven(const struct mesh_flow *key)
 {
-	if (key->protocol == IPPROTO_UDP) {
-		barrier(); /* two look-ups, each of a map that the kernel knows: it inlines them */
-		return bpf_map_lookup_elem(&mesh_revnat_udp, key);
+	struct mesh_revnat *reply;
+
+	if (unlikely(key->protocol == IPPROTO_UDP)) {
+		reply = bpf_map_lookup_elem(&mesh_revnat_udp, key);
+		barrier_var(reply); /* two calls stay two: the kernel inlines those whose map it knows */
+		return reply;
 	}
 	return bpf_map_lookup_elem(&mesh_revnat, key);
 }

@@ -15,6 +15,7 @@
  */
 #define REUSE_TCP 8192u
 #define REUSE_UDP 64u
+#define OVERDUE   2u /* how long, at least, a TCP flow that is not proven keeps its entry from others */
 
 /* How far behind the start of the task's answer a client's acknowledgement may be to prove that it got that: what a
  * task sends before it has heard from the client, ten segments (RFC 6928) of jumbo frames. A guess is right once in
@@ -86,6 +87,12 @@ INLINE int revnat_is_reusable(const struct mesh_revnat *reply, const struct pack
 	__u32 limit = p->flow.protocol == IPPROTO_TCP ? REUSE_TCP : REUSE_UDP;
 
 	return !is_current(reply, c) || (reply->flags & REVNAT_CLOSED) == REVNAT_CLOSED || now - reply->stamp >= limit;
+}
+
+/* Whether a TCP flow is not proven in time. Anybody can have forged its start. */
+INLINE int is_overdue(const struct mesh_revnat *opening, const struct packet *p, __u32 now)
+{
+	return p->flow.protocol == IPPROTO_TCP && now - opening->stamp >= OVERDUE;
 }
 
 INLINE struct recent *recent_of(const struct lb_choice *c)
@@ -191,13 +198,14 @@ INLINE void revnat_wait(const struct mesh_flow *key, const struct mesh_revnat *m
 		bpf_map_update_elem(&mesh_revnat_new, key, made, BPF_ANY);
 		return;
 	}
-	opening->stamp = made->stamp;
 	opening->ifindex = made->ifindex;
+	opening->veth = made->veth;
 	if (made->flags & REVNAT_CLOSED)
 		revnat_add_flags(opening, made->flags & REVNAT_CLOSED);
 }
 
-/* The first packet of a flow, or the first since its entry was lost: create one. Returns -1 on collision. */
+/* The first packet of a flow, or the first since its entry was lost: create one. Returns -1 on collision, 1 where the
+ * other flow is not proven: the client is to try again. */
 static __noinline int revnat_create(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, struct tuple *to,
 				    __u32 ifindex)
 {
@@ -216,12 +224,13 @@ static __noinline int revnat_create(struct __sk_buff *skb, struct packet *p, str
 	made.frontend = c->frontend;
 	made.owner = c->owner;
 	made.epoch = c->backend->epoch;
+	made.veth = c->backend->ifindex;
 	made.stamp = stamp_now();
 	opening = bpf_map_lookup_elem(&mesh_revnat_new, &key);
 	if (opening) {
 		known = calls_same(opening, p) && is_current(opening, c);
-		if (!known && !revnat_is_reusable(opening, p, c, made.stamp))
-			return -1;
+		if (!known && !revnat_is_reusable(opening, p, c, made.stamp) && !is_overdue(opening, p, made.stamp))
+			return p->flow.protocol == IPPROTO_TCP ? 1 : -1;
 	}
 	if (c->start || (!known && p->flow.protocol == IPPROTO_UDP)) {
 		if (p->flow.protocol == IPPROTO_UDP) {
@@ -231,6 +240,8 @@ static __noinline int revnat_create(struct __sk_buff *skb, struct packet *p, str
 		if (known) {
 			made.flags |= flags_sent_again(opening, c->frontend, ifindex);
 			made.sequence = opening->sequence;
+			if (p->flow.protocol == IPPROTO_TCP)
+				made.stamp = opening->stamp; /* for is_overdue */
 		}
 		bpf_map_update_elem(&mesh_revnat_new, &key, &made, BPF_ANY);
 		return 0;
@@ -256,7 +267,7 @@ static __noinline int revnat_create(struct __sk_buff *skb, struct packet *p, str
 }
 
 /* The client's packet of a flow that goes to `c->backend` as `to`: see that replies find their way back. Returns -1
- * where the task would mistake the flow for another one of the same client. */
+ * where the task would mistake the flow for another one of the same client, 1 where it might. */
 INLINE int revnat_update(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, struct tuple *to, __u32 ifindex)
 {
 	struct mesh_revnat *reply;
@@ -270,6 +281,8 @@ INLINE int revnat_update(struct __sk_buff *skb, struct packet *p, struct lb_choi
 			reply->stamp = now;
 		if (reply->ifindex != ifindex)
 			reply->ifindex = ifindex;
+		if (reply->veth != c->backend->ifindex)
+			reply->veth = c->backend->ifindex;
 		recent_set(c, now);
 		c->recent = 1;
 		if (p->tcp_flags & (TCP_FIN | TCP_RST))
@@ -299,8 +312,28 @@ INLINE void answer_came(const struct mesh_flow *flow)
 	bpf_map_delete_elem(&mesh_revnat_new, &key);
 }
 
-/* A task sends a segment of a flow that waits. Its kernel answers segments of no connection by resets and SYN-ACKs:
- * any other segment proves the flow. Returns its entry. */
+/* Whether a packet with a task's address comes from the task: on its bridge others may invent it. */
+INLINE int is_from_task(struct __sk_buff *skb, const struct mesh_revnat *reply)
+{
+	return !reply->veth || reply->veth == skb->ifindex;
+}
+
+/* Whether a task's segment shows that a flow that waits is a connection there. Its kernel answers segments of none by
+ * resets and SYN-ACKs, and those of one that has just been answered by acknowledgements that send nothing. */
+INLINE int goes_on(struct __sk_buff *skb, const struct packet *p, const struct mesh_revnat *opening)
+{
+	__be32 sequence;
+
+	if (p->flow.protocol != IPPROTO_TCP || p->fragment || (p->tcp_flags & (TCP_SYN | TCP_RST)))
+		return 0;
+	if (!(opening->flags & MESH_REVNAT_ANSWERED) || (p->tcp_flags & TCP_FIN))
+		return 1;
+	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)))
+		return 0;
+	return bpf_ntohl(sequence) != opening->sequence + 1;
+}
+
+/* Such a flow is proven. Returns its entry. */
 static __noinline struct mesh_revnat *revnat_goes_on(struct mesh_flow *key, struct mesh_revnat *opening)
 {
 	struct mesh_revnat made;
@@ -317,7 +350,7 @@ static __noinline struct mesh_revnat *revnat_goes_on(struct mesh_flow *key, stru
 }
 
 /* The entry of a packet that a task sends; NULL: it is no reply. */
-INLINE struct mesh_revnat *revnat_lookup(const struct packet *p)
+INLINE struct mesh_revnat *revnat_lookup(struct __sk_buff *skb, const struct packet *p)
 {
 	struct mesh_flow key = {
 		.source = p->flow.destination,
@@ -331,7 +364,7 @@ INLINE struct mesh_revnat *revnat_lookup(const struct packet *p)
 	if (likely(reply))
 		return reply;
 	reply = bpf_map_lookup_elem(&mesh_revnat_new, &key);
-	if (reply && p->flow.protocol == IPPROTO_TCP && !p->fragment && !(p->tcp_flags & (TCP_SYN | TCP_RST)))
+	if (reply && is_from_task(skb, reply) && goes_on(skb, p, reply))
 		return revnat_goes_on(&key, reply);
 	return reply;
 }

@@ -32,8 +32,7 @@ INLINE void answer(struct __sk_buff *skb, const struct packet *p, struct mesh_re
 {
 	__be32 sequence;
 
-	if (p->fragment ||
-	    bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)))
+	if (p->fragment || bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)))
 		return;
 	reply->sequence = bpf_ntohl(sequence);
 	if (!(reply->flags & MESH_REVNAT_ANSWERED))
@@ -116,7 +115,7 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
 	}
 	if (p->fragment == 1)
-		fragment_ports(p);
+		fragment_store(p);
 	if ((p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
 		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);

@@ -32,14 +32,16 @@ from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.locator import Locator
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.network import Follower, Network
+from mesh.datapath.kernel.path_mtu import PathMtuCheck
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, ensure_bpf_fs, netns_cookie, pin_home, remove_pins
 from mesh.datapath.kernel.publisher import Publisher
 from mesh.datapath.kernel.route_monitor import RouteMonitor
+from mesh.datapath.kernel.stale_sockets import StaleSockets
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Netlink
 from mesh.errors import DatapathError
-from mesh.model import EngineKind, Flow, Frontend
+from mesh.model import EngineKind, Flow, Frontend, Protocol
 
 UDP_SHARE: Final = 4  # mesh_revnat_udp has a fourth as many entries as mesh_revnat
 
@@ -57,6 +59,7 @@ class Parts:
     follower: Follower
     collector: Collector
     heartbeat: Heartbeat
+    stale: StaleSockets
 
 
 class KernelDatapath:
@@ -135,7 +138,9 @@ class KernelDatapath:
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
         follower = start(contextlib.closing(Follower(self._look, publisher.due)))
         start(contextlib.closing(RouteMonitor(loaded["mesh_fib_gen"])))
-        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat)
+        start(contextlib.closing(PathMtuCheck(loaded["mesh_nodes"], config.peer_port, self._owner.is_ours)))
+        stale = start(contextlib.closing(StaleSockets(loaded["mesh_udp_revnat"], maps.backends)))
+        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat, stale)
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
@@ -187,6 +192,8 @@ class KernelDatapath:
             self._applied = plan.result
             self._taking_over = False
             self._journal.drop(plan)
+            if any(gone.key.protocol == Protocol.UDP for gone in plan.drop_backends):
+                parts.stale.end()
             parts.network.forget(plan.drop_backends)
             self._switch(parts)
             self._fallback.apply(self._applied, parts.network.topology.addresses)
@@ -220,6 +227,8 @@ class KernelDatapath:
                 if parts.hooks.attached:
                     self._attach(parts)
                     self._fallback.apply(self._applied, parts.network.topology.addresses)
+            if not changed:
+                parts.stale.end()
         return True
 
     # ---- heartbeat ----
@@ -250,7 +259,7 @@ class KernelDatapath:
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
         parts, applied = self._opened(), self._applied
-        journal = [self._journal.problem] if self._journal.problem else []
+        journal = [problem for problem in (self._journal.problem, parts.stale.problem) if problem]
         network = parts.network.problems(applied.frontends, list(applied.backends.values()))
         return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network]
 

@@ -57,7 +57,12 @@ class KernelMaps:
         self._freed: list[tuple[float, int]] = []
         self._acls = 0
         self._tunnel: set[int] = set()  # offsets in mesh_ports of the ports where other nodes' flows come in
+        self._ruled: set[Frontend] = set()  # frontends with source rules
+        self._guarding: set[Frontend] = set()  # frontends with source rules, or UDP
+        self._settings = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
         self._restore()
+        for frontend, entry in self.served.items():
+            self._guard(frontend, rules=bool(entry.acl or entry.flags & _abi.FRONTEND_DENY))
 
     # ---- restore ----
 
@@ -109,7 +114,28 @@ class KernelMaps:
 
     def configure(self, config: _abi.Config) -> None:
         """Write the settings of the whole node."""
-        self._config.write(0, _abi.CONFIG.pack(config))
+        self._settings = config
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        guard = _abi.SETTING_GUARD if self._guarding else 0
+        settings = self._settings.settings & ~_abi.SETTING_GUARD | guard
+        self._config.write(0, _abi.CONFIG.pack(self._settings._replace(settings=settings)))
+
+    def _guard(self, frontend: Frontend, *, rules: bool, served: bool = True) -> None:
+        """Note whether a frontend has source rules, and whether packets with unknown ports may be meant for it and must
+        not pass then."""
+        held = bool(self._guarding)
+        guarding = served and (rules or frontend.protocol is Protocol.UDP)
+        (self._guarding.add if guarding else self._guarding.discard)(frontend)
+        (self._ruled.add if served and rules else self._ruled.discard)(frontend)
+        if held != bool(self._guarding):
+            self._write_settings()
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any frontend has source rules."""
+        return bool(self._ruled)
 
     def listen(self, port: int) -> None:
         """Accept other nodes' flows at this UDP port and at no other; 0: at none."""
@@ -191,6 +217,7 @@ class KernelMaps:
             raise ValueError(f"{frontend} has no table yet")
         acl = self._put_rules(rules) if rules is not None else (held.acl if held else 0)
         number = held.id if held else self._new_id(frontend)
+        self._guard(frontend, rules=bool(acl or flags & _abi.FRONTEND_DENY))
         place, options = codec.frontend_words(table, flags, acl)
         if held is None or (flags, acl) != (held.flags, held.acl):
             self._frontends.store64(number * FRONTEND.size + _abi.FRONTEND_OPTIONS_WORD, options)
@@ -245,6 +272,7 @@ class KernelMaps:
         if held is None:
             return
         self._unpublish(frontend)
+        self._guard(frontend, rules=False, served=False)
         del self.served[frontend]
         self._freed.append((time.monotonic() + GRACE, held.id))
         self.arenas.retire(held.table)
