@@ -106,6 +106,7 @@ class ClusterProvider:
             on_verdicts=self._on_verdicts,
             on_link=self._on_link,
             on_content=self._on_content,
+            is_manager=self._is_manager,
         )
         self._pass_on_soon = Soon(self._pass_on)
         self._liveness = FailureDetector(self._port, self._address_of, self._pass_on_soon.ask)
@@ -128,10 +129,18 @@ class ClusterProvider:
         )
 
     def _make_server(self, manager: bool) -> RelayServer:
+        server = RelayServer(
+            self._credentials,
+            self._port,
+            engine=self._engine,
+            manager=manager,
+            on_report=self._on_report,
+            on_node=self._liveness.on_node,
+        )
+        if self._inventory is not None:
+            server.know(self._inventory)
         if not manager:
-            return RelayServer(self._credentials, self._port, engine=self._engine, manager=False)
-        on_report, on_node = self._on_report, self._liveness.on_node
-        server = RelayServer(self._credentials, self._port, engine=self._engine, on_report=on_report, on_node=on_node)
+            return server
         self._followers = {node: said for node, said in self._followers.items() if node == self._local.look.node}
         server.share(self._drains.entries, self._followers)
         return server
@@ -264,6 +273,11 @@ class ClusterProvider:
         found = self._fixed or sorted((host, self._port) for host in managers.values())
         return [place for place in found if place[0] != own]
 
+    def _is_manager(self, node: str) -> bool:
+        """Whether a node whose certificate says so is a manager still, by the local Engine's word, where it has one."""
+        managers = self._local.look.managers
+        return bool(self._fixed) or not all(managers) or node in managers
+
     def _on_verdicts(self, view: HealthView) -> None:
         if not self._roles.reads:
             self._verdicts.told(view)
@@ -281,10 +295,10 @@ class ClusterProvider:
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
-        server = self._roles.server
+        server, listener = self._roles.server, self._roles.listener
         self._verdicts.arrive(inventory, hold=server is not None)
-        if server is not None:
-            server.know(inventory)
+        if listener is not None:
+            listener.know(inventory)
         self._changed.set()
         self._merge()
         if not self._roles.reads:
@@ -373,6 +387,8 @@ class ClusterProvider:
             )
             self._follow_drains({**self._followers, self._local.look.node: self._report.follower})
             self._roles.look_again()
+            if self._roles.listener is not None:
+                self._roles.listener.block(self._swarm.revoked)
             await self._relay.report(self._report)
             await asyncio.sleep(0.02)  # a burst is two reports: the first of it is waited for
             with contextlib.suppress(TimeoutError):
