@@ -8,7 +8,7 @@ lines that look like the program's own, letters in another order. So whatever le
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -39,3 +39,17 @@ def printable_all(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [printable_all(each) for each in value]
     return value
+
+
+class Printable:
+    """A text stream on which nothing that is written steers a terminal, whatever command writes it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """See io.TextIOBase.write."""
+        return self._stream.write(printable(text, keep="\n\t"))
