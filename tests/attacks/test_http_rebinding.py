@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A web page reads the whole state at the HTTP port, by a name that it makes mean 127.0.0.1: DNS rebinding (item 20)."""
+"""A web page reads the whole state at the HTTP port by a name that it makes mean 127.0.0.1: DNS rebinding (item 20)."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ def closed(sock: socket.socket) -> bool:
         return True
 
 
-@pytest.mark.parametrize(("number", "addresses"), [(2 * MOST, MOST), (2 * Bounds().per_address, 1)], ids=["many addresses", "one address"])
+@pytest.mark.parametrize(
+    ("number", "addresses"), [(2 * MOST, MOST), (2 * Bounds().per_address, 1)], ids=["many addresses", "one address"]
+)
 async def test_silent_connections_are_bounded_and_members_get_in(tmp_path: Path, number: int, addresses: int) -> None:
     authority = Authority(tmp_path)
     member = context_of(authority.node("n1", role="swarm-worker"))
