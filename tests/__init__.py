@@ -7,6 +7,7 @@ engines   both engines, the daemon and the command as processes, in namespaces o
 swarm     real dockerds; all modules share one swarm of one, of three and of five nodes, and the agents on them
 scenarios golden: what an inventory makes of the kernel engine's maps, as text
 guest     Debian's stock kernel in qemu
+attacks   what an audit has shown, each in a file that a reader can run against a build
 oracle    reference models in plain Python
 support   what tests share: lab, daemon, polling, frames
 

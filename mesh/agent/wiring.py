@@ -281,5 +281,5 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         provider=provider,
         paths=paths,
         view=view,
-        servers=Servers(view, config.http_listen, state_dir),
+        servers=Servers(view, config.http_listen, state_dir, [each for each in config.http_hosts.split(",") if each]),
     )

@@ -113,6 +113,7 @@ class ClusterProvider:
             on_verdicts=self._on_verdicts,
             on_link=self._on_link,
             on_content=self._on_content,
+            is_manager=self._is_manager,
         )
         self._pass_on_soon = Soon(self._pass_on)
         self._liveness = FailureDetector(self._port, self._address_of, self._pass_on_soon.ask)
@@ -136,17 +137,19 @@ class ClusterProvider:
         )
 
     def _make_server(self, manager: bool) -> RelayServer:
-        engine, questions = self._engine, Questions(self._answers, self._pass_question)
-        if not manager:
-            return RelayServer(self._credentials, self._port, engine=engine, manager=False, questions=questions)
         server = RelayServer(
             self._credentials,
             self._port,
-            engine=engine,
+            engine=self._engine,
+            manager=manager,
             on_report=self._on_report,
             on_node=self._liveness.on_node,
-            questions=questions,
+            questions=Questions(self._answers, self._pass_question),
         )
+        if self._inventory is not None:
+            server.know(self._inventory)
+        if not manager:
+            return server
         self._followers = {node: said for node, said in self._followers.items() if node == self._local.look.node}
         server.share(self._drains.entries, self._followers)
         return server
@@ -289,6 +292,11 @@ class ClusterProvider:
         found = self._fixed or sorted((host, self._port) for host in managers.values())
         return [place for place in found if place[0] != own]
 
+    def _is_manager(self, node: str) -> bool:
+        """Whether a node whose certificate says so is a manager still, by the local Engine's word, where it has one."""
+        managers = self._local.look.managers
+        return bool(self._fixed) or not all(managers) or node in managers
+
     def _on_verdicts(self, view: HealthView) -> None:
         if not self._roles.reads:
             self._verdicts.told(view)
@@ -306,10 +314,10 @@ class ClusterProvider:
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
-        server = self._roles.server
+        server, listener = self._roles.server, self._roles.listener
         self._verdicts.arrive(inventory, hold=server is not None)
-        if server is not None:
-            server.know(inventory)
+        if listener is not None:
+            listener.know(inventory)
         self._changed.set()
         self._merge()
         if not self._roles.reads:
@@ -398,6 +406,8 @@ class ClusterProvider:
             )
             self._follow_drains({**self._followers, self._local.look.node: self._report.follower})
             self._roles.look_again()
+            if self._roles.listener is not None:
+                self._roles.listener.block(self._swarm.revoked)
             await self._relay.report(self._report)
             await asyncio.sleep(0.02)  # a burst is two reports: the first of it is waited for
             with contextlib.suppress(TimeoutError):

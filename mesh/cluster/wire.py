@@ -21,7 +21,9 @@ VERSION: Final = 2
 OLDEST: Final = 1
 CHANGES: Final = 2  # the version from which a report may tell of digests only what has changed
 SOURCE: Final = "relay"  # `source` of an inventory received over the relay
-MAX_MESSAGE: Final = 32 << 20  # bytes; a snapshot of 10,000 backends has about 2 MB
+MAX_MESSAGE: Final = 32 << 20  # bytes, from a manager; a snapshot of 10,000 backends has about 2 MB
+MAX_REPORT: Final = 2 << 20  # bytes, to a manager; a report with the digests of 10,000 frontends has about 0.3 MB
+MAX_DIGESTS: Final = 1 << 16  # frontends of a report
 
 
 class WireError(MeshError):

@@ -66,6 +66,11 @@ class Config:
         30.0, "seconds between full reads of the swarm while its changes are announced"
     )
     http_listen: str = _key("127.0.0.1:9550", "address of metrics, health and state (HTTP); empty: off")
+    http_hosts: str = _key(
+        "",
+        "names and addresses by which HTTP may be called besides localhost, the host's name and its addresses, comma "
+        "separated",
+    )
     intercept: str = _key(
         "auto",
         "proxy engine: how it gets connections; auto: nft on a Docker host, else bind",

@@ -14,8 +14,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mesh"
 
 LAYERS = (
-    {"model", "errors", "netaddr", "_layout", "_abi", "_linux", "__init__"},
-    {"config", "supervisor", "incremental", "options", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"},
+    {"model", "errors", "netaddr", "text", "_layout", "_abi", "_linux", "__init__"},
+    {
+        "config",
+        "supervisor",
+        "incremental",
+        "listener",
+        "options",
+        "_maglev",
+        "_bpf",
+        "_libbpf",
+        "_fastpath",
+        "fastpath",
+    },
     {"providers", "datapath"},
     {"cluster", "health", "reconcile", "metrics"},
     {"api"},
@@ -30,7 +41,7 @@ CONTRACTS = {"mesh.providers.base", "mesh.datapath.base", "mesh.datapath.counter
 """Modules that a layer may know of its neighbours, and that `mesh.metrics` may know of `mesh.api`."""
 ENGINES = {"mesh._bpf": "mesh.datapath.kernel", "mesh._fastpath": "mesh.datapath.proxy"}
 EXTENSIONS = {"_layout", "_abi", "_linux", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"}
-STDLIB_ONLY = {"mesh.model", "mesh.errors"}
+STDLIB_ONLY = {"mesh.model", "mesh.errors", "mesh.text"}
 
 
 def part(module: str) -> str:

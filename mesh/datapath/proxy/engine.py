@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from mesh import netaddr
 from mesh._abi import OWNER_NONE, TABLE_SIZES
@@ -32,9 +31,13 @@ from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
+from mesh.listener import MOST
 from mesh.model import Affinity, EngineKind, Flow, Frontend, Network, Protocol, ProxyProtocol
 
-RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
+
+def reserved_descriptors(limit: int) -> int:
+    """For everything but forwarding: the relay has half of them at most (mesh.listener), whoever calls it."""
+    return max(256, min(limit // 4, 2 * MOST))
 
 
 def local_ports() -> tuple[int, int]:
@@ -93,10 +96,12 @@ class ProxyDatapath:
 
     def open(self) -> Applied:
         """Start the threads. Only sockets survive a proxy, so the result is always empty."""
-        descriptors = self._descriptor_limit() - RESERVED_DESCRIPTORS
+        limit = self._descriptor_limit()
+        reserved = reserved_descriptors(limit)
+        descriptors = limit - reserved
         if descriptors < 64:
             raise DatapathError(
-                f"only {descriptors + RESERVED_DESCRIPTORS} file descriptors are allowed",
+                f"only {limit} file descriptors are allowed",
                 remedy="raise the limit (LimitNOFILE= in the unit, or ulimit -Hn) to 1024 at least",
             )
         pipes = min(512, descriptors // 32)
@@ -104,7 +109,7 @@ class ProxyDatapath:
         wanted = self._config.max_connections or possible
         if wanted > possible:
             self._general = (
-                f"max_connections: {wanted} connections need {2 * wanted + RESERVED_DESCRIPTORS} file descriptors; the "
+                f"max_connections: {wanted} connections need {2 * wanted + reserved} file descriptors; the "
                 f"limit allows {possible} connections (raise LimitNOFILE=)",
             )
         self._limits = {"connections_limit": min(wanted, possible), "descriptors_limit": descriptors}

@@ -25,6 +25,7 @@ from mesh.providers.swarm.accepted import ACCEPTED_FILE, AcceptedFile
 from mesh.providers.swarm.decode import Answers, Decoder, Read
 from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.events import Overlay
+from mesh.providers.swarm.revoked import revoked
 from mesh.providers.swarm.watch import watch
 
 _QUIET_SECONDS: Final = 0.02  # minimum pause between the end of a read and the next
@@ -93,6 +94,7 @@ class SwarmProvider:
         self._watching = False
         self._hearing = False
         self._bell = _Bell()
+        self.revoked: frozenset[str] = frozenset()  # nodes whose certificates the swarm has revoked, as far as is known
         self._whole = 0.0  # when the last read of everything began, monotonic
         engine_url(config.docker_host)
 
@@ -106,6 +108,7 @@ class SwarmProvider:
                 group.create_task(self._read_forever(engine))
                 group.create_task(self._forever("events", lambda: self._hear(engine)))
                 group.create_task(self._forever("watch", self._watch))
+                group.create_task(self._follow_revoked())
         finally:
             await engine.close()
 
@@ -228,6 +231,15 @@ class SwarmProvider:
                     log.info("following changes announced by the swarm", doorbell="watch")
                     tasks = None  # noqa: PLW2901 -- nor what happened before
                 self._bell.ring(tasks)
+
+    async def _follow_revoked(self) -> None:
+        """Nodes that leave the inventory are noticed at once; this is for an inventory that is old."""
+        while True:
+            try:
+                self.revoked = await revoked(self._watch_socket, self._certificates)
+            except ProviderError as error:
+                log.debug("revoked certificates cannot be read", error=str(error))
+            await asyncio.sleep(self._config.docker_resync_interval)
 
     async def _forever(self, name: str, follow: Callable[[], Awaitable[None]]) -> None:
         """Follow a stream; when it ends, again: after a pause."""

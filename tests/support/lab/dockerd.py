@@ -254,6 +254,12 @@ class Swarm:
         address = f"{self.manager.address}:2377"
         node.docker("swarm", "join", "--token", token, "--advertise-addr", node.address, address)
 
+    def join_one(self, short: str) -> Node:
+        """A further worker that is not among `nodes`; whoever wants it removes it from the swarm and closes it."""
+        node = Node(self.lab, self.lab.host(short))
+        self._join(node, "worker")
+        return node
+
     @property
     def manager(self) -> Node:
         return self.nodes[self.asked]
