@@ -103,6 +103,7 @@ class ClusterProvider:
         self._inventory: Inventory | None = None  # as it was read or told
         self._published: Inventory | None = None
         self._addresses: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # of this node's backends
+        self._told_addresses: Latest[dict[str, wire.Follower], dict[str, str]] = Latest(operator.is_)  # of all nodes
         self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
         self._changed = asyncio.Event()  # something to report
         self._report = wire.Report({})  # this node's last
@@ -120,7 +121,7 @@ class ClusterProvider:
         self._verdicts = Verdicts(
             inventory=lambda: self._inventory,
             ended=self._ended,
-            addresses=lambda: self._addresses.of(self._published, _own_addresses),
+            addresses=lambda: self._told_addresses.of(self._followers, _all_addresses),
             hears=lambda node: self._roles.server is not None and node in self._roles.server.nodes,
             on_health=on_health,
             on_due=self._merge,
@@ -277,6 +278,7 @@ class ClusterProvider:
             self._followers = followers
             if (server := self._roles.server) is not None:
                 server.share(self._drains.entries, followers)
+            self._merge()  # the addresses that they tell
 
     # ---- what the local Engine and managers say ----
 
@@ -402,7 +404,9 @@ class ClusterProvider:
                 self._engine,
                 reads=reads,
                 drains=self._drains.entries,
-                follower=wire.Follower(digest(in_force), held),
+                follower=wire.Follower(
+                    digest(in_force), held, self._addresses.of(self._published, _own_addresses)
+                ),
             )
             self._follow_drains({**self._followers, self._local.look.node: self._report.follower})
             self._roles.look_again()
@@ -418,3 +422,8 @@ class ClusterProvider:
 def _own_addresses(inventory: Inventory | None) -> dict[str, str]:
     """Where this node reaches its own backends."""
     return {b.id: str(b.address) for b in (inventory or Inventory()).backends if b.local and b.address is not None}
+
+
+def _all_addresses(followers: Mapping[str, wire.Follower]) -> dict[str, str]:
+    """The same of all nodes that tell."""
+    return {backend: address for said in followers.values() for backend, address in said.addresses.items()}

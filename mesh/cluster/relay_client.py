@@ -359,5 +359,4 @@ def view_of(verdicts: dict[str, wire.HealthReport]) -> HealthView:
     return HealthView(
         {key: wire.health_of(verdict) for key, verdict in verdicts.items()},
         {key: verdict.reason for key, verdict in verdicts.items() if verdict.reason},
-        {key: verdict.address for key, verdict in verdicts.items() if verdict.address},
     )

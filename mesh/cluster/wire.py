@@ -82,21 +82,21 @@ class Drain(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Follower(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How an agent follows the drains: the digest of those in force there, and connections left by drained thing."""
+    """How an agent follows the drains: the digest of those in force there, and connections left by drained thing.
+
+    `addresses` are those of its node's backends there, to be shown to people; a build before tells none.
+    """
 
     digest: str = ""
     held: dict[str, int] = {}
+    addresses: dict[str, str] = {}
 
 
 class HealthReport(msgspec.Struct, array_like=True, frozen=True):
-    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS.
-
-    `address` is where its node reaches it, to be shown to people; empty from a build that does not tell.
-    """
+    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS."""
 
     health: str
     reason: str = ""
-    address: str = ""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):

@@ -135,7 +135,8 @@ struct mesh_backend {
 	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: the node's own */
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
 	__u8 version; /* on another node: the IP version that the tunnel carries to it, 4 or 6; 0: the peer port does */
-	__u8 handed;  /* on another node: 1 if its peer port is shown to take flows, so that calls of own processes go there */
+	__u8 handed;  /* on another node: 1 if its peer port is shown to take flows, so that calls of own processes go
+			 there */
 	__be64 seed;  /* not 0: on another node */
 	__u8 pad2[16];
 };
