@@ -15,7 +15,7 @@ from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable
 from mesh.fastpath.counts cimport WIDTH, counters_new, counters_sum, gather
 from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
-from mesh.fastpath.tables cimport backend_new, is_same_backend, prefixes_new, route_free, route_index
+from mesh.fastpath.tables cimport backend_new, is_same_backend, route_free, route_index, rules_fill
 from mesh.fastpath.types cimport (
     BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN, OP_YIELD,
     TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals, worker)
@@ -278,10 +278,21 @@ cdef class Engine:
         made.c.peers = &made.peers.c
         return made
 
-    def put_peer_acl(self, list nodes not None, list backends not None):
-        """Which nodes may hand flows over (16 bytes each), and for which backends: (tag, protocol, owner), sorted."""
+    def put_peer_acl(self, list nodes not None, list backends not None, list keys not None, bint require):
+        """Which nodes may hand flows over, and for which backends.
+
+        Args:
+            nodes: (16 bytes, whether it proves whatever it sends, whether it checks proofs).
+            keys: (number, 16 bytes) of those that are valid; this node proves by the first.
+            require: accept nothing unproven, whoever sends it.
+            backends: (tag, protocol, owner, allow, deny), sorted; the lists as those of `put_route`, for the clients
+                that other nodes name.
+        """
         cdef peer_acl *old = <peer_acl *>fp_load(&self.e.peer_acl)
-        fp_store(&self.e.peer_acl, peer_acl_new(nodes, backends))
+        cdef peer_acl *made
+        made = peer_acl_new(nodes, backends, keys, require)
+        made.serial = old.serial + 1 if old is not NULL else 1
+        fp_store(&self.e.peer_acl, made)
         if old is not NULL:
             self.old_peer_acls.append(<size_t>old)
 
@@ -345,8 +356,7 @@ cdef class Engine:
             way.count = i
             way.by_client = by_client
             way.announce = announce
-            way.allow = prefixes_new(allow, &way.allows)
-            way.deny = prefixes_new(deny, &way.denies)
+            rules_fill(&way.rules, allow, deny)
             route_index(way, table, self.index)
         except BaseException:
             route_free(way)

@@ -99,6 +99,19 @@ class EngineKind(enum.StrEnum):
         return cls(text) if text in cls._value2member_map_ else cls.UNKNOWN
 
 
+class ProofLevel(enum.IntEnum):
+    """How far a node proves to others that it is one (mesh.datapath.proof)."""
+
+    NONE = 0  # its build does not know proofs, or its agent has not called yet
+    KNOWS = 1  # its build does, and it has no key in use yet
+    PROVES = 2  # whatever it sends to the peer port is proven
+
+    @classmethod
+    def told(cls, value: int) -> ProofLevel:
+        """The level another node tells; the highest that this build knows, if it tells a higher one."""
+        return cls(max(min(value, max(cls)), 0))
+
+
 class ProbeKind(enum.Enum):
     """How a backend is probed."""
 
@@ -210,6 +223,7 @@ class Node:
     up: bool = True
     weight: int = 1
     engine: EngineKind = EngineKind.UNKNOWN
+    proof: ProofLevel = ProofLevel.NONE
 
 
 class Severity(enum.Enum):

@@ -39,6 +39,24 @@ INLINE struct mesh_backend *find_backend_by_id(struct mesh_id *id, __u32 *owner)
 	return backend;
 }
 
+static __noinline int is_denied_by(__u32 id, const struct mesh_addr *client)
+{
+	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &id);
+
+	return frontend && client && is_denied(frontend, client);
+}
+
+/* Whether the source rules of a backend's service deny a client, whatever the node that was called has let through. */
+INLINE int is_denied_here(const struct mesh_backend *backend, const struct mesh_addr *client)
+{
+	__u32 id = backend->frontend;
+	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &id);
+
+	if (likely(!frontend || (!frontend->acl && !(frontend->flags & MESH_FRONTEND_DENY))))
+		return 0;
+	return is_denied_by(id, client);
+}
+
 /* A client's packet that another node has given to a backend of this one. Returns an action or a REJECT. */
 static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from)
 {
@@ -62,6 +80,10 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 	c.wide = mesh_hash_flow_wide(&p->flow);
 	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	c.frontend = frontend_at(&p->flow, word);
+	if (unlikely(is_denied_here(c.backend, &p->flow.source))) {
+		count_failed_start(p, c.backend->frontend, FAILURE(denied));
+		return verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT);
+	}
 	task_tuple(&to, p, c.backend, 0);
 	if (revnat_update(p, &c, &to, MESH_REVNAT_NODE | node->id, 0)) {
 		count_failed_start(p, c.frontend, FAILURE(collision));

@@ -25,6 +25,7 @@ from mesh.cluster.provider import ClusterProvider, DrainHooks, Tables
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.datapath.paths.monitor import PathMonitor
+from mesh.datapath.proof import Proof
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import EngineKind, Frontend, HealthView
@@ -52,6 +53,7 @@ class Source:
     provider: Provider
     cluster: ClusterView | None
     own_health: Callable[[HealthView], None]
+    proof: Callable[[], Proof] | None = None  # what the engine proves by, where nodes prove
 
 
 MakeSource = Callable[[EngineKind, Reconciler, Tables, DrainHooks, Mapping[str, Answer]], Source]
@@ -142,6 +144,9 @@ def _cluster_source(config: Config) -> MakeSource:
         drains: DrainHooks,
         answers: Mapping[str, Answer],
     ) -> Source:
+        async def prove(proof: Proof) -> None:
+            await reconciler.on_worker(reconciler.datapath.prove, proof)
+
         provider = ClusterProvider(
             config,
             local,
@@ -151,8 +156,9 @@ def _cluster_source(config: Config) -> MakeSource:
             on_health=reconciler.set_health,
             drains=drains,
             answers=answers,
+            prove=prove,
         )
-        return Source(provider, provider, provider.own_health)
+        return Source(provider, provider, provider.own_health, lambda: provider.proof)
 
     return make
 
@@ -257,6 +263,7 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         name,
         lambda: (provider.status().node_id, reconciler.inventory.nodes),
         on_change=reconciler.set_paths,
+        proof=source.proof,
     )
     view = View(
         Facts(name, opened.engine.reason, state_dir, time.time()),

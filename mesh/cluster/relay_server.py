@@ -132,6 +132,7 @@ class RelayServer:
         self._last: tuple[Inventory, dict[str, wire.HealthReport]] | None = None  # as was told last
         self._drains: Mapping[str, wire.Drain] = {}
         self._followers: Mapping[str, wire.Follower] = {}
+        self._keys: Mapping[str, wire.Key] = {}
         self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
@@ -209,6 +210,13 @@ class RelayServer:
         if self._pause is None:
             self._publish_next()
 
+    def share_keys(self, keys: Mapping[str, wire.Key]) -> None:
+        """Tell subscribers the swarm's keys, likewise."""
+        self._keys = keys
+        self._next = self._next or self._last
+        if self._pause is None:
+            self._publish_next()
+
     def _publish_next(self) -> None:
         self._pause = None
         if self._next is None:
@@ -216,7 +224,9 @@ class RelayServer:
         (inventory, verdicts), self._last, self._next = self._next, self._next, None
         old = self._snapshot
         content = self._outgoing.content(inventory, verdicts)
-        content = msgspec.structs.replace(content, drains=dict(self._drains), followers=dict(self._followers))
+        content = msgspec.structs.replace(
+            content, drains=dict(self._drains), followers=dict(self._followers), keys=dict(self._keys)
+        )
         new = wire.Snapshot(old.generation + 1, content)
         delta = wire.diff(old, new)
         if delta.empty:
@@ -469,7 +479,10 @@ class RelayServer:
             else:
                 peer.digests.pop(frontend, None)
         reads = report.reads and peer.identity.is_manager
-        whole = msgspec.structs.replace(report, verdicts=own, digests=peer.digests, changes=False, reads=reads)
+        keys = report.keys if peer.identity.is_manager else {}
+        whole = msgspec.structs.replace(
+            report, verdicts=own, digests=peer.digests, changes=False, reads=reads, keys=keys
+        )
         self._on_report(node, whole)
 
     def _leave(self, peer: _Peer) -> None:

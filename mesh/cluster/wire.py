@@ -14,7 +14,7 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, EngineKind, Node, Problem, PublishedPort, Service
+from mesh.model import Backend, EngineKind, Node, Problem, ProofLevel, PublishedPort, Service
 from mesh.options import from_compact, to_compact
 
 VERSION: Final = 2
@@ -63,6 +63,7 @@ class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
     up: bool = True
     weight: int = 1
     engine: str = ""
+    proof: int = 0  # a value of model.ProofLevel
 
 
 class WireProblem(msgspec.Struct, array_like=True, frozen=True):
@@ -79,6 +80,14 @@ class Drain(msgspec.Struct, array_like=True, frozen=True):
 
     stamp: int  # Unix milliseconds, later than that of the word before, whatever the clock says
     drained: bool
+
+
+class Key(msgspec.Struct, array_like=True, frozen=True):
+    """A key of the swarm (mesh.cluster.keys)."""
+
+    made: int  # Unix milliseconds
+    secret: bytes
+    active: bool = False  # all agents held it once: nodes prove by it
 
 
 class Follower(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -118,6 +127,7 @@ class Content(msgspec.Struct, frozen=True):
     problems: dict[str, WireProblem] = {}
     drains: dict[str, Drain] = {}  # by "backend:ID" or "node:ID"
     followers: dict[str, Follower] = {}  # by node
+    keys: dict[str, Key] = {}  # by name
 
 
 KINDS: Final = Content.__struct_fields__
@@ -144,6 +154,7 @@ class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
     drop_problems: tuple[str, ...] = ()
     drop_drains: tuple[str, ...] = ()
     drop_followers: tuple[str, ...] = ()
+    drop_keys: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -162,6 +173,10 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     reads: bool = False  # the node is a manager and its Engine answers
     drains: dict[str, Drain] | None = None  # all it knows, or {} as before; None: a build without
     follower: Follower = Follower()
+    proof: int = 0  # how far it proves: a value of model.ProofLevel; 0: a build without
+    holds: tuple[str, ...] = ()  # names of the keys that its engine has, first the one that it proves by
+    keys: dict[str, Key] = {}  # a manager's, for other managers
+    clock: float = 0.0  # Unix seconds there, when this was sent; 0: not told
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
@@ -233,7 +248,7 @@ def backend_of(backend: Backend) -> WireBackend:
 
 
 def node_of(node: Node) -> WireNode:
-    return WireNode(node.id, node.name, str(node.address or ""), node.up, node.weight, node.engine)
+    return WireNode(node.id, node.name, str(node.address or ""), node.up, node.weight, node.engine, int(node.proof))
 
 
 def to_service(wire: WireService) -> Service:
@@ -253,7 +268,8 @@ def to_backend(wire: WireBackend) -> Backend:
 
 def to_node(wire: WireNode) -> Node:
     address = ipaddress.ip_address(wire.address) if wire.address else None
-    return Node(wire.id, wire.name, address, wire.up, wire.weight, EngineKind.told(wire.engine))
+    proof = ProofLevel.told(wire.proof)
+    return Node(wire.id, wire.name, address, wire.up, wire.weight, EngineKind.told(wire.engine), proof)
 
 
 def problem_of(problem: Problem) -> WireProblem:

@@ -92,6 +92,12 @@ class Config:
     error_rate: int = _key(
         1000, "kernel engine: rate limit for generated ICMP errors, per CPU and second; 0: unlimited", most=65535
     )
+    peer_proof: str = _key(
+        "auto",
+        "what nodes hand over without a proof; auto: accepted from nodes whose build gives none; require: refused",
+        choices=("auto", "require"),
+    )
+    key_period: float = _key(86400.0, "seconds after which a manager makes a new key of the swarm")
     bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins; mounted if it is not")
     cgroup: str = _key("", "kernel engine: root of cgroup2, for the socket hooks; empty: where it is mounted")
     flow_cache: int = _key(

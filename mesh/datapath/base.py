@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from mesh._maglev import SlotTable
 from mesh.datapath.counters import Counters, Failure
+from mesh.datapath.proof import Proof
 from mesh.model import Address, EngineKind, Flow, Frontend, FrontendState, Path, Target
 
 
@@ -186,6 +187,13 @@ class Datapath(Protocol):
 
         They must stay in transition. Empty for an engine whose connections remember their backend themselves.
         """
+
+    def prove(self, proof: Proof) -> None:
+        """Prove to other nodes by these keys from now on, and demand as much of them.
+
+        The default does nothing, for an engine that hands over nothing.
+        """
+        return
 
     def heartbeat(self) -> bool:
         """Say that somebody keeps the tables: what has not heard this for orphan_timeout hands the ports back.

@@ -41,3 +41,8 @@ cdef uint32_t named_owner(const mesh_addr *source, const mesh_addr *called) noex
     if address & MESH_NAMED_MASK != MESH_NAMED or source.bytes[12] != 127:  # of loopback
         return 0
     return address & ~MESH_NAMED_MASK if is_v4(called) and is_v4(source) else 0
+
+
+cdef bint is_own_call(const mesh_addr *client) noexcept nogil:
+    """Whether a flow's client is a process of the node that hands it over, to which source rules do not apply."""
+    return is_v4(client) and client.bytes[12] == 127  # of loopback

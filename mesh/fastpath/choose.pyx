@@ -17,16 +17,16 @@ cdef bint within(const prefix *net, const mesh_addr *address) noexcept nogil:
     return rest == 0 or ((net.address.bytes[whole] ^ address.bytes[whole]) >> (8 - rest)) == 0
 
 
-cdef bint permitted(const route *way, const mesh_addr *client) noexcept nogil:
+cdef bint permitted(const rules *lists, const mesh_addr *client) noexcept nogil:
     """Whether the lists admit a client. Deny wins over allow; an empty allow list admits every client."""
     cdef uint32_t i
-    for i in range(way.denies):
-        if within(&way.deny[i], client):
+    for i in range(lists.denies):
+        if within(&lists.deny[i], client):
             return False
-    if way.allows == 0:
+    if lists.allows == 0:
         return True
-    for i in range(way.allows):
-        if within(&way.allow[i], client):
+    for i in range(lists.allows):
+        if within(&lists.allow[i], client):
             return True
     return False
 

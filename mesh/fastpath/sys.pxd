@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "mesh/fastpath/sys.h" nogil:
     uint64_t fp_now()
+    uint64_t fp_wall()
     void fp_longer_slice()
     void *fp_load(void *p)
     void fp_store(void *p, void *v)

@@ -9,7 +9,7 @@ from libc.string cimport memcmp, memcpy, memset
 from mesh._maglev cimport mesh_addr
 from mesh.fastpath.address cimport is_v4
 from mesh.fastpath.sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
-from mesh.fastpath.types cimport BACKENDS, TAG_SIZE
+from mesh.fastpath.types cimport BACKENDS, TAG_SIZE, prefix
 
 
 cdef backend *backend_new(uint32_t owner, bytes address, uint16_t port, bytes tag) except NULL:
@@ -49,14 +49,18 @@ cdef bint is_same_backend(const backend *one, const backend *other) noexcept nog
             and one.remote == other.remote and memcmp(one.tag, other.tag, TAG_SIZE) == 0)
 
 
+cdef void rules_free(rules *lists) noexcept nogil:
+    free(lists.allow)
+    free(lists.deny)
+
+
 cdef void route_free(route *way) noexcept nogil:
     if way is NULL:
         return
     free(way.slots)
     free(way.targets)
     free(way.order)
-    free(way.allow)
-    free(way.deny)
+    rules_free(&way.rules)
     free(way)
 
 
@@ -76,6 +80,13 @@ cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
         memcpy(out[i].address.bytes, <const uint8_t *>address, 16)
         out[i].bits = bits
     return out
+
+
+cdef int rules_fill(rules *lists, list allow, list deny) except -1:
+    """Both lists as `prefixes_new` takes them, into zeroed rules."""
+    lists.allow = prefixes_new(allow, &lists.allows)
+    lists.deny = prefixes_new(deny, &lists.denies)
+    return 0
 
 
 cdef int route_index(route *way, SlotTable table, uint32_t *index) except -1:

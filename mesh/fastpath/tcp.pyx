@@ -21,7 +21,7 @@ from mesh.fastpath.sys cimport (
 from mesh.fastpath.types cimport (
     BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_LIMIT, FAIL_OTHER, FAIL_RESET, FAIL_TIMEOUT, HANGUP,
     LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, MUTED, OPEN, PUMP_BROKEN, PUMP_MORE, READABLE, SHUT, STAGE_ANSWER,
-    STAGE_HEADER, STAGE_NONE, TAG_SIZE, WRITABLE, counters, engine, listener, pair, route, target)
+    STAGE_HEADER, STAGE_NONE, TAG_SIZE, WRITABLE, counters, engine, listener, pair, peer_acl, route, target)
 
 cdef enum:
     PAUSE_NS = 50000000
@@ -327,7 +327,7 @@ cdef bint hand_over(worker *w, conn *c, uint32_t events) noexcept nogil:
     if c.stage == STAGE_NONE:
         if not events & EPOLLOUT:
             return False
-        length = peer_header(&c.flow, c.tag, c.announce, header)
+        length = peer_header(&c.flow, c.tag, c.announce, <peer_acl *>fp_load(&w.engine.peer_acl), header)
         n = send(c.backend.fd, header, length, MSG_NOSIGNAL)
         if n != length:
             retry(w, c, cause_of(errno) if n < 0 else FAIL_OTHER)

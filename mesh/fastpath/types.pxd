@@ -33,7 +33,13 @@ cdef enum:
     BUCKETS = 15
     BACKENDS = 65538
     CHUNK = 64  # connections or sessions allocated at once
-    PEER_UDP_HEAD = 52  # bytes before a datagram that another node hands over
+    PEER_UDP_HEAD = 52  # bytes before a datagram that another node hands over, without its proof
+    PEER_REPLY_HEAD = 20  # bytes before an answer to such a datagram, with its proof
+    PROOF_SIZE = 16  # see proof.pyx
+    PEER_HEAD_MAX = PEER_UDP_HEAD + PROOF_SIZE
+    PROOF_BODY = 64
+    PROOF_WINDOW = 60  # seconds
+    PROOF_KEYS = 4
     TAG_SIZE = 10  # names a backend to its own node: 8 bytes of its seed, its port in network order
 
 cdef enum:  # conn.stage: what is expected from another node while connecting
@@ -123,6 +129,8 @@ cdef struct totals:  # of one thread
     uint64_t peer_foreign  # from addresses that are no node of the cluster
     uint64_t peer_malformed
     uint64_t peer_unknown  # for a backend that this node does not have
+    uint64_t peer_unproven  # without the proof that the node they seem to come from gives
+    uint64_t peer_denied  # by source rules, which the node that was called has let through
     uint64_t connections  # gauges from here on
     uint64_t connecting
     uint64_t sessions
@@ -151,6 +159,12 @@ cdef struct prefix:
     mesh_addr address
     uint32_t bits  # of 128
 
+cdef struct rules:  # which clients are admitted
+    prefix *allow
+    uint32_t allows
+    prefix *deny
+    uint32_t denies
+
 cdef struct route:  # where new flows of a frontend go
     uint32_t size
     uint32_t *slots  # index into targets; 0: no backend
@@ -160,10 +174,7 @@ cdef struct route:  # where new flows of a frontend go
     uint32_t ordered
     uint8_t by_client
     uint8_t announce  # PROXY protocol v2
-    prefix *allow
-    uint32_t allows
-    prefix *deny
-    uint32_t denies
+    rules rules
 
 cdef struct frontend:
     route *route  # atomic
@@ -238,8 +249,15 @@ cdef struct session:
     uint8_t tries
     int fd  # connected to the backend; -1: it refused, and the next datagram chooses again
     uint8_t remote  # towards another node's agent
-    uint8_t tag[TAG_SIZE]  # of the backend that another node named
-    uint8_t head[PEER_UDP_HEAD]  # sent before each datagram, if remote
+    uint8_t proven  # it answers with proofs, and nothing else is taken for its answer
+    uint8_t answers  # the other way round: so does this node, to the node that has handed the flow over
+    uint8_t checked  # the agent to which it leads checks proofs
+    uint32_t proof_at  # time of the proof in `head` or `tail`
+    uint64_t serial  # of the peer_acl of that proof; 0: none yet
+    uint32_t head_length
+    sockaddr_in6 node  # to which it leads
+    uint8_t head[PEER_HEAD_MAX]  # sent before each datagram, if remote; or as another node sends it
+    uint8_t tail[PEER_REPLY_HEAD]  # sent before each answer
     uint32_t hash  # for the choice of a backend
     uint32_t key  # for the table of sessions
     uint32_t again
@@ -317,9 +335,23 @@ cdef struct peer_backend:  # a backend of this node, as other nodes name it
     uint8_t tag[TAG_SIZE]
     uint8_t protocol
     uint32_t backend
+    rules rules
+
+cdef struct peer_node:  # a node that may hand flows over
+    mesh_addr address
+    uint8_t proves  # it proves whatever it sends
+    uint8_t checks  # it understands proofs, and answers with them
+
+cdef struct proof_key:
+    uint32_t id
+    uint8_t secret[16]
 
 cdef struct peer_acl:  # which nodes may hand flows over, and for which backends; immutable
-    mesh_addr *nodes
+    uint64_t serial  # from 1, of another one each time
+    uint8_t require  # nothing unproven is accepted, whoever sends it
+    uint32_t key_count
+    proof_key keys[PROOF_KEYS]  # the first proves
+    peer_node *nodes
     uint32_t node_count
     peer_backend *backends  # sorted by tag and protocol
     uint32_t count

@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

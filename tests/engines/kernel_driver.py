@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that holds a KernelDatapath and does what it is told by lines of JSON: the engine without an agent."""
+"""A process that holds an engine and does what it is told by lines of JSON: the engine without an agent.
+
+It is the kernel engine, unless the configuration says `engine = "proxy"`.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,12 @@ class Served:
         from mesh.datapath.kernel.engine import KernelDatapath
 
         self.config = Config(**config)
-        self.engine = KernelDatapath(self.config)
+        if self.config.engine == "proxy":
+            from mesh.datapath.proxy.engine import ProxyDatapath
+
+            self.engine: Any = ProxyDatapath(self.config, docker_host=True)
+        else:
+            self.engine = KernelDatapath(self.config)
         self.applied = Applied()
 
     def pretend_kernel(self, major: int, minor: int) -> None:
@@ -141,6 +149,14 @@ class Served:
         step = plan(self.applied, DesiredState(self.applied.generation + 1, frontends, nodes=known))
         self.applied = self.engine.apply(step)
         return {"ids": {key.backend: entry.id for key, entry in self.applied.backends.items()}}
+
+    def prove(self, keys: Sequence[tuple[int, str]], nodes: Sequence[str]) -> None:
+        """Prove by these keys (number, secret in hexadecimal), and demand proofs of these nodes."""
+        from mesh.datapath.proof import Proof
+
+        known = frozenset(ipaddress.ip_address(node) for node in nodes)
+        secrets = tuple((number, bytes.fromhex(secret)) for number, secret in keys)
+        self.engine.prove(Proof(secrets, proving=known, checking=known))
 
     def work(self, services: list[dict[str, Any]]) -> dict[str, int]:
         """As `serve`; says what that did to maps: system calls, stores to mapped arrays, bytes of these."""

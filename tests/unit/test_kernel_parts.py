@@ -26,7 +26,18 @@ from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.arenas import Ranges
 from mesh.datapath.kernel.fallback import needed
 from mesh.datapath.kernel.journal import SPARE, Journal, Names
-from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Location, Locator, keepers, wanted
+from mesh.datapath.kernel.locator import (
+    ASK_LASTS,
+    ASK_MOST,
+    BRIDGE,
+    GUARD,
+    INGRESS,
+    TASK,
+    Location,
+    Locator,
+    keepers,
+    wanted,
+)
 from mesh.datapath.kernel.pins import OWNER, Owner, instance
 from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.netlink import Interface, Netlink, Route, Topology
@@ -209,8 +220,8 @@ def test_programs_go_where_they_belong() -> None:
     everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE, 8: INGRESS, 10: INGRESS, 11: INGRESS}
     assert wanted(topology, places) == everywhere
     assert wanted(topology, places, nodes={6}) == everywhere | {6: INGRESS}
-    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 9: INGRESS}
-    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 10: INGRESS}
+    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 6: GUARD, 9: INGRESS}
+    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 6: GUARD, 10: INGRESS}
     assert 3 in wanted(topology, [])
     assert wanted(topology, [Location(via=1, own=True)]) == wanted(topology, [])
 

@@ -37,6 +37,7 @@ from mesh.datapath.kernel.route_monitor import RouteMonitor
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Netlink
+from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend
 
@@ -214,6 +215,11 @@ class KernelDatapath:
                     self._attach(parts)
                     self._fallback.apply(self._applied, parts.network.topology.addresses)
         return True
+
+    def prove(self, proof: Proof) -> None:
+        """See Datapath.prove: the fallback proxy hands over and is handed over to; the tunnel carries no proof."""
+        with self._lock:
+            self._fallback.prove(proof)
 
     # ---- heartbeat ----
 

@@ -24,6 +24,7 @@ CARRIED: Final = {  # maps that are copied from the pins of another build: name 
     "mesh_revnat": "mesh_replies",
     "mesh_revnat_new": "mesh_openings",
 }
+BETWEEN: Final = _abi.PORT_TUNNEL | _abi.PORT_NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class KernelMaps:
         self._free: list[int] = list(range(1, _abi.MAX_FRONTENDS))
         self._freed: list[tuple[float, int]] = []
         self._acls = 0
-        self._tunnel: set[int] = set()  # offsets in mesh_ports of the ports where other nodes' flows come in
+        self._between: dict[int, int] = {}  # by offset in mesh_ports, flags of the ports where nodes' flows come in
         self._restore()
 
     # ---- restore ----
@@ -92,8 +93,8 @@ class KernelMaps:
             for offset in range(base, base + len(empty), 8):
                 word = codec.unpack_u32(words[offset : offset + 4])
                 number = word & _abi.PORT_FRONTEND
-                if word & _abi.PORT_TUNNEL:
-                    self._tunnel.add(offset)
+                if flags := word & BETWEEN:
+                    self._between[offset] = flags
                 if number:
                     port, udp = offset // 8 % _abi.PORT_UDP, offset // 8 >= _abi.PORT_UDP
                     yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
@@ -110,14 +111,23 @@ class KernelMaps:
         """Write the settings of the whole node."""
         self._config.write(0, _abi.CONFIG.pack(config))
 
-    def listen(self, port: int) -> None:
-        """Accept other nodes' flows at this UDP port and at no other; 0: at none."""
-        wanted = {codec.port_index(port, Protocol.UDP) * self._ports.step} if port else set()
-        for offset in wanted - self._tunnel:
-            self._ports.store32(offset, self._ports.load32(offset) | _abi.PORT_TUNNEL)
-        for offset in self._tunnel - wanted:
-            self._ports.store32(offset, self._ports.load32(offset) & ~_abi.PORT_TUNNEL)
-        self._tunnel = wanted
+    def listen(self, tunnel: int, peer: int) -> None:
+        """Accept other nodes' flows at this UDP port and at no other, and keep containers from it and from the peer
+        port; 0: accept none, keep from none."""
+        wanted: dict[int, int] = {}
+        for port, protocol, flags in (
+            (peer, Protocol.TCP, _abi.PORT_NODES),
+            (peer, Protocol.UDP, _abi.PORT_NODES),
+            (tunnel, Protocol.UDP, BETWEEN),
+        ):
+            if port:
+                offset = codec.port_index(port, protocol) * self._ports.step
+                wanted[offset] = wanted.get(offset, 0) | flags
+        for offset in wanted.keys() | self._between.keys():
+            flags = wanted.get(offset, 0)
+            if flags != self._between.get(offset, 0):
+                self._ports.store32(offset, self._ports.load32(offset) & ~BETWEEN | flags)
+        self._between = wanted
 
     def set_addresses(self, addresses: Iterable[Address], floating: Collection[Address] = ()) -> None:
         """Make exactly these addresses the node's own. Flows to those in `floating` may have begun on another node."""
@@ -133,7 +143,8 @@ class KernelMaps:
     # ---- backends ----
 
     def put_backends(self, entries: Mapping[int, _abi.Backend]) -> None:
-        """Write backends. Their `epoch` is ignored, and increases where an id is given to another backend."""
+        """Write backends. Their `epoch` is ignored, and increases where an id is given to another backend; so is their
+        `frontend`, which `rule_backends` writes."""
         fresh = []
         for number, entry in entries.items():
             held = self.backends.get(number)
@@ -143,8 +154,10 @@ class KernelMaps:
                 entry.protocol,
                 entry.seed,
             )
-            epoch = (held.epoch if held else 0) + (0 if same and held and held.state else 1)
-            new = entry._replace(epoch=epoch & 0xFFFFFFFF)
+            stays = same and held is not None and held.state != _abi.BACKEND_FREE
+            epoch = (held.epoch if held else 0) + (0 if stays else 1)
+            frontend = held.frontend if held is not None and stays else 0
+            new = entry._replace(epoch=epoch & 0xFFFFFFFF, frontend=frontend)
             if new == held:
                 continue
             if not same:
@@ -162,6 +175,23 @@ class KernelMaps:
         self._backends.write(offset + rest, row[rest:])
         self._backends.store64(offset + word, codec.word_at(row, word))
         self.backends[number] = new
+
+    def rule_backends(self, numbers: Iterable[int], frontend: Frontend) -> None:
+        """Let a frontend's source rules hold for other nodes' flows for those of these backends that run here and have
+        no frontend yet."""
+        served = self.served.get(frontend)
+        for number in numbers if served is not None else ():
+            held = self.backends.get(number)
+            if held is not None and served is not None and not held.frontend and not any(held.seed):
+                self._write_backend(number, held._replace(frontend=served.id), in_place=True)
+
+    def unrule_backends(self, frontends: Iterable[Frontend]) -> bool:
+        """Take the rules of these frontends from all backends. Returns whether any had them."""
+        gone = {self.served[frontend].id for frontend in frontends if frontend in self.served}
+        found = [number for number, held in self.backends.items() if held.frontend in gone] if gone else []
+        for number in found:
+            self._write_backend(number, self.backends[number]._replace(frontend=0), in_place=True)
+        return bool(found)
 
     def free_backends(self, numbers: Iterable[int]) -> None:
         """Mark backends as gone: their flows go to their slots' current owners. The epochs stay."""

@@ -40,7 +40,7 @@ class Network:
         self._locator = locator
         self._maps = maps
         self._nodes = nodes
-        self._tunnel_port = config.tunnel_port
+        self._tunnel_port, self._peer_port = config.tunnel_port, config.peer_port
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._locations: dict[int, Location] = {}
         self._changed = True  # since all backends were last located
@@ -60,7 +60,10 @@ class Network:
         self._changed = self._locator.refresh() or self._changed
         self._maps.set_addresses(self.topology.addresses, self._locator.floating)
         self._nodes.refresh(self.topology)
-        self._maps.listen(self._tunnel_port if self._nodes.held else 0)
+        if self._nodes.held:
+            self._maps.listen(self._tunnel_port, self._peer_port)
+        else:
+            self._maps.listen(0, 0)
 
     def prepare(self, backends: Iterable[BackendEntry]) -> None:
         """Locate backends that are about to be published."""

@@ -47,10 +47,14 @@ class Publisher:
             taking_over: whoever served the ports before may have UDP flows under way, which stay with it.
         """
         self._put_backends(plan.put_backends, locations)
-        self._ids.put(plan.put_backends)
         self._maps.arenas.reserve(e.table.size for e in plan.put_frontends if not self._has_table(e))
         for entry in plan.put_frontends:
             self._put_frontend(entry, applied.frontends.get(entry.state.frontend), taking_over=taking_over)
+            self._maps.rule_backends(entry.backends, entry.state.frontend)
+        if self._maps.unrule_backends(plan.drop_frontends):
+            for entry in plan.result.frontends.values():
+                self._maps.rule_backends(entry.backends, entry.state.frontend)
+        self._ids.put(plan.put_backends)
         for frontend in plan.drop_frontends:
             self._maps.drop_frontend(frontend)
             self._tables.pop(frontend, None)

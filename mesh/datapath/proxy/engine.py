@@ -26,13 +26,15 @@ from mesh.datapath.base import (
     Stats,
 )
 from mesh.datapath.lookup import lookup
+from mesh.datapath.proof import Proof
 from mesh.datapath.proxy.accounting import Accounting, FrontRecord
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
+from mesh.datapath.proxy.rules import Rules, prefixes, rules_of
 from mesh.errors import DatapathError
 from mesh.listener import MOST
-from mesh.model import Affinity, EngineKind, Flow, Frontend, Network, Protocol, ProxyProtocol
+from mesh.model import Affinity, EngineKind, Flow, Frontend, Protocol, ProxyProtocol
 
 
 def reserved_descriptors(limit: int) -> int:
@@ -49,10 +51,6 @@ def local_ports() -> tuple[int, int]:
     return int(first), int(last)
 
 
-def prefixes(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
-    return [(netaddr.pack(n.network_address), netaddr.prefix_length(n)) for n in networks]
-
-
 class ProxyDatapath:
     """Forwarding in user space.
 
@@ -67,6 +65,8 @@ class ProxyDatapath:
         inherited: listening sockets of an earlier process by frontend, TCP and UDP, including those of the peer port;
             this engine then owns them.
         docker_host: dockerd runs on this host (matters for `intercept = "auto"`).
+        guard: keep the containers of a Docker host from the ports by which nodes hand flows to each other; else
+            something else does.
     """
 
     name = EngineKind.PROXY
@@ -77,8 +77,10 @@ class ProxyDatapath:
         *,
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         docker_host: bool = False,
+        guard: bool = True,
     ) -> None:
         self._config = config
+        self._guards = guard and docker_host
         self._inherited = (
             {f: fds for f, fds in inherited.items() if not is_peers(f, config)} if inherited is not None else None
         )
@@ -145,8 +147,12 @@ class ProxyDatapath:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
-    def apply(self, plan: Plan) -> Applied:
-        """See `Datapath.apply`. Order: new sockets, redirection, removals."""
+    def apply(self, plan: Plan, rules: Mapping[int, Rules] | None = None) -> Applied:
+        """See `Datapath.apply`. Order: new sockets, redirection, removals.
+
+        Args:
+            rules: source rules by owner, for flows that other nodes hand over; None: those of the plan's frontends.
+        """
         engine, intercept = self._opened()
         try:
             for backend in plan.put_backends:
@@ -155,7 +161,8 @@ class ProxyDatapath:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
         with self._accounting.lock:
             self._backends.update({b.id: b for b in plan.put_backends})
-        self._peers.apply(engine, plan.result.nodes or (), plan.put_backends)
+        rules = rules_of(plan.result.frontends.values()) if rules is None else rules
+        self._peers.apply(engine, plan.result.nodes or (), plan.put_backends, rules)
         passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
         for frontend in passing:
             intercept.forget(frontend)
@@ -171,6 +178,9 @@ class ProxyDatapath:
             gone |= {f for f in self._problems if f not in wanted}
         for frontend in gone:
             intercept.forget(frontend)
+        intercept.guard(
+            plan.result.nodes or () if self._guards else (), self._config.tunnel_port, self._config.peer_port
+        )
         intercept.commit()
         for frontend in passing:
             self._stop_listening(frontend)
@@ -305,6 +315,8 @@ class ProxyDatapath:
                 "peer_foreign": totals["peer_foreign"],
                 "peer_malformed": totals["peer_malformed"],
                 "peer_unknown": totals["peer_unknown"],
+                "peer_denied": totals["peer_denied"],
+                "peer_unproven": totals["peer_unproven"],
                 **self._peers.totals(),
             },
         )
@@ -315,6 +327,12 @@ class ProxyDatapath:
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """Empty: a connection's socket, or a session, remembers its backend."""
         return {}
+
+    def prove(self, proof: Proof) -> None:
+        """See Datapath.prove."""
+        engine, _ = self._opened()
+        self._peers.prove(engine, proof)
+        engine.collect()
 
     def heartbeat(self) -> bool:
         """See Datapath.heartbeat: the nftables table redirects for as long as it is kept."""

@@ -22,7 +22,7 @@ from typing import Final
 
 import structlog
 
-from mesh.datapath.proxy.nft import LIFETIME, NftTable
+from mesh.datapath.proxy.nft import LIFETIME, Guard, NftTable
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
@@ -175,7 +175,9 @@ class Interceptor:
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
         self._touched = False
-        self._changed = False  # the opened frontends, since the last `commit`
+        self._changed = False  # the opened frontends or the guard, since the last `commit`
+        self._guard: Guard | None = None
+        self._can_guard: bool | None = None  # None: not tried yet
         self._yielded = False
         self.notes: dict[Frontend, str] = {}
         if inherited is None:  # else the process that hands over still needs its table
@@ -197,6 +199,14 @@ class Interceptor:
         self._changed = self._opened.pop(frontend, None) is not None or self._changed
         self.notes.pop(frontend, None)
 
+    def guard(self, nodes: Sequence[Address], tunnel: int, peer: int) -> None:
+        """Keep containers from these ports of these nodes, from the next `commit` on, where nftables can be used."""
+        wanted = Guard(tuple(nodes), tunnel, peer) if len(nodes) > 1 else None
+        if wanted is not None and self._can_guard is None:
+            self._can_guard = NftTable.usable()
+        if wanted != self._guard and (self._can_guard or wanted is None):
+            self._guard, self._changed = wanted, True
+
     def commit(self) -> None:
         """Bring nftables in line.
 
@@ -206,12 +216,23 @@ class Interceptor:
         if not self._changed:
             return
         ports = {f: o.port for f, o in self._opened.items() if o.redirected}
-        if ports or self._touched:
+        if ports or self._touched or self._guard is not None:
             self._touched = True
             with self._table_lock:
-                self._table.replace(ports)
+                self._replace(ports)
             self._keep_refreshed()
         self._changed = False
+
+    def _replace(self, ports: Mapping[Frontend, int]) -> None:
+        """A guard that nft rejects costs nobody a port."""
+        try:
+            self._table.replace(ports, self._guard)
+        except DatapathError as error:
+            if self._guard is None:
+                raise
+            self._guard, self._can_guard = None, False
+            log.warning("containers are not kept from nodes' ports", error=str(error))
+            self._table.replace(ports)
 
     def heartbeat(self) -> None:
         """See Datapath.heartbeat."""
@@ -249,7 +270,7 @@ class Interceptor:
         """Redirect nothing any more, but keep the chains that established flows need."""
         with self._table_lock:
             if self._touched and not self._yielded:
-                self._table.replace({})
+                self._table.replace({}, self._guard)
 
     def yield_table(self) -> None:
         """Another process has taken over the table."""

@@ -28,6 +28,7 @@ from mesh.providers.swarm.events import Overlay
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
 _QUIET: Final = 0.05  # seconds between two looks
 _RETRY: Final = 0.5
+_NETWORKS: Final = 60.0  # seconds between looks at the ingress network, which hardly ever changes
 
 log = structlog.get_logger()
 
@@ -98,6 +99,7 @@ class LocalNode:
         self._begun = 0
         self._ring = asyncio.Event()
         self.look = LocalView()
+        self.encrypted = ""  # the ingress network's name, if it is encrypted
         self.error = ""
         self.looked = asyncio.Event()  # once, with whatever result
 
@@ -113,6 +115,7 @@ class LocalNode:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read_forever(engine))
                 group.create_task(self._hear_forever(engine))
+                group.create_task(self._watch_ingress())
         finally:
             await engine.close()
 
@@ -142,6 +145,17 @@ class LocalNode:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._ring.wait()
+
+    async def _watch_ingress(self) -> None:
+        """Keep `encrypted`, by a connection of its own: the answer may be slow."""
+        engine = Engine(self._config.docker_host)
+        try:
+            while True:
+                with contextlib.suppress(ProviderError):
+                    self.encrypted = await engine.encrypted_ingress()
+                await asyncio.sleep(_NETWORKS)
+        finally:
+            await engine.close()
 
     async def _hear_forever(self, engine: Engine) -> None:
         while True:
