@@ -164,6 +164,10 @@ class Fallback:
         if self._proxy is not None:
             self._proxy.heartbeat()
 
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung."""
+        return self._proxy.hung() if self._proxy is not None else ()
+
     def problems(self) -> Sequence[str]:
         found = list(self._proxy.problems()) if self._proxy else []
         return [*found, self._problem] if self._problem else found

@@ -12,7 +12,8 @@ from mesh import netaddr
 from mesh._fastpath import Engine, Front, Pair, read_columns
 from mesh.datapath.base import BackendKey, FrontendEntry, Signal
 from mesh.datapath.counters import COLUMNS, PLAIN, CounterTable, Failure
-from mesh.model import ANY_ADDRESS, Frontend, Protocol
+from mesh.model import ANY_ADDRESS, Frontend, Network, Protocol, ServiceOptions
+from mesh.rules import compact
 
 if TYPE_CHECKING:
     from mesh._fastpath import Counts
@@ -33,6 +34,28 @@ class PairRecord:
     idle_since: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """A frontend's mesh.allow and mesh.deny, and the prefixes that say the same: packed addresses and lengths."""
+
+    allow: Sequence[Network]
+    deny: Sequence[Network]
+    admitted: list[tuple[bytes, int]]
+    denied: list[tuple[bytes, int]]
+
+    @classmethod
+    def of(cls, options: ServiceOptions, known: Rules | None) -> Rules:
+        """Args: known: those of before, which are returned if the lists are the same."""
+        if known is not None and known.allow == options.allow and known.deny == options.deny:
+            return known
+        allow, deny = compact(options.allow, options.deny)
+        return cls(options.allow, options.deny, _packed(allow), _packed(deny))
+
+
+def _packed(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
+    return [(netaddr.pack(n.network_address), netaddr.prefix_length(n)) for n in networks]
+
+
 @dataclass(slots=True, eq=False)
 class FrontRecord:
     """A frontend. `entry` is None from the moment it is dropped until its connections have ended."""
@@ -41,6 +64,7 @@ class FrontRecord:
     entry: FrontendEntry | None = None
     pairs: dict[BackendKey, PairRecord] = field(default_factory=dict)
     retired: Counts = ZERO  # counters of backends that are gone
+    rules: Rules | None = None
     descriptors: tuple[int, ...] = ()  # listening sockets, while it listens
 
 
