@@ -85,8 +85,7 @@ class NftTable:
             for hook in ("prerouting", "output")
         )
         alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"
-        table = f"table inet {self.name}"
-        self._run(f"{table}\ndelete {table}\n{table} {{\n{alive}{chains}}}\n")
+        self.load(alive + chains)
         self._rules = rules
 
     def refresh(self) -> None:
@@ -100,6 +99,15 @@ class NftTable:
         element = f"element inet {self.name} {ALIVE} {{ {self._elements} }}\n"
         protocols = f"element inet {self.name} {ALIVE} {{ {', '.join(map(str, Protocol))} }}\n"
         self._run(f"add {element}delete {protocols}add {element}")  # the first: an element may have expired
+
+    def load(self, content: str) -> None:
+        """Replace the table by one with this content.
+
+        Raises:
+            DatapathError: nft rejected it; the former one stays.
+        """
+        table = f"table inet {self.name}"
+        self._run(f"{table}\ndelete {table}\n{table} {{\n{content}}}\n")
 
     def delete(self) -> None:
         """Delete the table. The flows that it redirected end, unless something else uses NAT on this host."""
