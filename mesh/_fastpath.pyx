@@ -17,9 +17,10 @@ from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
 from mesh.fastpath.tables cimport backend_new, is_same_backend, route_free, route_index, rules_fill
 from mesh.fastpath.types cimport (
-    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN, OP_YIELD,
-    TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals, worker)
-from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
+    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_ENFORCE, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN,
+    OP_YIELD, TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals,
+    worker)
+from mesh.fastpath.worker cimport await_done, call, poke, post, worker_free, worker_new, worker_start
 
 RETRIES_MOST = TRIES_MAX - 1
 
@@ -334,7 +335,8 @@ cdef class Engine:
             pairs: Pair by owner, for every owner that may get connections; slots of others refuse.
             by_client: hash the client's address alone.
             announce: begin every connection with a PROXY protocol v2 header.
-            allow, deny: networks as (16 bytes, prefix length of 128).
+            allow, deny: networks as (16 bytes, prefix length of 128), merged and sorted as by mesh.rules. Connections
+                and sessions under way meet them with `enforce`.
         """
         cdef route *way = <route *>calloc(1, sizeof(route))
         cdef uint32_t i = 0
@@ -375,6 +377,10 @@ cdef class Engine:
         for one in front.pairs:
             one.routes += 1
 
+    def enforce(self):
+        """End the connections and sessions whose clients the published routes do not admit; costs a look at each."""
+        self.tell(OP_ENFORCE, NULL)
+
     def collect(self):
         """Free what was replaced, once every thread has passed through its loop: one wait for all of it."""
         if self.old_backends:
@@ -413,6 +419,15 @@ cdef class Engine:
     def abort(self):
         """Reset all connections and end all sessions."""
         self.tell(OP_ABORT, NULL)
+
+    def turns(self):
+        """How often each thread's loop has turned, and have each turn once more: one that does not hangs. Any thread;
+        never blocks."""
+        cdef uint32_t i
+        found = [fp_peek(&self.e.workers[i].turns) for i in range(self.e.threads)]
+        for i in range(self.e.threads if self.running else 0):
+            poke(self.e.workers[i])
+        return found
 
     def totals(self):
         """Counters and gauges of all threads by name, and how many connections and sessions there are."""

@@ -144,15 +144,25 @@ class ServiceOptions:
     locality: Locality = Locality.CLUSTER
     allow: tuple[Network, ...] = ()  # empty: everybody
     deny: tuple[Network, ...] = ()  # wins over allow
+    fail_closed: bool = False  # without `allow` nobody is let in, and while no agent runs only who was admitted is
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Frontend:
-    """Where clients call: an address, a port, a protocol. Address `::` is every address of the node, IPv4 included."""
+    """Where clients call: an address, a port, a protocol. Address `::` is every address of the node, IPv4 included.
+
+    Sorts by these, IPv4 first.
+    """
 
     address: Address
     port: int
     protocol: Protocol
+
+    def __lt__(self, other: Frontend) -> bool:
+        return self._rank() < other._rank()
+
+    def _rank(self) -> tuple[int, ...]:
+        return self.address.version, int(self.address), self.port, self.protocol
 
     def __str__(self) -> str:
         host = "*" if self.address == ANY_ADDRESS else str(self.address)
@@ -162,14 +172,20 @@ class Frontend:
 ANY_ADDRESS: Final = ipaddress.IPv6Address("::")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class PublishedPort:
-    """A port of the service as the outside sees it, and the port that its backends listen on."""
+    """A port of the service as the outside sees it, and the port that its backends listen on. Sorts by its fields."""
 
     published: int
     target: int
     protocol: Protocol
     address: Address = ANY_ADDRESS
+
+    def __lt__(self, other: PublishedPort) -> bool:
+        return self._rank() < other._rank()
+
+    def _rank(self) -> tuple[int, ...]:
+        return self.published, self.target, self.protocol, self.address.version, int(self.address)
 
     @property
     def frontend(self) -> Frontend:

@@ -41,11 +41,12 @@ from mesh.agent.wiring import (
 from mesh.config.keys import Config
 from mesh.model import EngineKind, Frontend, Inventory
 from mesh.reconcile.loop import Picture
-from mesh.supervisor import end, supervise
+from mesh.supervisor import FAULTS, end, supervise, watch_loop
 
 SIGNALS_EVERY: Final = 0.2  # seconds between looks at the signals of traffic about backends
 READY_WITHIN: Final = 10.0  # seconds after which systemd is told READY although nothing is known yet
 FIRST_TRIALS: Final = 2.0  # seconds at most for which the first state waits for the paths to be tried
+STUCK_MOST: Final = 300.0  # seconds after which a step that does not end is the watchdog's
 DRAIN_SLICE: Final = 0.25  # seconds after which a drain looks up whether it should end at once
 
 log = structlog.get_logger("mesh")
@@ -99,6 +100,7 @@ class Agent:
         self._release = False
         self._handed_to = EngineKind.UNKNOWN  # the successor's engine
         self._connected: bool | None = None  # the provider, as it was told last
+        self._stuck = False  # a step of the loop has not ended for long, as it was told last
         self._parts: Parts  # from `_start` on
 
     @property
@@ -117,6 +119,7 @@ class Agent:
                 log.info("no daemon runs here, so there is nothing to take over", state_dir=str(self._state_dir))
         lock = successor.lock if successor else Lock.acquire(self._state_dir)
         self._handle_signals()
+        watch_loop()
         try:
             await self._start(successor)
         except BaseException:
@@ -215,8 +218,8 @@ class Agent:
     # ---- what happens while it runs ----
 
     def _publish(self, inventory: Inventory) -> None:
-        self._parts.held.publish(inventory)
         self._parts.reconciler.publish(inventory)
+        self._parts.held.publish(inventory)
         self._parts.paths.look_again()
 
     async def _reconcile(self) -> None:
@@ -235,7 +238,7 @@ class Agent:
 
     def _problems(self) -> list[str]:
         """What is wrong with the daemon itself."""
-        return [*self._reloader.problems, *(self._cleanup.problems if self._cleanup else ())]
+        return [*FAULTS.problems, *self._reloader.problems, *(self._cleanup.problems if self._cleanup else ())]
 
     def _clear_stale_state(self) -> None:
         cleanup, reconciler = self._cleanup, self._parts.reconciler
@@ -267,7 +270,8 @@ class Agent:
         """Watch the provider, and tell systemd that the loop turns."""
         told = ""
         while True:
-            self._notifier.alive()
+            if not self._is_stuck():
+                self._notifier.alive()
             if not self._parts.datapath.heartbeat():
                 await self._rejoin()
             self._follow_provider()
@@ -275,6 +279,16 @@ class Agent:
                 self._notifier.status(status)
                 told = status
             await asyncio.sleep(min(1.0, self._notifier.watchdog / 3 or 1.0))
+
+    def _is_stuck(self) -> bool:
+        """Whether the engine forwards or applies no more, although this loop turns: systemd then hears nothing."""
+        hung = self._parts.datapath.hung()
+        for sentence in hung:
+            FAULTS.failed("engine", sentence)
+        if (stuck := self._parts.reconciler.stuck()) and not self._stuck:
+            log.error("applying does not end", seconds=round(stuck))
+        self._stuck = bool(stuck)
+        return bool(hung) or stuck > STUCK_MOST
 
     async def _rejoin(self) -> None:
         """This process stood still for orphan_timeout, and the programs have handed the ports back meanwhile."""

@@ -26,6 +26,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.datapath.proof import Proof
+from mesh.datapath.stop_rules import StopRules
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import EngineKind, Frontend, HealthView
@@ -201,7 +202,10 @@ async def open_engine(chosen: Engine, config: Config, inherited: Listeners | Non
         DatapathError: it cannot run here.
     """
     datapath = _make_engine(chosen, config, inherited)
-    reconciler = Reconciler(datapath, config, on_change=on_change)
+    stop_rules = StopRules(config)
+    reconciler = Reconciler(
+        datapath, config, on_applied=lambda applied: stop_rules.apply(applied.frontends), on_change=on_change
+    )
     try:
         return Opened(chosen, datapath, reconciler, await reconciler.open())
     except DatapathError as error:

@@ -41,10 +41,11 @@ from mesh.providers.base import Follower, ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
 from mesh.supervisor import end, supervise
 
+log = structlog.get_logger("mesh.cluster")
+
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
-
+UNHEARD: Final = 30.0  # seconds in which the agents of all nodes report to a manager that has just started
 DRAIN_SOON: Final = 0.1  # likewise while what is drained is not in force here yet
-
 GATHER_KEYS: Final = 5.0  # seconds for which a manager waits for other managers' keys, before it makes one
 
 _Given = tuple[Node, bool, EngineKind, ProofLevel]  # a node, whether it answers, how it forwards, how far it proves
@@ -77,7 +78,21 @@ class DrainHooks:
     held: Callable[[], Awaitable[dict[str, int]]] = _holds_none
 
 
-log = structlog.get_logger("mesh.cluster")
+def unenforced(inventory: Inventory, without_agent: Mapping[str, float], now: float) -> Iterator[str]:
+    """Nodes where nobody enforces the rules of services, one sentence each. Pure.
+
+    Args:
+        without_agent: up and without a known agent, by id, and since when.
+    """
+    ruled = sorted(s.name for s in inventory.services if s.options.enable and (s.options.allow or s.options.deny))
+    some = ", ".join(ruled[:5]) + (f" and {len(ruled) - 5} more" if len(ruled) > 5 else "")
+    for node in inventory.nodes:
+        since = without_agent.get(node.id)
+        if ruled and since is not None and now - since > UNHEARD:
+            yield (
+                f"node {node.name or node.id}: no agent runs there, so Docker's mesh admits everybody to services "
+                f"whose rules are in force elsewhere: {some} (start mesh there, or close its ports)"
+            )
 
 
 class ClusterProvider:
@@ -131,6 +146,7 @@ class ClusterProvider:
         self._addresses: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # of this node's backends
         self._told_addresses: Latest[dict[str, wire.Follower], dict[str, str]] = Latest(operator.is_)  # of all nodes
         self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
+        self._without_agent: dict[str, float] = {}  # nodes by id, and since when (monotonic) none is known there
         self._changed = asyncio.Event()  # something to report
         self._report = wire.Report({})  # this node's last
         self._relay = RelayProvider(
@@ -227,6 +243,7 @@ class ClusterProvider:
         yield from self._proofs.problems(self._published.nodes if self._published else (), self._local.look.node)
         if name := self._local.encrypted:
             yield f"network {name} is encrypted, but mesh carries published ports between nodes without encryption"
+        yield from unenforced(self._published or Inventory(), self._without_agent, time.monotonic())
 
     def own_health(self, view: HealthView) -> None:
         """See ClusterView.own_health."""
@@ -430,9 +447,13 @@ class ClusterProvider:
         if reads and server is not None:
             server.publish(inventory, self._verdicts.all() if verdicts is None else verdicts)
         if inventory != self._published:
-            self._published = inventory
+            before, self._published = self._published, inventory  # publishing may lead here again
             self._prove()
-            self._publish(inventory)
+            try:
+                self._publish(inventory)
+            except BaseException:
+                self._published = before
+                raise
 
     def _nodes(self, inventory: Inventory) -> tuple[Node, ...]:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
@@ -453,6 +474,8 @@ class ClusterProvider:
             for node in inventory.nodes
         )
         nodes = tuple(self._shown.update(inputs, self._show).values())
+        now, known = time.monotonic(), self._without_agent
+        self._without_agent = {node.id: known.get(node.id, now) for node in nodes if node.up and not node.engine}
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
     def _show(self, given: _Given, before: tuple[_Given, Node] | None) -> Node:

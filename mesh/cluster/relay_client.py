@@ -348,8 +348,8 @@ class RelayProvider:
         old, self._snapshot = self._snapshot, snapshot
         self._on_content(snapshot.content)
         if self._publish is not None and inventory != self._published:
-            self._published = inventory
             self._publish(inventory)
+            self._published = inventory  # where that fails, the link is made anew
         if old is None or old.content.verdicts != snapshot.content.verdicts:
             self._on_verdicts(view_of(snapshot.content.verdicts))
 

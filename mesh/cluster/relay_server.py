@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from mesh.cluster import wire
 from mesh.cluster.ask import NODE, PATH, Answer, Query
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
 from mesh.cluster.heartbeat import Heartbeats
+from mesh.cluster.reports import Texts
 from mesh.cluster.translate import Outgoing
 from mesh.errors import MeshError, plain
 from mesh.listener import Listener, RefusedError, http_protocol
@@ -140,6 +140,7 @@ class RelayServer:
         self._tells = True
         self._closing: set[asyncio.Task[bool]] = set()
         self._silent: set[str] = set()
+        self._texts = Texts()  # one for all nodes, which mostly agree
         self.engines: dict[str, EngineKind] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
 
@@ -475,7 +476,7 @@ class RelayServer:
             peer.digests = {}
         for frontend, digest in report.digests.items():
             if digest:
-                peer.digests[sys.intern(frontend)] = sys.intern(digest)  # one text for all nodes, which mostly agree
+                peer.digests[self._texts.one(frontend)] = self._texts.one(digest)
             else:
                 peer.digests.pop(frontend, None)
         reads = report.reads and peer.identity.is_manager

@@ -11,6 +11,7 @@ from mesh.cluster.readiness import ReadinessGate
 from mesh.cluster.relay_client import view_of
 from mesh.cluster.reports import Deaths, Reports
 from mesh.model import Health, HealthView, Inventory
+from mesh.supervisor import Told
 
 OnHealth = Callable[[HealthView], None]
 
@@ -48,7 +49,7 @@ class Verdicts:
         self._deaths = Deaths()
         self._told = HealthView()  # by managers, to a node that is told
         self._own = HealthView()
-        self._health = HealthView()
+        self._health = Told(HealthView())
 
     def probed(self, view: HealthView) -> None:
         """Take what this node's probes say."""
@@ -108,9 +109,7 @@ class Verdicts:
             {**{k: r for k, r in others.reasons.items() if k not in own}, **self._own.reasons},
             self._addresses(),
         )
-        if view != self._health:
-            self._health = view
-            self._on_health(view)
+        self._health.tell(view, self._on_health)
         self._let_in_later(self._readiness.due if reads else None)
         return verdicts
 

@@ -133,6 +133,12 @@ class Config:
     transition_calm: float = _key(
         8100.0, "seconds without a flow of another owner after which a slot leaves its transition; 0: never", live=True
     )
+    on_stop: str = _key(
+        "open",
+        "what becomes of mesh.allow and mesh.deny while no agent runs; closed: an nftables table keeps them in force; "
+        "open: Docker lets everybody in once it has the ports",
+        choices=("open", "closed"),
+    )
     orphan_timeout: float = _key(
         900.0,
         "seconds without an agent after which its tables hand new connections back to Docker; at least 3; 0: never",

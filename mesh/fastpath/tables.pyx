@@ -65,7 +65,7 @@ cdef void route_free(route *way) noexcept nogil:
 
 
 cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
-    """Networks as (16 bytes, prefix length of 128)."""
+    """Networks as (16 bytes, prefix length of 128), in the order of mesh.rules.merged."""
     cdef prefix *out
     cdef bytes address
     cdef uint32_t i
@@ -79,6 +79,7 @@ cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
         address, bits = nets[i]
         memcpy(out[i].address.bytes, <const uint8_t *>address, 16)
         out[i].bits = bits
+        out[i].four = bits >= 96 and is_v4(&out[i].address)
     return out
 
 

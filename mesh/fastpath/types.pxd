@@ -103,6 +103,7 @@ cdef enum:  # command.op
     OP_FORGET = 4  # argument: a byte for each backend id, nonzero where its UDP sessions end
     OP_ABORT = 5  # reset all connections, end all sessions
     OP_QUIT = 6
+    OP_ENFORCE = 7  # end the connections and sessions of clients that are not admitted any more
 
 cdef struct counters:  # of one pair or frontend in one thread
     uint64_t begun  # attempts to reach the backend, UDP sessions included
@@ -155,12 +156,13 @@ cdef struct target:
     pair *pair
     uint32_t backend
 
-cdef struct prefix:
+cdef struct prefix:  # of IPv4 clients, or of all others
     mesh_addr address
     uint32_t bits  # of 128
+    uint32_t four
 
 cdef struct rules:  # which clients are admitted
-    prefix *allow
+    prefix *allow  # both lists: IPv4 first, sorted, none within another
     uint32_t allows
     prefix *deny
     uint32_t denies
@@ -298,6 +300,7 @@ cdef struct worker:
     uint8_t paused
     uint8_t wake_kind
     engine *engine
+    uint64_t turns  # of its loop; one writer, as counters
     uint64_t now
     uint64_t resume_at
     uint64_t pipes_at  # when to ask for pipes again after a failure

@@ -570,6 +570,22 @@ cdef void sessions_forget(worker *w, const uint8_t *gone) noexcept nogil:
         s = next
 
 
+cdef void sessions_enforce(worker *w) noexcept nogil:
+    """End the sessions of clients that would not be admitted now."""
+    cdef session *s = w.oldest
+    cdef session *next
+    cdef frontend *f
+    cdef route *way
+    while s is not NULL:
+        next = s.newer
+        f = s.listener.frontend
+        way = <route *>fp_load(&f.route)
+        if f.peers is NULL and s.named == 0 and way is not NULL and not permitted(&way.rules, &s.flow.source):
+            fp_count(&f.counts[w.index].failed[FAIL_DENIED], 1)
+            session_end(w, s)
+        s = next
+
+
 cdef void sessions_leave(worker *w, listener *l) noexcept nogil:
     """End the sessions of a listener, or of all where it is NULL."""
     cdef session *s = w.oldest

@@ -21,6 +21,7 @@ LAYERS = (
         "incremental",
         "listener",
         "options",
+        "rules",
         "_maglev",
         "_bpf",
         "_libbpf",

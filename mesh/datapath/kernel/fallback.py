@@ -22,7 +22,7 @@ from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry,
 from mesh.datapath.counters import COLUMNS, CounterTable
 from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.nft import NftTable, table_name
-from mesh.datapath.proxy.rules import Rules, rules_of
+from mesh.datapath.proxy.rules import SourceRules, rules_of
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend
 
@@ -133,7 +133,7 @@ class Fallback:
         applied: Applied,
         sources: Mapping[Frontend, FrontendEntry],
         peers: Mapping[BackendKey, BackendEntry],
-        rules: Mapping[int, Rules],
+        rules: Mapping[int, SourceRules],
     ) -> None:
         if self._proxy is None:
             from mesh.datapath.proxy.engine import ProxyDatapath  # noqa: PLC0415 -- only where it is needed
@@ -181,6 +181,10 @@ class Fallback:
         """See Datapath.heartbeat."""
         if self._proxy is not None:
             self._proxy.heartbeat()
+
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung."""
+        return self._proxy.hung() if self._proxy is not None else ()
 
     def problems(self) -> Sequence[str]:
         found = list(self._proxy.problems()) if self._proxy else []

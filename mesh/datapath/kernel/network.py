@@ -20,6 +20,7 @@ from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Nodes
 from mesh.datapath.netlink import Monitor, Topology
 from mesh.model import Frontend
+from mesh.supervisor import FAULTS
 
 QUIET: Final = 0.05  # least seconds between two looks at the network, however fast it changes
 LOOK: Final = 5.0  # seconds after which to look although nothing was announced
@@ -135,6 +136,7 @@ class Follower:
                     return
             except Exception as error:  # the next look tries again
                 if not self._stop.is_set():
+                    FAULTS.failed("network follower", error)
                     log.warning("cannot follow a network change; retrying", error=str(error))
             self._stop.wait(max(QUIET, 4 * (time.monotonic() - started)))
 

@@ -20,6 +20,7 @@ from mesh.datapath.paths.datagrams import Questions
 from mesh.datapath.paths.peer_probe import NOBODY, ask_stream
 from mesh.datapath.proof import Proof
 from mesh.model import Address, EngineKind, Node, Path, PathState, PathView, Problem
+from mesh.supervisor import recorded
 
 EVERY: Final = 0.4  # seconds between two trials of a path that is up, where there are few nodes
 AGAIN: Final = 1.0  # likewise of one that is down; the other half of the proof of one that comes back takes EVERY
@@ -194,6 +195,16 @@ class PathMonitor:
         task.add_done_callback(self._running.discard)
 
     async def _try(self, here: Node, node: Node, path: Path) -> None:
+        try:
+            with recorded("paths"):
+                return await self._trial(here, node, path)
+        finally:
+            self._wake.set()
+            trial = self._trials.get((node.id, path))
+            if trial is not None and trial.busy:  # neither an answer nor none: it was cancelled, or failed here
+                trial.busy, trial.due = False, time.monotonic() + AGAIN
+
+    async def _trial(self, here: Node, node: Node, path: Path) -> None:
         assert node.address is not None
         began = time.monotonic()
         if path is Path.PEER:
@@ -202,7 +213,6 @@ class PathMonitor:
         else:
             most, obstacle = WAIT * TRIES, await self._ask(here, node.address, path)
         now = time.monotonic()
-        self._wake.set()
         trial = self._trials.get((node.id, path))
         if trial is None:
             return

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from mesh import netaddr
 from mesh._abi import OWNER_NONE, TABLE_SIZES
@@ -27,14 +28,16 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.lookup import lookup
 from mesh.datapath.proof import Proof
-from mesh.datapath.proxy.accounting import Accounting, FrontRecord
+from mesh.datapath.proxy.accounting import Accounting, FrontRecord, Rules
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
-from mesh.datapath.proxy.rules import Rules, prefixes, rules_of
+from mesh.datapath.proxy.rules import SourceRules, rules_of
 from mesh.errors import DatapathError
 from mesh.listener import MOST
 from mesh.model import Affinity, EngineKind, Flow, Frontend, Protocol, ProxyProtocol
+
+HUNG: Final = 5.0  # seconds without a turn after which a thread hangs
 
 
 def reserved_descriptors(limit: int) -> int:
@@ -95,6 +98,8 @@ class ProxyDatapath:
         self._engine: Engine | None = None
         self._intercept: Interceptor | None = None
         self._first = True
+        self._turned: list[tuple[int, float]] = []  # by thread: turns of its loop, and when they were last others
+        self._stricter = False  # rules have changed that connections and sessions under way have not met yet
 
     def open(self) -> Applied:
         """Start the threads. Only sockets survive a proxy, so the result is always empty."""
@@ -147,7 +152,7 @@ class ProxyDatapath:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
-    def apply(self, plan: Plan, rules: Mapping[int, Rules] | None = None) -> Applied:
+    def apply(self, plan: Plan, rules: Mapping[int, SourceRules] | None = None) -> Applied:
         """See `Datapath.apply`. Order: new sockets, redirection, removals.
 
         Args:
@@ -166,12 +171,7 @@ class ProxyDatapath:
         passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
         for frontend in passing:
             intercept.forget(frontend)
-        for entry in plan.put_frontends:
-            try:
-                self._put(entry)
-                self._problems.pop(entry.state.frontend, None)
-            except DatapathError as error:
-                self._problems[entry.state.frontend] = str(error)
+        self._put_frontends(engine, plan.put_frontends)
         wanted = plan.result.frontends
         gone = set(plan.drop_frontends)
         if self._problems:  # what could not be served was never held, so no plan drops it
@@ -199,6 +199,17 @@ class ProxyDatapath:
             self._applied = dataclasses.replace(plan.result, frontends=served)
         self._accounting.reap(engine, time.monotonic())
         return self._applied
+
+    def _put_frontends(self, engine: Engine, entries: Sequence[FrontendEntry]) -> None:
+        for entry in entries:
+            try:
+                self._put(entry)
+                self._problems.pop(entry.state.frontend, None)
+            except DatapathError as error:
+                self._problems[entry.state.frontend] = str(error)
+        if self._stricter:
+            engine.enforce()
+            self._stricter = False
 
     def _drop_backend(self, engine: Engine, entry: BackendEntry) -> None:
         held = self._backends.get(entry.id)
@@ -229,16 +240,18 @@ class ProxyDatapath:
         record = self._accounting.record(frontend, engine)
         known = (self._backends[owner] for owner in entry.backends if owner in self._backends)
         owners = {backend.id: self._accounting.pair(record, backend.key, engine) for backend in known}
+        rules = Rules.of(state.options, record.rules)
         engine.put_route(
             record.front,
             entry.table,
             owners,
             by_client=state.options.affinity is Affinity.CLIENT_IP,
             announce=state.options.proxy_protocol is ProxyProtocol.V2 and frontend.protocol is Protocol.TCP,
-            allow=prefixes(state.options.allow),
-            deny=prefixes(state.options.deny),
+            allow=rules.admitted,
+            deny=rules.denied,
         )
-        record.entry = entry
+        self._stricter = self._stricter or (record.rules is not None and record.rules is not rules)
+        record.entry, record.rules = entry, rules
         if not record.descriptors and not state.passing:
             opened = intercept.listen(frontend)
             six = opened.sockets[0].family == socket.AF_INET6
@@ -339,6 +352,24 @@ class ProxyDatapath:
         if self._intercept is not None:
             self._intercept.heartbeat()
         return True
+
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung."""
+        if self._engine is None:
+            return ()
+        now, turns = time.monotonic(), self._engine.turns()
+        if not self._turned:
+            self._turned = [(turn, now) for turn in turns]
+        self._turned = [
+            (turn, now) if turn != before else (before, since)
+            for turn, (before, since) in zip(turns, self._turned, strict=True)
+        ]
+        return [
+            f"forwarding thread {number} has stood still for {now - since:.0f} s: its connections and its share of new "
+            "ones are stuck"
+            for number, (_, since) in enumerate(self._turned)
+            if now - since > HUNG
+        ]
 
     def rejoin(self) -> Applied:
         """See Datapath.rejoin: nothing is ever orphaned."""

@@ -25,6 +25,7 @@ import structlog
 from mesh.datapath.proxy.nft import LIFETIME, Guard, NftTable
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
+from mesh.supervisor import FAULTS
 
 BACKLOG: Final = 4096
 RECEIVE_BUFFER: Final = 4 << 20
@@ -254,7 +255,8 @@ class Interceptor:
                     if not self._yielded:
                         self._table.refresh()
                 failed = False
-            except DatapathError as error:
+            except Exception as error:
+                FAULTS.failed("refresh of the nftables table", error)
                 if not failed:
                     log.warning("cannot refresh the nftables table; it stops redirecting", error=str(error))
                 failed = True

@@ -128,10 +128,9 @@ class NftTable:
         )
         self._redirects = self._redirects or bool(rules)
         alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"
-        table = f"table inet {self.name}"
         guards = "".join(guard.chains()) if guard is not None else ""
         nat = f"{alive}{chains}" if self._redirects or guard is None else ""  # their hooks make the kernel track flows
-        self._run(f"{table}\ndelete {table}\n{table} {{\n{nat}{guards}}}\n")
+        self.load(nat + guards)
         self._rules, self._guard = rules, guard
 
     def refresh(self) -> None:
@@ -145,6 +144,15 @@ class NftTable:
         element = f"element inet {self.name} {ALIVE} {{ {self._elements} }}\n"
         protocols = f"element inet {self.name} {ALIVE} {{ {', '.join(map(str, Protocol))} }}\n"
         self._run(f"add {element}delete {protocols}add {element}")  # the first: an element may have expired
+
+    def load(self, content: str) -> None:
+        """Replace the table by one with this content.
+
+        Raises:
+            DatapathError: nft rejected it; the former one stays.
+        """
+        table = f"table inet {self.name}"
+        self._run(f"{table}\ndelete {table}\n{table} {{\n{content}}}\n")
 
     def delete(self) -> None:
         """Delete the table. The flows that it redirected end, unless something else uses NAT on this host."""

@@ -15,7 +15,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.listeners import listening_sockets, why
-from mesh.datapath.proxy.rules import Rules, prefixes
+from mesh.datapath.proxy.rules import Prefix, SourceRules, prefixes
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
@@ -56,7 +56,7 @@ class Peers:
         self._descriptors: dict[Frontend, tuple[int, ...]] = {}  # listening sockets
         self._nodes: tuple[Address, ...] | None = None  # admitted nodes; None: to be put again
         self._backends: dict[int, tuple[bytes, int, int]] = {}  # by owner
-        self._rules: Mapping[int, Rules] = {}  # by owner
+        self._rules: Mapping[int, SourceRules] = {}  # by owner
         self._proof = NONE
         self._stale = False  # backends were added or removed
         self.problem = ""
@@ -66,7 +66,7 @@ class Peers:
         engine: Engine,
         nodes: tuple[Address, ...],
         backends: Iterable[BackendEntry],
-        rules: Mapping[int, Rules],
+        rules: Mapping[int, SourceRules],
     ) -> None:
         """Admit these nodes to all local backends, those put so far and those in `backends`, for clients that these
         source rules admit."""
@@ -100,9 +100,13 @@ class Peers:
 
     def _admit(self, engine: Engine) -> None:
         places = []
+        packed: dict[tuple[int, int], tuple[list[Prefix], list[Prefix]]] = {}
         for tag, protocol, owner in sorted(self._backends.values()):
-            allow, deny = self._rules.get(owner, ((), ()))
-            places.append((tag, protocol, owner, prefixes(allow), prefixes(deny)))
+            rules = self._rules.get(owner, ((), ()))
+            one = id(rules[0]), id(rules[1])  # of a service, which its backends share
+            if one not in packed:
+                packed[one] = prefixes(*rules)
+            places.append((tag, protocol, owner, *packed[one]))
         proof = self._proof
         nodes = [(netaddr.pack(a), a in proof.proving, a in proof.checking) for a in self._nodes or ()]
         engine.put_peer_acl(nodes, places, list(proof.keys), proof.require)

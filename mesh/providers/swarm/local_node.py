@@ -24,6 +24,7 @@ from mesh.providers.swarm import schema
 from mesh.providers.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
 from mesh.providers.swarm.engine import Engine
 from mesh.providers.swarm.events import Overlay
+from mesh.supervisor import recorded
 
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
 _QUIET: Final = 0.05  # seconds between two looks
@@ -134,8 +135,12 @@ class LocalNode:
                 self._overlay.settle(begun, look.local.running)
                 self.error = ""
                 if look != self.look:
-                    self.look = look
-                    self._on_change()
+                    before, self.look = self.look, look
+                    try:
+                        self._on_change()
+                    except BaseException:  # the next look tries again
+                        self.look = before
+                        raise
             except Exception as error:  # whatever it is: the last look stands
                 if str(error) != self.error:
                     log.warning("local docker cannot be read", error=str(error))
@@ -160,7 +165,7 @@ class LocalNode:
     async def _hear_forever(self, engine: Engine) -> None:
         while True:
             started = time.monotonic()
-            with contextlib.suppress(ProviderError):
+            with contextlib.suppress(ProviderError), recorded("local events"):
                 async with contextlib.aclosing(engine.events()) as events:
                     async for event in events:
                         changed, ring = (False, True) if event is None else self._overlay.hear(event, self._begun)

@@ -27,6 +27,7 @@ from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.events import Overlay
 from mesh.providers.swarm.revoked import revoked
 from mesh.providers.swarm.watch import watch
+from mesh.supervisor import recorded
 
 _QUIET_SECONDS: Final = 0.02  # minimum pause between the end of a read and the next
 _QUIET_SHARE: Final = 1.0  # pause as a share of the time that the read took, so that a slow Engine is not overloaded
@@ -205,8 +206,12 @@ class SwarmProvider:
         for problem in inventory.problems:
             if problem not in known:
                 log.log(LEVELS[problem.severity], "label problem", problem=str(problem))
-        self._published = inventory
-        self._publish(inventory)
+        before, self._published = self._published, inventory
+        try:
+            self._publish(inventory)
+        except BaseException:  # the next read tries again
+            self._published = before
+            raise
 
     async def _hear(self, engine: Engine) -> None:
         async with contextlib.aclosing(engine.events()) as events:
@@ -248,7 +253,8 @@ class SwarmProvider:
         while True:
             started = time.monotonic()
             try:
-                await follow()
+                with recorded(f"swarm {name}"):
+                    await follow()
             except ProviderError as error:
                 if str(error) != said:
                     log.info("change stream ended; retrying", doorbell=name, reason=str(error))
