@@ -13,7 +13,7 @@ back to that port without a head.
 
 A tag of zeros, which no backend has, is a probe (the agent tests the path to a node). A connection is answered by
 PEER_NO + FAIL_NO_BACKEND. A datagram is answered by its first PEER_UDP_HEAD bytes, marked so that no answer is taken
-for a probe.
+for a probe. An agent that is about to end answers neither (Engine.leave), so that others send nothing more.
 """
 
 from libc.string cimport memcmp, memcpy, memset

@@ -110,6 +110,11 @@ class KernelMaps:
         """Write the settings of the whole node."""
         self._config.write(0, _abi.CONFIG.pack(config))
 
+    def leave(self) -> None:
+        """Answer no more trials of the tunnel, until the next `configure`."""
+        config = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
+        self.configure(config._replace(settings=config.settings | _abi.SETTING_LEAVING))
+
     def listen(self, port: int) -> None:
         """Accept other nodes' flows at this UDP port and at no other; 0: at none."""
         wanted = {codec.port_index(port, Protocol.UDP) * self._ports.step} if port else set()

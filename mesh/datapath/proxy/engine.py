@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh import netaddr
-from mesh._abi import OWNER_NONE, TABLE_SIZES
+from mesh._abi import OWNER_NONE, PASS_MARK, TABLE_SIZES
 from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
@@ -128,6 +128,7 @@ class ProxyDatapath:
                 connections=min(wanted, possible),
                 pipes=pipes,
                 ports=local_ports(),
+                mark=PASS_MARK,
             )
         except OSError as error:
             raise DatapathError(f"the forwarding threads cannot start: {error}") from None
@@ -152,8 +153,9 @@ class ProxyDatapath:
             self._backends.update({b.id: b for b in plan.put_backends})
         self._peers.apply(engine, plan.result.nodes or (), plan.put_backends)
         passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
-        for frontend in passing:
-            intercept.forget(frontend)
+        closing = [frontend for frontend in passing if not intercept.pause(frontend)]
+        if passing:
+            intercept.commit()  # before their routes say so
         for entry in plan.put_frontends:
             try:
                 self._put(entry)
@@ -167,7 +169,7 @@ class ProxyDatapath:
         for frontend in gone:
             intercept.forget(frontend)
         intercept.commit()
-        for frontend in passing:
+        for frontend in closing:
             self._stop_listening(frontend)
         for frontend in gone:
             self._drop(frontend)
@@ -222,10 +224,14 @@ class ProxyDatapath:
             announce=state.options.proxy_protocol is ProxyProtocol.V2 and frontend.protocol is Protocol.TCP,
             allow=prefixes(state.options.allow),
             deny=prefixes(state.options.deny),
+            passing=state.passing,
         )
         record.entry = entry
-        if not record.descriptors and not state.passing:
-            opened = intercept.listen(frontend)
+        if state.passing:
+            return
+        opened = intercept.listen(frontend)
+        engine.put_aside(record.front, opened.redirected and frontend.protocol is Protocol.TCP)
+        if not record.descriptors:
             six = opened.sockets[0].family == socket.AF_INET6
             record.descriptors = tuple(sock.detach() for sock in opened.sockets)
             for thread, fd in enumerate(record.descriptors):
@@ -296,6 +302,7 @@ class ProxyDatapath:
                 "pipe_failures": totals["pipe_failures"],
                 "udp_evictions": totals["udp_evictions"],
                 "udp_dropped": totals["udp_dropped"],
+                "passed_connections": totals["passed_connections"],
                 "peer_connections": totals["peer_connections"],
                 "peer_foreign": totals["peer_foreign"],
                 "peer_malformed": totals["peer_malformed"],
@@ -343,6 +350,11 @@ class ProxyDatapath:
         with self._accounting.lock:
             for record in self._accounting.records.values():
                 record.descriptors = ()
+
+    def leave(self, *, release: bool) -> None:
+        """See Datapath.leave."""
+        engine, _ = self._opened()
+        engine.leave()
 
     def drain(self, seconds: float) -> int:
         """Accept no new connections and wait for the others. UDP is served until `close`: its flows have no end."""

@@ -16,6 +16,7 @@ from typing import Final
 
 import structlog
 
+from mesh._abi import PASS_MARK
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Frontend, Protocol
 
@@ -79,10 +80,11 @@ class NftTable:
         rules = tuple(self._rules_of(ports))
         if rules == self._rules:
             return
+        own = {"prerouting": "", "output": f"    meta mark {PASS_MARK} return\n"}
         chains = "".join(
-            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
+            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n{passed}"
             f"    meta l4proto != @{ALIVE} return\n" + "".join(f"    {rule}\n" for rule in rules) + "  }\n"
-            for hook in ("prerouting", "output")
+            for hook, passed in own.items()
         )
         alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"
         table = f"table inet {self.name}"
