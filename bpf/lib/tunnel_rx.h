@@ -179,7 +179,7 @@ static __noinline int was_seen_before(struct packet *p)
 	return 0;
 }
 
-/* A trial of the tunnel (mesh/datapath/paths/tunnel_probe.py) that gets no answer, so that its sender goes elsewhere. */
+/* A trial of the tunnel (mesh/datapath/paths/tunnel_probe.py) that gets no answer, so that flows go elsewhere. */
 INLINE int is_unwanted_trial(const struct packet *p)
 {
 	struct mesh_config *own = config();
