@@ -153,7 +153,7 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 		get_v6(ctx, &flow.destination);
 	else
 		get_v4(ctx, &flow.destination);
-	frontend = called_frontend(ctx, &flow, &any);
+	frontend = sk && sk->mark == MESH_PASS_MARK ? 0 : called_frontend(ctx, &flow, &any);
 	if (likely(!frontend) || !sk || is_bound_to_loopback(sk))
 		return MESH_VERDICT_COUNT;
 	if (call == SEND) {

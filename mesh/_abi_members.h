@@ -192,6 +192,8 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(ACL_ALLOW),
 	CONSTANT(ACL_DENY),
 	CONSTANT(SETTING_DIRECT),
+	CONSTANT(SETTING_LEAVING),
+	CONSTANT(PASS_MARK),
 	CONSTANT(ADDRESS_OWN),
 	CONSTANT(ADDRESS_FLOATING),
 	/* the flow cache and the reverse translation */

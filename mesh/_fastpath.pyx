@@ -96,6 +96,7 @@ cdef class Front:
     cdef uint32_t listeners
     cdef uint32_t members  # pairs of it that are not released
     cdef Pair peers  # of the frontend at which other nodes hand flows over
+    cdef Pair aside  # of connections that go to whoever else serves the port
     cdef list pairs  # those of the published route: they live as long as it does
 
     def __cinit__(self, Engine owner not None, bytes address not None, uint16_t port, bint any):
@@ -132,6 +133,7 @@ cdef class Engine:
         connect_timeout, idle_timeout (0: never), udp_idle_timeout: seconds.
         udp_sessions, connections, pipes: upper bounds, all threads together.
         ports: first and last source port for connections to backends when the kernel finds none that is free.
+        mark: of connections to whoever else serves a port; see put_aside.
 
     Raises:
         OSError: descriptors or memory for the threads cannot be had.
@@ -149,7 +151,7 @@ cdef class Engine:
 
     def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
                   double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes,
-                  tuple ports not None):
+                  tuple ports not None, uint32_t mark=0):
         cdef uint32_t i
         if not 1 <= threads <= 1024 or retries >= TRIES_MAX:
             raise ValueError("threads are 1..1024, retries 0..15")
@@ -161,6 +163,7 @@ cdef class Engine:
         self.e.udp_max = udp_sessions
         self.e.connections_max = connections
         self.e.pipes_max = pipes
+        self.e.mark = mark
         first, last = ports
         if not 0 < first <= last < 65536:
             raise ValueError(f"{first}..{last} are no ports")
@@ -309,6 +312,14 @@ cdef class Engine:
         self.held.add(made)
         return made
 
+    def put_aside(self, Front front not None, bint served):
+        """Whether somebody else serves the port behind our redirection, which connections with `mark` do not meet: they
+        get what no backend can be reached for."""
+        if served and front.aside is None:
+            front.aside = self.pair(front)
+            front.members -= 1  # it lives as long as the frontend does
+        fp_store(&front.c.aside, &front.aside.c if served else NULL)
+
     def release(self, thing not None):
         """Forget a Pair that no route names and no connection uses, or a Front without listeners and pairs; False: it
         is in use. Call `collect` between the put_route that leaves it out and this."""
@@ -318,6 +329,11 @@ cdef class Engine:
         if isinstance(thing, Front):
             if (<Front>thing).listeners or (<Front>thing).members:
                 return False
+            if (<Front>thing).aside is not None:
+                counts = (<Front>thing).aside.read()
+                if counts[0] != counts[1]:
+                    return False
+                self.held.discard((<Front>thing).aside)
         else:
             one = thing
             counts = one.read()
@@ -328,7 +344,7 @@ cdef class Engine:
         return True
 
     def put_route(self, Front front not None, SlotTable table not None, pairs not None, *, bint by_client,
-                  bint announce, list allow not None, list deny not None):
+                  bint announce, list allow not None, list deny not None, bint passing=False):
         """New connections of a frontend go by this table from now on.
 
         Args:
@@ -337,6 +353,7 @@ cdef class Engine:
             announce: begin every connection with a PROXY protocol v2 header.
             allow, deny: networks as (16 bytes, prefix length of 128), merged and sorted as by mesh.rules. Connections
                 and sessions under way meet them with `enforce`.
+            passing: connections go to whoever else serves the port; see put_aside.
         """
         cdef route *way = <route *>calloc(1, sizeof(route))
         cdef uint32_t i = 0
@@ -358,6 +375,7 @@ cdef class Engine:
             way.count = i
             way.by_client = by_client
             way.announce = announce
+            way.passing = passing
             rules_fill(&way.rules, allow, deny)
             route_index(way, table, self.index)
         except BaseException:
@@ -415,6 +433,10 @@ cdef class Engine:
     def yield_sockets(self):
         """Stop accepting on all frontends; the process that shares the sockets serves their queues."""
         self.tell(OP_YIELD, NULL)
+
+    def leave(self):
+        """Answer no more probes of other nodes; serve on."""
+        self.e.leaving = 1
 
     def abort(self):
         """Reset all connections and end all sessions."""

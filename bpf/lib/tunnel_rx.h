@@ -201,6 +201,14 @@ static __noinline int was_seen_before(struct packet *p)
 	return 0;
 }
 
+/* A trial of the tunnel (mesh/datapath/paths/tunnel_probe.py) that gets no answer, so that flows go elsewhere. */
+INLINE int is_unwanted_trial(const struct packet *p)
+{
+	struct mesh_config *own = config();
+
+	return !p->flow.destination_port && own && (own->settings & MESH_SETTING_LEAVING);
+}
+
 /* Reject a packet that came through the tunnel, back to the node that sent it. A packet that starts a flow, and any
  * datagram, may have overtaken the agent that is about to publish its task: it is dropped the first time, and rejected
  * when it comes again. */
@@ -212,8 +220,9 @@ static __noinline int reject_through_tunnel(struct __sk_buff *skb, struct packet
 
 	if (name == MESH_VERDICT_TUNNEL_BACK)
 		return second_chance_return(skb, p, from);
-	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND && (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) &&
-	    !was_seen_before(p))
+	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND &&
+	    (is_unwanted_trial(p) ||
+	     ((p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) && !was_seen_before(p))))
 		return verdict(name, TC_ACT_SHOT);
 	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND)
 		count_failed_start(p, frontend_at(&p->flow, port_word(p->flow.protocol, p->flow.destination_port)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -39,7 +40,7 @@ from mesh.agent.wiring import (
     open_engine,
 )
 from mesh.config.keys import Config
-from mesh.model import EngineKind, Frontend, Inventory
+from mesh.model import EngineKind, Frontend, Inventory, Protocol
 from mesh.reconcile.loop import Picture
 from mesh.supervisor import FAULTS, end, supervise, watch_loop
 
@@ -353,6 +354,8 @@ class Agent:
         """Let connections end, within the bound, then close everything."""
         reconciler, datapath = self._parts.reconciler, self._parts.datapath
         self._notifier.stopping("waiting for connections to end")
+        if not self._handed_to:
+            await self._leave()
         await self._cancel(*(name for name in self._tasks if name not in ("handover", "tick")))
         deadline = time.monotonic() + self._reloader.config.drain_timeout
         left = 0
@@ -369,6 +372,20 @@ class Agent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await self._parts.servers.stop(keep_socket=bool(self._handed_to))
+
+    async def _leave(self) -> None:
+        """Other nodes send flows elsewhere before this one stops taking them."""
+        reconciler = self._parts.reconciler
+        frontends = reconciler.applied.frontends
+        tunnel = self._release and self.engine == EngineKind.KERNEL
+        datagrams = tunnel or any(frontend.protocol is Protocol.UDP for frontend in frontends)
+        seconds = self._parts.paths.notice(datagrams=datagrams) if frontends else 0.0
+        if seconds:
+            leave = functools.partial(self._parts.datapath.leave, release=self._release)
+            await reconciler.on_worker(leave)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._at_once.wait()
 
     # ---- a hand-over: mesh.agent.takeover.Host ----
 

@@ -244,6 +244,15 @@ class Datapath(Protocol):
         The default does nothing, for an engine without any.
         """
 
+    def leave(self, *, release: bool) -> None:
+        """Answer no more trials of other nodes' paths to this one, and serve on: flows that they start go elsewhere.
+
+        The default does nothing, for an engine that nobody tries.
+
+        Args:
+            release: `close` will be called so. What else would outlive this process goes on answering.
+        """
+
     def drain(self, seconds: float) -> int:
         """Accept nothing new and wait at most `seconds` for flows to end. Returns how many are still open."""
 

@@ -150,6 +150,9 @@ cdef void peer_begin(worker *w, conn *c, const uint8_t *tag) noexcept nogil:
     if b is NULL:
         if not is_peer_probe(tag):
             fp_count(&w.totals.peer_unknown, 1)
+        elif w.engine.leaving:
+            conn_end(w, c, True)
+            return
         answer_peer(c, PEER_NO + FAIL_NO_BACKEND)
         conn_end(w, c, False)
         return

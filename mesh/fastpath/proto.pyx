@@ -18,6 +18,7 @@ a proof, for the flow of the head.
 A tag of zeros, which no backend has, is a probe (the agent tests the path to a node). A connection is answered by
 PEER_NO + FAIL_NO_BACKEND. A datagram is answered by its first PEER_UDP_HEAD bytes, marked so that no answer is taken
 for a probe. A probe without a proof is answered whoever has to prove; one with a proof shows whether it is believed.
+An agent that is about to end answers neither (Engine.leave), so that others send nothing more.
 """
 
 from libc.string cimport memcmp, memcpy, memset

@@ -12,6 +12,24 @@ from mesh.fastpath.sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
 from mesh.fastpath.types cimport BACKENDS, TAG_SIZE, prefix
 
 
+cdef void backend_aside(backend *b, const mesh_addr *called, uint16_t port) noexcept nogil:
+    """Make `b` lead to a port (network order) of this node as clients call it."""
+    cdef sockaddr_in four
+    memset(b, 0, sizeof(backend))
+    if is_v4(called):
+        memset(&four, 0, sizeof(four))
+        four.sin_family = AF_INET
+        four.sin_port = port
+        memcpy(&four.sin_addr, &called.bytes[12], 4)
+        memcpy(&b.address, &four, sizeof(four))
+        b.length = sizeof(four)
+    else:
+        b.address.sin6_family = AF_INET6
+        b.address.sin6_port = port
+        memcpy(&b.address.sin6_addr, called.bytes, 16)
+        b.length = sizeof(sockaddr_in6)
+
+
 cdef backend *backend_new(uint32_t owner, bytes address, uint16_t port, bytes tag) except NULL:
     """`address`: 16 bytes. `tag`: TAG_SIZE bytes for a backend of another node, else None."""
     cdef backend *b = <backend *>calloc(1, sizeof(backend))

@@ -126,6 +126,7 @@ cdef struct totals:  # of one thread
     uint64_t udp_evictions
     uint64_t udp_dropped
     uint64_t pipe_failures
+    uint64_t passed_connections  # handed to whoever else serves the port
     uint64_t peer_connections  # peer_request over by other nodes
     uint64_t peer_foreign  # from addresses that are no node of the cluster
     uint64_t peer_malformed
@@ -176,6 +177,7 @@ cdef struct route:  # where new flows of a frontend go
     uint32_t ordered
     uint8_t by_client
     uint8_t announce  # PROXY protocol v2
+    uint8_t passing  # no backend can be reached from here: left to whoever else serves the port
     rules rules
 
 cdef struct frontend:
@@ -184,6 +186,7 @@ cdef struct frontend:
     uint16_t port  # network order, as clients call it
     uint8_t any  # listens on all addresses: the called one is asked of the socket
     pair *peers  # of the frontend for other nodes: what their flows count into; else NULL
+    pair *aside  # atomic; somebody else serves the port behind our redirection: what goes there counts into; else NULL
     mesh_addr address  # the called one, otherwise
 
 cdef struct pipe:
@@ -213,6 +216,8 @@ cdef struct conn:
     uint8_t stage
     uint8_t remote  # towards another node's agent
     uint8_t eager  # bytes are ready to be sent once the backend has answered
+    uint8_t unreached  # another node's agent did not answer
+    uint8_t passed  # handed to whoever else serves the port
     uint8_t tag[TAG_SIZE]
     uint32_t again  # see choose
     uint32_t named  # likewise
@@ -324,6 +329,7 @@ cdef struct worker:
     char *arena  # BATCH x DATAGRAM
     datagrams input
     datagrams output
+    backend aside  # where the connection goes that is being handed to whoever else serves its port
     session *owner[BATCH]
     epoll_event events[EVENTS]
     totals totals
@@ -374,5 +380,7 @@ cdef struct engine:
     int64_t connections  # atomic, all threads
     int64_t sessions  # atomic
     int64_t pipes  # atomic
+    uint32_t mark  # of connections that our redirection leaves alone
+    int32_t leaving  # atomic: other nodes' probes get no answer
     backend **backends  # BACKENDS of them, by id; atomic
     worker **workers

@@ -304,7 +304,7 @@ cdef bint peer_strip_head(worker *w, datagrams *d, int i, const mesh_addr *sourc
 
 
 cdef bint answer_probe(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
-    """Answer a probe of another node. False: the datagram is none."""
+    """Answer a probe of another node, unless this one is leaving. False: the datagram is none."""
     cdef uint8_t *data = <uint8_t *>d.vectors[i].iov_base
     cdef mesh_addr source
     cdef uint16_t port
@@ -318,6 +318,8 @@ cdef bint answer_probe(worker *w, listener *l, datagrams *d, int i) noexcept nog
         return False
     if data[3] == 50 and not proof_admits(<peer_acl *>fp_load(&w.engine.peer_acl), node, datagram_check(w, data)):
         return False
+    if w.engine.leaving:
+        return True
     data[14] = 1
     d.vectors[i].iov_len = PEER_UDP_HEAD
     d.messages[i].msg_hdr.msg_flags = 0  # the control data, as it came, names the address that was called

@@ -288,6 +288,11 @@ ENGINE: Final = {
         ),
         (Kind.COUNTER, "udp_evictions", "UDP sessions evicted to make room for new ones."),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
+        (
+            Kind.COUNTER,
+            "passed_connections",
+            "Connections that the proxy had accepted and then left to Docker's own mesh, for want of a path to a task.",
+        ),
         (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for this node's backends."),
         (Kind.COUNTER, "peer_opened", "Handed-over connections and UDP sessions that a backend accepted."),
         (Kind.COUNTER, "peer_received_bytes", "Bytes received from clients of other nodes."),

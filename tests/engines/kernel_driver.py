@@ -332,6 +332,9 @@ class Served:
     def problems(self) -> list[str]:
         return list(self.engine.problems())
 
+    def leave(self) -> None:
+        self.engine.leave(release=True)
+
     def close(self, release: bool) -> None:
         self.engine.close(release=release)
 

@@ -289,6 +289,22 @@ def test_a_probe_is_answered_through_the_tunnel(pair: Pair) -> None:
     assert {name for name, n in counted.items() if n} == {"tunnel_no_backend", "tunnel_foreign"}
 
 
+def test_a_node_that_leaves_answers_no_trial_and_serves_on(pair: Pair) -> None:
+    """Its next agent answers again."""
+    pair.serve("there")
+    pair.drivers[pair.b].leave()
+    with pair.a.entered():
+        assert ask_tunnel(ip_address(B), ip_address(A), 6084) == "no answer"
+    connection = Connection(pair.client, pair.a.address)
+    connection.echo()
+    assert connection.backend == "there"
+    pair.drivers[pair.b].kill()
+    pair.start(pair.b)
+    with pair.a.entered():
+        assert ask_tunnel(ip_address(B), ip_address(A), 6084) == ""
+    connection.echo()
+
+
 def test_a_frontend_that_the_tunnel_hides_is_a_problem(pair: Pair) -> None:
     service = {"name": "hidden", "published": 6084, "protocol": "udp", "backends": {"there": [B, TARGET, 1]}}
     driver = pair.drivers[pair.a]

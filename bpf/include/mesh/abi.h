@@ -241,7 +241,11 @@ _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
 #define MESH_ORPHAN_NEVER 0u  /* tables are never orphaned */
 #define MESH_ORPHAN_UDP   64u /* stamps for which orphaned UDP flows without a note stay where they are */
 
-#define MESH_SETTING_DIRECT 0x1u /* direct return: replies go straight to clients, whichever node they called */
+/* Mark of the proxy's connections to whoever else serves a port (Docker's own mesh): nothing of ours takes them. */
+#define MESH_PASS_MARK 0x6d657368u
+
+#define MESH_SETTING_DIRECT  0x1u /* direct return: replies go straight to clients, whichever node they called */
+#define MESH_SETTING_LEAVING 0x2u /* other nodes' trials of the tunnel get no answer: they start no more flows */
 
 /* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
 struct mesh_fragment_key {

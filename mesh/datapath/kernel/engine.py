@@ -295,6 +295,12 @@ class KernelDatapath:
         """See ProxyDatapath.stop_accepting."""
         self._fallback.stop_accepting()
 
+    def leave(self, *, release: bool) -> None:
+        """See Datapath.leave: at the peer port; in the tunnel, which outlives this process, with `release` only."""
+        self._fallback.leave()
+        if release:
+            self._opened().maps.leave()
+
     def drain(self, seconds: float) -> int:
         """Wait for the fallback proxy's flows; those in the kernel go on without this process."""
         return self._fallback.drain(seconds)

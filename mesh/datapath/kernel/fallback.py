@@ -48,9 +48,8 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     )
     found: dict[Frontend, FrontendEntry] = {}
     for frontend, entry in applied.frontends.items():
-        if entry.state.passing:  # Docker's own mesh has to see it
-            continue
-        if any(target.via is not None and target.handed for target in entry.state.targets):
+        # A port that is passed is not redirected; its sockets stay for what was.
+        if any(target.via is not None and (target.handed or entry.state.passing) for target in entry.state.targets):
             found[frontend] = entry
             continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
@@ -229,6 +228,11 @@ class Fallback:
         """See Datapath.stop_accepting."""
         if self._proxy is not None:
             self._proxy.stop_accepting()
+
+    def leave(self) -> None:
+        """See Datapath.leave."""
+        if self._proxy is not None:
+            self._proxy.leave(release=True)
 
     def drop_inherited(self) -> None:
         """Close the inherited sockets, unless the proxy has them."""

@@ -124,6 +124,11 @@ class KernelMaps:
         """Write the settings of the whole node."""
         self._config.write(0, _abi.CONFIG.pack(config))
 
+    def leave(self) -> None:
+        """Answer no more trials of the tunnel, until the next `configure`."""
+        config = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
+        self.configure(config._replace(settings=config.settings | _abi.SETTING_LEAVING))
+
     def listen(self, tunnel: int, peer: int) -> None:
         """Accept other nodes' flows at this UDP port and at no other, and keep containers from it and from the peer
         port; 0: accept none, keep from none."""

@@ -34,6 +34,7 @@ FLAPS: Final = 16  # at most, for one that keeps failing
 FLAP_SECONDS: Final = 60.0  # a path that was up for less was flapping
 LATE: Final = 0.3  # seconds over a trial's time after which it is this process that did not get to run
 AT_ONCE: Final = 64  # trials under way
+NOTICE: Final = 0.5  # seconds from a trial without an answer until flows go elsewhere
 
 MEANS: Final = {
     Path.TUNNEL: "connections go by the peer port instead",
@@ -127,6 +128,19 @@ class PathMonitor:
         """Every path that is tried, by node and path."""
         found = [(self._others[node], path, trial.state) for (node, path), trial in list(self._trials.items())]
         return sorted(found, key=lambda row: (row[0].name, row[0].id, row[1].value))
+
+    def notice(self, *, datagrams: bool) -> float:
+        """Seconds after which the other nodes have found that this one answers no more trials; 0: there are none.
+
+        Args:
+            datagrams: by all paths; else by the peer port alone, where a connection is refused at once.
+        """
+        others = len(self._others)
+        if not others:
+            return 0.0
+        if not datagrams:
+            return max(EVERY, SHARE[Path.PEER] * others) + NOTICE
+        return max(EVERY, SHARE[Path.TUNNEL] * others) + WAIT * TRIES + NOTICE
 
     async def run(self) -> None:
         """Try until cancelled."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh import netaddr
-from mesh._abi import OWNER_NONE, TABLE_SIZES
+from mesh._abi import OWNER_NONE, PASS_MARK, TABLE_SIZES
 from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
@@ -140,6 +140,7 @@ class ProxyDatapath:
                 connections=min(wanted, possible),
                 pipes=pipes,
                 ports=local_ports(),
+                mark=PASS_MARK,
             )
         except OSError as error:
             raise DatapathError(f"the forwarding threads cannot start: {error}") from None
@@ -169,8 +170,9 @@ class ProxyDatapath:
         rules = rules_of(plan.result.frontends.values()) if rules is None else rules
         self._peers.apply(engine, plan.result.nodes or (), plan.put_backends, rules)
         passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
-        for frontend in passing:
-            intercept.forget(frontend)
+        closing = [frontend for frontend in passing if not intercept.pause(frontend)]
+        if passing:
+            intercept.commit()  # before their routes say so
         self._put_frontends(engine, plan.put_frontends)
         wanted = plan.result.frontends
         gone = set(plan.drop_frontends)
@@ -182,7 +184,7 @@ class ProxyDatapath:
             plan.result.nodes or () if self._guards else (), self._config.tunnel_port, self._config.peer_port
         )
         intercept.commit()
-        for frontend in passing:
+        for frontend in closing:
             self._stop_listening(frontend)
         for frontend in gone:
             self._drop(frontend)
@@ -249,11 +251,15 @@ class ProxyDatapath:
             announce=state.options.proxy_protocol is ProxyProtocol.V2 and frontend.protocol is Protocol.TCP,
             allow=rules.admitted,
             deny=rules.denied,
+            passing=state.passing,
         )
         self._stricter = self._stricter or (record.rules is not None and record.rules is not rules)
         record.entry, record.rules = entry, rules
-        if not record.descriptors and not state.passing:
-            opened = intercept.listen(frontend)
+        if state.passing:
+            return
+        opened = intercept.listen(frontend)
+        engine.put_aside(record.front, opened.redirected and frontend.protocol is Protocol.TCP)
+        if not record.descriptors:
             six = opened.sockets[0].family == socket.AF_INET6
             record.descriptors = tuple(sock.detach() for sock in opened.sockets)
             for thread, fd in enumerate(record.descriptors):
@@ -324,6 +330,7 @@ class ProxyDatapath:
                 "pipe_failures": totals["pipe_failures"],
                 "udp_evictions": totals["udp_evictions"],
                 "udp_dropped": totals["udp_dropped"],
+                "passed_connections": totals["passed_connections"],
                 "peer_connections": totals["peer_connections"],
                 "peer_foreign": totals["peer_foreign"],
                 "peer_malformed": totals["peer_malformed"],
@@ -397,6 +404,11 @@ class ProxyDatapath:
         with self._accounting.lock:
             for record in self._accounting.records.values():
                 record.descriptors = ()
+
+    def leave(self, *, release: bool) -> None:
+        """See Datapath.leave."""
+        engine, _ = self._opened()
+        engine.leave()
 
     def drain(self, seconds: float) -> int:
         """Accept no new connections and wait for the others. UDP is served until `close`: its flows have no end."""

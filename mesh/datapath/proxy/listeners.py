@@ -175,6 +175,7 @@ class Interceptor:
         self._prefer_nft = mode == "nft" or (mode == "auto" and docker_host and self._can_nft)
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
+        self._paused: set[Frontend] = set()  # of those: what is not redirected for a while
         self._touched = False
         self._changed = False  # the opened frontends or the guard, since the last `commit`
         self._guard: Guard | None = None
@@ -193,11 +194,31 @@ class Interceptor:
         if frontend not in self._opened:
             self._opened[frontend] = self._inherit(frontend) or self._open(frontend)
             self._changed = True
+        if frontend in self._paused:
+            self._paused.remove(frontend)
+            self._changed = True
         return self._opened[frontend]
+
+    def pause(self, frontend: Frontend) -> bool:
+        """Leave connections that start to whoever else has the port, from the next `commit` until `listen`.
+
+        Returns:
+            Whether the sockets stay open: connections that are redirected already still arrive. False: the socket
+            itself has the port, and the caller closes it.
+        """
+        opened = self._opened.get(frontend)
+        if opened is None or not opened.redirected:
+            self.forget(frontend)
+            return False
+        if frontend not in self._paused:
+            self._paused.add(frontend)
+            self._changed = True
+        return True
 
     def forget(self, frontend: Frontend) -> None:
         """Stop redirecting with the next `commit`. The caller closes the sockets."""
         self._changed = self._opened.pop(frontend, None) is not None or self._changed
+        self._paused.discard(frontend)
         self.notes.pop(frontend, None)
 
     def guard(self, nodes: Sequence[Address], tunnel: int, peer: int) -> None:
@@ -216,7 +237,7 @@ class Interceptor:
         """
         if not self._changed:
             return
-        ports = {f: o.port for f, o in self._opened.items() if o.redirected}
+        ports = {f: o.port for f, o in self._opened.items() if o.redirected and f not in self._paused}
         if ports or self._touched or self._guard is not None:
             self._touched = True
             with self._table_lock:

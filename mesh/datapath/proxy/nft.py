@@ -19,6 +19,7 @@ from typing import Final
 
 import structlog
 
+from mesh._abi import PASS_MARK
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
@@ -121,10 +122,11 @@ class NftTable:
         rules = tuple(self._rules_of(ports))
         if rules == self._rules and guard == self._guard:
             return
+        own = {"prerouting": "", "output": f"    meta mark {PASS_MARK} return\n"}
         chains = "".join(
-            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
+            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n{passed}"
             f"    meta l4proto != @{ALIVE} return\n" + "".join(f"    {rule}\n" for rule in rules) + "  }\n"
-            for hook in ("prerouting", "output")
+            for hook, passed in own.items()
         )
         self._redirects = self._redirects or bool(rules)
         alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"

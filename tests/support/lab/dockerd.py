@@ -249,6 +249,12 @@ class Swarm:
             list(pool.map(lambda node: self._join(node, "worker"), self.nodes[managers:]))
         wait_for(lambda: self._ready(managers + workers), "all nodes ready")
 
+    def join(self, node: Node) -> None:
+        """A further worker joins; until it is ready."""
+        self._join(node, "worker")
+        self.nodes.append(node)
+        wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready")
+
     def _join(self, node: Node, role: str) -> None:
         token = self.docker("swarm", "join-token", "-q", role)
         address = f"{self.manager.address}:2377"
