@@ -35,9 +35,9 @@ _Key = TypeVar("_Key")
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
     """The frontends that the fallback proxy serves, each with its entry. Pure.
 
-    A frontend with targets on other nodes whose peer ports answer is served as it is; any other on this node's
-    addresses of the IP version that its targets do not speak, except loopback: the socket hooks connect local processes
-    whatever the version.
+    A frontend with targets on other nodes is served as it is, unless none of its targets is reached from here: on this
+    node, or where the peer port answers. Any other is served on this node's addresses of the IP version that its
+    targets do not speak, except loopback: the socket hooks connect local processes whatever the version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -48,7 +48,8 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     for frontend, entry in applied.frontends.items():
         if entry.state.passing:  # Docker's own mesh has to see it
             continue
-        if any(target.via is not None and target.handed for target in entry.state.targets):
+        away = any(target.via is not None for target in entry.state.targets)
+        if away and any(t.weight and (t.via is None or t.handed) for t in entry.state.targets):
             found[frontend] = entry
             continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
