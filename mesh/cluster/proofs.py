@@ -19,7 +19,7 @@ from mesh.model import Node, ProofLevel
 
 GRACE: Final = 5.0  # seconds between a node's word that it proves, and the demand that it does
 SKEW: Final = WINDOW / 2  # seconds: nodes whose clocks are as far from a manager's understand each other
-NAMED: Final = 10.0  # seconds after which a node is named whose build does not know proofs
+NAME_AFTER: Final = 10.0  # seconds after which a node is named whose build does not know proofs
 
 
 class Proofs:
@@ -115,7 +115,7 @@ class Proofs:
         without = {n.id for n in known.values() if n.engine and n.up and n.id != own and n.proof is ProofLevel.NONE}
         self._without = {node: self._without.get(node, now) for node in without}
         means = "refused" if self._require else "accepted without a proof"
-        for node in sorted(n for n, since in self._without.items() if now - since >= NAMED):
+        for node in sorted(n for n, since in self._without.items() if now - since >= NAME_AFTER):
             yield (
                 f"node {known[node].name}: its build of mesh does not prove that it is a node; what it hands over is "
                 f"{means} (upgrade it)"

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.cluster import WEB, Cluster, failures
 from tests.support.polling import PATIENCE, wait_for
+from tests.support.proofs import agreed
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
 
@@ -21,22 +20,6 @@ PEER = 9552
 HEADER = (
     b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x1a\x0a\0\0\x01\x0a\0\0\x02\x04\xd2\0\x50\xe0\0\x0b" + b"no such b!" + b"\0"
 )  # a flow for a backend that no node has
-
-
-def kept(cluster: Cluster) -> list[dict[str, Any]]:
-    """What each agent keeps of keys."""
-    files = [Path(str(daemon.config["state_dir"])) / "keys.json" for daemon in cluster.daemons]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
-
-
-def agreed(cluster: Cluster) -> str:
-    """The key in use, once all agents have it and demand proofs of all others; else empty."""
-    found = kept(cluster)
-    active = {tuple(name for name, (_, _, active) in held["keys"].items() if active) for held in found}
-    others = len(cluster.daemons) - 1
-    if len(found) != others + 1 or len(active) != 1 or any(len(held["proving"]) != others for held in found):
-        return ""
-    return "".join(active.pop()[:1])
 
 
 def test_nodes_prove_themselves(cluster5: Cluster) -> None:

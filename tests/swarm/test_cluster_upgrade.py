@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.engines.test_upgrade import old
 from tests.support.cluster import WEB, Cluster, failures
 from tests.support.daemon import Daemon
+from tests.support.old_build import old_build
 from tests.support.polling import wait_for
-from tests.swarm.test_cluster_proof import agreed
-
-__all__ = ["old"]
+from tests.support.proofs import agreed
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm, pytest.mark.later("proxy", "kernel")]
 
@@ -29,11 +26,12 @@ def are_right(daemons: list[Daemon], wanted: bool) -> Callable[[], bool]:
     return lambda: all(named(daemon) == wanted for daemon in daemons)
 
 
-def test_nodes_of_two_builds(old: Path, cluster: Cluster) -> None:
+def test_nodes_of_two_builds(cluster: Cluster) -> None:
     """Load at the two others all the time, and at this one while its agent is there; nothing is lost."""
     wait_for(lambda: agreed(cluster), "all agents have one key and demand proofs")
     cluster.swarm.create("web", replicas=6, publish=[f"{WEB}:8080"])
     cluster.agree("web", 6)
+    old = old_build()
     node, changing = cluster.swarm.nodes[2], cluster.daemons[2]
     new = changing.program
     with cluster.load(nodes=cluster.swarm.nodes[:2]) as loads:

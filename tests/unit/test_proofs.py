@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mesh._siphash import siphash
 from mesh.cluster.keys import Keys
-from mesh.cluster.proofs import GRACE, NAMED, SKEW, Proofs
+from mesh.cluster.proofs import GRACE, NAME_AFTER, SKEW, Proofs
 from mesh.cluster.wire import Report
 from mesh.datapath import proof
 from mesh.datapath.proof import Proof
@@ -98,7 +98,7 @@ def test_a_build_without_proofs_is_believed_that_it_has_none(tmp_path: Path) -> 
     assert proofs.proof(levelled(proofs), "a").proving == frozenset()
     assert keys.proving == frozenset()
     assert list(proofs.problems(levelled(proofs), "a")) == []
-    clock.now += NAMED
+    clock.now += NAME_AFTER
     lines = list(proofs.problems(levelled(proofs), "a"))
     assert [line.split(":")[0] for line in lines] == ["node name-b", "node name-c"]
     assert all("accepted without a proof" in line for line in lines)
@@ -122,7 +122,7 @@ def test_require_says_so(tmp_path: Path) -> None:
     proofs, _, clock = make(tmp_path, require=True)
     assert proofs.last.require and proofs.proof(levelled(proofs), "a").require
     list(proofs.problems(levelled(proofs), "a"))
-    clock.now += NAMED
+    clock.now += NAME_AFTER
     assert all("refused" in line for line in proofs.problems(levelled(proofs), "a"))
 
 

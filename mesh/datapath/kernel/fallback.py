@@ -37,9 +37,9 @@ _Key = TypeVar("_Key")
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
     """The frontends that the fallback proxy serves, each with its entry. Pure.
 
-    A frontend with targets on other nodes whose peer ports answer is served as it is; any other on this node's
-    addresses of the IP version that its targets do not speak, except loopback: the socket hooks connect local processes
-    whatever the version.
+    A frontend with targets on other nodes is served as it is, unless none of its targets is reached from here: on this
+    node, or where the peer port answers. Any other is served on this node's addresses of the IP version that its
+    targets do not speak, except loopback: the socket hooks connect local processes whatever the version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -48,8 +48,10 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     )
     found: dict[Frontend, FrontendEntry] = {}
     for frontend, entry in applied.frontends.items():
-        # A port that is passed is not redirected; its sockets stay for what was.
-        if any(target.via is not None and (target.handed or entry.state.passing) for target in entry.state.targets):
+        # A port that is passed is not redirected: Docker's own mesh has to see it; its sockets stay for what was.
+        away = any(target.via is not None for target in entry.state.targets)
+        reached = any(t.weight and (t.via is None or t.handed) for t in entry.state.targets)
+        if away and (entry.state.passing or reached):
             found[frontend] = entry
             continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
