@@ -63,6 +63,19 @@ int mesh_bridge(struct __sk_buff *skb)
 	return ingress(skb, FROM_BRIDGE);
 }
 
+/* A packet that is not served, and that the kernel gets: source rules hold for it. */
+INLINE int guard(struct __sk_buff *skb, struct packet *p, enum parse_result result)
+{
+	if (skb->pkt_type != PACKET_HOST)
+		return TC_ACT_UNSPEC;
+	if (result == PARSE_FRAGMENT && complete(p, &result))
+		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
+	if (likely(result == PARSE_FLOW))
+		return is_denied_to_kernel(p, frontend_of(p)) ? verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT)
+							      : TC_ACT_UNSPEC;
+	return pass_without_ports(skb, p, result);
+}
+
 /* A packet on an interface that is not served: only source rules hold there. */
 SEC("tc")
 int mesh_guard(struct __sk_buff *skb)
@@ -71,14 +84,27 @@ int mesh_guard(struct __sk_buff *skb)
 	struct packet p;
 
 	result = parse(skb, &p);
-	if (result == PARSE_OTHER || result == PARSE_ICMP || skb->pkt_type != PACKET_HOST)
+	return result == PARSE_OTHER || result == PARSE_ICMP ? TC_ACT_UNSPEC : guard(skb, &p, result);
+}
+
+/* A packet on a bridge of containers that the configuration leaves out: nothing is served there, but containers are
+ * kept from the ports by which nodes hand flows to each other, and source rules hold. */
+SEC("tc")
+int mesh_bridge_guard(struct __sk_buff *skb)
+{
+	enum parse_result result;
+	struct packet p;
+	__u32 word;
+
+	result = parse(skb, &p);
+	if (result == PARSE_OTHER || result == PARSE_ICMP)
 		return TC_ACT_UNSPEC;
-	if (result == PARSE_FRAGMENT && complete(&p, &result))
-		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
-	if (likely(result == PARSE_FLOW))
-		return is_denied_to_kernel(&p, frontend_of(&p)) ? verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT)
-								: TC_ACT_UNSPEC;
-	return pass_without_ports(skb, &p, result);
+	if (result == PARSE_FLOW || (result == PARSE_FRAGMENT && p.fragment == 1)) {
+		word = port_word(p.flow.protocol, p.flow.destination_port);
+		if (unlikely(word & MESH_PORT_NODES) && is_for_node(&p, word))
+			return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
+	}
+	return guard(skb, &p, result);
 }
 
 /* Whether an IP packet without an Ethernet header is addressed to this node. */

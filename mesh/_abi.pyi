@@ -39,6 +39,7 @@ ARENA_BITS: Final[int]
 ARENA_SLOTS: Final[int]
 PORT_EXACT: Final[int]
 PORT_TUNNEL: Final[int]
+PORT_NODES: Final[int]
 PORT_FRONTEND: Final[int]
 PORT_TCP: Final[int]
 PORT_UDP: Final[int]
@@ -58,6 +59,8 @@ SETTING_DIRECT: Final[int]
 SETTING_GUARD: Final[int]
 FRAGMENT_LOST: Final[int]
 FRAGMENT_DROPPED: Final[int]
+SETTING_LEAVING: Final[int]
+PASS_MARK: Final[int]
 ADDRESS_OWN: Final[int]
 ADDRESS_FLOATING: Final[int]
 STAMP_SHIFT: Final[int]
@@ -136,6 +139,7 @@ class Backend(NamedTuple):
     version: int = ...
     handed: int = ...
     seed: bytes = ...
+    frontend: int = ...
 
 class AclKey(NamedTuple):
     bits: int = ...

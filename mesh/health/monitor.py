@@ -27,11 +27,13 @@ from mesh.model import (
     Protocol,
     Service,
 )
+from mesh.supervisor import recorded
 
 AT_ONCE: Final = 256  # maximum number of concurrent probes
 RATE: Final = 1000.0  # maximum number of probes per second; with more backends, intervals stretch
 JITTER: Final = 0.2  # share of an interval by which each probe is moved at random
 STARTING: Final = 0.1  # seconds between probes of a backend that is not listening yet, doubled up to its interval
+RETRY: Final = 1.0  # seconds until verdicts that could not be told are told again
 AGAIN: Final = 0.1  # minimum seconds between probes triggered by failed connections
 GATHER: Final = 0.003  # seconds for which changed verdicts are batched into one view
 SUSPECT: Final = frozenset({Failure.REFUSED, Failure.TIMEOUT, Failure.UNREACHABLE})
@@ -113,6 +115,9 @@ class Monitor:
 
     async def run(self) -> None:
         """Probe until cancelled."""
+        for backend, known in self._watched.items():  # a run that failed has forgotten those that were under way
+            if known.due != float("inf"):
+                self._schedule(backend, known, self._clock())
         try:
             while True:
                 await self._until_due()
@@ -159,7 +164,8 @@ class Monitor:
     async def _probe(self, backend: str, watched: _Watched) -> None:
         before = (watched.damping.verdict, watched.damping.reason)
         try:
-            await self._attempt(watched)
+            with recorded("health probes"):
+                await self._attempt(watched)
         finally:
             self._free.release()
             watched.busy = False
@@ -203,8 +209,13 @@ class Monitor:
         reasons = {b: w.damping.reason for b, w in self._watched.items() if w.damping.reason}
         view = HealthView(verdicts, reasons)
         if view != self.view:
-            self.view = view
-            self._on_change(view)
+            before, self.view = self.view, view
+            try:
+                self._on_change(view)
+            except Exception:  # the loop takes it down
+                self.view = before
+                self._publishing = asyncio.get_running_loop().call_later(RETRY, self._publish)
+                raise
 
 
 def _wanted(backend: Backend, service: Service | None) -> _Watched | None:

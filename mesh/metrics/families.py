@@ -288,6 +288,11 @@ ENGINE: Final = {
         ),
         (Kind.COUNTER, "udp_evictions", "UDP sessions evicted to make room for new ones."),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
+        (
+            Kind.COUNTER,
+            "passed_connections",
+            "Connections that the proxy had accepted and then left to Docker's own mesh, for want of a path to a task.",
+        ),
         (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for this node's backends."),
         (Kind.COUNTER, "peer_opened", "Handed-over connections and UDP sessions that a backend accepted."),
         (Kind.COUNTER, "peer_received_bytes", "Bytes received from clients of other nodes."),
@@ -299,6 +304,16 @@ ENGINE: Final = {
         ),
         (Kind.COUNTER, "peer_malformed", "Callers of the peer port that sent no valid header in time."),
         (Kind.COUNTER, "peer_unknown", "Flows handed over for a backend that this node does not have."),
+        (
+            Kind.COUNTER,
+            "peer_unproven",
+            "Flows and answers from a node's address without the proof that this node gives; they are dropped.",
+        ),
+        (
+            Kind.COUNTER,
+            "peer_denied",
+            "Flows handed over for a client that mesh.allow or mesh.deny of the backend's service denies.",
+        ),
         (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager that told it the services."),
         (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Full snapshots sent because a worker fell behind."),
         (Kind.COUNTER, "relay_sent_bytes", "Bytes that this manager's relay sent to other nodes."),

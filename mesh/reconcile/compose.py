@@ -29,9 +29,11 @@ from mesh.model import (
     PublishedPort,
     Service,
     ServiceOptions,
+    Severity,
     Target,
 )
 from mesh.reconcile.eligibility import SERVING, Drained, _place, standing
+from mesh.rules import MOST, NOBODY, compact
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +160,9 @@ def _part(given: _Input, _: object) -> _Part:
             )
         )
     weights = _weights(members, service.options, panic=panic)
-    options, problem = _fitting(service, len(members))
-    if problem:
-        problems.append(problem)
+    options, found = _fitting(service, len(members))
+    options, too_many = _within_budget(service, options)
+    problems += [problem for problem in (found, too_many) if problem]
     states: list[tuple[PublishedPort, FrontendState]] = []
     for port in sorted(set(service.ports)):
         targets = tuple(_target(m, port, weights[m.backend.id]) for m in members)
@@ -201,6 +203,22 @@ def _fitting(service: Service, count: int) -> tuple[ServiceOptions, Problem | No
         f"service {service.name}, table size {size}",
         f"{count} backends do not fit, so {fitting} slots are used",
         f"set mesh.table-size to {fitting} or more",
+    )
+
+
+def _within_budget(service: Service, options: ServiceOptions) -> tuple[ServiceOptions, Problem | None]:
+    """The options with rules that there is room for; where there is none, nobody is let in, on all nodes alike."""
+    if len(options.allow) + len(options.deny) <= MOST:
+        return options, None
+    allow, deny = compact(options.allow, options.deny)
+    count = len(allow) + len(deny)
+    if count <= MOST:
+        return replace(options, allow=allow, deny=deny), None
+    return replace(options, allow=(), deny=NOBODY), Problem(
+        f"service {service.name}, mesh.allow and mesh.deny",
+        f"{count} prefixes, even merged, and room for {MOST}: nobody is let in",
+        "write wider networks, or filter in front of the swarm",
+        Severity.CRITICAL,
     )
 
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf]
 FLOATING4, FLOATING6 = "203.0.113.80", "2001:db8::80"
 DENIED = {4: "198.51.100.66", 6: "2001:db8:9::66"}
 ADMITTED = {4: "198.51.100.9", 6: "2001:db8:9::9"}
-FILTERS = ("mesh_ingress", "mesh_bridge", "mesh_guard", "mesh_task")
+FILTERS = ("mesh_ingress", "mesh_bridge", "mesh_guard", "mesh_bridge_guard", "mesh_task")
 
 
 @dataclass(frozen=True)

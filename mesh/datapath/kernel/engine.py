@@ -40,6 +40,7 @@ from mesh.datapath.kernel.stale_sockets import StaleSockets
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Netlink
+from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend, Protocol
 
@@ -99,7 +100,7 @@ class KernelDatapath:
         try:
             names = self._journal.read()
             parts = self._parts = self._build(home / CONTRACT, names)
-            if self._others and not parts.maps.served:
+            if self._others:
                 self._rebuild(parts, restore.from_journal(names))
             self._resume(parts)
         except BaseException:
@@ -128,12 +129,11 @@ class KernelDatapath:
         network = Network(config, Locator(netlink, config.floating), maps, nodes)
         maps.configure(node_config(config, netns_cookie()))
         heartbeat = Heartbeat(loaded[HEARTBEAT], config.orphan_timeout)
-        self._applied = restore.from_maps(maps, names, nodes.all)
+        self._applied = restore.from_maps(maps, names, nodes.all, pass_if_none=config.no_backend == "pass")
         if heartbeat.orphaned:
             self._applied = restore.rejoined(maps, self._applied)
         heartbeat.beat()
-        tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
-        publisher = Publisher(config, maps, Ids(loaded), tables)
+        publisher = Publisher(config, maps, Ids(loaded), self._applied)
         hooks = Hooks(programs, directory, config.cgroup)
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
         follower = start(contextlib.closing(Follower(self._look, publisher.due)))
@@ -144,12 +144,12 @@ class KernelDatapath:
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
-        the same."""
+        the same. A process that was killed as it did so has left some of them, which stay."""
+        applied = restore.joined(applied, self._applied)
         plan = Plan(
             applied.generation, tuple(applied.backends.values()), tuple(applied.frontends.values()), result=applied
         )
-        parts.publisher.publish(plan, self._applied, {})
-        self._applied = applied
+        self._applied = parts.publisher.publish(plan, self._applied, {})
         for other in self._others:
             if other.name.partition("-")[0] == str(ABI_VERSION):
                 parts.maps.carry_over(other)
@@ -188,10 +188,11 @@ class KernelDatapath:
             parts.network.prepare(plan.put_backends)
             if not self._others:
                 self._attach(parts)
-            parts.publisher.publish(plan, self._applied, parts.network.locations, taking_over=self._taking_over)
-            self._applied = plan.result
+            self._applied = parts.publisher.publish(
+                plan, self._applied, parts.network.locations, taking_over=self._taking_over
+            )
             self._taking_over = False
-            self._journal.drop(plan)
+            self._journal.finish(plan, sure=not parts.publisher.failures)
             if any(gone.key.protocol == Protocol.UDP for gone in plan.drop_backends):
                 parts.stale.end()
             parts.network.forget(plan.drop_backends)
@@ -231,6 +232,11 @@ class KernelDatapath:
                 parts.stale.end()
         return True
 
+    def prove(self, proof: Proof) -> None:
+        """See Datapath.prove: the fallback proxy hands over and is handed over to; the tunnel carries no proof."""
+        with self._lock:
+            self._fallback.prove(proof)
+
     # ---- heartbeat ----
 
     def heartbeat(self) -> bool:
@@ -243,6 +249,10 @@ class KernelDatapath:
         parts.heartbeat.beat()
         self._fallback.heartbeat()
         return True
+
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung: those of the fallback proxy."""
+        return self._fallback.hung()
 
     def rejoin(self) -> Applied:
         """See Datapath.rejoin."""
@@ -261,7 +271,8 @@ class KernelDatapath:
         parts, applied = self._opened(), self._applied
         journal = [problem for problem in (self._journal.problem, parts.stale.problem) if problem]
         network = parts.network.problems(applied.frontends, list(applied.backends.values()))
-        return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network]
+        failures = parts.publisher.failures.values()
+        return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network, *failures]
 
     def stats(self) -> Stats:
         """See Datapath.stats."""
@@ -299,6 +310,12 @@ class KernelDatapath:
     def stop_accepting(self) -> None:
         """See ProxyDatapath.stop_accepting."""
         self._fallback.stop_accepting()
+
+    def leave(self, *, release: bool) -> None:
+        """See Datapath.leave: at the peer port; in the tunnel, which outlives this process, with `release` only."""
+        self._fallback.leave()
+        if release:
+            self._opened().maps.leave()
 
     def drain(self, seconds: float) -> int:
         """Wait for the fallback proxy's flows; those in the kernel go on without this process."""

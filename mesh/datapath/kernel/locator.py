@@ -22,7 +22,9 @@ BRIDGE: Final = "mesh_bridge"
 TASK: Final = "mesh_task"
 BARE: Final = "mesh_l3"
 GUARD: Final = "mesh_guard"
+BRIDGE_GUARD: Final = "mesh_bridge_guard"
 BARE_GUARD: Final = "mesh_l3_guard"
+GUARDS: Final = {INGRESS: GUARD, BRIDGE: BRIDGE_GUARD, BARE: BARE_GUARD}
 NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 30.0)  # seconds between questions for one MAC: first pause, doubled up to the second
 ASK_MOST: Final = 32  # open questions at a time: each takes one of the 1,024 neighbour entries of all namespaces
@@ -153,8 +155,8 @@ def wanted(
     as well), and veths that lead directly to a backend. INGRESS, facing clients: the interfaces that `patterns` name,
     and those in `nodes`, which lead to other nodes; without patterns every other Ethernet interface, bridges included,
     that is up and not a port of a bridge or bond. BRIDGE: bridges that only have ports of containers and virtual
-    machines. BARE: as INGRESS, where packets begin with the IP header. GUARD, BARE_GUARD: interfaces that `patterns`
-    leave out, if `guarded`: frontends have source rules.
+    machines. BARE: as INGRESS, where packets begin with the IP header. Where `patterns` leave an interface out:
+    BRIDGE_GUARD instead of BRIDGE; GUARD and BARE_GUARD instead of the others if `guarded`: some have source rules.
     """
     vias = {location.via for location in locations if not location.own}
     bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
@@ -166,8 +168,10 @@ def wanted(
             found[interface.index] = TASK
         elif _is_served(interface, patterns, nodes, bridges):
             found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
-        elif guarded and _is_served(interface, (), (), bridges):
-            found[interface.index] = BARE_GUARD if interface.bare else GUARD
+        elif _is_served(interface, (), (), bridges):
+            guard = GUARDS[_outer(interface, outward)]
+            if guarded or guard == BRIDGE_GUARD:
+                found[interface.index] = guard
     return found
 
 
@@ -180,10 +184,11 @@ def _is_served(interface: Interface, patterns: Sequence[str], nodes: Collection[
 
 
 def unserved(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> list[str]:
-    """One sentence for each interface where source rules hold and nothing is served, or neither. Pure."""
+    """One sentence for each interface where source rules hold and nothing is served, or neither; for nodes whose
+    frontends have source rules. Pure."""
     found = []
     for interface in sorted(interfaces.values(), key=lambda i: i.index):
-        if programs.get(interface.index) in (GUARD, BARE_GUARD):
+        if programs.get(interface.index) in GUARDS.values():
             found.append(
                 f"interface {interface.name} is left out by `interfaces`: source rules hold there, and clients that "
                 "they admit reach whoever else serves the port"

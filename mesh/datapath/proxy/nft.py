@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proxy engine's nftables table, which redirects connections to it ahead of Docker's own rules.
 
+It also keeps containers from the ports by which nodes hand flows to each other.
+
 It redirects only for as long as somebody refreshes it: once the process is killed, its ports are closed, and what has
 the connections otherwise gets them again.
 """
@@ -10,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from mesh._abi import PASS_MARK
 from mesh.errors import DatapathError
-from mesh.model import ANY_ADDRESS, Frontend, Protocol
+from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
 log = structlog.get_logger("mesh")
 
@@ -25,6 +29,40 @@ log = structlog.get_logger("mesh")
 PRIORITY: Final = -110  # ahead of Docker's chains, which are at dstnat, -100
 LIFETIME: Final = 30.0  # seconds for which the table redirects without being refreshed, at most
 ALIVE: Final = "alive"  # the set of protocols that are redirected
+GUARD_PRIORITY: Final = -10  # ahead of the filter chains of Docker and others, at 0
+DROPPED: Final = "containers_dropped"  # the guard's counter
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What containers are kept from: UDP `tunnel`, TCP and UDP `peer` at the addresses of nodes."""
+
+    nodes: tuple[Address, ...]
+    tunnel: int
+    peer: int
+
+    def chains(self) -> Iterator[str]:
+        """The chains. What this host forwards comes from somebody else, unless a node's own address says otherwise and
+        the way back to it is the way by which it came. Docker gives what leaves a container the address of its node
+        only later (postrouting), so containers are recognised here."""
+        by_family = {
+            "ip": ("ipv4_addr", [str(a) for a in self.nodes if a.version == 4]),
+            "ip6": ("ipv6_addr", [str(a) for a in self.nodes if a.version == 6]),
+        }
+        used = {family: what for family, what in by_family.items() if what[1]}
+        yield f"  counter {DROPPED} {{ }}\n"
+        for family, (kind, addresses) in used.items():
+            yield f"  set nodes_{family} {{ type {kind}; elements = {{ {', '.join(addresses)} }} }}\n"
+        yield "  chain strangers {\n"
+        for family in used:
+            yield f"    {family} saddr @nodes_{family} fib saddr . iif oif exists return\n"
+        yield f"    counter name {DROPPED} drop\n  }}\n"
+        yield f"  chain forward {{\n    type filter hook forward priority {GUARD_PRIORITY}; policy accept;\n"
+        for family in used:
+            for protocol, ports in (("udp", sorted({self.tunnel, self.peer})), ("tcp", [self.peer])):
+                listed = ", ".join(map(str, ports))
+                yield f"    {family} daddr @nodes_{family} {protocol} dport {{ {listed} }} jump strangers\n"
+        yield "  }\n"
 
 
 def table_name(state_dir: str) -> str:
@@ -43,6 +81,8 @@ class NftTable:
         self.name = name
         self._elements = ", ".join(f"{protocol} timeout {lifetime * 1000:.0f}ms" for protocol in Protocol)
         self._rules: tuple[str, ...] | None = None
+        self._guard: Guard | None = None
+        self._redirects = False  # it has redirected at some time
 
     @staticmethod
     def usable() -> bool:
@@ -70,24 +110,30 @@ class NftTable:
         except DatapathError as error:
             log.warning("cannot delete the nftables table of an earlier process", error=str(error))
 
-    def replace(self, ports: Mapping[Frontend, int]) -> None:
+    def replace(self, ports: Mapping[Frontend, int], guard: Guard | None = None) -> None:
         """Redirect exactly these frontends to these ports. Without any the chains stay, for established flows.
+
+        Args:
+            guard: what containers are kept from; None: nothing.
 
         Raises:
             DatapathError: nft rejected the table; the former one stays.
         """
         rules = tuple(self._rules_of(ports))
-        if rules == self._rules:
+        if rules == self._rules and guard == self._guard:
             return
+        own = {"prerouting": "", "output": f"    meta mark {PASS_MARK} return\n"}
         chains = "".join(
-            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
+            f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n{passed}"
             f"    meta l4proto != @{ALIVE} return\n" + "".join(f"    {rule}\n" for rule in rules) + "  }\n"
-            for hook in ("prerouting", "output")
+            for hook, passed in own.items()
         )
+        self._redirects = self._redirects or bool(rules)
         alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"
-        table = f"table inet {self.name}"
-        self._run(f"{table}\ndelete {table}\n{table} {{\n{alive}{chains}}}\n")
-        self._rules = rules
+        guards = "".join(guard.chains()) if guard is not None else ""
+        nat = f"{alive}{chains}" if self._redirects or guard is None else ""  # their hooks make the kernel track flows
+        self.load(nat + guards)
+        self._rules, self._guard = rules, guard
 
     def refresh(self) -> None:
         """Redirect for another lifetime. Does nothing where nothing is redirected.
@@ -101,10 +147,19 @@ class NftTable:
         protocols = f"element inet {self.name} {ALIVE} {{ {', '.join(map(str, Protocol))} }}\n"
         self._run(f"add {element}delete {protocols}add {element}")  # the first: an element may have expired
 
+    def load(self, content: str) -> None:
+        """Replace the table by one with this content.
+
+        Raises:
+            DatapathError: nft rejected it; the former one stays.
+        """
+        table = f"table inet {self.name}"
+        self._run(f"{table}\ndelete {table}\n{table} {{\n{content}}}\n")
+
     def delete(self) -> None:
         """Delete the table. The flows that it redirected end, unless something else uses NAT on this host."""
         self._run(f"table inet {self.name}\ndelete table inet {self.name}\n")
-        self._rules = None
+        self._rules = self._guard = None
 
     @staticmethod
     def _rules_of(ports: Mapping[Frontend, int]) -> Iterable[str]:
