@@ -302,11 +302,10 @@ class Plane:
 
 def steady_stamp() -> int:
     """The programs' stamp, which does not change within the next 10 ms."""
-    while True:
-        now = time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE)
-        if now >> 30 == (now + 10_000_000) >> 30:
-            return now >> 30
-        time.sleep(0.005)
+    left = (1 << 30) - time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) % (1 << 30)
+    if left < 10_000_000:
+        time.sleep(left / 1e9 + 0.01)  # the clock lags by a tick
+    return time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) >> 30
 
 
 def context(ifindex: int = 1, gso: int = 0) -> bytes:
