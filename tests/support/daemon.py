@@ -31,6 +31,11 @@ def backends_of(state: dict[str, Any], service: str) -> dict[str, int]:
     return found
 
 
+def environment() -> dict[str, str]:
+    """This process' own, without what would be keys of the daemon."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
+
+
 class Daemon:
     """One `mesh run`. Keyword arguments are configuration keys."""
 
@@ -49,10 +54,9 @@ class Daemon:
     def start(self, *extra: str, wait: bool = True) -> None:
         """Start a (further) process with the same configuration."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self.config.items()]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
         command = [str(self.program), "run", *flags, *extra]
         with self.log.open("ab") as log:
-            self.process = self.namespace.popen(*command, stdout=log, stderr=log, env=environment, close_fds=True)
+            self.process = self.namespace.popen(*command, stdout=log, stderr=log, env=environment(), close_fds=True)
         if wait:
             self.wait_ready()
 
@@ -109,7 +113,7 @@ class Daemon:
     def release(self) -> None:
         """`mesh stop --release`: nothing of it is left in the node's kernel; also where the process is gone."""
         mesh = str(Path(sys.executable).with_name("mesh"))
-        self.namespace.run(mesh, "stop", "--release", f"--state-dir={self.config['state_dir']}")
+        self.namespace.run(mesh, "stop", "--release", f"--state-dir={self.config['state_dir']}", env=environment())
         self.process.wait(PATIENCE)
 
     def kill(self) -> None:
