@@ -7,6 +7,7 @@ int mesh_tunnel_rx(struct __sk_buff *skb);
 int mesh_tunnel_tx(struct __sk_buff *skb);
 int mesh_icmp(struct __sk_buff *skb);
 int mesh_ingress(struct __sk_buff *skb);
+int mesh_guard(struct __sk_buff *skb);
 
 /* Programs that those of ingress.bpf.o continue in, by CALL_*. The kernel empties the map when nobody holds or pins it.
  */
@@ -20,6 +21,7 @@ struct {
 					  [CALL_TUNNEL_TX] = (void *)&mesh_tunnel_tx,
 					  [CALL_ICMP] = (void *)&mesh_icmp,
 					  [CALL_INGRESS] = (void *)&mesh_ingress,
+					  [CALL_GUARD] = (void *)&mesh_guard,
 				  }};
 
 INLINE int ingress(struct __sk_buff *skb, int from)
@@ -29,8 +31,8 @@ INLINE int ingress(struct __sk_buff *skb, int from)
 	struct packet p;
 
 	result = parse(skb, &p);
-	if (unlikely(result == PARSE_FRAGMENT) && !fragment_ports(&p))
-		result = PARSE_FLOW;
+	if (unlikely(result == PARSE_FRAGMENT) && complete(&p, &result))
+		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
 	if (likely(result == PARSE_FLOW)) {
 		action = forward_flow(skb, &p, from);
 		if (likely(!IS_REJECT(action)))
@@ -40,7 +42,7 @@ INLINE int ingress(struct __sk_buff *skb, int from)
 	} else if (result == PARSE_OTHER) {
 		return TC_ACT_UNSPEC;
 	} else if (result != PARSE_ICMP) {
-		return pass_without_ports(&p, result);
+		return pass_without_ports(skb, &p, result);
 	}
 	bpf_tail_call(skb, &mesh_tail_calls, TAIL_CALL(0) - action);
 	return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
@@ -61,20 +63,94 @@ int mesh_bridge(struct __sk_buff *skb)
 	return ingress(skb, FROM_BRIDGE);
 }
 
-/* A packet on a bridge of containers that the configuration leaves out: nothing is served there, but containers are
- * kept from the ports by which nodes hand flows to each other. */
+/* A packet that is not served, and that the kernel gets: source rules hold for it. */
+INLINE int guard(struct __sk_buff *skb, struct packet *p, enum parse_result result)
+{
+	if (skb->pkt_type != PACKET_HOST)
+		return TC_ACT_UNSPEC;
+	if (result == PARSE_FRAGMENT && complete(p, &result))
+		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
+	if (likely(result == PARSE_FLOW))
+		return is_denied_to_kernel(p, frontend_of(p)) ? verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT)
+							      : TC_ACT_UNSPEC;
+	return pass_without_ports(skb, p, result);
+}
+
+/* A packet on an interface that is not served: only source rules hold there. */
 SEC("tc")
 int mesh_guard(struct __sk_buff *skb)
 {
+	enum parse_result result;
+	struct packet p;
+
+	result = parse(skb, &p);
+	return result == PARSE_OTHER || result == PARSE_ICMP ? TC_ACT_UNSPEC : guard(skb, &p, result);
+}
+
+/* A packet on a bridge of containers that the configuration leaves out: nothing is served there, but containers are
+ * kept from the ports by which nodes hand flows to each other, and source rules hold. */
+SEC("tc")
+int mesh_bridge_guard(struct __sk_buff *skb)
+{
+	enum parse_result result;
 	struct packet p;
 	__u32 word;
 
-	if (parse(skb, &p) != PARSE_FLOW)
+	result = parse(skb, &p);
+	if (result == PARSE_OTHER || result == PARSE_ICMP)
 		return TC_ACT_UNSPEC;
-	word = port_word(p.flow.protocol, p.flow.destination_port);
-	if (likely(!(word & MESH_PORT_NODES)) || !is_for_node(&p, word))
+	if (result == PARSE_FLOW || (result == PARSE_FRAGMENT && p.fragment == 1)) {
+		word = port_word(p.flow.protocol, p.flow.destination_port);
+		if (unlikely(word & MESH_PORT_NODES) && is_for_node(&p, word))
+			return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
+	}
+	return guard(skb, &p, result);
+}
+
+/* Whether an IP packet without an Ethernet header is addressed to this node. */
+INLINE int is_bare_to_node(struct __sk_buff *skb)
+{
+	struct mesh_addr destination;
+	__be32 v4;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (bpf_skb_load_bytes(skb, offsetof(struct iphdr, daddr), &v4, sizeof(v4)))
+			return 0;
+		address_v4(&destination, v4);
+	} else if (skb->protocol != bpf_htons(ETH_P_IPV6) ||
+		   bpf_skb_load_bytes(skb, offsetof(struct ipv6hdr, daddr), &destination, sizeof(destination))) {
+		return 0;
+	}
+	return is_local(&destination);
+}
+
+/* Give a packet for this node an Ethernet header, and continue in a program that expects one. If that lets it pass, the
+ * kernel skips the header. */
+INLINE int continue_with_ethernet(struct __sk_buff *skb, __u32 program)
+{
+	__be16 type = (__be16)skb->protocol;
+
+	if (!is_bare_to_node(skb))
 		return TC_ACT_UNSPEC;
-	return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
+	if (bpf_skb_change_head(skb, L3, 0) ||
+	    bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type, sizeof(type), 0))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	bpf_tail_call(skb, &mesh_tail_calls, program);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+}
+
+/* A client's packet on an interface without Ethernet (WireGuard, tun, PPP): as mesh_ingress. */
+SEC("tc")
+int mesh_l3(struct __sk_buff *skb)
+{
+	return continue_with_ethernet(skb, CALL_INGRESS);
+}
+
+/* Likewise, as mesh_guard. */
+SEC("tc")
+int mesh_l3_guard(struct __sk_buff *skb)
+{
+	return continue_with_ethernet(skb, CALL_GUARD);
 }
 
 /* An ICMP error from the clients' side, or from the path to another node. */
@@ -134,10 +210,12 @@ SEC("tc")
 int mesh_tunnel_rx(struct __sk_buff *skb)
 {
 	struct tunnel_peer from = {};
-	struct packet p;
+	struct packet p = {};
 	int result, action;
 
 	result = parse(skb, &p);
+	if (result == PARSE_FRAGMENT && p.fragment == 1)
+		result = PARSE_FLOW;
 	if ((result != PARSE_FLOW && result != PARSE_ICMP) || !is_local(&p.flow.destination))
 		return TC_ACT_UNSPEC;
 	if (result == PARSE_ICMP)

@@ -170,7 +170,7 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 		return verdict;
 	if (is_v4(&to->backend) ? v6 && call == SEND : !v6) /* the kernel rejects a datagram's change of family */
 		return MESH_VERDICT_FAMILY;
-	if (call == SEND) {
+	if (flow.protocol == IPPROTO_UDP) { /* the agent ends connected sockets whose backend is gone */
 		struct mesh_udp_peer key = {
 			.cookie = bpf_get_socket_cookie(ctx),
 			.address = to->backend,

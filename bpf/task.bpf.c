@@ -16,12 +16,15 @@ struct {
 } mesh_task_calls SEC(".maps") = {.values = {[CALL_TUNNEL_REPLY] = (void *)&mesh_tunnel_reply}};
 
 /* Whether a reply, or one of the segments it will be cut into, exceeds the MTU of its interface. Only the kernel's own
- * path tells the task so: such a packet is passed to it as it is. */
-static __noinline int is_too_big(struct __sk_buff *skb, __u32 ifindex)
+ * path tells the task so: such a packet is passed to it as it is. The helper counts an Ethernet header that some
+ * interfaces do not have. */
+static __noinline int is_too_big(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
 {
 	__u32 mtu = 0;
 
-	return bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) > 0;
+	if (bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) <= 0)
+		return 0;
+	return skb->gso_size || p->length > mtu;
 }
 
 /* A reply, with the called address as its source, straight to the interface where the packets of the client come in.
@@ -38,12 +41,12 @@ static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, str
 
 	if (unlikely(p->ttl <= 1))
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
-	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, ifindex)) {
+	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, p, ifindex)) {
 		count_failed_start(p, reply->frontend, FAILURE(too_big));
 		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
 	}
 	if (unlikely(p->fragment == 1))
-		fragment_ports(p);
+		fragment_store(p);
 	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
 		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);
@@ -65,7 +68,7 @@ RARE int forward_task_icmp(struct __sk_buff *skb, struct packet *p)
 	if (!p || !w)
 		return -1;
 	reply = revnat_of_task_error(skb, p, w);
-	if (!reply)
+	if (!reply || !is_from_task(skb, reply))
 		return -1;
 	ifindex = reply->ifindex;
 	if (ifindex & MESH_REVNAT_NODE)
@@ -93,10 +96,12 @@ int mesh_task(struct __sk_buff *skb)
 	int action;
 
 	result = parse(skb, &p);
-	if (result == PARSE_FRAGMENT && !fragment_ports(&p))
-		result = PARSE_FLOW;
+	if (unlikely(result == PARSE_FRAGMENT) && complete(&p, &result))
+		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
 	if (likely(result == PARSE_FLOW)) {
-		reply = revnat_lookup(&p.flow);
+		reply = revnat_lookup(skb, &p);
+		if (unlikely(reply && !is_from_task(skb, reply)))
+			return verdict(MESH_VERDICT_FOREIGN_REPLY, TC_ACT_SHOT);
 		if (likely(reply && !(reply->ifindex & MESH_REVNAT_NODE)))
 			return forward_reply(skb, &p, reply);
 		if (!reply) {
@@ -109,7 +114,7 @@ int mesh_task(struct __sk_buff *skb)
 	if (result == PARSE_OTHER)
 		return TC_ACT_UNSPEC;
 	if (result != PARSE_ICMP)
-		return pass_without_ports(&p, result);
+		return pass_without_ports(skb, &p, result);
 	action = forward_task_icmp(skb, &p);
 	if (action == TAIL_CALL(CALL_TUNNEL_REPLY))
 		bpf_tail_call(skb, &mesh_task_calls, CALL_TUNNEL_REPLY);
@@ -133,7 +138,7 @@ int mesh_tunnel_reply(struct __sk_buff *skb)
 	}
 	if (result != PARSE_FLOW && (result != PARSE_FRAGMENT || fragment_ports(&p)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
-	reply = revnat_lookup(&p.flow);
+	reply = revnat_lookup(skb, &p);
 	if (!reply || !(reply->ifindex & MESH_REVNAT_NODE))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	action = prepare_reply(skb, &p, reply, &d);

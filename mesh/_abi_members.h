@@ -53,6 +53,7 @@ static const struct mesh_member mesh_revnat_members[] = {
 	ADDRESS(mesh_revnat, called), ADDRESS(mesh_revnat, client), NETWORK(mesh_revnat, called_port),
 	HOST(mesh_revnat, flags),     HOST(mesh_revnat, ifindex),   HOST(mesh_revnat, frontend),
 	HOST(mesh_revnat, owner),     HOST(mesh_revnat, epoch),     HOST(mesh_revnat, stamp),
+	HOST(mesh_revnat, sequence),  HOST(mesh_revnat, veth),
 };
 static const struct mesh_member mesh_counts_members[] = {
 	HOST(mesh_counts, packets_in), HOST(mesh_counts, bytes_in), HOST(mesh_counts, packets_out),
@@ -95,8 +96,8 @@ static const struct mesh_member mesh_geneve_members[] = {
 	HOST(mesh_geneve, option_words), STRUCT(mesh_geneve, id, mesh_id),
 };
 static const struct mesh_member mesh_node_members[] = {
-	ADDRESS(mesh_node, source), HOST(mesh_node, ifindex),  HOST(mesh_node, mtu),
-	HOST(mesh_node, id),        HOST(mesh_node, path_mtu), HOST(mesh_node, path_stamp),
+	ADDRESS(mesh_node, source), HOST(mesh_node, ifindex),    HOST(mesh_node, mtu),  HOST(mesh_node, id),
+	HOST(mesh_node, path_mtu),  HOST(mesh_node, path_stamp), HOST(mesh_node, hint),
 };
 
 /* A struct comes after those that are within it. */
@@ -192,6 +193,9 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(ACL_ALLOW),
 	CONSTANT(ACL_DENY),
 	CONSTANT(SETTING_DIRECT),
+	CONSTANT(SETTING_GUARD),
+	CONSTANT(FRAGMENT_LOST),
+	CONSTANT(FRAGMENT_DROPPED),
 	CONSTANT(SETTING_LEAVING),
 	CONSTANT(PASS_MARK),
 	CONSTANT(ADDRESS_OWN),

@@ -6,6 +6,8 @@ This module is its Python API; the engine itself is in mesh/fastpath/. All metho
 except `Pair.read`, `Front.read` and `Engine.totals`, which any thread may call at any time.
 """
 
+import os
+
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -161,6 +163,8 @@ cdef class Engine:
         self.e.idle_ns = <uint64_t>(idle_timeout * 1e9)
         self.e.udp_idle_ns = <uint64_t>(udp_idle_timeout * 1e9)
         self.e.udp_max = udp_sessions
+        secret = os.urandom(sizeof(self.e.secret))
+        memcpy(self.e.secret, <const char *>secret, sizeof(self.e.secret))
         self.e.connections_max = connections
         self.e.pipes_max = pipes
         self.e.mark = mark

@@ -24,6 +24,10 @@ NLM_F_CREATE: Final[int]
 NLMSG_ERROR: Final[int]
 NLMSG_DONE: Final[int]
 NLA_TYPE_MASK: Final[int]
+NETLINK_ROUTE: Final[int]
+NETLINK_SOCK_DIAG: Final[int]
+SOCK_DIAG_BY_FAMILY: Final[int]
+SOCK_DESTROY: Final[int]
 RTM_GETLINK: Final[int]
 RTM_GETADDR: Final[int]
 RTM_GETROUTE: Final[int]
@@ -68,7 +72,15 @@ NUD_PERMANENT: Final[int]
 NUD_FAILED: Final[int]
 NTF_USE: Final[int]
 IFF_UP: Final[int]
+IFF_LOOPBACK: Final[int]
 ARPHRD_ETHER: Final[int]
+ARPHRD_NONE: Final[int]
+ARPHRD_RAWIP: Final[int]
+ARPHRD_PPP: Final[int]
+ARPHRD_TUNNEL: Final[int]
+ARPHRD_TUNNEL6: Final[int]
+ARPHRD_SIT: Final[int]
+ARPHRD_IPGRE: Final[int]
 SO_ATTACH_FILTER: Final[int]
 SO_NETNS_COOKIE: Final[int]
 ETH_P_ALL: Final[int]
@@ -140,6 +152,24 @@ class VlanFlags(NamedTuple):
     flags: int = ...
     mask: int = ...
 
+class DiagSocket(NamedTuple):
+    idiag_sport: int = ...
+    idiag_dport: int = ...
+    idiag_src: bytes = ...
+    idiag_dst: bytes = ...
+    idiag_if: int = ...
+    idiag_cookie: bytes = ...
+
+class DiagRequest(NamedTuple):
+    sdiag_family: int = ...
+    sdiag_protocol: int = ...
+    idiag_states: int = ...
+    id: DiagSocket = ...
+
+class DiagMessage(NamedTuple):
+    idiag_family: int = ...
+    id: DiagSocket = ...
+
 class SockFilter(NamedTuple):
     code: int = ...
     jt: int = ...
@@ -209,6 +239,9 @@ IFADDRMSG: Final[Layout[IfAddrMsg]]
 NDMSG: Final[Layout[NdMsg]]
 RTMSG: Final[Layout[RtMsg]]
 VLANFLAGS: Final[Layout[VlanFlags]]
+DIAGSOCKET: Final[Layout[DiagSocket]]
+DIAGREQUEST: Final[Layout[DiagRequest]]
+DIAGMESSAGE: Final[Layout[DiagMessage]]
 SOCKFILTER: Final[Layout[SockFilter]]
 SOCKFPROG: Final[Layout[SockFprog]]
 TCPINFO: Final[Layout[TcpInfo]]

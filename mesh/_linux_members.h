@@ -16,12 +16,14 @@
 #include <linux/if_vlan.h>
 #include <linux/in.h>
 #include <linux/in6.h>
+#include <linux/inet_diag.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/magic.h>
 #include <linux/neighbour.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
 
@@ -62,6 +64,22 @@ static const struct mesh_member ifla_vlan_flags_members[] = {
 };
 
 /* ---- sockets and programs ---- */
+
+static const struct mesh_member inet_diag_sockid_members[] = {
+	NETWORK(inet_diag_sockid, idiag_sport), NETWORK(inet_diag_sockid, idiag_dport),
+	RAW(inet_diag_sockid, idiag_src),       RAW(inet_diag_sockid, idiag_dst),
+	HOST(inet_diag_sockid, idiag_if),       RAW(inet_diag_sockid, idiag_cookie),
+};
+static const struct mesh_member inet_diag_req_v2_members[] = {
+	HOST(inet_diag_req_v2, sdiag_family),
+	HOST(inet_diag_req_v2, sdiag_protocol),
+	HOST(inet_diag_req_v2, idiag_states),
+	STRUCT(inet_diag_req_v2, id, inet_diag_sockid),
+};
+static const struct mesh_member inet_diag_msg_members[] = {
+	HOST(inet_diag_msg, idiag_family),
+	STRUCT(inet_diag_msg, id, inet_diag_sockid),
+};
 
 static const struct mesh_member sock_filter_members[] = {
 	HOST(sock_filter, code),
@@ -166,6 +184,9 @@ static const struct mesh_layout linux_layouts[] = {
 	LAYOUT(NdMsg, ndmsg),
 	LAYOUT(RtMsg, rtmsg),
 	LAYOUT(VlanFlags, ifla_vlan_flags),
+	LAYOUT(DiagSocket, inet_diag_sockid),
+	LAYOUT(DiagRequest, inet_diag_req_v2),
+	LAYOUT(DiagMessage, inet_diag_msg),
 	LAYOUT(SockFilter, sock_filter),
 	LAYOUT(SockFprog, sock_fprog),
 	LAYOUT(TcpInfo, tcp_info),
@@ -193,6 +214,10 @@ static const struct mesh_constant linux_constants[] = {
 	CONSTANT(NLMSG_ERROR),
 	CONSTANT(NLMSG_DONE),
 	CONSTANT(NLA_TYPE_MASK),
+	CONSTANT(NETLINK_ROUTE),
+	CONSTANT(NETLINK_SOCK_DIAG),
+	CONSTANT(SOCK_DIAG_BY_FAMILY),
+	CONSTANT(SOCK_DESTROY),
 	CONSTANT(RTM_GETLINK),
 	CONSTANT(RTM_GETADDR),
 	CONSTANT(RTM_GETROUTE),
@@ -237,7 +262,15 @@ static const struct mesh_constant linux_constants[] = {
 	CONSTANT(NUD_FAILED),
 	CONSTANT(NTF_USE),
 	CONSTANT(IFF_UP),
+	CONSTANT(IFF_LOOPBACK),
 	CONSTANT(ARPHRD_ETHER),
+	CONSTANT(ARPHRD_NONE),
+	CONSTANT(ARPHRD_RAWIP),
+	CONSTANT(ARPHRD_PPP),
+	CONSTANT(ARPHRD_TUNNEL),
+	CONSTANT(ARPHRD_TUNNEL6),
+	CONSTANT(ARPHRD_SIT),
+	CONSTANT(ARPHRD_IPGRE),
 	CONSTANT(SO_ATTACH_FILTER),
 	CONSTANT(SO_NETNS_COOKIE),
 	CONSTANT(ETH_P_ALL),

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* SYN flood from invented addresses of one /16, at a steady rate. For use inside network namespaces.
+/* Floods from invented addresses of one /16, at a steady rate. For use inside network namespaces.
  *
- * flood SOURCE_NETWORK TARGET_ADDRESS PORT RATE SECONDS
+ * flood SOURCE_NETWORK TARGET_ADDRESS PORT RATE SECONDS [KIND]
+ * KIND: syn (default), ack, fin or rst, each from another address; pair: a SYN and an ACK that guesses what it
+ * acknowledges, acks: two ACKs, udp: two datagrams, each two packets from one address.
  * Prints one line of JSON: {"sent": N, "failed": N}.
  */
 #define _GNU_SOURCE
@@ -10,6 +12,7 @@
 #include <netinet/in.h>
 #include <netinet/ip.h>
 #include <netinet/tcp.h>
+#include <netinet/udp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,15 +26,22 @@
 
 struct segment {
 	struct iphdr ip;
-	struct tcphdr tcp;
+	union {
+		struct tcphdr tcp;
+		struct udphdr udp;
+	};
 };
 
-/* What the TCP checksum covers beside the segment. */
-struct pseudo {
-	uint32_t source, destination;
-	uint8_t zero, protocol;
-	uint16_t length;
-	struct tcphdr tcp;
+struct kind {
+	const char *name;
+	uint8_t flags[2]; /* of the TCP header, of both packets from one address; the second 0: there is one */
+	uint8_t udp;
+};
+
+static const struct kind kinds[] = {
+	{"syn", {TH_SYN}, 0}, {"ack", {TH_ACK}, 0},          {"fin", {TH_FIN | TH_ACK}, 0},
+	{"rst", {TH_RST}, 0}, {"pair", {TH_SYN, TH_ACK}, 0}, {"acks", {TH_ACK, TH_ACK}, 0},
+	{"udp", {0, 1}, 1},
 };
 
 static struct segment segments[BATCH];
@@ -48,7 +58,7 @@ static uint64_t now(void)
 	return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
 }
 
-/* xorshift64 (G. Marsaglia): every SYN another address and port. */
+/* xorshift64 (G. Marsaglia). */
 static uint32_t draw(void)
 {
 	static uint64_t x = 88172645463325252ull;
@@ -59,40 +69,74 @@ static uint32_t draw(void)
 	return (uint32_t)(x >> 16);
 }
 
-static uint16_t checksum(const void *data, size_t size)
+/* The sum of 16-bit words in network order, as long as the size is even. */
+static uint32_t add(uint32_t sum, const void *data, size_t size)
 {
-	const uint16_t *words = data;
-	uint32_t sum = 0;
+	const uint8_t *bytes = data;
 
-	for (size_t i = 0; i < size / 2; i++)
-		sum += words[i];
+	for (size_t i = 0; i < size; i += 2)
+		sum += (uint32_t)bytes[i] << 8 | bytes[i + 1];
+	return sum;
+}
+
+/* The checksum of a transport header with its pseudo header (RFC 9293, RFC 768), in network order. */
+static uint16_t checksum(const struct iphdr *ip, const void *header, size_t size)
+{
+	uint32_t sum = add(ip->protocol + (uint32_t)size, &ip->saddr, 2 * sizeof(ip->saddr));
+
+	sum = add(sum, header, size);
 	while (sum >> 16)
 		sum = (sum & 0xffff) + (sum >> 16);
-	return (uint16_t)~sum;
+	sum = ~sum & 0xffff;
+	return htons((uint16_t)(sum || ip->protocol == IPPROTO_TCP ? sum : 0xffff));
 }
 
-static void fill(struct segment *s, uint32_t network)
+/* A packet from this address and port. Returns its size. */
+static size_t fill(struct segment *s, const struct kind *kind, uint8_t flags, uint32_t source, uint16_t from)
 {
-	struct pseudo p = {.destination = target.sin_addr.s_addr, .protocol = IPPROTO_TCP};
+	size_t size = kind->udp ? sizeof(s->udp) : sizeof(s->tcp);
 
 	memset(s, 0, sizeof(*s));
-	s->ip = (struct iphdr){.version = 4, .ihl = 5, .ttl = 64, .protocol = IPPROTO_TCP};
-	s->ip.saddr = htonl((network & 0xffff0000u) | (draw() & 0xffff));
+	s->ip = (struct iphdr){.version = 4, .ihl = 5, .ttl = 64, .protocol = kind->udp ? IPPROTO_UDP : IPPROTO_TCP};
+	s->ip.saddr = htonl(source);
 	s->ip.daddr = target.sin_addr.s_addr;
-	s->ip.tot_len = htons(sizeof(*s));
-	s->tcp.source = htons((uint16_t)(1024 + draw() % 60000));
-	s->tcp.dest = port;
-	s->tcp.seq = htonl(draw());
-	s->tcp.doff = 5;
-	s->tcp.syn = 1;
-	s->tcp.window = htons(65535);
-	p.source = s->ip.saddr;
-	p.length = htons(sizeof(s->tcp));
-	p.tcp = s->tcp;
-	s->tcp.check = checksum(&p, sizeof(p));
+	s->ip.tot_len = htons((uint16_t)(sizeof(s->ip) + size));
+	if (kind->udp) {
+		s->udp.source = htons(from);
+		s->udp.dest = port;
+		s->udp.len = htons((uint16_t)size);
+		s->udp.check = checksum(&s->ip, &s->udp, size);
+	} else {
+		s->tcp.source = htons(from);
+		s->tcp.dest = port;
+		s->tcp.seq = htonl(draw());
+		s->tcp.ack_seq = flags & TH_ACK ? htonl(draw()) : 0;
+		s->tcp.doff = 5;
+		s->tcp.th_flags = flags;
+		s->tcp.window = htons(65535);
+		s->tcp.check = checksum(&s->ip, &s->tcp, size);
+	}
+	return sizeof(s->ip) + size;
 }
 
-static void flood(int fd, uint32_t network, double rate, double seconds)
+/* The packets of one call, two by two from one address where the kind says so. */
+static void fill_all(const struct kind *kind, uint32_t network)
+{
+	uint32_t source = 0;
+	uint16_t from = 0;
+
+	for (unsigned i = 0; i < BATCH; i++) {
+		unsigned second = kind->flags[1] ? i & 1 : 0;
+
+		if (!second) {
+			source = (network & 0xffff0000u) | (draw() & 0xffff);
+			from = (uint16_t)(1024 + draw() % 60000);
+		}
+		vectors[i].iov_len = fill(&segments[i], kind, kind->flags[second], source, from);
+	}
+}
+
+static void flood(int fd, const struct kind *kind, uint32_t network, double rate, double seconds)
 {
 	uint64_t start = now(), stop = start + (uint64_t)(seconds * (double)SECOND);
 	uint64_t sent = 0, failed = 0, t;
@@ -104,8 +148,7 @@ static void flood(int fd, uint32_t network, double rate, double seconds)
 			usleep(500);
 			continue;
 		}
-		for (unsigned i = 0; i < BATCH; i++)
-			fill(&segments[i], network);
+		fill_all(kind, network);
 		int n = sendmmsg(fd, messages, BATCH, 0);
 
 		sent += n > 0 ? (uint64_t)n : 0;
@@ -114,15 +157,24 @@ static void flood(int fd, uint32_t network, double rate, double seconds)
 	printf("{\"sent\": %llu, \"failed\": %llu}\n", (unsigned long long)sent, (unsigned long long)failed);
 }
 
+static const struct kind *find_kind(const char *name)
+{
+	for (unsigned i = 0; i < sizeof(kinds) / sizeof(*kinds); i++)
+		if (!strcmp(kinds[i].name, name))
+			return &kinds[i];
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
+	const struct kind *kind = find_kind(argc > 6 ? argv[6] : "syn");
 	struct in_addr network;
 	int one = 1;
 	int fd = socket(AF_INET, SOCK_RAW, IPPROTO_RAW);
 
-	if (argc != 6 || inet_pton(AF_INET, argv[1], &network) != 1 ||
+	if (argc < 6 || argc > 7 || !kind || inet_pton(AF_INET, argv[1], &network) != 1 ||
 	    inet_pton(AF_INET, argv[2], &target.sin_addr) != 1) {
-		fprintf(stderr, "usage: flood SOURCE_NETWORK TARGET_ADDRESS PORT RATE SECONDS\n");
+		fprintf(stderr, "usage: flood SOURCE_NETWORK TARGET_ADDRESS PORT RATE SECONDS [KIND]\n");
 		return 2;
 	}
 	if (fd < 0 || setsockopt(fd, IPPROTO_IP, IP_HDRINCL, &one, sizeof(one))) {
@@ -130,11 +182,11 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	for (unsigned i = 0; i < BATCH; i++) {
-		vectors[i] = (struct iovec){.iov_base = &segments[i], .iov_len = sizeof(segments[i])};
+		vectors[i].iov_base = &segments[i];
 		messages[i].msg_hdr = (struct msghdr){
 			.msg_name = &target, .msg_namelen = sizeof(target), .msg_iov = &vectors[i], .msg_iovlen = 1};
 	}
 	port = htons((uint16_t)atoi(argv[3]));
-	flood(fd, ntohl(network.s_addr), atof(argv[4]), atof(argv[5]));
+	flood(fd, kind, ntohl(network.s_addr), atof(argv[4]), atof(argv[5]));
 	return 0;
 }

@@ -38,7 +38,8 @@
 #define CALL_TUNNEL_TX 1 /* by tunnel_tx_call */
 #define CALL_ICMP      2
 #define CALL_INGRESS   3 /* a client's packet that another node has returned (second_chance.h) */
-#define CALLS          4
+#define CALL_GUARD     4
+#define CALLS          5
 
 /* Index of mesh_task_calls (task.bpf.c). */
 #define CALL_TUNNEL_REPLY 0

@@ -13,8 +13,7 @@
 #define MSS_OPTION     2u
 #define MSS_ROOM       40u /* of all TCP options */
 #define MTU_LEAST      128u
-#define PATH_LEAST_V4  576u  /* a smaller path MTU is not believed (RFC 791 requires it of every host) */
-#define PATH_LEAST_V6  1280u /* likewise (RFC 8200) */
+#define PATH_LEAST     1280u /* a smaller path MTU is not believed (RFC 8200) */
 #define IP_LENGTH      65535u
 #define PROTO_DIFF     ((__s32)(V6_HEADER - V4_HEADER))
 

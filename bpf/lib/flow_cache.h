@@ -8,7 +8,7 @@
 
 #define NOTE_FIRST   1 /* the flow's first packet: its note may be evicted by a flood */
 #define NOTE_KEEP    2 /* the flow is known to continue */
-#define NOTE_PROMOTE 3 /* likewise, by its first note */
+#define NOTE_PROMOTE 3 /* likewise, by its first note, if it is proven */
 
 /* The choice of an owner for one packet: what lb_choose is told and what it answers. */
 struct lb_choice {
@@ -25,7 +25,7 @@ struct lb_choice {
 	__u8 start;     /* the packet starts a flow */
 	__u8 note;      /* the flow cache must store the owner: NOTE_* */
 	__u8 trusted;   /* source rules do not apply */
-	__u8 recent;    /* see is_recent */
+	__u8 recent;    /* see is_recent; also: its entry in mesh_revnat was found or made now */
 	__u32 again;    /* 0, or the n of mesh_hash_again: a further choice */
 	__u32 pad;
 	__u32 other; /* the current owner, where a flow without a note was given to the previous one */
@@ -45,12 +45,28 @@ INLINE int flow_cache_is_valid(const struct mesh_note *note, __u32 frontend)
 	return backend && backend->state != MESH_BACKEND_FREE && backend->epoch == note->epoch;
 }
 
+/* Whether a flow's note may evict others: addresses and ports can be invented, so packets of the client alone prove
+ * nothing where the answers are seen. Without a note, UDP flows are given to the same owner as before. */
+INLINE int is_proven(const struct mesh_flow *flow, const struct lb_choice *c)
+{
+	struct mesh_config *node;
+
+	if (flow->protocol != IPPROTO_TCP)
+		return 0;
+	if (c->recent || !c->backend)
+		return 1;
+	if (!is_remote(c->backend))
+		return is_host_backend(c->backend);
+	node = config();
+	return !c->backend->version || (node && (node->settings & MESH_SETTING_DIRECT));
+}
+
 /* Store what lb_choose decided in transition, or that the flow was seen (one write per stamp). */
 INLINE void flow_cache_update(const struct mesh_flow *flow, const struct lb_choice *c)
 {
 	__u32 now = stamp_now();
 
-	if (c->note) {
+	if (c->note && (c->note != NOTE_PROMOTE || is_proven(flow, c))) {
 		struct mesh_note note = {
 			.owner = c->owner,
 			.epoch = c->backend ? c->backend->epoch : 0,
@@ -93,7 +109,7 @@ static __noinline int revnat_knows(const struct mesh_flow *flow, __u32 owner)
 	key->destination_port = backend->port;
 	if (same_address(&key->source, &key->destination)) /* hairpin: see task_tuple */
 		key->source = is_v4(&key->destination) ? node->hairpin : node->hairpin6;
-	reply = bpf_map_lookup_elem(&mesh_revnat, key);
+	reply = revnat_proven(key);
 	if (!reply) {
 		reply = bpf_map_lookup_elem(&mesh_revnat_new, key);
 		known = KNOWN_EDGE;

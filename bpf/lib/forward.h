@@ -36,33 +36,88 @@ INLINE int deliver_to_client(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 	return (int)bpf_redirect_peer(ifindex, 0);
 }
 
-/* Store the ports of a first fragment, or find those of a later one. Returns 0 when they are known. */
-INLINE int fragment_ports(struct packet *p)
+/* Whether packets with unknown ports must not reach the kernel, which might give them to another mesh. */
+INLINE int is_guarded(void)
 {
-	struct mesh_fragment_key key = {
-		.source = p->flow.source,
-		.destination = p->flow.destination,
-		.id = p->fragment_id,
-		.protocol = p->flow.protocol,
-	};
-	__be16 ports[2], *known;
+	struct mesh_config *node = config();
 
-	if (p->fragment == 1) {
-		ports[0] = p->flow.source_port;
-		ports[1] = p->flow.destination_port;
-		bpf_map_update_elem(&mesh_fragments, &key, ports, BPF_ANY);
+	return node && (node->settings & MESH_SETTING_GUARD);
+}
+
+INLINE void fragment_key(struct mesh_fragment_key *key, const struct packet *p)
+{
+	key->source = p->flow.source;
+	key->destination = p->flow.destination;
+	key->id = p->fragment_id;
+	key->protocol = p->flow.protocol;
+	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+}
+
+/* Store the ports of a first fragment. */
+INLINE void fragment_store(const struct packet *p)
+{
+	__be16 ports[2] = {p->flow.source_port, p->flow.destination_port};
+	struct mesh_fragment_key key;
+
+	fragment_key(&key, p);
+	bpf_map_update_elem(&mesh_fragments, &key, ports, BPF_ANY);
+}
+
+/* A first fragment to this node. Its ports are stored whoever has them, so that later fragments of other services are
+ * known. Returns 1 where a later one has been dropped: half a datagram is of no use to anybody. */
+INLINE int fragment_first(const struct packet *p)
+{
+	struct mesh_fragment_key key;
+	__u32 *known;
+
+	if (!is_local(&p->flow.destination))
 		return 0;
-	}
+	fragment_key(&key, p);
 	known = bpf_map_lookup_elem(&mesh_fragments, &key);
-	if (!known)
-		return -1;
-	p->flow.source_port = known[0];
-	p->flow.destination_port = known[1];
+	if (known && *known == MESH_FRAGMENT_LOST) {
+		*known = MESH_FRAGMENT_DROPPED;
+		return 1;
+	}
+	fragment_store(p);
 	return 0;
 }
 
-/* The tuple by which the task sees the flow. Returns MESH_REVNAT_* flags. */
-INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
+/* Store the ports of a first fragment, or find those of a later one. Returns 0 when they are known, -1 when they are
+ * not, 1 when the fragment must be dropped. */
+static __noinline int fragment_ports(struct packet *p)
+{
+	struct mesh_fragment_key key;
+	__u32 *known, lost = MESH_FRAGMENT_LOST;
+
+	if (p->fragment == 1)
+		return fragment_first(p);
+	fragment_key(&key, p);
+	known = bpf_map_lookup_elem(&mesh_fragments, &key);
+	if (!known) {
+		if (!is_guarded() || !is_local(&p->flow.destination))
+			return -1;
+		bpf_map_update_elem(&mesh_fragments, &key, &lost, BPF_ANY);
+		return 1;
+	}
+	if (*known == MESH_FRAGMENT_LOST || *known == MESH_FRAGMENT_DROPPED)
+		return 1;
+	p->flow.source_port = ((__be16 *)known)[0];
+	p->flow.destination_port = ((__be16 *)known)[1];
+	return 0;
+}
+
+/* Make a flow's packet of a fragment whose ports are known. Returns 1 where it must be dropped. */
+INLINE int complete(struct packet *p, enum parse_result *result)
+{
+	int known = fragment_ports(p);
+
+	if (!known)
+		*result = PARSE_FLOW;
+	return known > 0;
+}
+
+/* The tuple by which the task sees the flow. */
+INLINE void task_tuple(struct tuple *to, const struct packet *p, const struct mesh_backend *backend, int from)
 {
 	struct mesh_config *node;
 
@@ -70,14 +125,15 @@ INLINE __u16 task_tuple(struct tuple *to, const struct packet *p, const struct m
 	to->source_port = p->flow.source_port;
 	to->destination = backend->address;
 	to->destination_port = backend->port;
-	to->pad = 0;
+	to->flags = to->pad = 0;
 	if (from != FROM_TASK)
-		return 0;
+		return;
+	to->flags = MESH_REVNAT_PEER;
 	node = config();
 	if (!node || !same_address(&to->source, &to->destination))
-		return MESH_REVNAT_PEER;
+		return;
 	to->source = p->version == 4 ? node->hairpin : node->hairpin6;
-	return MESH_REVNAT_PEER | MESH_REVNAT_HAIRPIN;
+	to->flags |= MESH_REVNAT_HAIRPIN;
 }
 
 /* A packet whose owner is a task of another node. A container's own address means nothing there: it belongs to this
@@ -106,11 +162,18 @@ INLINE int pass_to_host(const struct packet *p, const struct lb_choice *c)
 	return verdict(MESH_VERDICT_HOST_BACKEND, TC_ACT_UNSPEC);
 }
 
+/* The task has another flow of this client address and port. `taken`: as of revnat_update. */
+INLINE int collide(const struct packet *p, __u32 frontend, int taken)
+{
+	count_failed_start(p, frontend, FAILURE(collision));
+	return taken > 0 ? verdict(MESH_VERDICT_COLLISION, TC_ACT_SHOT) : REJECT(MESH_VERDICT_COLLISION);
+}
+
 /* A packet whose owner is a backend. */
 INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, int from)
 {
 	struct tuple to;
-	__u16 flags;
+	int taken;
 
 	if (unlikely(is_remote(c->backend)))
 		return forward_to_node(skb, p, c, from);
@@ -120,10 +183,11 @@ INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb
 		return pass_to_host(p, c);
 	if (unlikely(p->ttl <= 1))
 		return REJECT(MESH_VERDICT_EXPIRED);
-	flags = task_tuple(&to, p, c->backend, from);
-	if (!c->recent && unlikely(revnat_update(p, c, &to, skb->ifindex, flags))) {
-		count_failed_start(p, c->frontend, FAILURE(collision));
-		return REJECT(MESH_VERDICT_COLLISION);
+	task_tuple(&to, p, c->backend, from);
+	if (!c->recent) {
+		taken = revnat_update(skb, p, c, &to, skb->ifindex);
+		if (unlikely(taken))
+			return collide(p, c->frontend, taken);
 	}
 	if (unlikely(c->note || c->noted))
 		flow_cache_update(&p->flow, c);
@@ -175,7 +239,7 @@ INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
 	if (!c.recent && !(word & MESH_PORT_EXACT) && !is_local(&p->flow.destination))
 		return TC_ACT_UNSPEC;
 	if (unlikely(p->fragment == 1))
-		fragment_ports(p);
+		fragment_store(p);
 	if (from == FROM_CLIENT && unlikely(c.other))
 		second_chance_ask(p, &c);
 	if (likely(c.backend))
@@ -191,19 +255,80 @@ INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
 	return verdict(c.verdict, c.verdict == MESH_VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_UNSPEC);
 }
 
-/* Packets without ports pass, and are counted if they are addressed to us. */
-INLINE int pass_without_ports(const struct packet *p, enum parse_result result)
+#define EXTENSIONS 8 /* IPv6 extension headers of a packet, at most */
+
+/* Find the ports behind IPv6 extension headers. Returns 1 where there are none (another protocol, a later fragment, for
+ * which the first one answers), -1 where the headers are cut off or too many. */
+RARE int extension_ports(struct __sk_buff *skb, struct packet *p)
 {
-	__u32 word;
+	__u8 next, head[4];
+	__u32 at;
+
+	if (!p)
+		return -1;
+	next = p->flow.protocol;
+	at = p->l4;
+	for (int i = 0; i < EXTENSIONS; i++) {
+		if (next == IPPROTO_TCP || next == IPPROTO_UDP) {
+			p->flow.protocol = next;
+			return at + 4 > L3 + p->length || bpf_skb_load_bytes(skb, at, &p->flow.source_port, 4) ? -1 : 0;
+		}
+		if (!is_extension(next))
+			return 1;
+		if (at + 4 > L3 + p->length || bpf_skb_load_bytes(skb, at, head, sizeof(head)))
+			return -1;
+		if (next == IPPROTO_FRAGMENT && (head[2] || head[3] & 0xf8))
+			return 1;
+		at += next == IPPROTO_FRAGMENT ? 8u : next == IPPROTO_AH ? (head[1] + 2) * 4u : (head[1] + 1) * 8u;
+		next = head[0];
+	}
+	return -1;
+}
+
+/* Whether source rules deny a packet that is not served. It goes to the kernel, and so to whoever else serves the
+ * port. */
+INLINE int is_denied_to_kernel(const struct packet *p, __u32 id)
+{
+	struct mesh_frontend *frontend = id ? bpf_map_lookup_elem(&mesh_frontends, &id) : NULL;
+
+	if (likely(!frontend || (!frontend->acl && !(frontend->flags & MESH_FRONTEND_DENY))))
+		return 0;
+	if (!is_denied(frontend, &p->flow.source))
+		return 0;
+	count_failed_start(p, id, FAILURE(denied));
+	return 1;
+}
+
+INLINE __u32 frontend_of(const struct packet *p)
+{
+	__u32 word = port_word(p->flow.protocol, p->flow.destination_port);
+
+	return word && !(word & MESH_PORT_TUNNEL) ? find_frontend(&p->flow, word) : 0;
+}
+
+/* Packets without ports pass unless source rules may deny them, and are counted if they are addressed to us. */
+static __noinline int pass_without_ports(struct __sk_buff *skb, struct packet *p, int result)
+{
+	__u32 id = 0;
+	int found;
 
 	if (result == PARSE_MALFORMED) {
-		word = port_word(p->flow.protocol, p->flow.destination_port);
-		return word && find_frontend(&p->flow, word) ? verdict(MESH_VERDICT_MALFORMED, TC_ACT_UNSPEC)
-							     : TC_ACT_UNSPEC;
+		id = frontend_of(p);
+		if (!id)
+			return TC_ACT_UNSPEC;
+		return is_denied_to_kernel(p, id) ? verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT)
+						  : verdict(MESH_VERDICT_MALFORMED, TC_ACT_UNSPEC);
 	}
 	if ((result != PARSE_FRAGMENT && result != PARSE_EXTENSION) || !is_local(&p->flow.destination))
 		return TC_ACT_UNSPEC;
-	return verdict(result == PARSE_FRAGMENT ? MESH_VERDICT_FRAGMENT : MESH_VERDICT_EXTENSION, TC_ACT_UNSPEC);
+	if (result == PARSE_FRAGMENT)
+		return verdict(MESH_VERDICT_FRAGMENT, TC_ACT_UNSPEC);
+	found = extension_ports(skb, p);
+	if (found < 0 && is_guarded())
+		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
+	if (!found && is_denied_to_kernel(p, frontend_of(p)))
+		return verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT);
+	return verdict(MESH_VERDICT_EXTENSION, TC_ACT_UNSPEC);
 }
 
 #endif /* MESH_FORWARD_H */

@@ -93,9 +93,7 @@ INLINE struct mesh_revnat *revnat_of_backend(struct icmp_work *w, const struct m
 	key->destination = backend->address;
 	key->destination_port = backend->port;
 	key->protocol = w->quoted.flow.protocol;
-	reply = bpf_map_lookup_elem(&mesh_revnat, key);
-	if (!reply)
-		reply = bpf_map_lookup_elem(&mesh_revnat_new, key);
+	reply = revnat_find(key);
 	if (!reply || !same_address(&reply->called, &w->quoted.flow.source) ||
 	    reply->called_port != w->quoted.flow.source_port)
 		return NULL;
@@ -140,9 +138,7 @@ INLINE struct mesh_revnat *revnat_of_task_error(struct __sk_buff *skb, const str
 	if (p->ttl <= 1 || load_quoted(skb, p, w) || !same_address(&w->quoted.flow.source, &p->flow.destination))
 		return NULL;
 	w->key = w->quoted.flow;
-	reply = bpf_map_lookup_elem(&mesh_revnat, &w->key);
-	if (!reply)
-		reply = bpf_map_lookup_elem(&mesh_revnat_new, &w->key);
+	reply = revnat_find(&w->key);
 	return reply && !(reply->flags & MESH_REVNAT_HAIRPIN) ? reply : NULL;
 }
 

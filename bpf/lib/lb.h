@@ -131,9 +131,11 @@ INLINE void lb_choose_in_transition(const struct mesh_flow *flow, const struct m
 	}
 	note = bpf_map_lookup_elem(&mesh_flows_new, flow);
 	if (note) {
-		c->note = NOTE_PROMOTE;
+		c->note = NOTE_FIRST;
 		if (!flow_cache_is_valid(note, c->frontend))
 			return;
+		c->noted = note;
+		c->note = note->owner == previous ? 0 : NOTE_PROMOTE;
 		c->owner = note->owner;
 		c->asked = note->frontend & MESH_NOTE_ASKED;
 		c->verdict = MESH_VERDICT_NOTED;

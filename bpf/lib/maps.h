@@ -137,8 +137,8 @@ struct {
 	__type(value, struct mesh_note);
 } mesh_flows SEC(".maps");
 
-/* Flow cache, first packet only: a flow waits here for its second packet, so that a flood never evicts an established
- * flow. Written by programs. */
+/* Flow cache, flows without proof, UDP, and flows that belong to the previous owner in any case: a flood fills this map
+ * alone, and never evicts an established flow's note. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
@@ -148,8 +148,9 @@ struct {
 
 /* Reverse NAT: what the client called, by (client, backend). Written by programs; the agent sets max_entries at load.
  *
- * The entry of a closed flow stays for late packets: the agent deletes entries that have both MESH_REVNAT_FIN flags
- * and are a minute old, and the LRU evicts what it misses. */
+ * TCP flows whose client has shown that it gets the task's packets, or whose task has gone on with them: no flood from
+ * invented addresses gets in, so that none evicts them. The entry of a closed flow stays for late packets: the agent
+ * deletes entries that have both MESH_REVNAT_FIN flags and are a minute old, and the LRU evicts what it misses. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 524288);
@@ -157,8 +158,19 @@ struct {
 	__type(value, struct mesh_revnat);
 } mesh_revnat SEC(".maps");
 
-/* Reverse NAT, first packet only: a flow waits here for its second packet, so that a flood never evicts an established
- * flow. Written by programs. */
+/* Reverse NAT of UDP flows, from their second packet on. Written by programs; the agent sets max_entries at load.
+ *
+ * No datagram proves that its sender's address is not invented: so UDP flows can evict each other, and no connection.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct mesh_flow);
+	__type(value, struct mesh_revnat);
+} mesh_revnat_udp SEC(".maps");
+
+/* Reverse NAT, flows without proof: TCP until a client acknowledges the task's answer, UDP until the second packet. A
+ * flood fills this map alone, and never evicts an established flow. Written by programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
@@ -275,7 +287,8 @@ struct {
 	__type(value, struct mesh_sk_revnat);
 } mesh_sk_revnat SEC(".maps");
 
-/* Socket hooks, unconnected UDP: what was called, by (socket, backend). Written by programs. */
+/* Socket hooks, UDP: what was called, by (socket, backend). Written by programs; the agent looks up connected sockets.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
@@ -340,6 +353,27 @@ INLINE __u32 port_word(__u8 protocol, __be16 port)
 INLINE int is_local(const struct mesh_addr *address)
 {
 	return bpf_map_lookup_elem(&mesh_addresses, address) != NULL;
+}
+
+/* The reverse NAT entry of a flow that has proved itself, or NULL. */
+INLINE struct mesh_revnat *revnat_proven(const struct mesh_flow *key)
+{
+	struct mesh_revnat *reply;
+
+	if (unlikely(key->protocol == IPPROTO_UDP)) {
+		reply = bpf_map_lookup_elem(&mesh_revnat_udp, key);
+		barrier_var(reply); /* two calls stay two: the kernel inlines those whose map it knows */
+		return reply;
+	}
+	return bpf_map_lookup_elem(&mesh_revnat, key);
+}
+
+/* The reverse NAT entry of a flow, or NULL. */
+INLINE struct mesh_revnat *revnat_find(const struct mesh_flow *key)
+{
+	struct mesh_revnat *reply = revnat_proven(key);
+
+	return reply ? reply : bpf_map_lookup_elem(&mesh_revnat_new, key);
 }
 
 INLINE struct mesh_backend *find_backend(__u32 owner)

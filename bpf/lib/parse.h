@@ -49,7 +49,7 @@ enum parse_result {
 	PARSE_OTHER,     /* not handled */
 	PARSE_FLOW,      /* TCP or UDP with ports */
 	PARSE_ICMP,      /* ICMP error: `flow` has the addresses only */
-	PARSE_FRAGMENT,  /* fragment without ports: likewise */
+	PARSE_FRAGMENT,  /* fragment: likewise, and the ports of a first one */
 	PARSE_EXTENSION, /* IPv6 extension header: likewise */
 	PARSE_MALFORMED, /* likewise, and the ports if they could be read */
 	PARSE_SHORT,     /* not in the linear part */
@@ -77,12 +77,25 @@ struct tuple {
 	struct mesh_addr destination;
 	__be16 source_port;
 	__be16 destination_port;
-	__u32 pad;
+	__u16 flags; /* MESH_REVNAT_* of the entry */
+	__u16 pad;
 };
 
 INLINE __u32 header_length(const struct packet *p)
 {
 	return p->version == 4 ? V4_HEADER : V6_HEADER;
+}
+
+/* The ports of a transport header that is cut off, for source rules: other fragments may have the rest of it. */
+INLINE enum parse_result parse_ports(struct packet *p, __be16 *ports, void *end, __u32 rest)
+{
+	if (rest < 2 * sizeof(*ports))
+		return PARSE_MALFORMED;
+	if ((void *)(ports + 2) > end)
+		return PARSE_SHORT;
+	p->flow.source_port = ports[0];
+	p->flow.destination_port = ports[1];
+	return PARSE_MALFORMED;
 }
 
 /* Ports and flags of the transport header at `l4`. `rest`: bytes of the IP packet from there on. */
@@ -91,8 +104,8 @@ INLINE enum parse_result parse_l4(struct packet *p, void *l4, void *end, __u32 r
 	if (p->flow.protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = l4;
 
-		if (rest < sizeof(*tcp))
-			return PARSE_MALFORMED;
+		if (unlikely(rest < sizeof(*tcp)))
+			return parse_ports(p, l4, end, rest);
 		if ((void *)(tcp + 1) > end)
 			return PARSE_SHORT;
 		p->flow.source_port = tcp->source;
@@ -114,6 +127,14 @@ INLINE enum parse_result parse_l4(struct packet *p, void *l4, void *end, __u32 r
 INLINE int icmp_error_v4(__u8 type)
 {
 	return type == ICMP4_UNREACHABLE || type == ICMP4_TIME_EXCEEDED || type == ICMP4_PARAMETER;
+}
+
+/* Likewise of a first fragment. */
+INLINE enum parse_result parse_first_fragment(struct packet *p, void *l4, void *end, __u32 rest)
+{
+	enum parse_result result = parse_l4(p, l4, end, rest);
+
+	return result == PARSE_FLOW ? PARSE_FRAGMENT : result;
 }
 
 INLINE enum parse_result parse_v4(struct packet *p, void *data, void *end, __u32 available)
@@ -156,8 +177,8 @@ INLINE enum parse_result parse_v4(struct packet *p, void *data, void *end, __u32
 			return PARSE_SHORT;
 		return icmp_error_v4(icmp->type) ? PARSE_ICMP : PARSE_OTHER;
 	}
-	if (unlikely(p->fragment == 2))
-		return PARSE_FRAGMENT;
+	if (unlikely(p->fragment))
+		return p->fragment == 2 ? PARSE_FRAGMENT : parse_first_fragment(p, l4, end, p->length - header);
 	return parse_l4(p, l4, end, p->length - header);
 }
 

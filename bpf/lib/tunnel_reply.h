@@ -27,11 +27,23 @@ static __noinline int is_first_reset(struct __sk_buff *skb, struct packet *p, st
 	return 1;
 }
 
+/* The task has answered the start of a flow. */
+INLINE void answer(struct __sk_buff *skb, const struct packet *p, struct mesh_revnat *reply)
+{
+	__be32 sequence;
+
+	if (p->fragment || bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)))
+		return;
+	reply->sequence = bpf_ntohl(sequence);
+	if (!(reply->flags & MESH_REVNAT_ANSWERED))
+		revnat_add_flags(reply, MESH_REVNAT_ANSWERED);
+}
+
 /* A task's segment that starts or ends its direction of a flow. Returns 1 where it must not be sent. */
 INLINE int reply_changes_state(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply)
 {
-	if ((p->tcp_flags & TCP_SYN) && !(reply->flags & MESH_REVNAT_ANSWERED))
-		revnat_add_flags(reply, MESH_REVNAT_ANSWERED);
+	if (p->tcp_flags & TCP_SYN)
+		answer(skb, p, reply);
 	if (!(p->tcp_flags & (TCP_FIN | TCP_RST)))
 		return 0;
 	if (is_first_reset(skb, p, reply))
@@ -103,7 +115,7 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
 	}
 	if (p->fragment == 1)
-		fragment_ports(p);
+		fragment_store(p);
 	if ((p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
 		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);

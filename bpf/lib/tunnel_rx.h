@@ -11,16 +11,19 @@ INLINE int is_one_flag(__u8 flags)
 	return flags <= MESH_TUNNEL_BACK && !(flags & (flags - 1));
 }
 
-/* Whether the headers are what encap_send writes. */
-INLINE int is_tunnel_header(const struct tunnel_header *head, const struct packet *p)
+INLINE int is_geneve(const struct mesh_geneve *geneve)
 {
-	const struct mesh_geneve *geneve = &head->geneve;
-
 	return geneve->words == MESH_GENEVE_WORDS && geneve->flags == MESH_GENEVE_CRITICAL && !geneve->vni &&
 	       (geneve->inner == bpf_htons(ETH_P_IP) || geneve->inner == bpf_htons(ETH_P_IPV6)) &&
 	       geneve->option_class == bpf_htons(MESH_GENEVE_CLASS) && geneve->option_type == MESH_GENEVE_TYPE &&
-	       geneve->option_words == MESH_GENEVE_OPTION && is_one_flag(geneve->id.flags) && !p->fragment &&
-	       p->l4 == L3 + header_length(p) && p->length >= p->l4 - L3 + TUNNEL_HEADERS;
+	       geneve->option_words == MESH_GENEVE_OPTION && is_one_flag(geneve->id.flags);
+}
+
+/* Whether the headers are what encap_send writes. */
+INLINE int is_tunnel_header(const struct tunnel_header *head, const struct packet *p)
+{
+	return is_geneve(&head->geneve) && !p->fragment && p->l4 == L3 + header_length(p) &&
+	       p->length >= p->l4 - L3 + TUNNEL_HEADERS;
 }
 
 /* The task of this node that an id names. */
@@ -65,6 +68,7 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 	struct lb_choice c = {};
 	struct tuple to;
 	__u32 word;
+	int taken;
 
 	word = port_word(p->flow.protocol, p->flow.destination_port);
 	if (!node || p->flow.protocol != from->id.protocol || (word & MESH_PORT_TUNNEL))
@@ -85,10 +89,9 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 		return verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT);
 	}
 	task_tuple(&to, p, c.backend, 0);
-	if (revnat_update(p, &c, &to, MESH_REVNAT_NODE | node->id, 0)) {
-		count_failed_start(p, c.frontend, FAILURE(collision));
-		return REJECT(MESH_VERDICT_COLLISION);
-	}
+	taken = revnat_update(skb, p, &c, &to, MESH_REVNAT_NODE | node->id);
+	if (taken)
+		return collide(p, c.frontend, taken);
 	recent_forget(&c);
 	if ((c.start && clamp_mss(skb, p, tunnel_mtu(&from->node))) || rewrite(skb, p, &to))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
@@ -120,8 +123,8 @@ static __noinline int tunnel_rx_icmp(struct __sk_buff *skb, struct packet *p, st
 }
 
 /* Whether a flow's packets go to an owner on that node: no other node answers them. The called address may have left
- * this node since. */
-static __noinline int is_reply_from(struct mesh_flow *flow, struct mesh_addr *node)
+ * this node since. `goes_on`: the reply proves that the flow exists. */
+static __noinline int is_reply_from(struct mesh_flow *flow, struct mesh_addr *node, int goes_on)
 {
 	struct lb_choice c = {.trusted = 1};
 	__u32 word;
@@ -135,8 +138,9 @@ static __noinline int is_reply_from(struct mesh_flow *flow, struct mesh_addr *no
 	lb_choose(flow, &c);
 	if (!c.backend || !is_remote(c.backend) || !same_address(&c.backend->address, node))
 		return 0;
-	if (unlikely(c.asked)) {
+	if (unlikely(c.asked || (goes_on && c.note == NOTE_PROMOTE))) {
 		c.asked = 0;
+		c.recent = goes_on != 0;
 		if (c.noted)
 			c.noted->frontend = c.frontend;
 		flow_cache_update(flow, &c);
@@ -168,9 +172,10 @@ INLINE int flow_of_reply(struct __sk_buff *skb, const struct packet *p, int resu
 static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from, int result)
 {
 	struct mesh_flow flow = {};
+	int goes_on = result == PARSE_FLOW && !p->fragment && !(p->tcp_flags & (TCP_SYN | TCP_RST));
 	__u32 ifindex;
 
-	if (flow_of_reply(skb, p, result, &flow) || !is_reply_from(&flow, &from->node) ||
+	if (flow_of_reply(skb, p, result, &flow) || !is_reply_from(&flow, &from->node, goes_on) ||
 	    is_local(&p->flow.destination))
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
 	if (p->ttl <= 1)
@@ -253,14 +258,32 @@ static __noinline int decap(struct __sk_buff *skb, struct packet *p, struct tunn
 	result = parse(skb, p);
 	if (skb->gso_size && p->length != skb->len - L3)
 		return PARSE_MALFORMED;
-	if ((result == PARSE_FRAGMENT || (result == PARSE_FLOW && p->fragment)) && !fragment_ports(p))
-		result = PARSE_FLOW;
+	if (result == PARSE_FRAGMENT) {
+		if (p->fragment == 1)
+			fragment_store(p);
+		if (p->fragment == 1 || !fragment_ports(p))
+			result = PARSE_FLOW;
+	}
 	from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
 	return result;
 }
 
-/* An ICMP error about a packet that this node sent through the tunnel: it is too big for the path. This node then
- * answers larger packets itself. All else about such packets is left to the kernel. */
+/* Whether an ICMP error quotes the tunnel's headers as this node writes them, as far as it quotes them: RFC 792 asks
+ * for no more than the ports. */
+INLINE int quotes_tunnel(struct __sk_buff *skb, const struct packet *p, const struct icmp_work *w)
+{
+	struct mesh_geneve geneve;
+	__u32 at = w->quoted.l4 + (__u32)sizeof(struct udphdr);
+
+	if (bpf_ntohs(w->quoted.flow.source_port) < MESH_TUNNEL_SOURCE)
+		return 0;
+	if (at + sizeof(geneve) > L3 + p->length || bpf_skb_load_bytes(skb, at, &geneve, sizeof(geneve)))
+		return 1;
+	return is_geneve(&geneve);
+}
+
+/* An ICMP error about a packet that this node sent through the tunnel: it is too big for the path. Anybody can send
+ * one, so it is a hint: the agent finds out what the path takes. All else about such packets is left to the kernel. */
 static __noinline int learn_path_mtu(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp_work *w = icmp_work();
@@ -272,17 +295,16 @@ static __noinline int learn_path_mtu(struct __sk_buff *skb, struct packet *p)
 		return TC_ACT_UNSPEC;
 	path = bpf_map_lookup_elem(&mesh_nodes, &w->quoted.flow.destination);
 	if (!path || !is_local(&w->quoted.flow.source) || !same_address(&path->source, &w->quoted.flow.source) ||
-	    bpf_ntohs(w->quoted.flow.source_port) < MESH_TUNNEL_SOURCE)
+	    !quotes_tunnel(skb, p, w))
 		return TC_ACT_UNSPEC;
 	mtu = bpf_ntohl(icmp.rest);
 	if (p->version == 4 ? icmp.type != ICMP4_UNREACHABLE || icmp.code != ICMP4_TOO_BIG : icmp.type != ICMP6_TOO_BIG)
 		return TC_ACT_UNSPEC;
 	if (p->version == 4)
 		mtu &= 0xffff;
-	if (mtu >= path->mtu || mtu < (p->version == 4 ? PATH_LEAST_V4 : PATH_LEAST_V6))
+	if (mtu >= path->mtu || mtu < PATH_LEAST)
 		return TC_ACT_UNSPEC;
-	path->path_stamp = stamp_now();
-	path->path_mtu = mtu;
+	path->hint = mtu;
 	return verdict(MESH_VERDICT_TUNNEL_PMTU, TC_ACT_UNSPEC);
 }
 

@@ -105,7 +105,9 @@ class Config:
     )
     bpf_stats: int = _key(0, "kernel engine; 1: measure the programs' run count and time, at about 20 ns a run", most=1)
     max_replies: int = _key(
-        524288, "kernel engine: maximum number of tracked flows; the least recently used entry is evicted", most=1 << 26
+        524288,
+        "kernel engine: maximum number of tracked TCP flows, and a fourth as many of UDP; the least used is evicted",
+        most=1 << 26,
     )
     threads: int = _key(0, "proxy engine: forwarding threads; 0: one per core", most=1024)
     connect_timeout: float = _key(

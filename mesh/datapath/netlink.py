@@ -23,6 +23,17 @@ from mesh.model import Address
 
 AF_BRIDGE: Final = 7  # not in the socket module on every build
 NUD_USABLE: Final = nl.NUD_REACHABLE | nl.NUD_STALE | nl.NUD_DELAY | nl.NUD_PROBE | nl.NUD_NOARP | nl.NUD_PERMANENT
+BARE: Final = frozenset(  # link types whose packets begin with the IP header
+    {
+        nl.ARPHRD_NONE,
+        nl.ARPHRD_RAWIP,
+        nl.ARPHRD_PPP,
+        nl.ARPHRD_TUNNEL,
+        nl.ARPHRD_TUNNEL6,
+        nl.ARPHRD_SIT,
+        nl.ARPHRD_IPGRE,
+    }
+)
 ALIGNMENT: Final = 4  # of messages and attributes
 
 
@@ -45,6 +56,7 @@ GROUPS: Final = groups(
 class Interface:
     """A network interface. `kind` is that of `ip link` ("veth", "bridge"), empty for hardware. `mtu` in bytes.
 
+    `bare`: its packets begin with the IP header (WireGuard, tun, PPP, tunnels of IP in IP).
     `keeps_tags`: a VLAN interface that leaves the tags in received frames (reorder_hdr off).
     """
 
@@ -56,6 +68,8 @@ class Interface:
     master: int  # index of the bridge or bond that it is a port of; 0: none
     mtu: int = 1500
     keeps_tags: bool = False
+    bare: bool = False
+    loopback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +127,8 @@ def number(data: bytes) -> int:
 class Netlink:
     """A request socket in the network namespace of the thread that makes it. Not thread-safe."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, family: int = nl.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._socket.settimeout(5)
         self._sequence = 0
@@ -187,6 +201,8 @@ class Netlink:
                 ethernet=head.ifi_type == nl.ARPHRD_ETHER,
                 master=number(attrs.get(nl.IFLA_MASTER, b"")),
                 mtu=number(attrs[nl.IFLA_MTU]),
+                bare=head.ifi_type in BARE,
+                loopback=bool(head.ifi_flags & nl.IFF_LOOPBACK),
                 keeps_tags=kind == "vlan" and not nl.VLANFLAGS.load("flags", flags) & nl.VLAN_FLAG_REORDER_HDR,
             )
 

@@ -2,19 +2,25 @@
 # cython: language_level=3, cdivision=True
 """UDP sessions of one thread: by flow (chained hash table), and in order of their last datagram."""
 
+from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
 from mesh.fastpath.pool cimport pool_give, pool_take
+from mesh.fastpath.sys cimport fp_count
 from mesh.fastpath.types cimport KIND_SESSION
 
 
 cdef session *session_find(worker *w, const mesh_flow *flow, uint32_t key, const listener *l) noexcept nogil:
     cdef session *s = w.table[key & (w.buckets - 1)]
+    cdef uint64_t others = 0
     while s is not NULL:
         if s.key == key and s.listener is l and memcmp(&s.flow, flow, sizeof(mesh_flow)) == 0:
-            return s
+            break
         s = s.chain
-    return NULL
+        others += 1
+    if others:
+        fp_count(&w.totals.udp_chained, others)
+    return s
 
 
 cdef session *session_new(worker *w) noexcept nogil:

@@ -125,6 +125,7 @@ cdef struct totals:  # of one thread
     uint64_t accept_errors
     uint64_t udp_evictions
     uint64_t udp_dropped
+    uint64_t udp_chained  # sessions of other flows that were looked at in the table of sessions
     uint64_t pipe_failures
     uint64_t passed_connections  # handed to whoever else serves the port
     uint64_t peer_connections  # peer_request over by other nodes
@@ -375,6 +376,7 @@ cdef struct engine:
     uint64_t idle_ns
     uint64_t udp_idle_ns
     int64_t udp_max
+    uint8_t secret[16]  # of the tables of sessions: clients choose the keys
     int64_t connections_max
     int64_t pipes_max
     int64_t connections  # atomic, all threads

@@ -8,7 +8,8 @@ SO_REUSEPORT gives all datagrams of a flow to one thread. A reply has the addres
 from libc.stdint cimport uint16_t
 from libc.string cimport memcmp, memcpy, memset
 
-from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
+from mesh._maglev cimport mesh_addr, mesh_flow
+from mesh._siphash cimport mesh_siphash24
 from mesh.fastpath.address cimport from_sockaddr, is_own_call, map_v4, named_owner
 from mesh.fastpath.choose cimport choose, hash_of, permitted
 from mesh.fastpath.failure cimport cause_of, is_scarce
@@ -347,7 +348,7 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     flow.protocol = 17
     if f.peers is not NULL and not peer_strip_head(w, d, i, &flow.source, head, &answers):
         return NULL
-    key = mesh_hash_flow(&flow)
+    key = <uint32_t>mesh_siphash24(w.engine.secret, <const uint8_t *>&flow, sizeof(flow))
     s = session_find(w, &flow, key, l)
     if s is not NULL and f.peers is not NULL and memcmp(s.head, head, PEER_UDP_HEAD) != 0:
         session_end(w, s)  # the source port was used by another session

@@ -89,8 +89,9 @@ class Packets:
         if protocol == TCP:
             flags = self.chance.choice((2, 2, 16, 16, 24, 17, 18, 4, 20, self.chance.randrange(256)))
             options = bytes(4 * self.chance.choice((0, 0, 3)))
-            sequence = self.chance.choice((0, self.chance.getrandbits(32)))
-            head = struct.pack("!HHII", sport, dport, sequence, self.chance.getrandbits(32))
+            sequence = self.chance.choice((0, 1000, self.chance.getrandbits(32)))
+            acknowledged = self.chance.choice((1, 1001, self.chance.getrandbits(32)))
+            head = struct.pack("!HHII", sport, dport, sequence, acknowledged)
             segment = head + bytes([(5 + len(options) // 4) << 4, flags]) + b"\xff\xff\0\0\0\0" + options + data
             at = 16
         else:

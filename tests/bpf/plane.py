@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
-from mesh import _bpf
+from mesh import _abi, _bpf
 
 ROOT: Final = Path(__file__).parents[2]
 OBJECTS: Final = ROOT / "mesh/datapath/kernel/objects"
@@ -40,6 +40,7 @@ SHARED: Final = (
     "mesh_flows",
     "mesh_flows_new",
     "mesh_revnat",
+    "mesh_revnat_udp",
     "mesh_revnat_new",
     "mesh_fragments",
     "mesh_verdicts",
@@ -59,6 +60,7 @@ LARGE: Final = {
     "mesh_flows",
     "mesh_flows_new",
     "mesh_revnat",
+    "mesh_revnat_udp",
     "mesh_revnat_new",
     "mesh_fragments",
     "mesh_frontends",
@@ -74,6 +76,7 @@ HASHES: Final = (
     "mesh_flows",
     "mesh_flows_new",
     "mesh_revnat",
+    "mesh_revnat_udp",
     "mesh_revnat_new",
     "mesh_fragments",
     "mesh_nodes",
@@ -181,6 +184,17 @@ class Plane:
         self.maps["mesh_ports"].update(u32(65536 + TUNNEL_PORT), u32(0x40000000))
         self.used |= {("mesh_node_addrs", number), ("mesh_ports", 65536 + TUNNEL_PORT)}
 
+    def believe_hints(self) -> bool:
+        """As the agent does where no probe is answered: path MTUs that were told count. Whether there were any."""
+        found = False
+        for key, value in self.maps["mesh_nodes"].rows():
+            node = _abi.NODE.unpack(value)
+            if node.hint:
+                found, stamp = True, time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) >> 30
+                node = node._replace(path_mtu=node.hint, path_stamp=stamp, hint=0)
+                self.maps["mesh_nodes"].update(key, _abi.NODE.pack(node))
+        return found
+
     def away(
         self,
         owner: int,
@@ -284,6 +298,14 @@ class Plane:
         assert raw
         each = struct.iter_unpack("=6Q", raw)
         return tuple(map(sum, zip(*each, strict=True)))
+
+
+def steady_stamp() -> int:
+    """The programs' stamp, which does not change within the next 10 ms."""
+    left = (1 << 30) - time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) % (1 << 30)
+    if left < 10_000_000:
+        time.sleep(left / 1e9 + 0.01)  # the clock lags by a tick
+    return time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) >> 30
 
 
 def context(ifindex: int = 1, gso: int = 0) -> bytes:

@@ -38,8 +38,9 @@ def test_a_flow_that_both_ends_close_at_once_is_closed(plane: Plane) -> None:
         pytest.skip("takes two CPUs")
     ports = range(10000, 10000 + FLOWS)
     for port in ports:
-        for flags in ("S", "A"):
-            assert plane.run("mesh_ingress", bytes(segment(CLIENT4, port, NODE4, 80, flags))).retval == REDIRECT
+        assert plane.run("mesh_ingress", bytes(segment(CLIENT4, port, NODE4, 80, "S"))).retval == REDIRECT
+        assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, port, "SA"))).retval == REDIRECT
+        assert plane.run("mesh_ingress", bytes(segment(CLIENT4, port, NODE4, 80, "A"))).retval == REDIRECT
     ends = [
         ("mesh_ingress", [bytes(segment(CLIENT4, port, NODE4, 80, "FA")) for port in ports]),
         ("mesh_task", [bytes(segment(TASK4, 8080, CLIENT4, port, "FA")) for port in ports]),

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bpf.plane import DENY, DENY_RULE, OK, REDIRECT, SHOT, Plane, u32
+from tests.bpf.plane import DENY, DENY_RULE, OK, REDIRECT, SHOT, UDP, Plane, u32
 from tests.bpf.tunnel import PEER4, PEER6, PORT, caller, identity, owner, wrapped
-from tests.support.frames import CLIENT4, NODE4, NODE6, OTHER4, TASK4, TASK6, datagram, segment
+from tests.support.frames import CLIENT4, ETHER, IP, NODE4, NODE6, OTHER4, TASK4, TASK6, Raw, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
 PEER_PORT = 9552
 NODES = 0x20000000
-OURS = pytest.mark.parametrize("program", ["mesh_task", "mesh_bridge", "mesh_guard"])
+OURS = pytest.mark.parametrize("program", ["mesh_task", "mesh_bridge", "mesh_bridge_guard"])
 
 
 def guarded() -> Plane:
@@ -56,10 +56,20 @@ def test_what_they_send_elsewhere_passes(program: str) -> None:
     assert plane.verdicts() == {}
 
 
-def test_other_nodes_are_let_through() -> None:
+@OURS
+def test_fragments_are_no_way_round(program: str) -> None:
+    plane = guarded()
+    whole = datagram(TASK4, 40000, PEER4, PEER_PORT, b"x" * 64)
+    first = ETHER / IP(src=TASK4, dst=PEER4, proto=UDP, id=77, flags="MF") / Raw(bytes(whole.payload.payload)[:16])
+    assert plane.run(program, bytes(first).ljust(60, b"\0")).retval == SHOT
+    assert plane.verdicts() == {"CONTAINER": 1}
+
+
+@pytest.mark.parametrize("program", ["mesh_ingress", "mesh_guard"])
+def test_other_nodes_are_let_through(program: str) -> None:
     plane = guarded()
     for frame in (segment(PEER4, 40000, NODE4, PEER_PORT), datagram(PEER4, 40000, NODE4, PEER_PORT)):
-        assert plane.run("mesh_ingress", bytes(frame)).retval == OK
+        assert plane.run(program, bytes(frame)).retval == OK
     assert plane.verdicts() == {}
 
 

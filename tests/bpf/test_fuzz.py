@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 
+from mesh._abi import SETTING_GUARD
 from tests.bpf.packets import BACKENDS, EXACT, NODE4, NODE6, Packets
 from tests.bpf.plane import (
     ACTIVE,
@@ -28,6 +29,7 @@ from tests.bpf.plane import (
     TRACKED,
     Plane,
     packed,
+    steady_stamp,
 )
 from tests.oracle import state as model
 from tests.oracle.frames import TCP, UDP
@@ -63,7 +65,7 @@ class Twin:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.plane = Plane.fresh()
-        self.model = Model(packed(HAIRPIN), packed(HAIRPIN6))
+        self.model = Model(packed(HAIRPIN), packed(HAIRPIN6), clock=steady_stamp)
         self.seen = Counter[str]()
         self.plane.local(NODE4, NODE6)
         self.model.addresses = {packed(NODE4), packed(NODE6)}
@@ -107,6 +109,8 @@ class Twin:
         for owner in self.random.sample(sorted(BACKENDS), 4):
             state = self.random.choice((ACTIVE, ACTIVE, DRAINING, FREE))
             self.backend(owner, state, self.model.backends[owner].epoch + self.random.randrange(2))
+        self.model.guarded = self.random.random() < 0.5
+        self.plane.configure(settings=SETTING_GUARD * self.model.guarded)
         orphaned_for = self.random.choice((-900, -900, 10, 1000))  # far from where the answer changes
         self.plane.orphan(orphaned_for)
         self.model.now, self.model.orphan_at = 10**6, 10**6 - orphaned_for
@@ -139,7 +143,7 @@ def test_random_packets_meet_what_the_model_says() -> None:
     assert not missing
     if PACKETS >= 40000:
         expected = {"FORWARD", "NOTED", "STARTED", "KEPT", "MOVED", "PASS", "REPLY", "ICMP_IN", "ICMP_OUT", "DENIED",
-                    "REJECTED", "NO_BACKEND", "FRAGMENT", "FAMILY", "EXTENSION", "MALFORMED", "EXPIRED",
+                    "REJECTED", "NO_BACKEND", "FRAGMENT", "NO_PORTS", "FAMILY", "EXTENSION", "MALFORMED", "EXPIRED",
                     "RESET_HELD"}  # fmt: skip
         assert expected <= set(twin.seen), twin.seen
         causes = {"DENIED", "NO_BACKEND", "REFUSED", "UNANSWERED"}

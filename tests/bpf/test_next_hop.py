@@ -55,7 +55,7 @@ class Router:
         """A reply passes; the newest that is remembered then for these ends, since routes changed last."""
         routes = struct.unpack("=I", self.plane.maps["mesh_fib_gen"].lookup(u32(0)) or b"")[0]
         frame = segment(self.task, 8080, self.client, 40000, "PA", b"data", **({"tos": tos} if tos else {}))
-        skb = bytearray(context(self.ifindex))
+        skb = bytearray(context())  # from the task's interface
         struct.pack_into("=I", skb, 8, mark)
         with inside(self.name):
             assert self.plane.programs["mesh_task"].test_run(bytes(frame), bytes(skb)).retval == REDIRECT

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.bpf.plane import DENY, NONE, OK, PASS, SHOT, TCP, TRACKED, UDP, Plane, explained, u32
+from tests.bpf.plane import DENY, NONE, OK, PASS, REDIRECT, SHOT, TCP, TRACKED, UDP, Plane, explained, u32
 from tests.oracle.packets import Model
 from tests.oracle.state import Backend, Frontend
 from tests.support.frames import CLIENT4, IP, NODE4, Ether, datagram, segment
@@ -22,7 +22,7 @@ LONG = 64  # MESH_ORPHAN_UDP
 @pytest.fixture
 def plane() -> Plane:
     """80/tcp (frontend 1) and 53/udp (2), each one settled slot of A."""
-    p = Plane.fresh("ingress")
+    p = Plane.fresh()
     p.local(NODE4)
     for owner, address in TASKS.items():
         p.backend(owner, address, 8080)
@@ -44,6 +44,11 @@ def send(p: Plane, flags: str = "S", sport: int = 40000) -> int:
     return next(owner for owner, address in TASKS.items() if address == to)
 
 
+def answer(p: Plane, flags: str, sport: int = 40000) -> None:
+    """A's task sends a segment of a flow."""
+    assert p.run("mesh_task", bytes(segment(TASKS[A], 8080, CLIENT4, sport, flags))).retval == REDIRECT
+
+
 def new_verdicts(p: Plane) -> dict[str, int]:
     """Those of the test's own packets, not of the fixture's."""
     found = p.verdicts()
@@ -53,13 +58,14 @@ def new_verdicts(p: Plane) -> dict[str, int]:
 
 def test_starts_pass_and_flows_under_way_stay(plane: Plane) -> None:
     assert send(plane, "A", 40000) == A  # before: the slot needs no state
+    answer(plane, "A")
     plane.orphan()
     assert send(plane, "S", 40001) == PASS
     assert send(plane, "A", 40001) == PASS
     assert send(plane, "PA", 40001) == PASS
     assert send(plane, "A", 40000) == A
     assert send(plane, "FA", 40000) == A
-    assert new_verdicts(plane) == {"FORWARD": 1, "ORPHANED": 1, "PASS": 2, "NOTED": 2}
+    assert new_verdicts(plane) == {"FORWARD": 1, "REPLY": 1, "ORPHANED": 1, "PASS": 2, "NOTED": 2}
 
 
 def test_a_flow_that_nothing_knows_stays_with_its_owner(plane: Plane) -> None:
@@ -95,7 +101,9 @@ def test_a_slot_in_transition_keeps_its_notes_and_its_previous_owner(plane: Plan
 
 def test_a_flow_whose_note_is_lost_is_known_by_its_reverse_entry(plane: Plane) -> None:
     plane.frontend(1, 80, [(A, B | TRACKED)])
-    assert [send(plane, flags) for flags in ("S", "A")] == [A, A]
+    assert send(plane) == A
+    answer(plane, "SA")
+    assert send(plane, "A") == A
     for name in ("mesh_flows", "mesh_flows_new"):
         plane.maps[name].delete_batch(plane.maps[name].dump()[0])
     plane.orphan()

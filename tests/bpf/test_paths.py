@@ -239,7 +239,7 @@ def test_reply_larger_than_the_interface_is_left_to_the_kernel(plane: Plane, nar
         def reply(size: int, flags: str, gso: int = 0) -> int:
             frame = segment(TASK4, 8080, CLIENT4, 40000, "PA", bytes(size - 40))
             frame[IP].flags = flags
-            return plane.run("mesh_task", bytes(frame), ifindex=ifindex, gso=gso).retval
+            return plane.run("mesh_task", bytes(frame), gso=gso).retval
 
         assert reply(1400, "DF") == REDIRECT
         assert reply(1401, "DF") == OK

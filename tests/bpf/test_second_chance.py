@@ -155,6 +155,7 @@ def test_a_flow_that_the_kernel_had_before_comes_back_to_it(loaded: tuple[Plane,
 def test_a_flow_after_a_take_over_is_the_current_owners_if_it_is_known(loaded: tuple[Plane, Plane]) -> None:
     pair = Pair(loaded, previous=PASS)
     pair.begin("S")  # its second packet comes by way of the new node
+    assert pair.there.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "SA"))).retval == REDIRECT
     call = pair.call("A", b"")
     ident, packet, _ = pair.leaves(bytes(call))
     assert pair.arrives(packet, ident) == become(call, dst=TASK4, dport=8080, hops=2)

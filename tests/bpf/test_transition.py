@@ -15,6 +15,7 @@ from tests.bpf.plane import (
     DENY_RULE,
     DRAINING,
     FREE,
+    HAIRPIN,
     HOLD,
     NONE,
     OK,
@@ -29,7 +30,7 @@ from tests.bpf.plane import (
     packed,
 )
 from tests.oracle import selection
-from tests.support.frames import CLIENT4, CLIENT6, IP, NODE4, NODE6, Ether, IPv6, datagram, segment
+from tests.support.frames import CLIENT4, CLIENT6, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -40,7 +41,7 @@ TASKS = {A: "172.18.0.3", B: "172.18.0.4", 4: "172.18.0.5"}
 @pytest.fixture
 def plane() -> Plane:
     """80/tcp (frontend 1) and 53/udp (2), each one slot; the test gives the slots."""
-    p = Plane.fresh("ingress")
+    p = Plane.fresh()
     p.local(NODE4, NODE6)
     for owner, address in TASKS.items():
         p.backend(owner, address, 8080)
@@ -58,6 +59,11 @@ def owner(p: Plane, flags: str = "S", sport: int = 40000) -> int | str:
         return "dropped"
     to = Ether(out.data)[IP].dst
     return next((o for o, address in TASKS.items() if address == to), "refused")
+
+
+def answer(p: Plane, task: int, sport: int) -> None:
+    """The task answers a start: the client's next segment then proves the flow."""
+    assert p.run("mesh_task", bytes(segment(TASKS[task], 8080, CLIENT4, sport, "SA"))).retval == REDIRECT
 
 
 def tcp(p: Plane, current: int, previous: int, flags: int = 0) -> None:
@@ -260,49 +266,90 @@ def notes(p: Plane, name: str) -> list[tuple[int, int]]:
 
 def test_flows_that_the_cache_has_lost_are_known_by_their_reverse_entries(plane: Plane) -> None:
     tcp(plane, A, PASS)
-    for flags in ("S", "A"):
-        assert owner(plane, flags, 40000) == A
-    assert owner(plane, "S", 40001) == A  # an opening alone is no proof
+    assert owner(plane, "S", 40000) == A
+    answer(plane, A, 40000)
+    assert owner(plane, "A", 40000) == A
+    assert [owner(plane, flags, 40001) for flags in ("S", "A")] == [A, A]  # an opening alone is no proof
     forget(plane)
     assert owner(plane, "A", 40000) == A
     assert owner(plane, "A", 40001) == PASS
     assert owner(plane, "A", 40002) == PASS
-    assert plane.verdicts() == {"STARTED": 2, "NOTED": 2, "PASS": 2}
+    assert plane.verdicts() == {"STARTED": 2, "NOTED": 3, "PASS": 2, "REPLY": 1}
     forget(plane)
     plane.backend(A, TASKS[A], 8080, epoch=2)
     assert owner(plane, "A", 40000) == PASS  # another backend than the entry's
 
 
-def test_a_flow_is_kept_among_those_that_go_on_from_its_second_packet(plane: Plane) -> None:
-    """So that starts that nobody follows up, and stray packets, never push a flow out that goes on."""
+def test_a_flow_is_kept_among_those_that_go_on_once_it_is_proven(plane: Plane) -> None:
+    """So that starts, stray packets and pairs of them from invented addresses never push out a flow that goes on."""
     tcp(plane, A, B)
-    for flags, sport in (("S", 40000), ("A", 40001), ("S", 40002)):
+    for flags, sport in (("S", 40000), ("A", 40001), ("S", 40002), ("A", 40002)):
         owner(plane, flags, sport)
+    answer(plane, A, 40000)
     assert notes(plane, "mesh_flows") == []
     assert notes(plane, "mesh_flows_new") == [(40000, A), (40001, B), (40002, A)]
     assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
-    assert notes(plane, "mesh_flows") == [(40000, A), (40001, B)]
-    assert notes(plane, "mesh_flows_new") == [(40002, A)]
-    start = bytearray(bytes(segment(CLIENT4, 0, NODE4, 80)))
-    for sport in range(10000, 20000):
-        struct.pack_into("!H", start, 34, sport)
-        plane.run("mesh_ingress", bytes(start))
-    tcp(plane, 4, PASS)  # neither owner that is left is that of the flows
+    assert notes(plane, "mesh_flows") == [(40000, A)]
+    assert notes(plane, "mesh_flows_new") == [(40001, B), (40002, A)]  # B's is B's without a note, too
+    packet = bytearray(bytes(segment(CLIENT4, 0, NODE4, 80)))
+    for sport in range(10000, 15000):
+        struct.pack_into("!H", packet, 34, sport)
+        for packet[47] in (2, 16):
+            plane.run("mesh_ingress", bytes(packet))
     assert [owner(plane, "A", 40000), owner(plane, "A", 40001)] == [A, B]
+    tcp(plane, 4, PASS)  # neither owner that is left is that of the first flow
+    assert owner(plane, "A", 40000) == A
+
+
+def test_the_task_proves_a_flow_by_going_on_with_it(plane: Plane) -> None:
+    """The entry of an established connection was lost, or its start was not seen: the client's word alone is none."""
+    tcp(plane, A, A)
+    for flags in ("A", "A", "PA", "FA"):
+        assert owner(plane, flags, 40000) == A
+    assert plane.maps["mesh_revnat"].dump()[0] == b""
+    for flags in ("R", "SA"):  # what a kernel without the connection answers
+        assert plane.run("mesh_task", bytes(segment(TASKS[A], 8080, CLIENT4, 40001, flags))).retval == OK
+        owner(plane, "A", 40001)
+        assert plane.run("mesh_task", bytes(segment(TASKS[A], 8080, CLIENT4, 40001, flags))).retval == REDIRECT
+        assert plane.maps["mesh_revnat"].dump()[0] == b""
+        plane.maps["mesh_revnat_new"].delete_batch(plane.maps["mesh_revnat_new"].dump()[0])
+    owner(plane, "A", 40002)
+    assert plane.run("mesh_task", bytes(segment(TASKS[A], 8080, CLIENT4, 40002, "A"))).retval == REDIRECT
+    assert len(plane.maps["mesh_revnat"].dump()[0]) == 40
+    assert plane.maps["mesh_revnat_new"].dump()[0] == b""
+
+
+@pytest.mark.parametrize(("ahead", "proves"), [(1, True), (0, False), (1 << 17, True), ((1 << 17) + 1, False)])
+def test_only_who_has_the_tasks_answer_can_acknowledge_it(plane: Plane, ahead: int, proves: bool) -> None:
+    tcp(plane, A, A)
+    owner(plane, "S", 40000)
+    answer(plane, A, 40000)
+    frame = segment(CLIENT4, 40000, NODE4, 80, "A")
+    frame[TCP].ack = frame[TCP].seq + ahead  # both sides of these tests begin with the same number
+    assert plane.run("mesh_ingress", bytes(frame)).retval == REDIRECT
+    assert len(plane.maps["mesh_revnat"].dump()[0]) == 40 * proves
+    assert plane.counts("mesh_be_metrics", A)[4] == proves
+
+
+def test_datagrams_have_a_map_of_their_own(plane: Plane) -> None:
+    udp(plane, A, A)
+    for _ in range(2):
+        owner(plane, "", 40000)
+    assert [len(plane.maps[f"mesh_revnat{name}"].dump()[0]) for name in ("", "_udp", "_new")] == [0, 40, 0]
 
 
 def test_a_port_that_is_used_again_replaces_the_note_of_the_flow_before(plane: Plane) -> None:
     tcp(plane, A, B)
     assert [owner(plane, "A"), owner(plane, "A"), owner(plane, "S")] == [B, B, A]
-    assert (notes(plane, "mesh_flows"), notes(plane, "mesh_flows_new")) == ([(40000, A)], [])
+    assert (notes(plane, "mesh_flows"), notes(plane, "mesh_flows_new")) == ([], [(40000, A)])
     assert owner(plane, "A") == A
 
 
 def test_udp_is_noted_alike(plane: Plane) -> None:
     udp(plane, A, B)
     assert owner(plane, "", 40000) == owner(plane, "", 40001) == owner(plane, "", 40001) == B
-    assert notes(plane, "mesh_flows_new") == [(40000, B)]
-    assert notes(plane, "mesh_flows") == [(40001, B)]
+    assert notes(plane, "mesh_flows_new") == [(40000, B), (40001, B)]
+    assert notes(plane, "mesh_flows") == []  # no datagram proves anything
 
 
 def test_hairpin_flows_are_known_by_their_reverse_entries_too() -> None:
@@ -311,11 +358,12 @@ def test_hairpin_flows_are_known_by_their_reverse_entries_too() -> None:
     plane.local(NODE4)
     plane.backend(A, TASKS[A], 8080)
     tcp(plane, A, PASS)
-    for flags in ("S", "A", "A"):
-        assert plane.run("mesh_task", bytes(segment(TASKS[A], 40000, NODE4, 80, flags))).retval == REDIRECT
+    calls = [segment(TASKS[A], 40000, NODE4, 80, flags) for flags in ("S", "A", "A")]
+    for frame in (calls[0], segment(TASKS[A], 8080, HAIRPIN, 40000, "SA"), *calls[1:]):
+        assert plane.run("mesh_task", bytes(frame)).retval == REDIRECT
     forget(plane)
-    assert plane.run("mesh_task", bytes(segment(TASKS[A], 40000, NODE4, 80, "A"))).retval == REDIRECT
-    assert plane.verdicts() == {"STARTED": 1, "NOTED": 3}
+    assert plane.run("mesh_task", bytes(calls[1])).retval == REDIRECT
+    assert plane.verdicts() == {"STARTED": 1, "NOTED": 3, "REPLY": 1}
 
 
 def test_a_flow_whose_note_is_lost_goes_to_the_previous_owner_if_that_keeps_flows(plane: Plane) -> None:

@@ -195,20 +195,39 @@ def test_errors_of_the_task_reach_the_client() -> None:
 
 @pytest.mark.parametrize(
     ("source", "mtu", "noted"),
-    [(PEER4, 1300, True), (PEER4, 500, False), (PEER4, 1500, False), ("203.0.113.7", 1300, False)],
+    [
+        (PEER4, 1300, True),
+        (PEER4, 1279, False),
+        (PEER4, 576, False),
+        (PEER4, 1500, False),
+        ("203.0.113.7", 1300, False),
+    ],
 )
 def test_the_way_tells_what_it_takes(source: str, mtu: int, noted: bool) -> None:
-    """A router between the nodes, about a packet to `source`. Afterwards the client is told."""
+    """A router between the nodes, about a packet to `source`. Once the agent has seen to it, the client is told."""
     plane = near()
     quoted = IP(src=NODE4, dst=source, flags="DF") / UDP(sport=50000, dport=PORT, chksum=0, len=1400)
     error = ETHER / IP(src="203.0.113.1", dst=NODE4) / ICMP(type=3, code=4, nexthopmtu=mtu) / quoted
     assert plane.run("mesh_ingress", bytes(error)).retval == OK  # the kernel may look at it, too
     assert plane.verdicts() == ({"TUNNEL_PMTU": 1} if noted else {})
+    assert plane.believe_hints() == noted
     call = bytes(segment(CLIENT4, 40000, NODE4, 80, "A", bytes(1300)))
     answer = Ether(plane.run("mesh_ingress", call).data)
     assert (ICMP in answer) == noted
     if noted:
         assert answer[ICMP].nexthopmtu == 1300 - 52
+
+
+@pytest.mark.parametrize("quoted", ["ports", "tunnel", "other option", "other port"])
+def test_an_error_must_quote_what_the_tunnel_sends(quoted: str) -> None:
+    plane = near()
+    sent = Ether(plane.run("mesh_ingress", bytes(segment(CLIENT4, 40000, NODE4, 80, "A"))).data)[IP]
+    raw = bytearray(bytes(sent))
+    raw[20:22] = b"\x10\x00" if quoted == "other port" else raw[20:22]
+    raw[36] ^= quoted == "other option"  # the option's class
+    error = ETHER / IP(src="203.0.113.1", dst=NODE4) / ICMP(type=3, code=4, nexthopmtu=1300)
+    plane.run("mesh_ingress", bytes(error / bytes(raw)[: 28 if quoted == "ports" else 200]))
+    assert plane.believe_hints() == (quoted in ("ports", "tunnel"))
 
 
 HOSTILE = [

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from tests.bpf.packets import Packets
-from tests.bpf.plane import HAIRPIN, HAIRPIN6, PASS, REDIRECT, SHOT, TRACKED, Plane, packed, u32
+from tests.bpf.plane import HAIRPIN, HAIRPIN6, PASS, REDIRECT, SHOT, TRACKED, Plane, packed, steady_stamp, u32
 from tests.bpf.tunnel import REPLY, identity, wrapped
 from tests.oracle.frames import TCP, UDP, parse
 from tests.oracle.state import Backend, Frontend, same
@@ -53,7 +53,7 @@ CLIENTS = {4: ["198.51.100.1", "198.51.100.2"], 6: ["2001:db8:9::1"]}
 
 
 def twin() -> tuple[Plane, Spanning]:
-    plane, known = Plane.fresh(), Spanning(packed(HAIRPIN), packed(HAIRPIN6))
+    plane, known = Plane.fresh(), Spanning(packed(HAIRPIN), packed(HAIRPIN6), clock=steady_stamp)
     plane.local(HERE, HERE6)
     plane.local(VIP, VIP6, floating=True)
     known.floating, known.own = {packed(VIP), packed(VIP6)}, packed(HERE)

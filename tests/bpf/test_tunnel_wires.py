@@ -229,6 +229,7 @@ def test_a_small_way_that_tells(lab: Lab, inner: int, outer: int) -> None:
 
         def told() -> bool:
             refuses(client, 1370)
+            lab.near.believe_hints()
             return "TUNNEL_TOO_BIG" in lab.near.verdicts()
 
         wait_for(told, "the near node has answered the client")

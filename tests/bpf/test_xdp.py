@@ -23,6 +23,7 @@ from mesh.datapath.netlink import Interface, Netlink
 from mesh.errors import BpfError
 from tests.bpf.plane import ALLOW_RULE, CLIENT, DENY, DENY_RULE, SHOT, UDP, Plane
 from tests.bpf.wires import inside
+from tests.oracle import frames as frames_model
 from tests.support.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TCP, Ether, IPv6, datagram, segment
 from tests.support.polling import PATIENCE
 
@@ -116,7 +117,7 @@ def test_truncated_frames_pass(plane: Plane, frame: Packet) -> None:
 
 
 def test_mutated_frames_meet_the_same_rules_as_behind_it(plane: Plane) -> None:
-    """DROP just where mesh_ingress denies, but for what is left to it: IPv4 fragments."""
+    """DROP just where mesh_ingress denies, but for what is left to it: fragments, extension headers, cut headers."""
     random = Random(1)
     frames = [bytes(frame) for frame in (*DENIED, *PASSED.values())]
     seen = {DROP: 0, PASS: 0}
@@ -129,10 +130,11 @@ def test_mutated_frames_meet_the_same_rules_as_behind_it(plane: Plane) -> None:
         dropped = run(plane, raw) == DROP
         assert plane.verdicts().get("DENIED", 0) - before == dropped
         denied = plane.run("mesh_ingress", raw).retval == SHOT and plane.verdicts()["DENIED"] > before + dropped
-        is_fragment = raw[12:14] == b"\x08\x00" and int.from_bytes(raw[20:22], "big") & 0x3FFF != 0
+        parsed = frames_model.parse(raw)
+        is_left = parsed.fragment or parsed.kind in ("extension", "malformed")
         is_multicast = raw[0] & 1 != 0
-        assert denied == dropped or (denied and is_fragment), raw.hex()
-        assert not (dropped and (is_fragment or is_multicast)), raw.hex()
+        assert denied == dropped or (denied and is_left), raw.hex()
+        assert not (dropped and (is_left or is_multicast)), raw.hex()
         seen[DROP if dropped else PASS] += 1
     assert min(seen.values()) > 500
 

@@ -183,7 +183,7 @@ class Served:
     def entries(self) -> dict[str, int]:
         return {
             name: self.engine._opened().maps.entries(f"mesh_{name}")
-            for name in ("flows", "flows_new", "revnat", "revnat_new")
+            for name in ("flows", "flows_new", "revnat", "revnat_udp", "revnat_new")
         }
 
     def rule_entries(self) -> int:

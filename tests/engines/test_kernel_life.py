@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
+from mesh import _bpf
 from mesh.datapath.kernel.maps import CARRIED
 from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, Connection, Plane, refused, serve
@@ -73,7 +75,19 @@ def test_adoption_without_the_names_file(plane: Plane, engine: Driver) -> None:
     second.close(release=True)
 
 
-@pytest.mark.parametrize("old_build", ["same version", "former names", "other version"])
+def shorten(pins: Path) -> None:
+    """Make reverse NAT what it was in 0.1: a shorter struct, and UDP flows among the others."""
+    rows = list(_bpf.Map.open(str(pins / "mesh_revnat")).rows())
+    udp = rows[0][0][:36] + b"\x11" + rows[0][0][37:]
+    made = _bpf.Map.create(9, "mesh_revnat", 40, 56, 4096)  # BPF_MAP_TYPE_LRU_HASH
+    for key, value in [*rows, (udp, rows[0][1])]:
+        made.update(key, value[:56])
+    for name in ("mesh_revnat", "mesh_revnat_udp"):
+        (pins / name).unlink()
+    made.pin(str(pins / "mesh_revnat"))
+
+
+@pytest.mark.parametrize("old_build", ["same version", "former names", "shorter struct", "other version"])
 def test_another_contract_is_built_beside_and_the_old_one_removed(plane: Plane, engine: Driver, old_build: str) -> None:
     connections = [Connection(plane.client, plane.node.address) for _ in range(20)]
     for connection in connections:
@@ -85,10 +99,13 @@ def test_another_contract_is_built_beside_and_the_old_one_removed(plane: Plane, 
     if old_build == "former names":
         for name, former in CARRIED.items():
             (old / name).rename(old / former)
+    if old_build == "shorter struct":
+        shorten(old)
     old.rename(home / f"{version}-0123456789abcdef")  # stands for a build with other headers
     second = plane.driver()
     assert second.open()["frontends"] == {"*:8000/tcp": "web"}
     assert second.entries()["revnat"] == (0 if old_build == "other version" else len(connections))
+    assert second.entries()["revnat_udp"] == (old_build == "shorter struct")
     assert [p.name for p in home.iterdir()] == [old.name]
     second.serve(services=[plane.web("b1", "b2", "b3")])
     assert set(plane.calls(60)) == {"b1", "b2", "b3"}

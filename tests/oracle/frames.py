@@ -53,6 +53,8 @@ class Packet:
     flags: int = 0
     fragment: int = 0
     ident: int = 0
+    sequence: int = 0
+    acknowledged: int = 0
 
     @property
     def flow(self) -> Flow:
@@ -110,10 +112,13 @@ def parse_v6(frame: bytes) -> Packet:
 def ports(p: Packet, frame: bytes, rest: int) -> Packet:
     if rest < (20 if p.protocol == TCP else 8):
         p.kind = "malformed"
+        if p.protocol == TCP and rest >= 4:
+            p.sport, p.dport = be16(frame, p.l4), be16(frame, p.l4 + 2)
         return p
     p.sport, p.dport = be16(frame, p.l4), be16(frame, p.l4 + 2)
     if p.protocol == TCP:
         p.flags = frame[p.l4 + 13]
+        p.sequence, p.acknowledged = struct.unpack_from("!II", frame, p.l4 + 4)
         if not 20 <= (frame[p.l4 + 12] >> 4) * 4 <= rest:
             p.kind = "malformed"
     return p

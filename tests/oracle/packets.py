@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from tests.oracle import selection
-from tests.oracle.frames import ETHER, ICMP, ICMP6, MAPPED, TCP, UDP, Flow, Packet, be16, changed, parse, total
+from tests.oracle.frames import (
+    ETHER,
+    EXTENSIONS,
+    ICMP,
+    ICMP6,
+    MAPPED,
+    TCP,
+    UDP,
+    Flow,
+    Packet,
+    be16,
+    changed,
+    parse,
+    total,
+)
 from tests.oracle.state import Backend, Frontend, Outcome, Reply
 
 OK, SHOT, REDIRECT = 0xFFFFFFFF, 2, 7  # OK: TC_ACT_UNSPEC, what comes next decides
@@ -22,6 +37,9 @@ NONE, PASS, FIRST = 0, 1, 2
 TRACKED = 0x80000000
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 NEVER, UDP_GRACE = 0, 64  # MESH_ORPHAN_*
+OVERDUE = 2  # stamps for which a TCP flow that is not proven keeps its entry
+LOST, GONE = (0, 0), (0xFFFF, 0xFFFF)  # of fragments: a later one was dropped; then the first one, too
+PROOF_WINDOW = 1 << 17  # how far behind a task's first sequence number an acknowledgement may be
 
 
 @dataclass
@@ -43,6 +61,9 @@ class Model:
     openings: dict[Flow, Reply] = field(default_factory=dict)
     fragments: dict[tuple[bytes, bytes, int, int], tuple[int, int]] = field(default_factory=dict)
     failures: Counter[tuple[int, str]] = field(default_factory=Counter)  # by frontend and cause
+    clock: Callable[[], int] = lambda: 0  # stamps, for flows that are not proven in time
+    silent: bool = False  # a collision is not told
+    guarded: bool = False  # a frontend has source rules, or UDP
     source: bytes = b""  # the node that the packet came from
 
     # From a flow to its owner
@@ -143,31 +164,87 @@ class Model:
     # Programs
 
     def ingress(self, frame: bytes) -> Outcome:
-        return self._client(parse(frame), frame, from_task=False)
+        p = self._assembled(parse(frame))
+        return Outcome(SHOT, "NO_PORTS") if p is None else self._client(p, frame, from_task=False)
 
     def task(self, frame: bytes) -> Outcome:
         p = parse(frame)
-        if p.kind == "fragment" and (known := self.fragments.get((p.source, p.destination, p.ident, p.protocol))):
-            p = replace(p, kind="flow", sport=known[0], dport=known[1])
+        if (found := self._assembled(p)) is None:
+            return Outcome(SHOT, "NO_PORTS")
+        p = found
         if p.kind == "flow":
             key = (p.destination, p.dport, p.source, p.sport, p.protocol)
-            reply = self.replies.get(key) or self.openings.get(key)
+            reply = self.replies.get(key) or self._goes_on(p, key)
             if reply:
                 return self._reply(p, frame, reply)
         if p.kind == "icmp" and (out := self._error_of_task(p, frame)):
             return out
         return self._client(p, frame, from_task=True)
 
+    def _assembled(self, p: Packet) -> Packet | None:
+        """A fragment with the ports of its first one, if known; None: it is dropped, as half of it has been."""
+        key = (p.source, p.destination, p.ident, p.protocol)
+        if p.kind == "flow" and p.fragment and p.destination in self.addresses:
+            if self.fragments.get(key) == LOST:
+                self.fragments[key] = GONE
+                return None
+            self.fragments[key] = (p.sport, p.dport)
+        if p.kind != "fragment":
+            return p
+        known = self.fragments.get(key)
+        if known is None and self.guarded and p.destination in self.addresses:
+            known = self.fragments[key] = LOST
+        if known is None:
+            return p
+        return None if known in (LOST, GONE) else replace(p, kind="flow", sport=known[0], dport=known[1])
+
+    def _denied_to_kernel(self, p: Packet) -> bool:
+        """Whether source rules deny a packet that is not served."""
+        number = self.find(p.destination, p.dport, p.protocol) if self.has_port(p.protocol, p.dport) else 0
+        if not number or not self.denied(self.frontends[number], p.source):
+            return False
+        self.failed(p, number, "DENIED")
+        return True
+
+    def _extended(self, p: Packet, frame: bytes) -> Outcome:
+        """A packet with IPv6 extension headers: passes unless its frontend denies it, or its ports cannot be known."""
+        if p.destination not in self.addresses:
+            return Outcome(OK, "", frame)
+        at, following, end = p.l4, p.protocol, ETHER + p.length
+        for _ in range(8):
+            if following in (TCP, UDP):
+                if at + 4 <= end:
+                    found = replace(p, protocol=following, sport=be16(frame, at), dport=be16(frame, at + 2), flags=0)
+                    return Outcome(SHOT, "DENIED") if self._denied_to_kernel(found) else Outcome(OK, "EXTENSION", frame)
+                break
+            if following not in EXTENSIONS or (at + 4 <= end and following == 44 and be16(frame, at + 2) & ~7):
+                return Outcome(OK, "EXTENSION", frame)
+            if at + 4 > end:
+                break
+            length = {44: 8, 51: (frame[at + 1] + 2) * 4}.get(following, (frame[at + 1] + 1) * 8)
+            following, at = frame[at], at + length
+        return Outcome(SHOT, "NO_PORTS") if self.guarded else Outcome(OK, "EXTENSION", frame)
+
+    def _goes_on(self, p: Packet, key: Flow) -> Reply | None:
+        """The entry of a flow that is not proven; a task's segment other than SYN and RST proves it."""
+        opening = self.openings.get(key)
+        if opening is None or p.protocol != TCP or p.fragment or p.flags & (SYN | RST) or opening.closed == 3:
+            return opening
+        if opening.answered and not p.flags & FIN and p.sequence == (opening.sequence + 1) % (1 << 32):
+            return opening  # it may only acknowledge
+        opening.opened |= opening.answered
+        self.replies[key] = self.openings.pop(key)
+        return opening
+
     def _client(self, p: Packet, frame: bytes, *, from_task: bool) -> Outcome:
         untouched = Outcome(OK, "", frame)
         if p.kind == "fragment":
-            known = self.fragments.get((p.source, p.destination, p.ident, p.protocol))
-            if known is None:
-                return replace(untouched, verdict="FRAGMENT" if p.destination in self.addresses else "")
-            p = replace(p, kind="flow", sport=known[0], dport=known[1])
+            return replace(untouched, verdict="FRAGMENT" if p.destination in self.addresses else "")
         if p.kind == "extension":
-            return replace(untouched, verdict="EXTENSION" if p.destination in self.addresses else "")
+            return self._extended(p, frame)
         if p.kind == "malformed":
+            if self._denied_to_kernel(p):
+                return Outcome(SHOT, "DENIED")
             ours = self.has_port(p.protocol, p.dport) and self.find(p.destination, p.dport, p.protocol)
             return replace(untouched, verdict="MALFORMED" if ours else "")
         if p.kind == "icmp":
@@ -207,7 +284,7 @@ class Model:
         reply = Reply(p.destination, p.dport, p.source, owner, backend.epoch, hairpin, frontend=number)
         if not self._keep(p, key, reply, start):
             self.failed(p, number, "COLLISION")
-            return self._refuse(p, frame, "COLLISION")
+            return Outcome(SHOT, "COLLISION") if self.silent else self._refuse(p, frame, "COLLISION")
         if note:
             self.notes[p.flow] = (owner, backend.epoch, number)
         return self._rewritten(p, frame, verdict, source, p.sport, backend.address, backend.port)
@@ -222,6 +299,7 @@ class Model:
             return (reply.owner, reply.epoch) == (made.owner, made.epoch)
 
         closed = 3 if p.flags & RST else p.flags & FIN
+        self.silent = False
         old = self.replies.get(key)
         if old and not start and same(old) and current(old):
             old.closed |= closed
@@ -232,23 +310,41 @@ class Model:
             del self.replies[key]
         opening = self.openings.get(key)
         known = opening is not None and same(opening) and current(opening)
+        made.stamp = self.clock()
         if opening and not known and current(opening) and opening.closed != 3:
-            return False
+            self.silent = p.protocol == TCP  # the other flow is not proven: try again
+            if p.protocol == UDP or made.stamp - opening.stamp < OVERDUE:
+                return False
         if start or (not known and p.protocol == UDP):
             if known and opening is not None:
                 self._sent_again(opening, made)
+                made.stamp = opening.stamp
             self.openings[key] = made
             return True
-        self.openings.pop(key, None)
         made.closed = closed
-        made.opened = known and not closed & 1
-        if not p.flags & RST:
+        if p.flags & RST:
+            self.openings.pop(key, None)
+        elif p.protocol == TCP and not (known and opening is not None and self._is_proof(p, opening)):
+            if known and opening is not None:
+                opening.closed |= closed
+            else:
+                self.openings[key] = made
+        else:
+            self.openings.pop(key, None)
+            made.opened = not closed & 1
             self.replies[key] = made
         return True
+
+    @staticmethod
+    def _is_proof(p: Packet, opening: Reply) -> bool:
+        """Whether a client's segment acknowledges what the task answered to its start."""
+        behind = (p.acknowledged - opening.sequence - 1) % (1 << 32)
+        return opening.answered and bool(p.flags & ACK) and not p.fragment and behind < PROOF_WINDOW
 
     def _sent_again(self, opening: Reply, made: Reply) -> None:
         """A client sends its SYN again. If its task has said nothing, the node that the client called counts it."""
         made.refused, made.answered, made.unanswered = opening.refused, opening.answered, opening.unanswered
+        made.sequence = opening.sequence
         if not (made.refused or made.answered or made.unanswered or self.source):
             made.unanswered = True
             self.failures[made.frontend, "UNANSWERED"] += 1
@@ -258,7 +354,8 @@ class Model:
             return Outcome(SHOT, "EXPIRED")
         if p.fragment == 1:
             self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
-        reply.answered |= bool(p.flags & SYN)
+        if p.flags & SYN and not p.fragment:
+            reply.answered, reply.sequence = True, p.sequence
         if self._is_first_refusal(p, frame, reply):
             return Outcome(SHOT, "RESET_HELD")
         reply.closed |= 3 if p.flags & RST else 2 if p.flags & FIN else 0

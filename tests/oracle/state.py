@@ -30,9 +30,11 @@ class Reply:
     epoch: int
     hairpin: bool
     closed: int = 0  # 1: by the client, 2: by the task
-    opened: bool = False  # the client's second packet was seen
+    opened: bool = False  # the client has shown that it gets the task's answers; UDP: its second packet was seen
     refused: bool = False  # by the task, and the client was not told
     answered: bool = False  # the task has answered the start
+    sequence: int = 0  # by which it has
+    stamp: int = 0  # when it began
     unanswered: bool = False  # counted as such
     frontend: int = 0
 

@@ -191,7 +191,7 @@ class Spanning(Model):
         self.source = b""
         if not kept:
             self.failed(q, number, "COLLISION")
-            return self._refuse(q, inner, "COLLISION")
+            return Outcome(SHOT, "COLLISION") if self.silent else self._refuse(q, inner, "COLLISION")
         return self._rewritten(q, inner, "TUNNEL_RX", q.source, q.sport, backend.address, backend.port)
 
     def _keep(self, p: Packet, key: Flow, made: Reply, start: bool) -> bool:

@@ -21,6 +21,7 @@ MAP: Final = re.compile(rf'(?:{COMMENT})?struct \{{\n(?P<body>[^}}]*)\}} (?P<nam
 FIELD: Final = re.compile(r"__(?:uint|type|array)\((\w+), ([^;]*)\);")
 DEFINE: Final = re.compile(r"^#define (\w+) +([^\n/\\]+)", re.MULTILINE)
 HOOKS: Final = {"tc": "tc ingress", "xdp": "native XDP"}
+ATTACHED: Final = {"mesh_ingress", "mesh_guard"}  # although they have a slot
 TEST_RUN: Final = "Test run only: "
 
 
@@ -36,10 +37,10 @@ class Program:
 
     @property
     def hook(self) -> str:
-        """Where it runs. A program with a slot that is attached as well is named like its object."""
+        """Where it runs. A program with a slot is attached as well if ATTACHED has it."""
         if self.purpose.startswith(TEST_RUN):
             return "none"
-        if self.slot and self.name != f"mesh_{self.object.partition('.')[0]}":
+        if self.slot and self.name not in ATTACHED:
             return "tail call"
         return HOOKS.get(self.section, self.section.replace("/", " "))
 

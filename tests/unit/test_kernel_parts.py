@@ -29,13 +29,17 @@ from mesh.datapath.kernel.journal import SPARE, Journal, Names
 from mesh.datapath.kernel.locator import (
     ASK_LASTS,
     ASK_MOST,
+    BARE,
+    BARE_GUARD,
     BRIDGE,
+    BRIDGE_GUARD,
     GUARD,
     INGRESS,
     TASK,
     Location,
     Locator,
     keepers,
+    unserved,
     wanted,
 )
 from mesh.datapath.kernel.pins import OWNER, Owner, instance
@@ -256,10 +260,31 @@ def test_programs_go_where_they_belong() -> None:
     everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE, 8: INGRESS, 10: INGRESS, 11: INGRESS}
     assert wanted(topology, places) == everywhere
     assert wanted(topology, places, nodes={6}) == everywhere | {6: INGRESS}
-    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 6: GUARD, 9: INGRESS}
-    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 6: GUARD, 10: INGRESS}
+    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE_GUARD, 9: INGRESS}
+    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE_GUARD, 10: INGRESS}
     assert 3 in wanted(topology, [])
     assert wanted(topology, [Location(via=1, own=True)]) == wanted(topology, [])
+
+
+def test_interfaces_without_ethernet_have_programs_of_their_own() -> None:
+    topology = interfaces((2, "eth0", "", 0), (3, "docker_gwbridge", "bridge", 0), (4, "docker0", "bridge", 0))
+    bare = Interface(5, "wg0", "wireguard", True, False, 0, bare=True)
+    odd = Interface(6, "ib0", "", True, False, 0)
+    loopback = Interface(1, "lo", "", True, False, 0, loopback=True)
+    every = Topology(interfaces={**topology.interfaces, 5: bare, 6: odd, 1: loopback})
+    places = [Location(veth=9, via=3)]
+    assert wanted(every, places) == {2: INGRESS, 4: BRIDGE, 5: BARE}
+    assert wanted(every, places, guarded=True) == wanted(every, places)
+    assert wanted(every, places, ["wg*"], guarded=True) == {2: GUARD, 4: BRIDGE_GUARD, 5: BARE}
+    guarded = wanted(every, places, ["eth0"], guarded=True)
+    assert guarded == {2: INGRESS, 4: BRIDGE_GUARD, 5: BARE_GUARD}
+    down = dataclasses.replace(bare, up=False)
+    assert 5 not in wanted(Topology(interfaces={5: down}), [], ["eth0"], guarded=True)
+    said = unserved(every.interfaces, guarded)
+    assert [line.split()[1] for line in said] == ["docker0", "wg0", "ib0"]
+    assert "left out by `interfaces`" in said[0]
+    assert "link type is unknown" in said[2]
+    assert [line.split()[1] for line in unserved(every.interfaces, wanted(every, places))] == ["ib0"]
 
 
 def test_a_vlan_that_leaves_tags_in_frames_is_named() -> None:

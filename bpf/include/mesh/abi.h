@@ -184,7 +184,7 @@ _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 #define MESH_REVNAT_UNANSWERED 0x80u       /* counted as unanswered */
 #define MESH_REVNAT_NODE       0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
-/* Value of mesh_revnat and mesh_revnat_new. */
+/* Value of mesh_revnat, mesh_revnat_udp and mesh_revnat_new. */
 struct mesh_revnat {
 	struct mesh_addr called; /* the address that the client called */
 	struct mesh_addr client; /* the client's own address */
@@ -194,9 +194,11 @@ struct mesh_revnat {
 	__u32 frontend;
 	__u32 owner;
 	__u32 epoch;
-	__u32 stamp; /* when the client was last heard, MESH_STAMP_SHIFT */
+	__u32 stamp;    /* when the client was last heard, MESH_STAMP_SHIFT */
+	__u32 sequence; /* of the task's SYN-ACK, if MESH_REVNAT_ANSWERED */
+	__u32 veth;     /* host side of the task's interface, where its replies come out; 0: any */
 };
-_Static_assert(sizeof(struct mesh_revnat) == 56, "mesh_revnat is 56 bytes");
+_Static_assert(sizeof(struct mesh_revnat) == 64, "mesh_revnat is 64 bytes");
 
 /* Per-CPU counters of one frontend or one backend. */
 struct mesh_counts {
@@ -246,8 +248,12 @@ _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
 
 #define MESH_SETTING_DIRECT  0x1u /* direct return: replies go straight to clients, whichever node they called */
 #define MESH_SETTING_LEAVING 0x2u /* other nodes' trials of the tunnel get no answer: they start no more flows */
+#define MESH_SETTING_GUARD   0x4u /* frontends have source rules, or UDP: packets with unknown ports are dropped */
 
-/* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
+/* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow; or one of these. */
+#define MESH_FRAGMENT_LOST    0x0u        /* a later fragment came before the first, and was dropped */
+#define MESH_FRAGMENT_DROPPED 0xffffffffu /* then the first one came, and was dropped as well */
+
 struct mesh_fragment_key {
 	struct mesh_addr source;
 	struct mesh_addr destination;
@@ -257,7 +263,7 @@ struct mesh_fragment_key {
 };
 _Static_assert(sizeof(struct mesh_fragment_key) == 40, "mesh_fragment_key is 40 bytes");
 
-/* Key of mesh_udp_revnat: a backend to which an unconnected datagram socket has sent. */
+/* Key of mesh_udp_revnat: a backend to which an unconnected datagram socket has sent, or another is connected. */
 struct mesh_udp_peer {
 	__u64 cookie;             /* the socket's */
 	struct mesh_addr address; /* the backend's */
@@ -302,7 +308,8 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(FAMILY, "passed: the chosen task has no address of the client's IP version")                                 \
 	X(EXTENSION, "passed: IPv6 extension headers")                                                                 \
 	X(MALFORMED, "passed: truncated or contradictory headers on a frontend's port")                                \
-	X(COLLISION, "rejected: the task has a flow of this client address and port that called another address")      \
+	X(COLLISION, "rejected: the task has a flow of this client address and port that called another address; "     \
+		     "dropped while that flow is not proven")                                                          \
 	X(EXPIRED, "dropped: TTL or hop limit exceeded; time exceeded sent to the sender")                             \
 	X(TOO_BIG,                                                                                                     \
 	  "reply larger than the interface's MTU: passed for the kernel to tell the task, dropped without DF")         \
@@ -321,7 +328,7 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(TUNNEL_TOO_BIG, "larger than the path to the other node: the sender was told its MTU")                       \
 	X(TUNNEL_BACK,                                                                                                 \
 	  "received through the tunnel for a task that does not know the flow: returned for another owner")            \
-	X(TUNNEL_PMTU, "ICMP error: the path MTU to another node is lower than was known, and is remembered")          \
+	X(TUNNEL_PMTU, "ICMP error: the path MTU to another node is said to be lower than was known; the agent looks") \
 	X(RESET_HELD,                                                                                                  \
 	  "dropped: a task's first reset of a connection; the client's kernel sends its SYN again after a second")     \
 	X(TUNNEL_NO_PATH,                                                                                              \
@@ -331,7 +338,11 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	  "connection or datagram of a process of this node: sent to the fallback proxy, for a task of another node")  \
 	X(ERROR, "passed: a map or helper failed")                                                                     \
 	X(ORPHANED, "passed: no agent has kept the tables for orphan_timeout")                                         \
-	X(CONTAINER, "dropped: a container's packet to a port by which nodes hand flows to each other")
+	X(CONTAINER, "dropped: a container's packet to a port by which nodes hand flows to each other")                \
+	X(FOREIGN_REPLY, "dropped: a task's address, but from the interface of another container")                     \
+	X(NO_PORTS,                                                                                                    \
+	  "dropped: ports unknown (a fragment that came before its first one, too many IPv6 headers), while "          \
+	  "a frontend has source rules or UDP")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,
 enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };

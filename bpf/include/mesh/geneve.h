@@ -61,9 +61,9 @@ struct mesh_node {
 	__u32 ifindex;           /* output interface; the kernel resolves the neighbour or gateway */
 	__u32 mtu;               /* of interface and route; 0: the node accepts no tunnel */
 	__u32 id;                /* its index in mesh_node_addrs, as long as any entry of mesh_revnat may have it */
-	__u32 path_mtu;          /* programs write: learnt by ICMP, lower than `mtu`; 0: none */
-	__u32 path_stamp;        /* programs write: when, MESH_STAMP_SHIFT; expires after MESH_PATH_LIFE */
-	__u32 pad;
+	__u32 path_mtu;          /* what the agent has found by probes, lower than `mtu`; 0: none */
+	__u32 path_stamp;        /* when, MESH_STAMP_SHIFT; expires after MESH_PATH_LIFE */
+	__u32 hint;              /* programs write: an ICMP error says that the path takes no more; 0: none since */
 };
 _Static_assert(sizeof(struct mesh_node) == 40, "mesh_node is 40 bytes");
 _Static_assert(__builtin_offsetof(struct mesh_node, path_mtu) == 28, "mesh_node.path_mtu");

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from mesh import _bpf
 from mesh._abi import ABI_VERSION
@@ -31,15 +32,19 @@ from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.locator import Locator
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.network import Follower, Network
+from mesh.datapath.kernel.path_mtu import PathMtuCheck
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, ensure_bpf_fs, netns_cookie, pin_home, remove_pins
 from mesh.datapath.kernel.publisher import Publisher
 from mesh.datapath.kernel.route_monitor import RouteMonitor
+from mesh.datapath.kernel.stale_sockets import StaleSockets
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
-from mesh.model import EngineKind, Flow, Frontend
+from mesh.model import EngineKind, Flow, Frontend, Protocol
+
+UDP_SHARE: Final = 4  # mesh_revnat_udp has a fourth as many entries as mesh_revnat
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Parts:
     follower: Follower
     collector: Collector
     heartbeat: Heartbeat
+    stale: StaleSockets
 
 
 class KernelDatapath:
@@ -107,7 +113,11 @@ class KernelDatapath:
     def _build(self, directory: Path, names: Names) -> Parts:
         """Load the programs over the maps pinned in `directory`, and make the parts that work on them."""
         config, start = self._config, self._threads.enter_context
-        sizes = {"mesh_flows": config.flow_cache, "mesh_revnat": config.max_replies}
+        sizes = {
+            "mesh_flows": config.flow_cache,
+            "mesh_revnat": config.max_replies,
+            "mesh_revnat_udp": max(1024, config.max_replies // UDP_SHARE),
+        }
         programs, loaded = loader.load(directory, sizes, xdp.objects(config))
         maps = KernelMaps(loaded, directory)
         self._resources.callback(maps.close)
@@ -128,7 +138,9 @@ class KernelDatapath:
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
         follower = start(contextlib.closing(Follower(self._look, publisher.due)))
         start(contextlib.closing(RouteMonitor(loaded["mesh_fib_gen"])))
-        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat)
+        start(contextlib.closing(PathMtuCheck(loaded["mesh_nodes"], config.peer_port, self._owner.is_ours)))
+        stale = start(contextlib.closing(StaleSockets(loaded["mesh_udp_revnat"], maps.backends)))
+        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat, stale)
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
@@ -181,6 +193,8 @@ class KernelDatapath:
             )
             self._taking_over = False
             self._journal.finish(plan, sure=not parts.publisher.failures)
+            if any(gone.key.protocol == Protocol.UDP for gone in plan.drop_backends):
+                parts.stale.end()
             parts.network.forget(plan.drop_backends)
             self._switch(parts)
             self._fallback.apply(self._applied, parts.network.topology.addresses)
@@ -214,6 +228,8 @@ class KernelDatapath:
                 if parts.hooks.attached:
                     self._attach(parts)
                     self._fallback.apply(self._applied, parts.network.topology.addresses)
+            if not changed:
+                parts.stale.end()
         return True
 
     def prove(self, proof: Proof) -> None:
@@ -253,7 +269,7 @@ class KernelDatapath:
     def problems(self) -> Sequence[str]:
         """See Datapath.problems."""
         parts, applied = self._opened(), self._applied
-        journal = [self._journal.problem] if self._journal.problem else []
+        journal = [problem for problem in (self._journal.problem, parts.stale.problem) if problem]
         network = parts.network.problems(applied.frontends, list(applied.backends.values()))
         failures = parts.publisher.failures.values()
         return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network, *failures]

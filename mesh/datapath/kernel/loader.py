@@ -75,6 +75,16 @@ def probe() -> None:
     if not path.exists():
         raise DatapathError("is missing", where=str(path), remedy="build the package again, with clang installed")
     opened = _bpf.Object(str(path))
-    for name in ("flows", "flows_new", "revnat", "revnat_new", "be_metrics", "fe_metrics", "fe_failures", "backends"):
+    for name in (
+        "flows",
+        "flows_new",
+        "revnat",
+        "revnat_udp",
+        "revnat_new",
+        "be_metrics",
+        "fe_metrics",
+        "fe_failures",
+        "backends",
+    ):
         opened.resize(f"mesh_{name}", 1024)
     opened.load()

@@ -19,8 +19,12 @@ from mesh.netaddr import of_proc
 
 INGRESS: Final = "mesh_ingress"
 BRIDGE: Final = "mesh_bridge"
-GUARD: Final = "mesh_guard"
 TASK: Final = "mesh_task"
+BARE: Final = "mesh_l3"
+GUARD: Final = "mesh_guard"
+BRIDGE_GUARD: Final = "mesh_bridge_guard"
+BARE_GUARD: Final = "mesh_l3_guard"
+GUARDS: Final = {INGRESS: GUARD, BRIDGE: BRIDGE_GUARD, BARE: BARE_GUARD}
 NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 30.0)  # seconds between questions for one MAC: first pause, doubled up to the second
 ASK_MOST: Final = 32  # open questions at a time: each takes one of the 1,024 neighbour entries of all namespaces
@@ -138,7 +142,12 @@ def misplaced(backends: Iterable[BackendEntry], locations: Mapping[int, Location
 
 
 def wanted(
-    topology: Topology, locations: Iterable[Location], patterns: Sequence[str] = (), nodes: Collection[int] = ()
+    topology: Topology,
+    locations: Iterable[Location],
+    patterns: Sequence[str] = (),
+    nodes: Collection[int] = (),
+    *,
+    guarded: bool = False,
 ) -> Mapping[int, str]:
     """Which program goes on which interface. Pure.
 
@@ -146,7 +155,8 @@ def wanted(
     as well), and veths that lead directly to a backend. INGRESS, facing clients: the interfaces that `patterns` name,
     and those in `nodes`, which lead to other nodes; without patterns every other Ethernet interface, bridges included,
     that is up and not a port of a bridge or bond. BRIDGE: bridges that only have ports of containers and virtual
-    machines; GUARD: those that `patterns` leave out.
+    machines. BARE: as INGRESS, where packets begin with the IP header. Where `patterns` leave an interface out:
+    BRIDGE_GUARD instead of BRIDGE; GUARD and BARE_GUARD instead of the others if `guarded`: some have source rules.
     """
     vias = {location.via for location in locations if not location.own}
     bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
@@ -156,14 +166,38 @@ def wanted(
         direct = interface.index in vias and interface.kind == "veth"
         if direct or (interface.kind == "veth" and interface.master in vias):
             found[interface.index] = TASK
-        elif patterns:
-            named = any(fnmatch.fnmatchcase(interface.name, pattern) for pattern in patterns)
-            if named or interface.index in nodes:
-                found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
-            elif interface.up and interface.index not in bridges and _outer(interface, outward) == BRIDGE:
-                found[interface.index] = GUARD
-        elif interface.up and interface.ethernet and not interface.master and interface.index not in bridges:
+        elif _is_served(interface, patterns, nodes, bridges):
             found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
+        elif _is_served(interface, (), (), bridges):
+            guard = GUARDS[_outer(interface, outward)]
+            if guarded or guard == BRIDGE_GUARD:
+                found[interface.index] = guard
+    return found
+
+
+def _is_served(interface: Interface, patterns: Sequence[str], nodes: Collection[int], bridges: Collection[int]) -> bool:
+    """Whether an interface, none of a task, faces clients."""
+    if patterns:
+        return interface.index in nodes or any(fnmatch.fnmatchcase(interface.name, pattern) for pattern in patterns)
+    known = interface.ethernet or interface.bare
+    return interface.up and known and not interface.master and interface.index not in bridges
+
+
+def unserved(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> list[str]:
+    """One sentence for each interface where source rules hold and nothing is served, or neither; for nodes whose
+    frontends have source rules. Pure."""
+    found = []
+    for interface in sorted(interfaces.values(), key=lambda i: i.index):
+        if programs.get(interface.index) in GUARDS.values():
+            found.append(
+                f"interface {interface.name} is left out by `interfaces`: source rules hold there, and clients that "
+                "they admit reach whoever else serves the port"
+            )
+        elif interface.up and not (interface.ethernet or interface.bare or interface.loopback or interface.master):
+            found.append(
+                f"interface {interface.name} is not served: its link type is unknown; clients that come by it meet "
+                "no source rules"
+            )
     return found
 
 
@@ -175,6 +209,8 @@ def keepers(interfaces: Mapping[int, Interface], programs: Mapping[int, str]) ->
 
 
 def _outer(interface: Interface, outward: Collection[int]) -> str:
+    if interface.bare:
+        return BARE
     return INGRESS if interface.kind != "bridge" or interface.index in outward else BRIDGE
 
 

@@ -23,7 +23,8 @@ from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
 
 CARRIED: Final = {  # maps that are copied from the pins of another build: name -> former name
     "mesh_nodes": "mesh_nodes",
-    "mesh_revnat": "mesh_replies",
+    "mesh_revnat": "mesh_replies",  # with UDP flows, which have a map of their own now
+    "mesh_revnat_udp": "mesh_revnat_udp",
     "mesh_revnat_new": "mesh_openings",
 }
 BETWEEN: Final = _abi.PORT_TUNNEL | _abi.PORT_NODES
@@ -64,7 +65,12 @@ class KernelMaps:
         self._between: dict[int, int] = {}  # by offset in mesh_ports, flags of the ports where nodes' flows come in
         self._rules: dict[int, RuleSet] = {}  # by acl; several frontends may have one
         self._acl_of: dict[RuleSet, int] = {}
+        self._ruled: set[Frontend] = set()  # frontends with source rules
+        self._guarding: set[Frontend] = set()  # frontends with source rules, or UDP
+        self._settings = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
         self._restore()
+        for frontend, entry in self.served.items():
+            self._guard(frontend, rules=bool(entry.acl or entry.flags & _abi.FRONTEND_DENY))
 
     # ---- restore ----
 
@@ -122,12 +128,32 @@ class KernelMaps:
 
     def configure(self, config: _abi.Config) -> None:
         """Write the settings of the whole node."""
-        self._config.write(0, _abi.CONFIG.pack(config))
+        self._settings = config
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        guard = _abi.SETTING_GUARD if self._guarding else 0
+        settings = self._settings.settings & ~_abi.SETTING_GUARD | guard
+        self._config.write(0, _abi.CONFIG.pack(self._settings._replace(settings=settings)))
+
+    def _guard(self, frontend: Frontend, *, rules: bool, served: bool = True) -> None:
+        """Note whether a frontend has source rules, and whether packets with unknown ports may be meant for it and must
+        not pass then."""
+        held = bool(self._guarding)
+        guarding = served and (rules or frontend.protocol is Protocol.UDP)
+        (self._guarding.add if guarding else self._guarding.discard)(frontend)
+        (self._ruled.add if served and rules else self._ruled.discard)(frontend)
+        if held != bool(self._guarding):
+            self._write_settings()
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any frontend has source rules."""
+        return bool(self._ruled)
 
     def leave(self) -> None:
         """Answer no more trials of the tunnel, until the next `configure`."""
-        config = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
-        self.configure(config._replace(settings=config.settings | _abi.SETTING_LEAVING))
+        self.configure(self._settings._replace(settings=self._settings.settings | _abi.SETTING_LEAVING))
 
     def listen(self, tunnel: int, peer: int) -> None:
         """Accept other nodes' flows at this UDP port and at no other, and keep containers from it and from the peer
@@ -236,6 +262,7 @@ class KernelMaps:
         if held is None and slots is None:
             raise ValueError(f"{frontend} has no table yet")
         acl = self._put_rules(rules) if rules is not None else (held.acl if held else 0)
+        self._guard(frontend, rules=bool(acl or flags & _abi.FRONTEND_DENY))
         if held is not None and (flags, acl) != (held.flags, held.acl):
             _, options = codec.frontend_words(held.table, flags, acl)
             self._frontends.store64(held.id * FRONTEND.size + _abi.FRONTEND_OPTIONS_WORD, options)
@@ -247,8 +274,10 @@ class KernelMaps:
             table = self.arenas.publish(slots) if slots is not None else self.served[frontend].table
         except DatapathError:
             self._forget_rules(acl)
-            if held is None and number:
-                heapq.heappush(self._free, number)
+            if held is None:
+                self._guard(frontend, rules=False, served=False)
+                if number:
+                    heapq.heappush(self._free, number)
             raise
         place, options = codec.frontend_words(table, flags, acl)
         if held is None:
@@ -301,6 +330,7 @@ class KernelMaps:
         if held is None:
             return
         self._unpublish(frontend)
+        self._guard(frontend, rules=False, served=False)
         del self.served[frontend]
         self._freed.append((time.monotonic() + GRACE, held.id))
         self.arenas.retire(held.table)
@@ -374,7 +404,8 @@ class KernelMaps:
 
     def replies(self) -> Iterator[tuple[int, int, int]]:
         """(protocol, flags, stamp) of all of reverse NAT, except for backends that are gone; any thread."""
-        keys, values = self._maps["mesh_revnat"].dump()
+        dumps = [self._maps[name].dump() for name in ("mesh_revnat", "mesh_revnat_udp")]
+        keys, values = (b"".join(parts) for parts in zip(*dumps, strict=True))
         names = ("owner", "epoch", "flags", "stamp")
         columns = [_abi.FLOW.column("protocol", keys), *(_abi.REVNAT.column(name, values) for name in names)]
         for protocol, owner, epoch, flags, stamp in zip(*columns, strict=True):
@@ -394,8 +425,23 @@ class KernelMaps:
             if pin is None:
                 continue
             source, target = _bpf.Map.open(str(pin)), self._maps[name]
-            if (source.key_size, source.value_size) == (target.key_size, target.value_size):
+            mixed = name == "mesh_revnat" and not (other / "mesh_revnat_udp").exists()
+            if source.key_size != target.key_size or source.value_size > target.value_size:
+                continue
+            if mixed or source.value_size < target.value_size:
+                self._convert(name, source, target.value_size - source.value_size)
+            else:
                 target.update_batch(*source.dump())
+
+    def _convert(self, name: str, source: _bpf.Map, grown: int) -> None:
+        """Copy a map of a build whose struct was `grown` bytes shorter: members are added at the end, and mean unknown
+        by zeros. mesh_revnat had UDP flows as well."""
+        rows: dict[str, list[tuple[bytes, bytes]]] = {}
+        for key, value in source.rows():
+            udp = name == "mesh_revnat" and _abi.FLOW.load("protocol", key) == Protocol.UDP
+            rows.setdefault("mesh_revnat_udp" if udp else name, []).append((key, value + bytes(grown)))
+        for into, pairs in rows.items():
+            self._maps[into].update_batch(b"".join(k for k, _ in pairs), b"".join(v for _, v in pairs))
 
     def close(self) -> None:
         """Close the descriptors; pinned maps stay."""

@@ -15,7 +15,7 @@ import structlog
 
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry
-from mesh.datapath.kernel.locator import Location, Locator, misplaced, wanted
+from mesh.datapath.kernel.locator import Location, Locator, misplaced, unserved, wanted
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Nodes
 from mesh.datapath.netlink import Monitor, Topology
@@ -93,13 +93,15 @@ class Network:
 
     def programs(self) -> Mapping[int, str]:
         """Which program belongs on which interface."""
-        return wanted(self.topology, self._locations.values(), self._patterns, self._nodes.interfaces)
+        nodes, guarded = self._nodes.interfaces, self._maps.has_rules
+        return wanted(self.topology, self._locations.values(), self._patterns, nodes, guarded=guarded)
 
     def problems(self, frontends: Iterable[Frontend], backends: Iterable[BackendEntry]) -> Sequence[str]:
         """Nodes, frontends and backends that the network keeps from being served, one sentence each."""
         return [
             *self._nodes.problems(frontends, self._tunnel_port),
             *misplaced(backends, self._locations),
+            *(unserved(self.topology.interfaces, self.programs()) if self._maps.has_rules else ()),
         ]
 
 

@@ -43,7 +43,7 @@ def seed_of(key: BackendKey) -> bytes:
 
 def _known(value: bytes) -> _abi.Node:
     """A mesh_node, but for what the programs write."""
-    return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0)
+    return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0, hint=0)
 
 
 class Nodes:
