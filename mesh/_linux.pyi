@@ -39,6 +39,33 @@ RTNLGRP_IPV6_IFADDR: Final[int]
 RTNLGRP_IPV6_ROUTE: Final[int]
 RTNLGRP_IPV6_RULE: Final[int]
 RTNLGRP_NEXTHOP: Final[int]
+RTNLGRP_TC: Final[int]
+NETLINK_NETFILTER: Final[int]
+NFPROTO_INET: Final[int]
+NFNLGRP_NFTABLES: Final[int]
+NFNL_SUBSYS_NFTABLES: Final[int]
+NFNL_SUBSYS_CTNETLINK: Final[int]
+NFT_MSG_GETRULE: Final[int]
+NFT_MSG_GETSETELEM: Final[int]
+NFTA_RULE_TABLE: Final[int]
+NFTA_RULE_USERDATA: Final[int]
+NFTA_SET_ELEM_LIST_TABLE: Final[int]
+NFTA_SET_ELEM_LIST_SET: Final[int]
+NFTA_SET_ELEM_LIST_ELEMENTS: Final[int]
+IPCTNL_MSG_CT_GET: Final[int]
+IPCTNL_MSG_CT_DELETE: Final[int]
+CTA_TUPLE_ORIG: Final[int]
+CTA_TUPLE_REPLY: Final[int]
+CTA_TUPLE_IP: Final[int]
+CTA_TUPLE_PROTO: Final[int]
+CTA_IP_V4_DST: Final[int]
+CTA_IP_V6_DST: Final[int]
+CTA_PROTO_NUM: Final[int]
+CTA_PROTO_SRC_PORT: Final[int]
+CTA_PROTO_DST_PORT: Final[int]
+CTA_STATUS: Final[int]
+CTA_ID: Final[int]
+IPS_SEEN_REPLY: Final[int]
 IFLA_ADDRESS: Final[int]
 IFLA_IFNAME: Final[int]
 IFLA_MTU: Final[int]
@@ -140,6 +167,11 @@ class VlanFlags(NamedTuple):
     flags: int = ...
     mask: int = ...
 
+class NfGenMsg(NamedTuple):
+    nfgen_family: int = ...
+    version: int = ...
+    res_id: int = ...
+
 class SockFilter(NamedTuple):
     code: int = ...
     jt: int = ...
@@ -209,6 +241,7 @@ IFADDRMSG: Final[Layout[IfAddrMsg]]
 NDMSG: Final[Layout[NdMsg]]
 RTMSG: Final[Layout[RtMsg]]
 VLANFLAGS: Final[Layout[VlanFlags]]
+NFGENMSG: Final[Layout[NfGenMsg]]
 SOCKFILTER: Final[Layout[SockFilter]]
 SOCKFPROG: Final[Layout[SockFprog]]
 TCPINFO: Final[Layout[TcpInfo]]

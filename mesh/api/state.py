@@ -190,6 +190,7 @@ class View:
             reasons.append("the first state is being applied")
         if loop.counts.last_error:
             reasons.append(f"the last change could not be applied: {loop.counts.last_error}")
+        reasons += loop.datapath.missing()
         missing = [str(f) for f in loop.picture.desired.frontends if f not in loop.applied.frontends]
         if missing:
             some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

@@ -2,7 +2,8 @@
 """The contract between the reconciler and an engine: Applied -> Plan -> Datapath.apply, and Stats back.
 
 An engine gets complete tables and never chooses between backends itself. All calls block and come from one worker
-thread, except `stats`, `signals`, `lookup`, `explain` and `heartbeat`, which any thread may call at any time.
+thread, except `stats`, `signals`, `lookup`, `explain`, `missing` and `heartbeat`, which any thread may call at any
+time.
 """
 
 from __future__ import annotations
@@ -165,6 +166,13 @@ class Datapath(Protocol):
 
     def problems(self) -> Sequence[str]:
         """What is not served as desired: one sentence each, with the frontend and the remedy."""
+
+    def missing(self) -> Sequence[str]:
+        """What somebody else has removed of ours from the kernel, one sentence each, until it is put back; any thread.
+
+        The node is not ready meanwhile. The default is nothing, for an engine that has nothing there.
+        """
+        return ()
 
     def stats(self) -> Stats:
         """Read all counters without stopping traffic; any thread."""

@@ -111,10 +111,14 @@ def number(data: bytes) -> int:
 
 
 class Netlink:
-    """A request socket in the network namespace of the thread that makes it. Not thread-safe."""
+    """A request socket in the network namespace of the thread that makes it. Not thread-safe.
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    Args:
+        family: of netlink, NETLINK_*.
+    """
+
+    def __init__(self, family: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._socket.settimeout(5)
         self._sequence = 0
@@ -239,17 +243,21 @@ class Netlink:
 
 
 class Monitor:
-    """Tells when a Topology, or what the `mask` of groups announces, may have changed."""
+    """Tells when a Topology, or what the `mask` of groups announces, may have changed.
 
-    def __init__(self, mask: int = GROUPS) -> None:
+    Args:
+        family: of netlink, NETLINK_*.
+    """
+
+    def __init__(self, mask: int = GROUPS, family: int = socket.NETLINK_ROUTE) -> None:
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, family
         )
         try:
             self._socket.bind((0, mask))
         except OSError as error:
             self._socket.close()
-            raise DatapathError(f"cannot follow network changes: {error.strerror}", where="rtnetlink") from error
+            raise DatapathError(f"cannot follow network changes: {error.strerror}", where="netlink") from error
         self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll = select.poll()
         for each in (self._socket.fileno(), self._wake_out):

@@ -299,6 +299,11 @@ ENGINE: Final = {
         ),
         (Kind.COUNTER, "peer_malformed", "Callers of the peer port that sent no valid header in time."),
         (Kind.COUNTER, "peer_unknown", "Flows handed over for a backend that this node does not have."),
+        (
+            Kind.COUNTER,
+            "kernel_losses",
+            "Things of ours in the kernel (nftables table, hooks, pins, listening sockets) that somebody else removed.",
+        ),
         (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager that told it the services."),
         (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Full snapshots sent because a worker fell behind."),
         (Kind.COUNTER, "relay_sent_bytes", "Bytes that this manager's relay sent to other nodes."),

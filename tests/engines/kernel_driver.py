@@ -222,6 +222,9 @@ class Served:
     def problems(self) -> list[str]:
         return list(self.engine.problems())
 
+    def missing(self) -> list[str]:
+        return list(self.engine.missing())
+
     def close(self, release: bool) -> None:
         self.engine.close(release=release)
 

@@ -19,36 +19,19 @@ from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
-from tests.support.fastpath_bench import Served, TcpServer, UdpServer, call, read_all, tcp, udp
+from tests.engines.proxied import PORT, STATE, open_engine, says, who
+from tests.support.fastpath_bench import TcpServer, UdpServer, call, read_all, tcp, udp
 from tests.support.lab.netns import Lab, Namespace
 from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 
-PORT = 8080
-STATE = "/nonexistent/intercept"
 RIVAL_RULES = """
 table inet rival {
   chain prerouting { type nat hook prerouting priority -100; fib daddr type local meta l4proto tcp dnat to :tcp dport map { 8080 : 9090 }; }
   chain output { type nat hook output priority -100; fib daddr type local meta l4proto tcp dnat to :tcp dport map { 8080 : 9090 }; }
 }
 """  # noqa: E501
-
-
-def says(name: bytes, host: str = "127.0.0.1", port: int = 0) -> TcpServer:
-    def answer(sock: socket.socket) -> None:
-        sock.sendall(name)
-        while data := sock.recv(100):
-            sock.sendall(data)
-
-    return TcpServer(answer, host, port)
-
-
-def who(namespace: Namespace, host: str, port: int = PORT) -> bytes:
-    with namespace.entered():
-        sock = socket.create_connection((host, port), timeout=PATIENCE)
-    with sock:
-        return sock.recv(100)
 
 
 @pytest.fixture
@@ -59,21 +42,6 @@ def node(lab: Lab) -> Namespace:
 @pytest.fixture
 def outside(lab: Lab, node: Namespace) -> Namespace:
     return lab.host("client")
-
-
-@contextlib.contextmanager
-def open_engine(
-    node: Namespace, inherited: dict[Frontend, list[int]] | None = None, **keys: object
-) -> Iterator[Served]:
-    docker_host = bool(keys.pop("docker_host", False))
-    config = Config(**{"threads": 2, "state_dir": STATE, **keys})  # type: ignore[arg-type]
-    datapath = ProxyDatapath(config, inherited=inherited, docker_host=docker_host)
-    with node.entered():
-        datapath.open()
-        try:
-            yield Served(datapath)
-        finally:
-            datapath.close(release=True)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from mesh.datapath.kernel.heartbeat import NAME as HEARTBEAT
 from mesh.datapath.kernel.heartbeat import Heartbeat
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal, Names
+from mesh.datapath.kernel.keeper import Keeper
 from mesh.datapath.kernel.locator import Locator
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.network import Follower, Network
@@ -36,6 +37,7 @@ from mesh.datapath.kernel.publisher import Publisher
 from mesh.datapath.kernel.route_monitor import RouteMonitor
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
+from mesh.datapath.losses import Losses
 from mesh.datapath.netlink import Netlink
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend
@@ -51,6 +53,7 @@ class Parts:
     network: Network
     publisher: Publisher
     hooks: Hooks
+    keeper: Keeper
     follower: Follower
     collector: Collector
     heartbeat: Heartbeat
@@ -78,6 +81,7 @@ class KernelDatapath:
         self._threads = contextlib.ExitStack()  # and what changes maps by itself, which ends first
         self._parts: Parts | None = None
         self._applied = Applied()
+        self._losses = Losses()
         self._order: kernel_stats.Order | None = None  # of what `stats` last read
         self._others: list[Path] = []  # pins of builds with another contract, which serve until `_switch`
         self._taking_over = False  # until the first plan: whoever served the ports before may have flows under way
@@ -126,9 +130,10 @@ class KernelDatapath:
         publisher = Publisher(config, maps, Ids(loaded), tables)
         hooks = Hooks(programs, directory, config.cgroup)
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
-        follower = start(contextlib.closing(Follower(self._look, publisher.due)))
+        keeper = Keeper(maps, hooks, directory, Path(config.bpf_fs), self._losses)
+        follower = start(contextlib.closing(Follower(self._look, self._check, publisher.due)))
         start(contextlib.closing(RouteMonitor(loaded["mesh_fib_gen"])))
-        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat)
+        return Parts(programs, maps, nodes, network, publisher, hooks, keeper, follower, collector, heartbeat)
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
@@ -207,6 +212,7 @@ class KernelDatapath:
         with self._lock:
             parts.publisher.release_holds(self._applied)
             backends = self._applied.backends.values()
+            self._keep(parts)
             moved = parts.network.follow(backends)
             if moved or not changed:  # without a change: what failed before is tried again
                 parts.publisher.move(backends, parts.network.locations)
@@ -214,6 +220,18 @@ class KernelDatapath:
                     self._attach(parts)
                     self._fallback.apply(self._applied, parts.network.topology.addresses)
         return True
+
+    def _check(self) -> bool:
+        """Look whether what is ours in the kernel is still there; as `_look`."""
+        if not self._owner.is_ours():
+            return False
+        with self._lock:
+            self._keep(self._opened())
+        return True
+
+    def _keep(self, parts: Parts) -> None:
+        if not self._others:  # else another build's hooks serve until `_switch`
+            parts.keeper.look(parts.network.topology.interfaces, lambda: self._attach(parts))
 
     # ---- heartbeat ----
 
@@ -247,6 +265,10 @@ class KernelDatapath:
         network = parts.network.problems(applied.frontends, list(applied.backends.values()))
         return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network]
 
+    def missing(self) -> Sequence[str]:
+        """See Datapath.missing."""
+        return [*self._losses.missing, *self._fallback.missing()]
+
     def stats(self) -> Stats:
         """See Datapath.stats."""
         parts = self._opened()
@@ -256,7 +278,9 @@ class KernelDatapath:
         stats = kernel_stats.read(parts.maps, order)
         if self._config.bpf_stats:
             stats = dataclasses.replace(stats, totals=kernel_stats.run_time(parts.programs))
-        return self._fallback.merge(stats, applied)
+        merged = self._fallback.merge(stats, applied)
+        losses = self._losses.count + merged.totals.get("kernel_losses", 0)
+        return dataclasses.replace(merged, totals={**merged.totals, "kernel_losses": losses})
 
     def signals(self) -> Sequence[Signal]:
         """Those of the fallback proxy: the programs forward a task's refusal to the client, and probes tell health."""

@@ -168,6 +168,10 @@ class Fallback:
         found = list(self._proxy.problems()) if self._proxy else []
         return [*found, self._problem] if self._problem else found
 
+    def missing(self) -> Sequence[str]:
+        """See Datapath.missing."""
+        return self._proxy.missing() if self._proxy else ()
+
     def signals(self) -> Sequence[Signal]:
         return self._proxy.signals() if self._proxy else ()
 

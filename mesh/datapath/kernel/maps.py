@@ -41,6 +41,7 @@ class KernelMaps:
 
     def __init__(self, maps: Mapping[str, _bpf.Map], directory: Path) -> None:
         self._maps = maps
+        self._directory = directory
         self._ports = _bpf.Mapping(maps["mesh_ports"])
         self._frontends = _bpf.Mapping(maps["mesh_frontends"])
         self._backends = _bpf.Mapping(maps["mesh_backends"])
@@ -103,6 +104,10 @@ class KernelMaps:
     @staticmethod
     def _keys(source: _bpf.Map) -> list[bytes]:
         return [key for key, _ in source.rows()]
+
+    def pins(self) -> Mapping[Path, _bpf.Map]:
+        """All maps by their pins."""
+        return {self._directory / name: held for name, held in self._maps.items()} | self.arenas.pins()
 
     # ---- the node ----
 

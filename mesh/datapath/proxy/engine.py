@@ -7,6 +7,7 @@ import dataclasses
 import os
 import resource
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ from mesh.datapath.base import (
     Stats,
 )
 from mesh.datapath.lookup import lookup
+from mesh.datapath.losses import Losses, Watch
 from mesh.datapath.proxy.accounting import Accounting, FrontRecord
-from mesh.datapath.proxy.listeners import Interceptor
+from mesh.datapath.proxy.listeners import Interceptor, Opened, closed
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.errors import DatapathError
@@ -89,6 +91,9 @@ class ProxyDatapath:
         self._general: tuple[str, ...] = ()
         self._engine: Engine | None = None
         self._intercept: Interceptor | None = None
+        self._losses = Losses()
+        self._lock = threading.RLock()  # of the listening sockets
+        self._watch: Watch | None = None
         self._first = True
 
     def open(self) -> Applied:
@@ -116,6 +121,7 @@ class ProxyDatapath:
             inherited=self._inherited,
             floating=self._config.floating,
             orphan_timeout=self._config.orphan_timeout,
+            losses=self._losses,
         )
         try:
             self._engine = Engine(
@@ -131,6 +137,7 @@ class ProxyDatapath:
             )
         except OSError as error:
             raise DatapathError(f"the forwarding threads cannot start: {error}") from None
+        self._watch = Watch("mesh-sockets", self._look)
         return self._applied
 
     @staticmethod
@@ -142,6 +149,10 @@ class ProxyDatapath:
 
     def apply(self, plan: Plan) -> Applied:
         """See `Datapath.apply`. Order: new sockets, redirection, removals."""
+        with self._lock:
+            return self._carry_out(plan)
+
+    def _carry_out(self, plan: Plan) -> Applied:
         engine, intercept = self._opened()
         try:
             for backend in plan.put_backends:
@@ -225,17 +236,42 @@ class ProxyDatapath:
         )
         record.entry = entry
         if not record.descriptors and not state.passing:
-            opened = intercept.listen(frontend)
-            six = opened.sockets[0].family == socket.AF_INET6
-            record.descriptors = tuple(sock.detach() for sock in opened.sockets)
-            for thread, fd in enumerate(record.descriptors):
-                engine.listen(
-                    record.front,
-                    fd,
-                    stream=frontend.protocol is Protocol.TCP,
-                    six=six,
-                    thread=thread,
-                )
+            self._listen(engine, frontend, record, intercept.listen(frontend))
+
+    @staticmethod
+    def _listen(engine: Engine, frontend: Frontend, record: FrontRecord, opened: Opened) -> None:
+        six = opened.sockets[0].family == socket.AF_INET6
+        record.descriptors = tuple(sock.detach() for sock in opened.sockets)
+        for thread, fd in enumerate(record.descriptors):
+            engine.listen(record.front, fd, stream=frontend.protocol is Protocol.TCP, six=six, thread=thread)
+
+    def _look(self) -> None:
+        """Open the listening sockets that somebody else has closed anew."""
+        with self._lock:
+            self._losses.check("sockets", self._lost, self._restore)
+
+    def _lost(self) -> list[str]:
+        own = [*self._closed(), *self._peers.lost()]
+        return [f"listening socket of {frontend}" for frontend in own]
+
+    def _closed(self) -> list[Frontend]:
+        records = self._accounting.records
+        return [f for f, record in records.items() if record.descriptors and closed(f, record.descriptors)]
+
+    def _restore(self) -> None:
+        engine, intercept = self._opened()
+        for frontend in self._closed():
+            record = self._accounting.records[frontend]
+            intercept.forget(frontend)
+            opened = intercept.listen(frontend)  # where that fails, the next look finds it closed again
+            engine.unlisten(record.front)
+            self._listen(engine, frontend, record, opened)
+        intercept.commit()
+        self._peers.restore(engine)
+
+    def missing(self) -> Sequence[str]:
+        """See Datapath.missing."""
+        return self._losses.missing
 
     def _stop_listening(self, frontend: Frontend) -> None:
         """Leave connections that start to whoever else has the port; those there are go on."""
@@ -300,6 +336,7 @@ class ProxyDatapath:
                 "peer_foreign": totals["peer_foreign"],
                 "peer_malformed": totals["peer_malformed"],
                 "peer_unknown": totals["peer_unknown"],
+                "kernel_losses": self._losses.count,
                 **self._peers.totals(),
             },
         )
@@ -337,22 +374,24 @@ class ProxyDatapath:
     def stop_accepting(self) -> None:
         """See Datapath.stop_accepting."""
         engine, intercept = self._opened()
-        intercept.yield_table()
-        engine.yield_sockets()
-        self._peers.yielded()
-        with self._accounting.lock:
-            for record in self._accounting.records.values():
-                record.descriptors = ()
+        with self._lock:
+            intercept.yield_table()
+            engine.yield_sockets()
+            self._peers.yielded()
+            with self._accounting.lock:
+                for record in self._accounting.records.values():
+                    record.descriptors = ()
 
     def drain(self, seconds: float) -> int:
         """Accept no new connections and wait for the others. UDP is served until `close`: its flows have no end."""
         engine, intercept = self._opened()
-        intercept.hand_back()
-        self._peers.stop(engine)
-        for frontend, record in list(self._accounting.records.items()):
-            if frontend.protocol is Protocol.TCP and record.descriptors:
-                engine.unlisten(record.front)
-                record.descriptors = ()
+        with self._lock:
+            intercept.hand_back()
+            self._peers.stop(engine)
+            for frontend, record in list(self._accounting.records.items()):
+                if frontend.protocol is Protocol.TCP and record.descriptors:
+                    engine.unlisten(record.front)
+                    record.descriptors = ()
         deadline = time.monotonic() + seconds
         while (still := engine.totals()["connections"]) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -360,6 +399,8 @@ class ProxyDatapath:
 
     def close(self, *, release: bool) -> None:
         """Reset open connections and stop. A process that took over keeps the ports; otherwise they are free."""
+        if self._watch is not None:
+            self._watch.close()
         self._peers.close()
         if self._intercept is not None:
             self._intercept.close()
