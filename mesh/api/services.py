@@ -28,6 +28,7 @@ from mesh.model import (
     Path,
     Service,
     Target,
+    port_key,
 )
 from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
@@ -155,7 +156,7 @@ class Services:
                     tuple(backends[service]),
                     tuple([nodes.get(backend.node) for backend in backends[service]]),
                     picture.drained,
-                    tuple([health.get(target.backend, NOT_KNOWN) for state in its for target in state.targets]),
+                    tuple([_said(health, target) for state in its for target in state.targets]),
                 ),
             )
 
@@ -186,7 +187,7 @@ def _by_name(made: Mapping[str, _Made]) -> list[Shown]:
 
 
 def _health_of(view: HealthView) -> Mapping[str, _Health]:
-    """What is told of each backend."""
+    """What is told of each backend, and by `port_key` of ports that stand otherwise."""
     told = view.verdicts.keys() | view.reasons.keys() | view.addresses.keys()
     return {name: (view.of(name), view.reasons.get(name, ""), view.addresses.get(name, "")) for name in told}
 
@@ -194,6 +195,13 @@ def _health_of(view: HealthView) -> Mapping[str, _Health]:
 def own_address(target: Target, told: str) -> str:
     """Where a target's own node reaches it; empty: its node has not told."""
     return str(target.address) if target.via is None else told
+
+
+def _said(health: Mapping[str, _Health], target: Target) -> _Health:
+    """Of the port that a frontend uses."""
+    whole = health.get(target.backend, NOT_KNOWN)
+    verdict, reason, _ = health.get(port_key(target.backend, target.port), whole)
+    return verdict, reason, whole[2]
 
 
 def _same(a: _Input, b: _Input) -> bool:

@@ -22,7 +22,7 @@ from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identit
 from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.translate import Outgoing
 from mesh.errors import MeshError, plain
-from mesh.model import EngineKind, Inventory
+from mesh.model import EngineKind, Inventory, backend_of_key
 from mesh.providers.base import EarlierBuildError
 
 EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
@@ -157,7 +157,7 @@ class RelayServer:
         before, self._owners = self._owners, {backend.id: backend.node for backend in inventory.backends}
         new = self._owners.keys() - before.keys()
         for peer in self._peers:
-            if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
+            if peer.early is not None and not new.isdisjoint(map(backend_of_key, peer.early.verdicts)):
                 self._report(peer, peer.early)
 
     def publish(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> None:
@@ -392,12 +392,13 @@ class RelayServer:
     def _report(self, peer: _Peer, report: wire.Report) -> None:
         """Take a node's word for its own backends only; for those that another manager knew first, once they are known
         here."""
-        own = {key: value for key, value in report.verdicts.items() if self._owners.get(key) == peer.identity.node}
-        foreign = sum(1 for key in report.verdicts if self._owners.get(key, peer.identity.node) != peer.identity.node)
+        node, owners = peer.identity.node, {key: self._owners.get(backend_of_key(key)) for key in report.verdicts}
+        own = {key: value for key, value in report.verdicts.items() if owners[key] == node}
+        foreign = sum(1 for owner in owners.values() if owner not in (None, node))
         if foreign:
             self.refused["foreign_verdict"] += foreign
-            log.warning("a node reported backends that are not its own", node=peer.identity.node, count=foreign)
-        peer.early = None if report.verdicts.keys() <= self._owners.keys() else report
+            log.warning("a node reported backends that are not its own", node=node, count=foreign)
+        peer.early = report if None in owners.values() else None
         if not report.changes:
             peer.digests = {}
         for frontend, digest in report.digests.items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from mesh.cluster import wire
-from mesh.model import Health, Inventory
+from mesh.model import Health, Inventory, backend_of_key
 
 GATHER: Final = 0.005  # seconds for which changes are gathered
 LINGER: Final = 10.0  # seconds for which a dead backend is reported that its node's inventory does not name any more
@@ -52,7 +52,8 @@ class Deaths:
         now = self._clock()
         self._down |= {key: (said, now) for key, said in verdicts.items() if wire.health_of(said) is Health.DOWN}
         missing = self._down.keys() - verdicts.keys()
-        known = {b.id for b in inventory.backends if b.id in missing} if missing and inventory else set()
+        present = {b.id for b in inventory.backends} if missing and inventory else set()
+        known = {key for key in missing if backend_of_key(key) in present}
         self._down = {key: held for key, held in self._down.items() if now - held[1] < LINGER and key not in known}
         return {**{key: said for key, (said, _) in self._down.items()}, **verdicts}
 

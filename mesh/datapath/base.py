@@ -106,12 +106,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Passive health: what traffic showed of a backend. `ok`: a connection was established."""
+    """Passive health: what traffic showed of a port of a backend. `ok`: a connection was established."""
 
     backend: str
     ok: bool
     cause: Failure | None
     count: int
+    port: int = 0  # 0: not known which
 
 
 @dataclass(frozen=True, slots=True)

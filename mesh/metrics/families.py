@@ -237,7 +237,10 @@ BACKEND_INFO: Final = Family(
     "Always 1; name, node and address of a backend, to join on the label backend.",
 )
 BACKEND_HEALTHY: Final = Family(
-    "mesh_backend_healthy", Kind.GAUGE, _BACKEND, "0 if probes or traffic show that the backend is down, else 1."
+    "mesh_backend_healthy",
+    Kind.GAUGE,
+    _BACKEND,
+    "0 if probes or traffic show that the backend, or one of its ports, is down, else 1.",
 )
 BACKEND_DRAINING: Final = Family(
     "mesh_backend_draining", Kind.GAUGE, _BACKEND, "1 while the backend gets no new connections but keeps those it has."
