@@ -335,6 +335,7 @@ class FrontendState:
     """What one frontend should do. `targets` are sorted by backend id.
 
     `passing`: none of its targets can be reached from this node, so flows that start are left to Docker's own mesh.
+    `proxied`: the kernel engine leaves flows that start to its fallback proxy, which announces the client to the task.
     """
 
     frontend: Frontend
@@ -344,6 +345,12 @@ class FrontendState:
     targets: tuple[Target, ...] = ()
     panic: bool = False  # every backend is down by health, so all of them are used
     passing: bool = False
+    proxied: bool = False
+
+    @property
+    def punted(self) -> bool:
+        """Whether the kernel engine's programs leave flows that start to the stack."""
+        return self.passing or self.proxied
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,9 @@ class Explainer:
         elif choice.owner == OWNER_NONE:
             reasons.append("no backend takes new connections")
         elif choice.owner == OWNER_PASS:
-            reasons.append("left to whoever served the port before")
+            proxied = entry.state.proxied
+            by = "the fallback proxy, which announces the client to the task (mesh.proxy-protocol=v2)"
+            reasons.append(f"served by {by}" if proxied else "left to whoever served the port before")
         elif choice.backend:
             reasons += self._path(flow, choice.backend)
         if not _is_here(flow.destination):

@@ -292,22 +292,33 @@ def _summaries(applied: Applied, frontends: Sequence[Frontend]) -> dict[Frontend
 
 
 def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Summary:
-    names = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
+    names: Mapping[int, str] = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
     table = entry.table
+    if entry.state.proxied:  # the programs' table passes all flows on
+        table, names = _built(entry, {number: t.weight for number, t in _numbered(entry).items()})
     shares: dict[str, int] = {}
     for owner, slots in table.shares().items():
         if owner in names:
             shares[names[owner]] = shares.get(names[owner], 0) + slots
-    return _Summary(table, shares, table.tracked_slots(), _digest(entry, names))
+    return _Summary(entry.table, shares, entry.table.tracked_slots(), _digest(entry, names))
 
 
 def _digest(entry: FrontendEntry, names: Mapping[int, str]) -> str:
-    """Of the table that all nodes agree upon: this node's, but for what it masks."""
-    state = entry.state
-    if not any(target.masked for target in state.targets):
+    """Of the table that all nodes agree upon: this node's, but for what it masks, or leaves to its fallback proxy."""
+    if not entry.state.proxied and not any(target.masked for target in entry.state.targets):
         return entry.table.digest(names)
-    numbered = {OWNER_FIRST + number: target for number, target in enumerate(state.targets)}
-    weights = {number: target.agreed or target.weight for number, target in numbered.items()}
+    weights = {number: target.agreed or target.weight for number, target in _numbered(entry).items()}
+    table, numbered = _built(entry, weights)
+    return table.digest(numbered)
+
+
+def _numbered(entry: FrontendEntry) -> Mapping[int, Target]:
+    return {OWNER_FIRST + number: target for number, target in enumerate(entry.state.targets)}
+
+
+def _built(entry: FrontendEntry, weights: Mapping[int, int]) -> tuple[SlotTable, Mapping[int, str]]:
+    """A frontend's table with these weights, and the backends of its owners."""
+    numbered = _numbered(entry)
     rows = [(backend_seed(t.backend), number, weights[number]) for number, t in numbered.items() if weights[number]]
-    table = SlotTable.build(state.options.table_size, rows)
-    return table.digest({number: target.backend for number, target in numbered.items()})
+    table = SlotTable.build(entry.state.options.table_size, rows)
+    return table, {number: target.backend for number, target in numbered.items()}

@@ -124,7 +124,7 @@ class Choice:
     slot: int
     owner: int
     previous: int
-    backend: BackendEntry | None  # None: OWNER_NONE or OWNER_PASS
+    backend: BackendEntry | None  # None: OWNER_NONE, or OWNER_PASS and no fallback proxy behind it
     next: tuple[BackendEntry, ...] = ()
 
 

@@ -14,7 +14,7 @@ from typing import Final
 from mesh.datapath.base import Signal
 from mesh.datapath.counters import Failure
 from mesh.health.damping import Damping
-from mesh.health.probe import ProbeError, probe
+from mesh.health.probe import PROXY_LOCAL, ProbeError, probe
 from mesh.model import (
     Address,
     Backend,
@@ -25,6 +25,7 @@ from mesh.model import (
     Inventory,
     ProbeKind,
     Protocol,
+    ProxyProtocol,
     Service,
     port_key,
 )
@@ -48,6 +49,7 @@ class _Watched:
 
     address: Address
     check: HealthCheck
+    preface: bytes = b""
     damping: Damping = field(default_factory=Damping)
     due: float = 0.0
     last: float = float("-inf")  # when a probe last ended
@@ -56,8 +58,8 @@ class _Watched:
     new_until: float = float("-inf")  # until then it is pending, unless a probe has ended
 
     @property
-    def place(self) -> tuple[Address, HealthCheck]:
-        return self.address, self.check
+    def place(self) -> tuple[Address, HealthCheck, bytes]:
+        return self.address, self.check, self.preface
 
     def verdict(self, now: float) -> Health:
         pending = self.damping.verdict is Health.UNKNOWN and self.last == float("-inf") and now < self.new_until
@@ -125,7 +127,8 @@ class Monitor:
                 known.due = float("inf")
                 kept[key] = known
             return
-        made = _Watched(backend.address, service.options.health)
+        announced = service.options.proxy_protocol is ProxyProtocol.V2
+        made = _Watched(backend.address, service.options.health, PROXY_LOCAL if announced else b"")
         if known is None or known.place != made.place:
             if known is not None:
                 made.damping, made.last = known.damping, known.last
@@ -216,7 +219,7 @@ class Monitor:
 
     async def _attempt(self, port: int, watched: _Watched) -> None:
         try:
-            await probe(watched.address, port, watched.check)
+            await probe(watched.address, port, watched.check, watched.preface)
         except ProbeError as failure:
             watched.damping.failed(watched.check, str(failure), refused=failure.refused)
             self.counts["failed"] += 1

@@ -22,6 +22,7 @@ from mesh.datapath.base import Signal
 from mesh.datapath.counters import Failure
 from mesh.health import monitor as monitors
 from mesh.health.monitor import Monitor
+from mesh.health.probe import ProbeError
 from mesh.model import (
     Backend,
     Health,
@@ -73,13 +74,13 @@ class Ports:
         self.found: dict[int, str] = {}
         self.probed: list[int] = []
 
-    async def probe(self, address: object, port: int, check: HealthCheck) -> None:
+    async def probe(self, address: object, port: int, *_: object) -> None:
         self.probed.append(port)
         found = self.found.get(port, "")
         if not found:
             await asyncio.sleep(3600)
         if found != "ok":
-            raise monitors.ProbeError(found, refused=True)
+            raise ProbeError(found, refused=True)
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def cluster(*names: str) -> tuple[Any, list[HealthView], Inventory]:
     """A manager that is told of backends of another node."""
     seen: list[HealthView] = []
     provider = make_provider(on_health=seen.append)
-    provider._roles.server = Server("m")
+    provider._roles.server, provider._roles.reads = Server("m"), True
     service = of().services[0]
     backends = tuple(Backend(name, "web", "m", None, local=False) for name in names)
     nodes = (Node("m", "m", ipaddress.ip_address("10.0.0.2")),)

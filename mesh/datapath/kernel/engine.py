@@ -181,6 +181,7 @@ class KernelDatapath:
             parts.network.prepare(plan.put_backends)
             if not self._others:
                 self._attach(parts)
+            self._fallback.prepare(plan, self._applied, parts.network.topology.addresses)
             parts.publisher.publish(plan, self._applied, parts.network.locations, taking_over=self._taking_over)
             self._applied = plan.result
             self._taking_over = False
@@ -288,7 +289,13 @@ class KernelDatapath:
 
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup."""
-        return lookup(self._applied, flow, own=self._opened().network.topology.addresses)
+        applied = self._applied
+        choice = lookup(applied, flow, own=self._opened().network.topology.addresses)
+        if choice is not None and applied.frontends[choice.frontend].state.proxied:
+            served = self._fallback.lookup(flow)
+            if served is not None:
+                return dataclasses.replace(choice, backend=served.backend, next=served.next)
+        return choice
 
     def explain(self, flow: Flow) -> Explanation:
         """See Datapath.explain: a test run of mesh_explain."""
