@@ -110,6 +110,11 @@ def number(data: bytes) -> int:
     return int.from_bytes(data, sys.byteorder)
 
 
+def word(value: int) -> bytes:
+    """A number of 32 bits as the data of an attribute, in host order."""
+    return value.to_bytes(4, sys.byteorder)
+
+
 class Netlink:
     """A request socket in the network namespace of the thread that makes it. Not thread-safe.
 

@@ -290,6 +290,11 @@ ENGINE: Final = {
             "Transfers that were copied because no pipe was available.",
         ),
         (Kind.COUNTER, "udp_evictions", "UDP sessions evicted to make room for new ones."),
+        (
+            Kind.COUNTER,
+            "udp_forgotten",
+            "UDP flows that connection tracking was told to forget: older than our redirection, or outliving it.",
+        ),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
         (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for this node's backends."),
         (Kind.COUNTER, "peer_opened", "Handed-over connections and UDP sessions that a backend accepted."),

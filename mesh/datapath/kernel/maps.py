@@ -17,7 +17,7 @@ from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.arenas import GRACE, Arenas
 from mesh.datapath.kernel.codec import Table
 from mesh.errors import BpfError, DatapathError
-from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
+from mesh.model import ANY_ADDRESS, Address, Flow, Frontend, Network, Protocol
 
 CARRIED: Final = {  # maps that are copied from the pins of another build: name -> former name
     "mesh_nodes": "mesh_nodes",
@@ -292,6 +292,21 @@ class KernelMaps:
         for name in ("mesh_flows", "mesh_flows_new"):
             for flow, note in self._maps[name].rows():
                 yield flow, _abi.NOTE.unpack(note)
+
+    def forget(self, flows: Iterable[Flow]) -> None:
+        """Remove flows from the flow cache: their next packet is given an owner by the tables."""
+        for flow in flows:
+            key = _abi.FLOW.pack(
+                _abi.Flow(
+                    source=flow.source,
+                    destination=flow.destination,
+                    source_port=flow.source_port,
+                    destination_port=flow.destination_port,
+                    protocol=int(flow.protocol),
+                )
+            )
+            for name in ("mesh_flows", "mesh_flows_new"):
+                self._maps[name].delete(key)
 
     def size(self, name: str) -> int:
         """The capacity of a map, in entries."""

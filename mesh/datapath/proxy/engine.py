@@ -337,6 +337,7 @@ class ProxyDatapath:
                 "peer_malformed": totals["peer_malformed"],
                 "peer_unknown": totals["peer_unknown"],
                 "kernel_losses": self._losses.count,
+                "udp_forgotten": self._intercept.cleaner.count if self._intercept else 0,
                 **self._peers.totals(),
             },
         )

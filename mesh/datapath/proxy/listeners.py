@@ -23,6 +23,7 @@ from typing import Final
 
 import structlog
 
+from mesh.datapath.conntrack import Cleaner
 from mesh.datapath.losses import Losses, Watch
 from mesh.datapath.netlink import Monitor
 from mesh.datapath.proxy.nft import LIFETIME, NftTable, monitor
@@ -198,6 +199,8 @@ class Interceptor:
         self._prefer_nft = mode == "nft" or (mode == "auto" and docker_host and self._can_nft)
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
+        self._redirected: dict[Frontend, int] = {}  # by the table
+        self.cleaner = Cleaner()
         self._touched = False
         self._changed = False  # the opened frontends, since the last `commit`
         self._yielded = False
@@ -234,8 +237,15 @@ class Interceptor:
             self._touched = True
             with self._table_lock:
                 self._table.replace(ports)
+                self._clean(ports)
             self._keep()
         self._changed = False
+
+    def _clean(self, ports: Mapping[Frontend, int]) -> None:
+        """Have the kernel forget flows that are older than the table, or led where nobody listens any more."""
+        before, self._redirected = self._redirected, dict(ports)
+        self.cleaner.end({f: port for f, port in before.items() if ports.get(f) != port})
+        self.cleaner.begin({f: port for f, port in ports.items() if before.get(f) != port})
 
     def heartbeat(self) -> None:
         """See Datapath.heartbeat."""
@@ -260,6 +270,7 @@ class Interceptor:
             self._losses.check("nftables", self._lost, self._table.restore)
             if now >= self._refresh_due:
                 self._refresh(now)
+            self.cleaner.look(now)
 
     def _lost(self) -> list[str]:
         return [f"nftables table inet {self._table.name}"] if self._table.lost() else []
@@ -301,6 +312,7 @@ class Interceptor:
             if self._touched and not self._yielded:
                 with contextlib.suppress(DatapathError):
                     self._table.delete()
+                self._clean({})
 
     def _inherit(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)
