@@ -39,7 +39,7 @@ REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has change
 
 DRAIN_SOON: Final = 0.1  # likewise while what is drained is not in force here yet
 
-_Given = tuple[Node, bool, EngineKind]  # a node, whether it answers, how it forwards
+_Given = tuple[Node, bool, EngineKind, Address | None]  # a node, whether it answers, how it forwards, and its address
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
 
 
@@ -91,6 +91,7 @@ class ClusterProvider:
         self._drains = Drains(Path(config.state_dir) / FILE)
         self._followers: dict[str, wire.Follower] = {}  # by node
         self._port = config.cluster_port
+        self._own_address = config.own_address
         self._fixed = config.managers
         self._engine = engine
         self._tables = tables
@@ -339,21 +340,28 @@ class ClusterProvider:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
         server = self._roles.server
         engines = {**(server.engines if server else {}), self._local.look.node: self._engine}
-        lost = self._liveness.lost
+        lost, address = self._liveness.lost, self._verdicts.reports.address
+        own = {self._local.look.node: self._own_address}
         inputs = (
-            (node.id, (node, node.up and node.id not in lost, engines.get(node.id, node.engine)))
+            (
+                node.id,
+                (
+                    node,
+                    node.up and node.id not in lost,
+                    engines.get(node.id, node.engine),
+                    own.get(node.id) or address(node.id) or node.address,
+                ),
+            )
             for node in inventory.nodes
         )
         nodes = tuple(self._shown.update(inputs, self._show).values())
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
-    def _show(
-        self, given: tuple[Node, bool, EngineKind], before: tuple[tuple[Node, bool, EngineKind], Node] | None
-    ) -> Node:
-        node, up, engine = given
+    def _show(self, given: _Given, before: tuple[_Given, Node] | None) -> Node:
+        node, up, engine, address = given
         if before is not None and up and not before[1].up:
             self._relay.hurry()
-        return replace(node, up=up, engine=engine)
+        return replace(node, up=up, engine=engine, address=address)
 
     def _address_of(self, node: str) -> Address | None:
         return next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
@@ -395,6 +403,7 @@ class ClusterProvider:
                 reads=reads,
                 drains=self._drains.entries,
                 follower=wire.Follower(digest(in_force), held),
+                address=str(self._own_address or ""),
             )
             self._follow_drains({**self._followers, self._local.look.node: self._report.follower})
             self._roles.look_again()

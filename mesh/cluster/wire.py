@@ -160,6 +160,7 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     reads: bool = False  # the node is a manager and its Engine answers
     drains: dict[str, Drain] | None = None  # all it knows, or {} as before; None: a build without
     follower: Follower = Follower()
+    address: str = ""  # where other nodes reach the node, by its own setting; empty: as Swarm says
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
