@@ -14,6 +14,7 @@
 #   make docs         write the generated parts of the documents anew
 #   make coverage     the unit tests with coverage of mesh/, as a table and in build/coverage/
 #   make lock         resolve the requirements anew: requirements.lock (runtime and build), requirements-dev.lock (all)
+#   make release      sources, SBOM (CycloneDX) and their checksums in dist/; KEY=FILE signs them with an SSH key (SECURITY.md)
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make annotate     HTML of what Cython made of each line of the proxy engine, in build/annotate/
@@ -33,12 +34,12 @@ WORKERS ?= 3
 
 BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
 TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
-                  python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod
+                  python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod openssh-client
 
 C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock release sbom base-image sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -110,6 +111,21 @@ lock:
 	test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv; }
 	$(LOCK) --extra build -o requirements.lock $(ARGS)
 	$(LOCK) --extra build --extra dev -c requirements.lock -o requirements-dev.lock $(ARGS)
+
+# What is released: the sources of this commit, what they need, and what proves both.
+DIST := dist
+release: sbom
+	git archive --format=tar.gz --prefix=mesh/ -o $(DIST)/mesh.tar.gz HEAD
+	cd $(DIST) && sha256sum mesh.tar.gz mesh.cdx.json > SHA256SUMS && rm -f SHA256SUMS.sig
+	test -z "$(KEY)" || ssh-keygen -q -Y sign -n mesh -f "$(KEY)" $(DIST)/SHA256SUMS
+
+sbom:
+	mkdir -p $(DIST)
+	$(PYTHON) deploy/sbom.py > $(DIST)/mesh.cdx.json
+
+# The base of deploy/Dockerfile by its digest of now.
+base-image:
+	docker buildx imagetools inspect debian:12-slim --format 'debian:12-slim@{{.Manifest.Digest}}'
 
 # Measurements need root, and a machine that does nothing else: bench/README.md.
 BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux \

@@ -36,7 +36,7 @@ def extension(source: Path) -> Extension:
         name,
         [str(source)],
         include_dirs=["bpf/include", "."],
-        depends=HEADERS + DECLARATIONS,
+        depends=HEADERS + DECLARATIONS + ["bpf/include/mesh/siphash.h"],
         libraries=LIBRARIES.get(name, []),
         define_macros=[("MESH_ABI_DIGEST", f'"{abi_digest()}"'), ("_GNU_SOURCE", "1")],
         extra_compile_args=["-O1" if SANITIZE else "-O3", "-g", "-std=gnu11", "-Wall", *sanitize],

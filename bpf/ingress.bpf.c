@@ -61,6 +61,22 @@ int mesh_bridge(struct __sk_buff *skb)
 	return ingress(skb, FROM_BRIDGE);
 }
 
+/* A packet on a bridge of containers that the configuration leaves out: nothing is served there, but containers are
+ * kept from the ports by which nodes hand flows to each other. */
+SEC("tc")
+int mesh_guard(struct __sk_buff *skb)
+{
+	struct packet p;
+	__u32 word;
+
+	if (parse(skb, &p) != PARSE_FLOW)
+		return TC_ACT_UNSPEC;
+	word = port_word(p.flow.protocol, p.flow.destination_port);
+	if (likely(!(word & MESH_PORT_NODES)) || !is_for_node(&p, word))
+		return TC_ACT_UNSPEC;
+	return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
+}
+
 /* An ICMP error from the clients' side, or from the path to another node. */
 SEC("tc")
 int mesh_icmp(struct __sk_buff *skb)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Processes of this node that call a published port of it: the socket is connected straight to a task, or, for a task of
- * another node, to the fallback proxy, which is told the task; no packet is ever rewritten. Host network namespace only: containers' calls are translated packet by packet (task.bpf.c). Source
- * rules do not apply: these processes can reach the tasks anyway. */
+/* Processes of this node that call a published port of it: the socket is connected straight to a task, or, for a task
+ * of another node, to the fallback proxy, which is told the task; no packet is ever rewritten. Host network namespace
+ * only: containers' calls are translated packet by packet (task.bpf.c). Source rules do not apply: these processes can
+ * reach the tasks anyway. */
 #include <linux/in.h>
 #include "lib/lb.h"
 #include "lib/metrics.h"
@@ -51,8 +52,8 @@ INLINE int is_bound_to_loopback(struct bpf_sock *sk)
 					 sk->src_ip6[3] == bpf_htonl(1);
 }
 
-/* Whether an address of the fallback proxy names an owner: the kernel sends datagrams of an IPv6 socket that is connected
- * to one through the hook of IPv4 again, with that address. */
+/* Whether an address of the fallback proxy names an owner: the kernel sends datagrams of an IPv6 socket that is
+ * connected to one through the hook of IPv4 again, with that address. */
 INLINE int is_named(const struct mesh_addr *a)
 {
 	return is_v4(a) && (a->words[3] & bpf_htonl(MESH_NAMED_MASK)) == bpf_htonl(MESH_NAMED);
@@ -91,7 +92,8 @@ INLINE int is_still_valid(const struct mesh_sk_revnat *entry, const struct mesh_
 	if (entry->called_port != flow->destination_port || !same_address(&entry->called, &flow->destination))
 		return 0;
 	backend = find_backend(entry->owner);
-	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == entry->epoch && is_reached(backend);
+	return backend && backend->state == MESH_BACKEND_ACTIVE && backend->epoch == entry->epoch &&
+	       is_reached(backend);
 }
 
 /* What becomes of a call that goes to `to`. */
@@ -151,7 +153,7 @@ INLINE __u32 resolve_call(struct bpf_sock_addr *ctx, enum call call, int v6, str
 		get_v6(ctx, &flow.destination);
 	else
 		get_v4(ctx, &flow.destination);
-	frontend = called_frontend(ctx, &flow, &any);
+	frontend = sk && sk->mark == MESH_PASS_MARK ? 0 : called_frontend(ctx, &flow, &any);
 	if (likely(!frontend) || !sk || is_bound_to_loopback(sk))
 		return MESH_VERDICT_COUNT;
 	if (call == SEND) {

@@ -39,6 +39,7 @@ ARENA_BITS: Final[int]
 ARENA_SLOTS: Final[int]
 PORT_EXACT: Final[int]
 PORT_TUNNEL: Final[int]
+PORT_NODES: Final[int]
 PORT_FRONTEND: Final[int]
 PORT_TCP: Final[int]
 PORT_UDP: Final[int]
@@ -55,6 +56,8 @@ NAMED_MASK: Final[int]
 ACL_ALLOW: Final[int]
 ACL_DENY: Final[int]
 SETTING_DIRECT: Final[int]
+SETTING_LEAVING: Final[int]
+PASS_MARK: Final[int]
 ADDRESS_OWN: Final[int]
 ADDRESS_FLOATING: Final[int]
 STAMP_SHIFT: Final[int]
@@ -133,6 +136,7 @@ class Backend(NamedTuple):
     version: int = ...
     handed: int = ...
     seed: bytes = ...
+    frontend: int = ...
 
 class AclKey(NamedTuple):
     bits: int = ...

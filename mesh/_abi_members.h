@@ -36,7 +36,7 @@ static const struct mesh_member mesh_backend_members[] = {
 	ADDRESS(mesh_backend, address), NETWORK(mesh_backend, port), HOST(mesh_backend, protocol),
 	HOST(mesh_backend, state),      HOST(mesh_backend, epoch),   HOST(mesh_backend, ifindex),
 	HOST(mesh_backend, bridge),     RAW(mesh_backend, mac),      HOST(mesh_backend, version),
-	HOST(mesh_backend, handed),     RAW(mesh_backend, seed),
+	HOST(mesh_backend, handed),     RAW(mesh_backend, seed),     HOST(mesh_backend, frontend),
 };
 static const struct mesh_member mesh_acl_key_members[] = {
 	HOST(mesh_acl_key, bits),
@@ -175,6 +175,7 @@ static const struct mesh_constant mesh_constants[] = {
 	/* ports, frontends, backends, source rules, settings */
 	CONSTANT(PORT_EXACT),
 	CONSTANT(PORT_TUNNEL),
+	CONSTANT(PORT_NODES),
 	CONSTANT(PORT_FRONTEND),
 	CONSTANT(PORT_TCP),
 	CONSTANT(PORT_UDP),
@@ -191,6 +192,8 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(ACL_ALLOW),
 	CONSTANT(ACL_DENY),
 	CONSTANT(SETTING_DIRECT),
+	CONSTANT(SETTING_LEAVING),
+	CONSTANT(PASS_MARK),
 	CONSTANT(ADDRESS_OWN),
 	CONSTANT(ADDRESS_FLOATING),
 	/* the flow cache and the reverse translation */

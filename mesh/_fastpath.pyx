@@ -15,11 +15,12 @@ from mesh._maglev cimport MESH_OWNER_FIRST, SlotTable
 from mesh.fastpath.counts cimport WIDTH, counters_new, counters_sum, gather
 from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
-from mesh.fastpath.tables cimport backend_new, is_same_backend, prefixes_new, route_free, route_index
+from mesh.fastpath.tables cimport backend_new, is_same_backend, route_free, route_index, rules_fill
 from mesh.fastpath.types cimport (
-    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN, OP_YIELD,
-    TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals, worker)
-from mesh.fastpath.worker cimport await_done, call, post, worker_free, worker_new, worker_start
+    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_ENFORCE, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN,
+    OP_YIELD, TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals,
+    worker)
+from mesh.fastpath.worker cimport await_done, call, poke, post, worker_free, worker_new, worker_start
 
 RETRIES_MOST = TRIES_MAX - 1
 
@@ -95,6 +96,7 @@ cdef class Front:
     cdef uint32_t listeners
     cdef uint32_t members  # pairs of it that are not released
     cdef Pair peers  # of the frontend at which other nodes hand flows over
+    cdef Pair aside  # of connections that go to whoever else serves the port
     cdef list pairs  # those of the published route: they live as long as it does
 
     def __cinit__(self, Engine owner not None, bytes address not None, uint16_t port, bint any):
@@ -131,6 +133,7 @@ cdef class Engine:
         connect_timeout, idle_timeout (0: never), udp_idle_timeout: seconds.
         udp_sessions, connections, pipes: upper bounds, all threads together.
         ports: first and last source port for connections to backends when the kernel finds none that is free.
+        mark: of connections to whoever else serves a port; see put_aside.
 
     Raises:
         OSError: descriptors or memory for the threads cannot be had.
@@ -148,7 +151,7 @@ cdef class Engine:
 
     def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
                   double udp_idle_timeout, int64_t udp_sessions, int64_t connections, int64_t pipes,
-                  tuple ports not None):
+                  tuple ports not None, uint32_t mark=0):
         cdef uint32_t i
         if not 1 <= threads <= 1024 or retries >= TRIES_MAX:
             raise ValueError("threads are 1..1024, retries 0..15")
@@ -160,6 +163,7 @@ cdef class Engine:
         self.e.udp_max = udp_sessions
         self.e.connections_max = connections
         self.e.pipes_max = pipes
+        self.e.mark = mark
         first, last = ports
         if not 0 < first <= last < 65536:
             raise ValueError(f"{first}..{last} are no ports")
@@ -278,10 +282,21 @@ cdef class Engine:
         made.c.peers = &made.peers.c
         return made
 
-    def put_peer_acl(self, list nodes not None, list backends not None):
-        """Which nodes may hand flows over (16 bytes each), and for which backends: (tag, protocol, owner), sorted."""
+    def put_peer_acl(self, list nodes not None, list backends not None, list keys not None, bint require):
+        """Which nodes may hand flows over, and for which backends.
+
+        Args:
+            nodes: (16 bytes, whether it proves whatever it sends, whether it checks proofs).
+            keys: (number, 16 bytes) of those that are valid; this node proves by the first.
+            require: accept nothing unproven, whoever sends it.
+            backends: (tag, protocol, owner, allow, deny), sorted; the lists as those of `put_route`, for the clients
+                that other nodes name.
+        """
         cdef peer_acl *old = <peer_acl *>fp_load(&self.e.peer_acl)
-        fp_store(&self.e.peer_acl, peer_acl_new(nodes, backends))
+        cdef peer_acl *made
+        made = peer_acl_new(nodes, backends, keys, require)
+        made.serial = old.serial + 1 if old is not NULL else 1
+        fp_store(&self.e.peer_acl, made)
         if old is not NULL:
             self.old_peer_acls.append(<size_t>old)
 
@@ -297,6 +312,14 @@ cdef class Engine:
         self.held.add(made)
         return made
 
+    def put_aside(self, Front front not None, bint served):
+        """Whether somebody else serves the port behind our redirection, which connections with `mark` do not meet: they
+        get what no backend can be reached for."""
+        if served and front.aside is None:
+            front.aside = self.pair(front)
+            front.members -= 1  # it lives as long as the frontend does
+        fp_store(&front.c.aside, &front.aside.c if served else NULL)
+
     def release(self, thing not None):
         """Forget a Pair that no route names and no connection uses, or a Front without listeners and pairs; False: it
         is in use. Call `collect` between the put_route that leaves it out and this."""
@@ -306,6 +329,11 @@ cdef class Engine:
         if isinstance(thing, Front):
             if (<Front>thing).listeners or (<Front>thing).members:
                 return False
+            if (<Front>thing).aside is not None:
+                counts = (<Front>thing).aside.read()
+                if counts[0] != counts[1]:
+                    return False
+                self.held.discard((<Front>thing).aside)
         else:
             one = thing
             counts = one.read()
@@ -316,14 +344,16 @@ cdef class Engine:
         return True
 
     def put_route(self, Front front not None, SlotTable table not None, pairs not None, *, bint by_client,
-                  bint announce, list allow not None, list deny not None):
+                  bint announce, list allow not None, list deny not None, bint passing=False):
         """New connections of a frontend go by this table from now on.
 
         Args:
             pairs: Pair by owner, for every owner that may get connections; slots of others refuse.
             by_client: hash the client's address alone.
             announce: begin every connection with a PROXY protocol v2 header.
-            allow, deny: networks as (16 bytes, prefix length of 128).
+            allow, deny: networks as (16 bytes, prefix length of 128), merged and sorted as by mesh.rules. Connections
+                and sessions under way meet them with `enforce`.
+            passing: connections go to whoever else serves the port; see put_aside.
         """
         cdef route *way = <route *>calloc(1, sizeof(route))
         cdef uint32_t i = 0
@@ -345,8 +375,8 @@ cdef class Engine:
             way.count = i
             way.by_client = by_client
             way.announce = announce
-            way.allow = prefixes_new(allow, &way.allows)
-            way.deny = prefixes_new(deny, &way.denies)
+            way.passing = passing
+            rules_fill(&way.rules, allow, deny)
             route_index(way, table, self.index)
         except BaseException:
             route_free(way)
@@ -364,6 +394,10 @@ cdef class Engine:
         front.pairs = list(pairs.values())
         for one in front.pairs:
             one.routes += 1
+
+    def enforce(self):
+        """End the connections and sessions whose clients the published routes do not admit; costs a look at each."""
+        self.tell(OP_ENFORCE, NULL)
 
     def collect(self):
         """Free what was replaced, once every thread has passed through its loop: one wait for all of it."""
@@ -400,9 +434,22 @@ cdef class Engine:
         """Stop accepting on all frontends; the process that shares the sockets serves their queues."""
         self.tell(OP_YIELD, NULL)
 
+    def leave(self):
+        """Answer no more probes of other nodes; serve on."""
+        self.e.leaving = 1
+
     def abort(self):
         """Reset all connections and end all sessions."""
         self.tell(OP_ABORT, NULL)
+
+    def turns(self):
+        """How often each thread's loop has turned, and have each turn once more: one that does not hangs. Any thread;
+        never blocks."""
+        cdef uint32_t i
+        found = [fp_peek(&self.e.workers[i].turns) for i in range(self.e.threads)]
+        for i in range(self.e.threads if self.running else 0):
+            poke(self.e.workers[i])
+        return found
 
     def totals(self):
         """Counters and gauges of all threads by name, and how many connections and sessions there are."""

@@ -99,6 +99,19 @@ class EngineKind(enum.StrEnum):
         return cls(text) if text in cls._value2member_map_ else cls.UNKNOWN
 
 
+class ProofLevel(enum.IntEnum):
+    """How far a node proves to others that it is one (mesh.datapath.proof)."""
+
+    NONE = 0  # its build does not know proofs, or its agent has not called yet
+    KNOWS = 1  # its build does, and it has no key in use yet
+    PROVES = 2  # whatever it sends to the peer port is proven
+
+    @classmethod
+    def told(cls, value: int) -> ProofLevel:
+        """The level another node tells; the highest that this build knows, if it tells a higher one."""
+        return cls(max(min(value, max(cls)), 0))
+
+
 class ProbeKind(enum.Enum):
     """How a backend is probed."""
 
@@ -131,15 +144,25 @@ class ServiceOptions:
     locality: Locality = Locality.CLUSTER
     allow: tuple[Network, ...] = ()  # empty: everybody
     deny: tuple[Network, ...] = ()  # wins over allow
+    fail_closed: bool = False  # without `allow` nobody is let in, and while no agent runs only who was admitted is
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Frontend:
-    """Where clients call: an address, a port, a protocol. Address `::` is every address of the node, IPv4 included."""
+    """Where clients call: an address, a port, a protocol. Address `::` is every address of the node, IPv4 included.
+
+    Sorts by these, IPv4 first.
+    """
 
     address: Address
     port: int
     protocol: Protocol
+
+    def __lt__(self, other: Frontend) -> bool:
+        return self._rank() < other._rank()
+
+    def _rank(self) -> tuple[int, ...]:
+        return self.address.version, int(self.address), self.port, self.protocol
 
     def __str__(self) -> str:
         host = "*" if self.address == ANY_ADDRESS else str(self.address)
@@ -149,14 +172,20 @@ class Frontend:
 ANY_ADDRESS: Final = ipaddress.IPv6Address("::")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class PublishedPort:
-    """A port of the service as the outside sees it, and the port that its backends listen on."""
+    """A port of the service as the outside sees it, and the port that its backends listen on. Sorts by its fields."""
 
     published: int
     target: int
     protocol: Protocol
     address: Address = ANY_ADDRESS
+
+    def __lt__(self, other: PublishedPort) -> bool:
+        return self._rank() < other._rank()
+
+    def _rank(self) -> tuple[int, ...]:
+        return self.published, self.target, self.protocol, self.address.version, int(self.address)
 
     @property
     def frontend(self) -> Frontend:
@@ -210,6 +239,7 @@ class Node:
     up: bool = True
     weight: int = 1
     engine: EngineKind = EngineKind.UNKNOWN
+    proof: ProofLevel = ProofLevel.NONE
 
 
 class Severity(enum.Enum):

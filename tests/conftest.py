@@ -54,6 +54,7 @@ SUITES = ("swarm", "guest", "attacks", "engines", "bpf", "scenarios", "unit")
 SWARMS = {
     "test_cluster_changes.py": "swarm of five",
     "test_cluster_managers.py": "swarm of five",
+    "test_cluster_proof.py": "swarm of five",
     "test_cluster_restarts.py": "swarm of five",
     "test_partial.py": "bare swarm",
     "test_provider.py": "swarm of one",

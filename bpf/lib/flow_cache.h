@@ -28,8 +28,8 @@ struct lb_choice {
 	__u8 recent;    /* see is_recent */
 	__u32 again;    /* 0, or the n of mesh_hash_again: a further choice */
 	__u32 pad;
-	__u32 other;    /* the current owner, where a flow without a note was given to the previous one */
-	__u32 asked;    /* MESH_NOTE_ASKED: the owner's node decides whether the flow is its own */
+	__u32 other; /* the current owner, where a flow without a note was given to the previous one */
+	__u32 asked; /* MESH_NOTE_ASKED: the owner's node decides whether the flow is its own */
 };
 
 /* Whether a note still counts: its owner lives, and the owner's id has not been reused. */

@@ -134,6 +134,15 @@ INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb
 	return deliver(skb, c->backend);
 }
 
+/* A packet to a port by which nodes hand flows to each other, on an interface of containers: whether it is for a node.
+ * Docker gives whatever leaves a container the address of its node, by which other nodes know that one. */
+INLINE int is_for_node(const struct packet *p, __u32 word)
+{
+	if (bpf_map_lookup_elem(&mesh_nodes, &p->flow.destination))
+		return 1;
+	return !(word & (MESH_PORT_EXACT | MESH_PORT_FRONTEND)) && is_local(&p->flow.destination);
+}
+
 /* A TCP or UDP packet with known ports. Returns an action, or a REJECT or TAIL_CALL that the caller has to carry out.
  */
 INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
@@ -146,8 +155,15 @@ INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
 		return TC_ACT_UNSPEC;
 	if (from != FROM_TASK && skb->pkt_type != PACKET_HOST)
 		return TC_ACT_UNSPEC;
-	if (unlikely(word & MESH_PORT_TUNNEL))
-		return from != FROM_CLIENT ? TC_ACT_UNSPEC : TAIL_CALL(CALL_TUNNEL_RX);
+	if (unlikely(word & (MESH_PORT_TUNNEL | MESH_PORT_NODES))) {
+		if (from != FROM_CLIENT && (word & MESH_PORT_NODES) && is_for_node(p, word))
+			return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
+		if (word & MESH_PORT_TUNNEL)
+			return from != FROM_CLIENT ? TC_ACT_UNSPEC : TAIL_CALL(CALL_TUNNEL_RX);
+		if (!(word & (MESH_PORT_EXACT | MESH_PORT_FRONTEND)))
+			return TC_ACT_UNSPEC;
+	}
+	word &= MESH_PORT_EXACT | MESH_PORT_FRONTEND; /* always: so the verifier walks what follows once */
 	__builtin_memset(&c, 0, sizeof(c));
 	c.frontend = word & MESH_PORT_EXACT ? find_frontend(&p->flow, word) : word;
 	if (!c.frontend)

@@ -39,6 +39,24 @@ INLINE struct mesh_backend *find_backend_by_id(struct mesh_id *id, __u32 *owner)
 	return backend;
 }
 
+static __noinline int is_denied_by(__u32 id, const struct mesh_addr *client)
+{
+	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &id);
+
+	return frontend && client && is_denied(frontend, client);
+}
+
+/* Whether the source rules of a backend's service deny a client, whatever the node that was called has let through. */
+INLINE int is_denied_here(const struct mesh_backend *backend, const struct mesh_addr *client)
+{
+	__u32 id = backend->frontend;
+	struct mesh_frontend *frontend = bpf_map_lookup_elem(&mesh_frontends, &id);
+
+	if (likely(!frontend || (!frontend->acl && !(frontend->flags & MESH_FRONTEND_DENY))))
+		return 0;
+	return is_denied_by(id, client);
+}
+
 /* A client's packet that another node has given to a backend of this one. Returns an action or a REJECT. */
 static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from)
 {
@@ -62,6 +80,10 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 	c.wide = mesh_hash_flow_wide(&p->flow);
 	c.start = p->flow.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	c.frontend = frontend_at(&p->flow, word);
+	if (unlikely(is_denied_here(c.backend, &p->flow.source))) {
+		count_failed_start(p, c.backend->frontend, FAILURE(denied));
+		return verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT);
+	}
 	task_tuple(&to, p, c.backend, 0);
 	if (revnat_update(p, &c, &to, MESH_REVNAT_NODE | node->id, 0)) {
 		count_failed_start(p, c.frontend, FAILURE(collision));
@@ -179,6 +201,14 @@ static __noinline int was_seen_before(struct packet *p)
 	return 0;
 }
 
+/* A trial of the tunnel (mesh/datapath/paths/tunnel_probe.py) that gets no answer, so that flows go elsewhere. */
+INLINE int is_unwanted_trial(const struct packet *p)
+{
+	struct mesh_config *own = config();
+
+	return !p->flow.destination_port && own && (own->settings & MESH_SETTING_LEAVING);
+}
+
 /* Reject a packet that came through the tunnel, back to the node that sent it. A packet that starts a flow, and any
  * datagram, may have overtaken the agent that is about to publish its task: it is dropped the first time, and rejected
  * when it comes again. */
@@ -190,8 +220,9 @@ static __noinline int reject_through_tunnel(struct __sk_buff *skb, struct packet
 
 	if (name == MESH_VERDICT_TUNNEL_BACK)
 		return second_chance_return(skb, p, from);
-	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND && (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) &&
-	    !was_seen_before(p))
+	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND &&
+	    (is_unwanted_trial(p) ||
+	     ((p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & TCP_SYN)) && !was_seen_before(p))))
 		return verdict(name, TC_ACT_SHOT);
 	if (name == MESH_VERDICT_TUNNEL_NO_BACKEND)
 		count_failed_start(p, frontend_at(&p->flow, port_word(p->flow.protocol, p->flow.destination_port)),

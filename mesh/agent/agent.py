@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -39,13 +40,14 @@ from mesh.agent.wiring import (
     open_engine,
 )
 from mesh.config.keys import Config
-from mesh.model import EngineKind, Frontend, Inventory
+from mesh.model import EngineKind, Frontend, Inventory, Protocol
 from mesh.reconcile.loop import Picture
-from mesh.supervisor import end, supervise
+from mesh.supervisor import FAULTS, end, supervise, watch_loop
 
 SIGNALS_EVERY: Final = 0.2  # seconds between looks at the signals of traffic about backends
 READY_WITHIN: Final = 10.0  # seconds after which systemd is told READY although nothing is known yet
 FIRST_TRIALS: Final = 2.0  # seconds at most for which the first state waits for the paths to be tried
+STUCK_MOST: Final = 300.0  # seconds after which a step that does not end is the watchdog's
 DRAIN_SLICE: Final = 0.25  # seconds after which a drain looks up whether it should end at once
 
 log = structlog.get_logger("mesh")
@@ -99,6 +101,7 @@ class Agent:
         self._release = False
         self._handed_to = EngineKind.UNKNOWN  # the successor's engine
         self._connected: bool | None = None  # the provider, as it was told last
+        self._stuck = False  # a step of the loop has not ended for long, as it was told last
         self._parts: Parts  # from `_start` on
 
     @property
@@ -117,6 +120,7 @@ class Agent:
                 log.info("no daemon runs here, so there is nothing to take over", state_dir=str(self._state_dir))
         lock = successor.lock if successor else Lock.acquire(self._state_dir)
         self._handle_signals()
+        watch_loop()
         try:
             await self._start(successor)
         except BaseException:
@@ -215,8 +219,8 @@ class Agent:
     # ---- what happens while it runs ----
 
     def _publish(self, inventory: Inventory) -> None:
-        self._parts.held.publish(inventory)
         self._parts.reconciler.publish(inventory)
+        self._parts.held.publish(inventory)
         self._parts.paths.look_again()
 
     async def _reconcile(self) -> None:
@@ -235,7 +239,7 @@ class Agent:
 
     def _problems(self) -> list[str]:
         """What is wrong with the daemon itself."""
-        return [*self._reloader.problems, *(self._cleanup.problems if self._cleanup else ())]
+        return [*FAULTS.problems, *self._reloader.problems, *(self._cleanup.problems if self._cleanup else ())]
 
     def _clear_stale_state(self) -> None:
         cleanup, reconciler = self._cleanup, self._parts.reconciler
@@ -267,7 +271,8 @@ class Agent:
         """Watch the provider, and tell systemd that the loop turns."""
         told = ""
         while True:
-            self._notifier.alive()
+            if not self._is_stuck():
+                self._notifier.alive()
             if not self._parts.datapath.heartbeat():
                 await self._rejoin()
             self._follow_provider()
@@ -275,6 +280,16 @@ class Agent:
                 self._notifier.status(status)
                 told = status
             await asyncio.sleep(min(1.0, self._notifier.watchdog / 3 or 1.0))
+
+    def _is_stuck(self) -> bool:
+        """Whether the engine forwards or applies no more, although this loop turns: systemd then hears nothing."""
+        hung = self._parts.datapath.hung()
+        for sentence in hung:
+            FAULTS.failed("engine", sentence)
+        if (stuck := self._parts.reconciler.stuck()) and not self._stuck:
+            log.error("applying does not end", seconds=round(stuck))
+        self._stuck = bool(stuck)
+        return bool(hung) or stuck > STUCK_MOST
 
     async def _rejoin(self) -> None:
         """This process stood still for orphan_timeout, and the programs have handed the ports back meanwhile."""
@@ -339,6 +354,8 @@ class Agent:
         """Let connections end, within the bound, then close everything."""
         reconciler, datapath = self._parts.reconciler, self._parts.datapath
         self._notifier.stopping("waiting for connections to end")
+        if not self._handed_to:
+            await self._leave()
         await self._cancel(*(name for name in self._tasks if name not in ("handover", "tick")))
         deadline = time.monotonic() + self._reloader.config.drain_timeout
         left = 0
@@ -355,6 +372,20 @@ class Agent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await self._parts.servers.stop(keep_socket=bool(self._handed_to))
+
+    async def _leave(self) -> None:
+        """Other nodes send flows elsewhere before this one stops taking them."""
+        reconciler = self._parts.reconciler
+        frontends = reconciler.applied.frontends
+        tunnel = self._release and self.engine == EngineKind.KERNEL
+        datagrams = tunnel or any(frontend.protocol is Protocol.UDP for frontend in frontends)
+        seconds = self._parts.paths.notice(datagrams=datagrams) if frontends else 0.0
+        if seconds:
+            leave = functools.partial(self._parts.datapath.leave, release=self._release)
+            await reconciler.on_worker(leave)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._at_once.wait()
 
     # ---- a hand-over: mesh.agent.takeover.Host ----
 

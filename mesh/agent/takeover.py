@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import structlog
 
-from mesh.agent.lock import Lock
+from mesh.agent.lock import Lock, check_owner
 from mesh.errors import MeshError
 from mesh.model import EngineKind, Frontend, Protocol
 
@@ -121,11 +121,13 @@ class Successor:
 
         Raises:
             TakeoverError: it does not hand over, with its reason.
+            MeshError: the state directory is not safe (mesh.agent.lock.check_owner).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.settimeout(ANSWER_TIMEOUT)
         try:
             try:
+                check_owner(state_dir)
                 sock.connect(str(state_dir / SOCKET))
             except (FileNotFoundError, ConnectionRefusedError):
                 sock.close()

@@ -25,6 +25,8 @@ from mesh.cluster.provider import ClusterProvider, DrainHooks, Tables
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
 from mesh.datapath.paths.monitor import PathMonitor
+from mesh.datapath.proof import Proof
+from mesh.datapath.stop_rules import StopRules
 from mesh.errors import ConfigError, DatapathError
 from mesh.health.monitor import Monitor
 from mesh.model import EngineKind, Frontend, HealthView
@@ -52,6 +54,7 @@ class Source:
     provider: Provider
     cluster: ClusterView | None
     own_health: Callable[[HealthView], None]
+    proof: Callable[[], Proof] | None = None  # what the engine proves by, where nodes prove
 
 
 MakeSource = Callable[[EngineKind, Reconciler, Tables, DrainHooks, Mapping[str, Answer]], Source]
@@ -142,6 +145,9 @@ def _cluster_source(config: Config) -> MakeSource:
         drains: DrainHooks,
         answers: Mapping[str, Answer],
     ) -> Source:
+        async def prove(proof: Proof) -> None:
+            await reconciler.on_worker(reconciler.datapath.prove, proof)
+
         provider = ClusterProvider(
             config,
             local,
@@ -151,8 +157,9 @@ def _cluster_source(config: Config) -> MakeSource:
             on_health=reconciler.set_health,
             drains=drains,
             answers=answers,
+            prove=prove,
         )
-        return Source(provider, provider, provider.own_health)
+        return Source(provider, provider, provider.own_health, lambda: provider.proof)
 
     return make
 
@@ -195,7 +202,10 @@ async def open_engine(chosen: Engine, config: Config, inherited: Listeners | Non
         DatapathError: it cannot run here.
     """
     datapath = _make_engine(chosen, config, inherited)
-    reconciler = Reconciler(datapath, config, on_change=on_change)
+    stop_rules = StopRules(config)
+    reconciler = Reconciler(
+        datapath, config, on_applied=lambda applied: stop_rules.apply(applied.frontends), on_change=on_change
+    )
     try:
         return Opened(chosen, datapath, reconciler, await reconciler.open())
     except DatapathError as error:
@@ -257,6 +267,7 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         name,
         lambda: (provider.status().node_id, reconciler.inventory.nodes),
         on_change=reconciler.set_paths,
+        proof=source.proof,
     )
     view = View(
         Facts(name, opened.engine.reason, state_dir, time.time()),
@@ -281,5 +292,5 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
         provider=provider,
         paths=paths,
         view=view,
-        servers=Servers(view, config.http_listen, state_dir),
+        servers=Servers(view, config.http_listen, state_dir, [each for each in config.http_hosts.split(",") if each]),
     )

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
-from collections.abc import Awaitable, Callable, Mapping
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -16,10 +18,13 @@ from mesh.api.view import AgentView
 from mesh.errors import MeshError
 from mesh.metrics.exposition import Exposition, Snapshot
 from mesh.model import Flow, Protocol
+from mesh.netaddr import is_mine, split_host_port, unmap
+from mesh.text import printable
 
 VIEW: Final = web.AppKey("view", AgentView)
 _EXPOSITION: Final = web.AppKey("exposition", Exposition)
 _TASKS: Final = web.AppKey("tasks", set[asyncio.Task[None]])
+_HOSTS: Final[web.AppKey[frozenset[str]]] = web.AppKey("hosts", frozenset)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -35,15 +40,18 @@ INDEX: Final = """mesh
 """
 
 
-def make_app(view: AgentView, *, control: bool) -> web.Application:
+def make_app(view: AgentView, *, control: bool, hosts: Iterable[str] = ()) -> web.Application:
     """The HTTP application for a view.
 
     Args:
         control: also serve POST /drain, /undrain, /probe, /connectivity and /stop. For the control socket only, which
             only root can open.
+        hosts: names and addresses by which it may be called besides the node's own. Not for the control socket.
     """
-    app = web.Application(middlewares=[_errors])
+    app = web.Application(middlewares=[_errors] if control else [_errors, _own_name])
     app[VIEW] = view
+    own: frozenset[str] = frozenset(_plain(host) for host in (*hosts, "localhost", socket.gethostname()))
+    app[_HOSTS] = own
     app[_EXPOSITION] = Exposition()
     app[_TASKS] = set()
     app.router.add_get("/", _index)
@@ -74,11 +82,45 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except MeshError as error:
-        return _json({"error": str(MeshError(error.message, where=error.where)), "remedy": error.remedy}, 400)
+        return _refusal(str(MeshError(error.message, where=error.where)), error.remedy, 400)
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _json({"error": f"{request.method} {request.path}: {error.reason}", "remedy": "see GET /"}, error.status)
+        return _refusal(f"{request.method} {request.path}: {error.reason}", "see GET /", error.status)
+    except UnicodeError:
+        return _refusal(f"{request.method} {request.path}: not UTF-8", "see GET /", 400)
+
+
+def _refusal(error: str, remedy: str, status: int) -> web.Response:
+    """Of a request whose own words may be in it."""
+    return _json({"error": printable(error), "remedy": printable(remedy)}, status)
+
+
+def _plain(host: str) -> str:
+    return host.strip().rstrip(".").lower()
+
+
+@web.middleware
+async def _own_name(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse a request that was meant for another host: a page whose name was made to mean this node's address could
+    otherwise read everything (DNS rebinding). Browsers always say which host they mean; who does not is none."""
+    host = request.headers.get("Host")
+    if host is not None and not _is_own(host, request):
+        own = request.app[_HOSTS]
+        remedy = f"call it by an address of this node or one of: {', '.join(sorted(own))}; http_hosts has further names"
+        return _refusal(f"{host!r} is not this node's name", remedy, 421)
+    return await handler(request)
+
+
+def _is_own(host: str, request: web.Request) -> bool:
+    try:
+        name = _plain(split_host_port(host, default=80)[0])
+        if name in request.app[_HOSTS]:
+            return True
+        address = unmap(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+    return is_mine(address)
 
 
 async def _index(request: web.Request) -> web.Response:

@@ -69,6 +69,16 @@ class _Row:
     left_out: int = 0  # tasks that were not called
     denied: bool = False  # mesh.allow or mesh.deny keep this node out
 
+    def count(self, backend: str, said: str) -> None:
+        """A call has ended; `said`: how it failed, empty: it was answered."""
+        self.asked += 1
+        self.answered += not said
+        if said:
+            self.failed[backend, said] = self.failed.get((backend, said), 0) + 1
+
+    def leave_out(self, tasks: int, *, denied: bool = False) -> None:
+        self.left_out, self.denied = tasks, denied
+
     def shown(self, names: Mapping[str, str]) -> dict[str, Any]:
         failed = [
             {"backend": backend, "name": names.get(backend, ""), "said": said, "calls": calls}
@@ -144,10 +154,7 @@ class Connectivity:
     async def _make(self, call: _Call, row: _Row) -> None:
         async with self._free:
             said = await _called(call)
-        row.asked += 1
-        row.answered += not said
-        if said:
-            row.failed[call.backend, said] = row.failed.get((call.backend, said), 0) + 1
+        row.count(call.backend, said)
 
     async def test(self, own: str, services: Sequence[str], cluster: ClusterView) -> Json:
         """See AgentView.connectivity."""
@@ -195,17 +202,17 @@ def _planned(state: FrontendState, table: SlotTable, node: Node, *, own: bool, m
     assert node.address is not None
     source, to = _source_towards(node.address), state.frontend.port
     if source is None:
-        row.asked, row.failed["", "no route to it"] = 1, 1
+        row.count("", "no route to it")
         return ()
-    row.denied = is_denied(Flow(source, 1024, node.address, to, Protocol.TCP), state.options) and not own
-    if row.denied:
+    if not own and is_denied(Flow(source, 1024, node.address, to, Protocol.TCP), state.options):
+        row.leave_out(0, denied=True)
         return ()
     targets = [target.backend for target in state.targets if target.weight]
     if own:
         return [_Call(source, 0, node.address, to, "")] * min(len(targets), most)
     found = dict(_drawn(state, table, source, node.address))
     chosen = random.sample(sorted(found), min(most, len(found)))
-    row.left_out = len(targets) - len(chosen)
+    row.leave_out(len(targets) - len(chosen))
     return [_Call(source, found[backend], node.address, to, backend) for backend in chosen]
 
 

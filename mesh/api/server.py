@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,11 +16,14 @@ from aiohttp import web
 from mesh.api.app import make_app
 from mesh.api.view import AgentView
 from mesh.errors import ConfigError, MeshError
+from mesh.listener import HTTP, Bounds, Listener, http_protocol, origin_of
 from mesh.netaddr import split_host_port
 
 CONTROL: Final = "mesh.sock"
 SOCKET_PATH: Final = 107  # bytes of a socket's path at most, unix(7)
 SHUTDOWN: Final = 1.0  # seconds that requests under way have
+KEEPALIVE: Final = 75.0  # seconds after which a connection without a request is closed; Prometheus asks every minute
+BOUNDS: Final = Bounds(per_owner=HTTP // 2, total=HTTP)  # an owner is an address
 
 log = structlog.get_logger("mesh")
 
@@ -37,12 +42,23 @@ def parse_listen(text: str) -> tuple[str, int]:
         ) from error
 
 
-class Servers:
-    """Both servers, over one view."""
+def _caller(transport: asyncio.Transport) -> str:
+    return origin_of(transport.get_extra_info("peername")[0])
 
-    def __init__(self, view: AgentView, listen: str, state_dir: Path) -> None:
+
+class Servers:
+    """Both servers, over one view.
+
+    Args:
+        listen: address and port of HTTP; empty: none.
+        hosts: names and addresses by which HTTP may be called besides the node's own.
+    """
+
+    def __init__(self, view: AgentView, listen: str, state_dir: Path, hosts: Sequence[str] = ()) -> None:
         self._view = view
         self._listen = listen
+        self._hosts = hosts
+        self._listener: Listener | None = None
         self._control = state_dir / CONTROL
         self._runners: list[web.AppRunner] = []
         self._owns_socket = False
@@ -56,8 +72,9 @@ class Servers:
         if self._listen:
             host, port = parse_listen(self._listen)
             runner = await self._runner(control=False)
+            self._listener = Listener(http_protocol(runner, keepalive=KEEPALIVE), _caller, bounds=BOUNDS)
             try:
-                await web.TCPSite(runner, host or None, port).start()
+                self._listener.start(host, port)
             except OSError as error:
                 raise MeshError(
                     f"cannot listen: {os.strerror(error.errno).lower() if error.errno else error}",
@@ -79,7 +96,10 @@ class Servers:
 
     async def _runner(self, *, control: bool) -> web.AppRunner:
         runner = web.AppRunner(
-            make_app(self._view, control=control), access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN
+            make_app(self._view, control=control, hosts=self._hosts),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=SHUTDOWN,
         )
         await runner.setup()
         self._runners.append(runner)
@@ -90,6 +110,8 @@ class Servers:
         if self._owns_socket and not keep_socket:
             with contextlib.suppress(OSError):
                 self._control.unlink()
+        if self._listener is not None:
+            self._listener.stop()
         for runner in self._runners:
             await runner.cleanup()
         self._runners.clear()

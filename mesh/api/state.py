@@ -40,6 +40,7 @@ from mesh.health.monitor import Monitor
 from mesh.model import EngineKind, Flow, Inventory, Node, Severity
 from mesh.providers.base import ClusterView, Follower, Provider
 from mesh.reconcile.loop import Reconciler
+from mesh.supervisor import FAULTS
 
 FOLLOW: Final = 3.0  # seconds for which an answer waits until all nodes follow a drain
 
@@ -191,6 +192,9 @@ class View:
         if loop.counts.last_error:
             reasons.append(f"the last change could not be applied: {loop.counts.last_error}")
         reasons += loop.datapath.missing()
+        if stuck := loop.stuck():
+            reasons.append(f"a change has been applied for {stuck:.0f} s and does not end")
+        reasons += [f"part {part} of the daemon keeps failing: {why}" for part, why in FAULTS.parts.items()]
         missing = [str(f) for f in loop.picture.desired.frontends if f not in loop.applied.frontends]
         if missing:
             some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

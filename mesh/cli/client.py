@@ -23,6 +23,7 @@ from mesh.cli.output import Json
 from mesh.config.keys import DEFAULT_STATE_DIR
 from mesh.config.load import load
 from mesh.errors import ConfigError
+from mesh.text import printable_all
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _TIMEOUT: Final = 10.0
@@ -50,7 +51,8 @@ def call(
     accept: tuple[int, ...] = (),
     seconds: float = _TIMEOUT,
 ) -> Json:
-    """Send one request to the daemon, POST if there is a body, else GET. Returns the JSON object of the response.
+    """Send one request to the daemon, POST if there is a body, else GET. Returns the JSON object of the response, whose
+    texts, which may be a stranger's, are printable (mesh.text).
 
     Args:
         accept: HTTP statuses of 400 and above that count as a response, not as a refusal.
@@ -64,7 +66,7 @@ def call(
     try:
         target = f"{path}?{urlencode(query)}" if query else path
         status, reason, data = _exchange(control, target, body, seconds)
-        answer = msgspec.json.decode(data, type=Json)
+        answer: Json = printable_all(msgspec.json.decode(data, type=Json))
     except TimeoutError as error:
         raise DaemonUnreachableError(
             f"the daemon did not answer within {seconds:g} s", where=str(control), remedy="look at its log"

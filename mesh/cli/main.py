@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import click
 
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
 from mesh.errors import ConfigError, MeshError
+from mesh.text import Printable, printable
 
 COMMANDS: Final = {
     "run": ("run", "Run the daemon."),
@@ -38,7 +40,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with contextlib.redirect_stdout(cast(TextIO, Printable(sys.stdout))):
+                return super().invoke(ctx)
         except ConfigError as error:
             _fail(error, Exit.USAGE)
         except DaemonUnreachableError as error:
@@ -64,7 +67,7 @@ class _Group(click.Group):
 
 
 def _fail(error: MeshError, code: Exit) -> None:
-    click.echo(f"mesh: {error}", err=True)
+    click.echo(f"mesh: {printable(str(error))}", err=True)
     sys.exit(code)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from mesh._linux import TCPINFO
+from mesh.supervisor import recorded
 
 PERIOD: Final = 0.1  # seconds between looks
 QUIET: Final = 1.1  # seconds without a word after which the other end is asked; agents report every second
@@ -105,4 +106,5 @@ class Heartbeats:
             self.lived += min(now - before, 2 * PERIOD)
             before = now
             for pulse in list(self._all):
-                pulse.look(self.lived)
+                with recorded("heartbeat"):
+                    pulse.look(self.lived)

@@ -11,6 +11,7 @@ from typing import Final
 import structlog
 
 from mesh.model import Address
+from mesh.supervisor import recorded
 
 CONFIRM: Final = 0.5  # seconds that a silent node has to answer at all
 STALL: Final = 0.2  # seconds over CONFIRM after which it is this process that did not get to run
@@ -71,7 +72,8 @@ class FailureDetector:
 
     async def _watch(self, node: str) -> None:
         while (address := self._address_of(node)) is not None:
-            self._mark(node, lost=not await answers(address, self._port))
+            with recorded("failure detector"):
+                self._mark(node, lost=not await answers(address, self._port))
             await asyncio.sleep(1.0)
         self.lost.discard(node)
         self._watched.pop(node, None)

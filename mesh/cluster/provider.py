@@ -15,36 +15,53 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.agreement import Row, differences
 from mesh.cluster.ask import Answer, Asker, Query
 from mesh.cluster.credentials import CredentialsWatch, Files
 from mesh.cluster.drains import FILE, Drains, digest
+from mesh.cluster.keys import FILE as KEYS_FILE
+from mesh.cluster.keys import Keys, name_of
 from mesh.cluster.liveness import FailureDetector
+from mesh.cluster.proofs import Proofs
 from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import Questions, RelayServer
 from mesh.cluster.reports import Soon
 from mesh.cluster.roles import Roles
 from mesh.cluster.verdicts import OnHealth, Verdicts
 from mesh.config.keys import Config
+from mesh.datapath.proof import Proof
 from mesh.errors import MeshError
 from mesh.incremental import KeyedCache, Latest
-from mesh.model import Address, EngineKind, HealthView, Inventory, Node
+from mesh.model import Address, EngineKind, HealthView, Inventory, Node, ProofLevel
 from mesh.providers.base import Follower, ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
 from mesh.supervisor import end, supervise
 
+log = structlog.get_logger("mesh.cluster")
+
 REPORT_EVERY: Final = 1.0  # seconds between reports although nothing has changed: a manager may have missed one
-
+UNHEARD: Final = 30.0  # seconds in which the agents of all nodes report to a manager that has just started
 DRAIN_SOON: Final = 0.1  # likewise while what is drained is not in force here yet
+GATHER_KEYS: Final = 5.0  # seconds for which a manager waits for other managers' keys, before it makes one
 
-_Given = tuple[Node, bool, EngineKind, Address | None]  # a node, whether it answers, how it forwards, and its address
+_Given = tuple[Node, bool, EngineKind, Address | None, ProofLevel]
+"""A node, whether it answers, how it forwards, where it is reached, and how far it proves."""
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
+
+
+Prove = Callable[[Proof], Awaitable[None]]
 
 
 async def _holds_none() -> dict[str, int]:
     return {}
+
+
+async def _proves_nothing(proof: Proof) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +79,23 @@ class DrainHooks:
     held: Callable[[], Awaitable[dict[str, int]]] = _holds_none
 
 
+def unenforced(inventory: Inventory, without_agent: Mapping[str, float], now: float) -> Iterator[str]:
+    """Nodes where nobody enforces the rules of services, one sentence each. Pure.
+
+    Args:
+        without_agent: up and without a known agent, by id, and since when.
+    """
+    ruled = sorted(s.name for s in inventory.services if s.options.enable and (s.options.allow or s.options.deny))
+    some = ", ".join(ruled[:5]) + (f" and {len(ruled) - 5} more" if len(ruled) > 5 else "")
+    for node in inventory.nodes:
+        since = without_agent.get(node.id)
+        if ruled and since is not None and now - since > UNHEARD:
+            yield (
+                f"node {node.name or node.id}: no agent runs there, so Docker's mesh admits everybody to services "
+                f"whose rules are in force elsewhere: {some} (start mesh there, or close its ports)"
+            )
+
+
 class ClusterProvider:
     """A provider for every node of a swarm: mesh.providers.base.Provider and ClusterView.
 
@@ -73,6 +107,7 @@ class ClusterProvider:
         on_health: takes all nodes' verdicts, this node's among them, whenever they change; on the event loop.
         drains: what the drains that all nodes share are given to, and what this node says of them.
         answers: what other nodes may ask this one.
+        prove: has this node's engine prove by these keys, and returns when it does.
     """
 
     def __init__(
@@ -86,8 +121,15 @@ class ClusterProvider:
         on_health: OnHealth,
         drains: DrainHooks | None = None,
         answers: Mapping[str, Answer] | None = None,
+        prove: Prove | None = None,
     ) -> None:
         self._drain_hooks = drains or DrainHooks()
+        self._prove_engine = prove or _proves_nothing
+        self._keys = Keys(Path(config.state_dir) / KEYS_FILE)
+        self._key_period = config.key_period
+        self._proofs = Proofs(self._keys, require=config.peer_proof == "require")
+        self._proving: asyncio.Task[None] | None = None  # gives the engine what it proves by
+        self._manages_since = 0.0  # monotonic; 0: this node is no manager
         self._drains = Drains(Path(config.state_dir) / FILE)
         self._followers: dict[str, wire.Follower] = {}  # by node
         self._port = config.cluster_port
@@ -104,7 +146,9 @@ class ClusterProvider:
         self._inventory: Inventory | None = None  # as it was read or told
         self._published: Inventory | None = None
         self._addresses: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # of this node's backends
+        self._told_addresses: Latest[dict[str, wire.Follower], dict[str, str]] = Latest(operator.is_)  # of all nodes
         self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
+        self._without_agent: dict[str, float] = {}  # nodes by id, and since when (monotonic) none is known there
         self._changed = asyncio.Event()  # something to report
         self._report = wire.Report({})  # this node's last
         self._relay = RelayProvider(
@@ -114,13 +158,14 @@ class ClusterProvider:
             on_verdicts=self._on_verdicts,
             on_link=self._on_link,
             on_content=self._on_content,
+            is_manager=self._is_manager,
         )
         self._pass_on_soon = Soon(self._pass_on)
         self._liveness = FailureDetector(self._port, self._address_of, self._pass_on_soon.ask)
         self._verdicts = Verdicts(
             inventory=lambda: self._inventory,
             ended=self._ended,
-            addresses=lambda: self._addresses.of(self._published, _own_addresses),
+            addresses=lambda: self._told_addresses.of(self._followers, _all_addresses),
             hears=lambda node: self._roles.server is not None and node in self._roles.server.nodes,
             on_health=on_health,
             on_due=self._merge,
@@ -137,19 +182,24 @@ class ClusterProvider:
         )
 
     def _make_server(self, manager: bool) -> RelayServer:
-        engine, questions = self._engine, Questions(self._answers, self._pass_question)
-        if not manager:
-            return RelayServer(self._credentials, self._port, engine=engine, manager=False, questions=questions)
         server = RelayServer(
             self._credentials,
             self._port,
-            engine=engine,
+            engine=self._engine,
+            manager=manager,
             on_report=self._on_report,
             on_node=self._liveness.on_node,
-            questions=questions,
+            questions=Questions(self._answers, self._pass_question),
         )
+        if self._inventory is not None:
+            server.know(self._inventory)
+        if not manager:
+            self._manages_since = 0.0
+            return server
         self._followers = {node: said for node, said in self._followers.items() if node == self._local.look.node}
         server.share(self._drains.entries, self._followers)
+        server.share_keys(self._keys.entries)
+        self._manages_since = time.monotonic()
         return server
 
     # ---- what others ask ----
@@ -192,6 +242,10 @@ class ClusterProvider:
             yield f"cluster_port {listener.port}: {lost}: {listener.problem}"
         if (said := self._credentials.problem()) and (listener is None or said != listener.problem):
             yield said
+        yield from self._proofs.problems(self._published.nodes if self._published else (), self._local.look.node)
+        if name := self._local.encrypted:
+            yield f"network {name} is encrypted, but mesh carries published ports between nodes without encryption"
+        yield from unenforced(self._published or Inventory(), self._without_agent, time.monotonic())
 
     def own_health(self, view: HealthView) -> None:
         """See ClusterView.own_health."""
@@ -234,6 +288,56 @@ class ClusterProvider:
             report.digests,
         )
 
+    # ---- proof between nodes ----
+
+    @property
+    def proof(self) -> Proof:
+        """What the engine proves by and demands, as it was given last."""
+        return self._proofs.last
+
+    def _keys_changed(self) -> None:
+        if (server := self._roles.server) is not None:
+            server.share_keys(self._keys.entries)
+        self._prove()
+        self._changed.set()
+
+    def _prove(self) -> None:
+        """Give the engine what is to be proven and demanded now, unless it has that."""
+        nodes = self._published.nodes if self._published is not None else ()
+        proof = self._proofs.proof(nodes, self._local.look.node)
+        if proof != self._proofs.last or set(self._proofs.holds) != self._keys.entries.keys():
+            self._proofs.last = proof
+            if self._proving is None or self._proving.done():
+                self._proving = asyncio.get_running_loop().create_task(self._give_proofs())
+
+    async def _give_proofs(self) -> None:
+        """Until the engine has the last. An engine that cannot take it now gets it with the next look."""
+        given = None
+        while given != self._proofs.last:
+            given = self._proofs.last
+            try:
+                await self._prove_engine(given)
+            except MeshError as error:
+                log.warning("the engine cannot take the swarm's keys", error=str(error))
+                return
+            self._proofs.holds = tuple(name_of(number) for number, _ in given.keys)
+        self._changed.set()
+        self._pass_on()
+
+    def _tend_keys(self) -> None:
+        """A manager makes the first key, and another one now and then; and has it used once all agents hold it."""
+        server = self._roles.server
+        if server is None or not self._roles.reads:
+            return
+        alone = len(self._local.look.managers) < 2
+        waited = alone or time.monotonic() - self._manages_since >= GATHER_KEYS
+        if waited and not self._keys.waiting() and self._keys.age() >= self._key_period:
+            self._keys.make()
+            self._keys_changed()
+        if name := self._proofs.ready(server.nodes, self._verdicts.reports.of):
+            self._keys.activate(name)
+            self._keys_changed()
+
     # ---- what is drained on all nodes ----
 
     def drain(self, key: str, drained: bool) -> None:
@@ -254,9 +358,15 @@ class ClusterProvider:
                 self._take_drains()
             self._follow_drains({**self._followers, node: report.follower})
         self._verdicts.reports.take(node, report)
+        if report.keys and self._keys.merge(report.keys):
+            self._keys_changed()
+        if self._proofs.heard(node, report, time.time()):
+            self._pass_on_soon.ask()
 
     def _on_content(self, content: wire.Content) -> None:
-        """Take what a manager tells of drains; its word of this node's own agent is older than this node's."""
+        """Take what a manager tells of drains and keys; its word of this node's own agent is older than this node's."""
+        if self._keys.merge(content.keys):
+            self._keys_changed()
         if not self._roles.reads:
             if self._drains.merge(content.drains):
                 self._take_drains()
@@ -275,6 +385,7 @@ class ClusterProvider:
             self._followers = followers
             if (server := self._roles.server) is not None:
                 server.share(self._drains.entries, followers)
+            self._merge()  # the addresses that they tell
 
     # ---- what the local Engine and managers say ----
 
@@ -289,6 +400,11 @@ class ClusterProvider:
         own = managers.get(self._local.look.node)
         found = self._fixed or sorted((host, self._port) for host in managers.values())
         return [place for place in found if place[0] != own]
+
+    def _is_manager(self, node: str) -> bool:
+        """Whether a node whose certificate says so is a manager still, by the local Engine's word, where it has one."""
+        managers = self._local.look.managers
+        return bool(self._fixed) or not all(managers) or node in managers
 
     def _on_verdicts(self, view: HealthView) -> None:
         if not self._roles.reads:
@@ -307,10 +423,10 @@ class ClusterProvider:
 
     def _take(self, inventory: Inventory) -> None:
         self._inventory = inventory
-        server = self._roles.server
+        server, listener = self._roles.server, self._roles.listener
         self._verdicts.arrive(inventory, hold=server is not None)
-        if server is not None:
-            server.know(inventory)
+        if listener is not None:
+            listener.know(inventory)
         self._changed.set()
         self._merge()
         if not self._roles.reads:
@@ -333,15 +449,21 @@ class ClusterProvider:
         if reads and server is not None:
             server.publish(inventory, self._verdicts.all() if verdicts is None else verdicts)
         if inventory != self._published:
-            self._published = inventory
-            self._publish(inventory)
+            before, self._published = self._published, inventory  # publishing may lead here again
+            self._prove()
+            try:
+                self._publish(inventory)
+            except BaseException:
+                self._published = before
+                raise
 
     def _nodes(self, inventory: Inventory) -> tuple[Node, ...]:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
         server = self._roles.server
         engines = {**(server.engines if server else {}), self._local.look.node: self._engine}
         lost, address = self._liveness.lost, self._verdicts.reports.address
-        own = {self._local.look.node: self._own_address}
+        own = self._local.look.node
+        own_address = {own: self._own_address}
         inputs = (
             (
                 node.id,
@@ -349,19 +471,22 @@ class ClusterProvider:
                     node,
                     node.up and node.id not in lost,
                     engines.get(node.id, node.engine),
-                    own.get(node.id) or address(node.id) or node.address,
+                    own_address.get(node.id) or address(node.id) or node.address,
+                    self._proofs.level(node, own, reads=self._roles.reads),
                 ),
             )
             for node in inventory.nodes
         )
         nodes = tuple(self._shown.update(inputs, self._show).values())
+        now, known = time.monotonic(), self._without_agent
+        self._without_agent = {node.id: known.get(node.id, now) for node in nodes if node.up and not node.engine}
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
     def _show(self, given: _Given, before: tuple[_Given, Node] | None) -> Node:
-        node, up, engine, address = given
+        node, up, engine, address, proof = given
         if before is not None and up and not before[1].up:
             self._relay.hurry()
-        return replace(node, up=up, engine=engine, address=address)
+        return replace(node, up=up, engine=engine, address=address, proof=proof)
 
     def _address_of(self, node: str) -> Address | None:
         return next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
@@ -402,11 +527,19 @@ class ClusterProvider:
                 self._engine,
                 reads=reads,
                 drains=self._drains.entries,
-                follower=wire.Follower(digest(in_force), held),
+                follower=wire.Follower(digest(in_force), held, self._addresses.of(self._published, _own_addresses)),
                 address=str(self._own_address or ""),
+                proof=int(self._proofs.own),
+                holds=self._proofs.holds,
+                keys=self._keys.entries if self._roles.server is not None else {},
+                clock=time.time(),
             )
             self._follow_drains({**self._followers, self._local.look.node: self._report.follower})
             self._roles.look_again()
+            if self._roles.listener is not None:
+                self._roles.listener.block(self._swarm.revoked)
+            self._tend_keys()
+            self._prove()
             await self._relay.report(self._report)
             await asyncio.sleep(0.02)  # a burst is two reports: the first of it is waited for
             with contextlib.suppress(TimeoutError):
@@ -417,3 +550,8 @@ class ClusterProvider:
 def _own_addresses(inventory: Inventory | None) -> dict[str, str]:
     """Where this node reaches its own backends."""
     return {b.id: str(b.address) for b in (inventory or Inventory()).backends if b.local and b.address is not None}
+
+
+def _all_addresses(followers: Mapping[str, wire.Follower]) -> dict[str, str]:
+    """The same of all nodes that tell."""
+    return {backend: address for said in followers.values() for backend, address in said.addresses.items()}

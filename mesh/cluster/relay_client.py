@@ -9,6 +9,7 @@ import hashlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import aiohttp
@@ -27,15 +28,23 @@ from mesh.netaddr import join_host_port
 from mesh.providers.base import ProviderStatus, Publish
 
 _CONNECT_TIMEOUT: Final = 1.5
+OPEN_TIMEOUT: Final = 10.0  # seconds until a manager has said hello, with TLS and all
 _RETRY: Final = (0.1, 1.0)  # seconds until a lost link is tried again: first, most; doubled each time, less by chance
 _CALM: Final = 3.0  # seconds for which a link was there, after which its retries begin with the first again
 _CLOSE_TIMEOUT: Final = 0.2  # seconds for which the answer to the last word is waited for
 _REFRESH: Final = 5.0  # seconds between looks at the list of managers
 
+_REFUSALS: Final = {
+    403: "it does not let this node in: by what it has read, the node is not in the swarm",
+    404: "it tells nobody now: its own Engine is away, or it is no manager any more",
+    503: "it has not read the swarm yet",
+}
+
 Managers = Callable[[], Awaitable[Sequence[tuple[str, int]]]]
 OnVerdicts = Callable[[HealthView], None]
 OnLink = Callable[[str, bool], None]
 OnContent = Callable[[wire.Content], None]
+IsManager = Callable[[str], bool]
 
 log = structlog.get_logger("mesh.cluster")
 
@@ -84,12 +93,15 @@ class _Link:
 
     async def _run(self) -> None:
         first, most = _RETRY
-        pause = first / 2
+        pause, host_port = first / 2, join_host_port(*self.address)
         while True:
             begun = time.monotonic()
             try:
                 await self._talk()
             except (OSError, aiohttp.ClientError, TimeoutError, MeshError) as error:
+                self._relay.failed(self, error)
+            except Exception as error:  # whatever it is: nobody else makes this link again
+                log.exception("internal error; this link is made again", manager=host_port)
                 self._relay.failed(self, error)
             finally:
                 self._socket = None
@@ -101,30 +113,13 @@ class _Link:
                     await self._hurry.wait()
 
     async def _talk(self) -> None:
-        credentials = self._relay.credentials.current()
-        host, port = self.address
+        host, _ = self.address
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
-        url = f"https://{join_host_port(host, port)}/v1/relay"
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.ws_connect(
-                url,
-                ssl=credentials.client,
-                server_hostname="swarm-manager",  # a DNS name in managers' certificates only
-                autoping=False,
-                max_msg_size=wire.MAX_MESSAGE,
-                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_TIMEOUT),
-            ) as socket,
-        ):
-            identity = peer_identity(socket.get_extra_info("peercert") or {})
-            if not identity.is_manager or identity.cluster != credentials.identity.cluster:
-                raise CredentialsError("not a manager of this swarm", where=join_host_port(host, port))
-            await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, __version__, self._relay.engine)))
-            first = wire.decode((await asyncio.wait_for(socket.receive(), 5)).data)
-            if not isinstance(first, wire.Hello):
-                raise wire.WireError("the first message is not a hello", where=join_host_port(host, port))
-            wire.check_version(first)
-            self._version, self._told, self._told_drains = first.version, None, None
+        async with aiohttp.ClientSession(timeout=timeout) as session, contextlib.AsyncExitStack() as stack:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                socket = await stack.enter_async_context(self._call(session))
+                hello = await self._greet(socket)
+            self._version, self._told, self._told_drains = hello.version, None, None
             self._socket = socket
             await self._relay.connected(self)
             try:
@@ -137,6 +132,35 @@ class _Link:
                 self._relay.on_link(host, False)
             if isinstance(socket.exception(), Exception):
                 raise ConnectionError(str(socket.exception()))
+
+    def _call(self, session: aiohttp.ClientSession) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
+        return session.ws_connect(
+            f"https://{join_host_port(*self.address)}/v1/relay",
+            ssl=self._relay.credentials.current().client,
+            server_hostname="swarm-manager",  # a DNS name in managers' certificates only
+            autoping=False,
+            max_msg_size=wire.MAX_MESSAGE,
+            timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_TIMEOUT),
+        )
+
+    async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> wire.Hello:
+        """Find out whether this is a manager and which version it speaks; raises MeshError where it is none."""
+        where = join_host_port(*self.address)
+        identity = peer_identity(socket.get_extra_info("peercert") or {})
+        if not identity.is_manager or identity.cluster != self._relay.credentials.current().identity.cluster:
+            raise CredentialsError("not a manager of this swarm", where=where)
+        if not self._relay.is_manager(identity.node):
+            said = f"node {identity.node} is no manager any more, whatever its certificate says"
+            raise CredentialsError(said, where=where)
+        await socket.send_bytes(wire.encode(wire.Hello(wire.VERSION, wire.OLDEST, __version__, self._relay.engine)))
+        message = await socket.receive()
+        if message.type is not aiohttp.WSMsgType.BINARY:
+            raise wire.WireError("it ended before its hello", where=where)
+        hello = wire.decode(message.data)
+        if not isinstance(hello, wire.Hello):
+            raise wire.WireError("the first message is not a hello", where=where)
+        wire.check_version(hello)
+        return hello
 
     async def _listen(self, socket: aiohttp.ClientWebSocketResponse, patience: asyncio.Timeout) -> None:
         """Take what the manager says until one side ends it; `patience` ends when it is silent."""
@@ -163,6 +187,7 @@ class RelayProvider:
         inventory: whether it is wanted, at first; see `listen`.
         on_verdicts: all nodes' verdicts, whenever they change.
         on_content: all that a manager tells, before the inventory of it is published.
+        is_manager: whether a node is a manager now; its certificate says so for months after that.
         on_link: a manager's host, and whether it is here (True) or went silent without closing its connection.
     """
 
@@ -176,10 +201,12 @@ class RelayProvider:
         on_verdicts: OnVerdicts = lambda view: None,
         on_link: OnLink = lambda host, here: None,
         on_content: OnContent = lambda content: None,
+        is_manager: IsManager = lambda node: True,
     ) -> None:
         self.credentials = credentials
         self.engine = engine
         self.on_link = on_link
+        self.is_manager = is_manager
         self._managers = managers
         self._inventory = inventory
         self._on_verdicts = on_verdicts
@@ -289,8 +316,8 @@ class RelayProvider:
                 asyncio.get_running_loop().create_task(self._subscribe(other))
 
     def failed(self, link: _Link, error: Exception) -> None:
-        if isinstance(error, aiohttp.WSServerHandshakeError) and error.status == 404:
-            error = MeshError("it tells nobody now: its own Engine is away, or it is no manager any more")
+        if isinstance(error, aiohttp.WSServerHandshakeError) and error.status in _REFUSALS:
+            error = MeshError(_REFUSALS[error.status])
         said = str(error) if isinstance(error, MeshError) else plain(error)
         if isinstance(error, aiohttp.ClientSSLError):
             said += " (`mesh check --cluster` shows the certificates; are both nodes' clocks right?)"
@@ -321,8 +348,8 @@ class RelayProvider:
         old, self._snapshot = self._snapshot, snapshot
         self._on_content(snapshot.content)
         if self._publish is not None and inventory != self._published:
-            self._published = inventory
             self._publish(inventory)
+            self._published = inventory  # where that fails, the link is made anew
         if old is None or old.content.verdicts != snapshot.content.verdicts:
             self._on_verdicts(view_of(snapshot.content.verdicts))
 
@@ -332,5 +359,4 @@ def view_of(verdicts: dict[str, wire.HealthReport]) -> HealthView:
     return HealthView(
         {key: wire.health_of(verdict) for key, verdict in verdicts.items()},
         {key: verdict.reason for key, verdict in verdicts.items() if verdict.reason},
-        {key: verdict.address for key, verdict in verdicts.items() if verdict.address},
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,11 @@ from mesh.cluster import wire
 from mesh.cluster.ask import NODE, PATH, Answer, Query
 from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
 from mesh.cluster.heartbeat import Heartbeats
+from mesh.cluster.reports import Texts
 from mesh.cluster.translate import Outgoing
 from mesh.errors import MeshError, plain
-from mesh.model import EngineKind, Inventory, backend_of_key
+from mesh.listener import Listener, RefusedError, http_protocol
+from mesh.model import PORT_MARK, EngineKind, Inventory, backend_of_key
 from mesh.providers.base import EarlierBuildError
 
 EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
@@ -31,6 +32,9 @@ QUEUE: Final = 64  # frames a slow subscriber may be behind before it gets a sna
 LARGE: Final = 1 << 16  # bytes; larger frames go to LARGE_AT_ONCE nodes at a time, so that pings are answered meanwhile
 LARGE_AT_ONCE: Final = 4
 ASKED_AT_ONCE: Final = 8  # questions of other nodes that are answered at a time
+LARGE_SHARE: Final = 4.0  # so many times as long as a large message took to take, until the next of that node is read
+SILENT: Final = 10.0  # seconds after which a connection that asks nothing is closed
+EARLY: Final = 10_000  # backends at most of a report that is kept until they are known
 _ROTATION_CHECK: Final = 5.0
 CLOSED: Final = (1000, 1001, 1002)  # the peer, or we, said why (RFC 6455, 7.4.1)
 
@@ -53,6 +57,7 @@ class _Peer:
     silent: bool = False
     digests: dict[str, str] = field(default_factory=dict)  # as it last told
     early: wire.Report | None = None  # its last report, if that speaks of backends that are not known here yet
+    ended: bool = False  # by us: it is no member any more
 
 
 def _ignore_report(node: str, report: wire.Report) -> None:
@@ -81,7 +86,8 @@ class Questions:
 
 
 class RelayServer:
-    """Serves agents of the same swarm.
+    """Serves agents of the same swarm: of the nodes in the inventory, once that is known. Until then nobody is told or
+    believed anything, so that the certificate of a node that was removed is of no use at any time.
 
     Args:
         credentials: this node's.
@@ -115,6 +121,10 @@ class RelayServer:
         self._asked = asyncio.Semaphore(ASKED_AT_ONCE)
         self._peers: set[_Peer] = set()
         self._owners: dict[str, str] = {}  # backend -> node
+        self._own: dict[str, set[str]] = {}  # node -> its backends
+        self._members: frozenset[str] | None = None  # nodes of the swarm; None: not known yet
+        self._blocked: frozenset[str] = frozenset()  # nodes whose certificates the swarm has revoked
+        self._listener: Listener | None = None
         self._outgoing = Outgoing()
         self._known: object = None  # the backends that are in `_owners`
         self._snapshot = wire.Snapshot(0, wire.Content())
@@ -122,6 +132,7 @@ class RelayServer:
         self._last: tuple[Inventory, dict[str, wire.HealthReport]] | None = None  # as was told last
         self._drains: Mapping[str, wire.Drain] = {}
         self._followers: Mapping[str, wire.Follower] = {}
+        self._keys: Mapping[str, wire.Key] = {}
         self._pause: asyncio.TimerHandle | None = None  # until something may be told again
         self._encoded: tuple[wire.Snapshot, bytes] | None = None
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
@@ -129,6 +140,7 @@ class RelayServer:
         self._tells = True
         self._closing: set[asyncio.Task[bool]] = set()
         self._silent: set[str] = set()
+        self._texts = Texts()  # one for all nodes, which mostly agree
         self.engines: dict[str, EngineKind] = {}  # by node, of all that ever called
         self.refused: Counter[str] = Counter()
 
@@ -150,15 +162,40 @@ class RelayServer:
         closing.add_done_callback(self._closing.discard)
 
     def know(self, inventory: Inventory) -> None:
-        """Learn whose backends are whose, which says who may report what."""
+        """Learn who may call, and whose backends are whose, which says who may report what."""
+        self._know_members(frozenset(node.id for node in inventory.nodes), self._blocked)
         if inventory.backends is self._known:
             return
         self._known = inventory.backends
         before, self._owners = self._owners, {backend.id: backend.node for backend in inventory.backends}
+        self._own = {}
+        for backend, node in self._owners.items():
+            self._own.setdefault(node, set()).add(backend)
         new = self._owners.keys() - before.keys()
         for peer in self._peers:
             if peer.early is not None and not new.isdisjoint(map(backend_of_key, peer.early.verdicts)):
                 self._report(peer, peer.early)
+
+    def block(self, nodes: frozenset[str]) -> None:
+        """Let nobody in whose certificate the swarm has revoked, by node."""
+        self._know_members(self._members, nodes)
+
+    def _know_members(self, members: frozenset[str] | None, blocked: frozenset[str]) -> None:
+        """Take who may call, and end the connections of others."""
+        if (members, blocked) == (self._members, self._blocked):
+            return
+        self._members, self._blocked = members, blocked
+        for peer in self._peers:
+            if self._stranger(peer.identity):
+                peer.ended = True
+                log.warning("a node has left the swarm; its connection ends", node=peer.identity.node)
+        if self._listener is not None:
+            self._listener.end(lambda node: node in blocked or (members is not None and node not in members))
+
+    def _stranger(self, identity: Identity) -> bool:
+        """Whether a node is known not to belong to the swarm any more."""
+        node = identity.node
+        return node in self._blocked or (self._members is not None and node not in self._members)
 
     def publish(self, inventory: Inventory, verdicts: dict[str, wire.HealthReport]) -> None:
         """Hand a new state to all subscribers: at once, or with what comes meanwhile when they have time for it."""
@@ -174,6 +211,13 @@ class RelayServer:
         if self._pause is None:
             self._publish_next()
 
+    def share_keys(self, keys: Mapping[str, wire.Key]) -> None:
+        """Tell subscribers the swarm's keys, likewise."""
+        self._keys = keys
+        self._next = self._next or self._last
+        if self._pause is None:
+            self._publish_next()
+
     def _publish_next(self) -> None:
         self._pause = None
         if self._next is None:
@@ -181,7 +225,9 @@ class RelayServer:
         (inventory, verdicts), self._last, self._next = self._next, self._next, None
         old = self._snapshot
         content = self._outgoing.content(inventory, verdicts)
-        content = msgspec.structs.replace(content, drains=dict(self._drains), followers=dict(self._followers))
+        content = msgspec.structs.replace(
+            content, drains=dict(self._drains), followers=dict(self._followers), keys=dict(self._keys)
+        )
         new = wire.Snapshot(old.generation + 1, content)
         delta = wire.diff(old, new)
         if delta.empty:
@@ -218,31 +264,22 @@ class RelayServer:
             app.router.add_get("/v1/relay", self._handle)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
-        site: web.TCPSite | None = None
-        server = None
+        protocol = http_protocol(runner, keepalive=SILENT)
+        listener = Listener(protocol, self._whose, context=lambda: self._credentials.current().server)
         looking = asyncio.create_task(self._heartbeats.run())
         try:
+            said = Counter[str]()
             while True:
-                try:
-                    context = self._credentials.current().server
-                    if context is not server:
-                        if site is not None:
-                            await site.stop()
-                        # A process that takes over listens while its predecessor still does.
-                        site = web.TCPSite(runner, None, self.port, ssl_context=context, reuse_port=True)
-                        await site.start()
-                        self.port = int(runner.addresses[0][1])
-                        server = context
-                        log.info("relay listens", port=self.port)
-                    self.problem = ""
-                except (CredentialsError, OSError) as error:
-                    said = str(error) if isinstance(error, CredentialsError) else plain(error)
-                    if said != self.problem:
-                        self.problem = said
-                        log.error("relay cannot listen", error=said, port=self.port)
+                self._listen(listener)
                 await asyncio.sleep(_ROTATION_CHECK)
+                now = Counter({reason: count for reason, count in listener.refused.items() if reason != "handshake"})
+                if more := now - said:
+                    log.warning("connections to the relay were refused", port=self.port, **more)
+                said = now
         finally:
             looking.cancel()
+            listener.stop()
+            self._listener = None
             if self._pause is not None:
                 self._pause.cancel()
                 self._pause = None
@@ -251,6 +288,32 @@ class RelayServer:
                     leaving = [peer.socket.close(code=1001, message=b"it ends") for peer in self._peers]
                     await asyncio.gather(*leaving, return_exceptions=True)
             await runner.cleanup()
+
+    def _listen(self, listener: Listener) -> None:
+        """Listen once there are credentials; what comes in later gets those of that time."""
+        try:
+            self._credentials.current()
+            if self._listener is None:
+                # A process that takes over listens while its predecessor still does.
+                self.port = listener.start("", self.port, shared=True)
+                self._listener = listener
+                log.info("relay listens", port=self.port)
+            self.problem = ""
+        except (CredentialsError, OSError) as error:
+            said = str(error) if isinstance(error, CredentialsError) else plain(error)
+            if said != self.problem:
+                self.problem = said
+                log.error("relay cannot listen", error=said, port=self.port)
+
+    def _whose(self, transport: asyncio.Transport) -> str:
+        """The node whose certificate a new connection has; raises RefusedError for one that is not to be let in."""
+        try:
+            identity = peer_identity(transport.get_extra_info("peercert") or {})
+        except CredentialsError:
+            raise RefusedError("certificate") from None
+        if self._stranger(identity):
+            raise RefusedError("member")
+        return identity.node
 
     def _refuse(self, request: web.Request, reason: str, text: str) -> web.Response:
         self.refused[reason] += 1
@@ -269,6 +332,8 @@ class RelayServer:
             return self._refuse(request, "cluster", "another swarm's certificate")
         if identity.role not in {"swarm-manager", "swarm-worker"}:
             return self._refuse(request, "role", f"role {identity.role} has no place here")
+        if self._stranger(identity):
+            return self._refuse(request, "member", f"node {identity.node} is not in the swarm any more")
         return identity
 
     async def _about(self, request: web.Request) -> web.Response:
@@ -306,7 +371,9 @@ class RelayServer:
         identity = self._admit(request)
         if isinstance(identity, web.Response):
             return identity
-        socket = web.WebSocketResponse(autoping=False, max_msg_size=wire.MAX_MESSAGE, compress=False)
+        if self._members is None:
+            return web.Response(status=503, text="the swarm has not been read yet\n")
+        socket = web.WebSocketResponse(autoping=False, max_msg_size=wire.MAX_REPORT, compress=False)
         await socket.prepare(request)
         peer: _Peer | None = None
         sender: asyncio.Task[None] | None = None
@@ -368,7 +435,10 @@ class RelayServer:
             async for message in socket:
                 pulse.heard()
                 if message.type is WSMsgType.BINARY:
+                    begun = loop.time()
                     self._take(peer, wire.decode(message.data))
+                    if len(message.data) >= LARGE:  # one node's words leave time for the others'
+                        await asyncio.sleep(LARGE_SHARE * (loop.time() - begun))
                 elif message.type is WSMsgType.PING:
                     await socket.pong(message.data)
                 elif message.type is WSMsgType.ERROR:  # the connection broke
@@ -380,6 +450,8 @@ class RelayServer:
 
     def _take(self, peer: _Peer, message: wire.Message) -> None:
         if isinstance(message, wire.Report):
+            if len(message.digests) + len(peer.digests) * message.changes > wire.MAX_DIGESTS:
+                raise wire.WireError(f"a report of more than {wire.MAX_DIGESTS} tables", where="relay")
             self._report(peer, message)
         elif not isinstance(message, wire.Subscribe):
             raise wire.WireError(f"{type(message).__name__} is not for managers", where="relay")
@@ -392,28 +464,36 @@ class RelayServer:
     def _report(self, peer: _Peer, report: wire.Report) -> None:
         """Take a node's word for its own backends only; for those that another manager knew first, once they are known
         here."""
-        node, owners = peer.identity.node, {key: self._owners.get(backend_of_key(key)) for key in report.verdicts}
-        own = {key: value for key, value in report.verdicts.items() if owners[key] == node}
-        foreign = sum(1 for owner in owners.values() if owner not in (None, node))
-        if foreign:
+        node, mine, reported = peer.identity.node, self._own.get(peer.identity.node, set()), report.verdicts.keys()
+        own = {key: report.verdicts[key] for key in mine & reported}
+        others = reported - own.keys() if len(own) < len(reported) else set()
+        unknown = others - self._owners.keys()
+        marked = (key for key in unknown if PORT_MARK in key)
+        ports = {key: owner for key in marked if (owner := self._owners.get(backend_of_key(key)))}
+        own |= {key: report.verdicts[key] for key, owner in ports.items() if owner == node}
+        unknown -= ports.keys()
+        if foreign := len(reported) - len(own) - len(unknown):
             self.refused["foreign_verdict"] += foreign
             log.warning("a node reported backends that are not its own", node=node, count=foreign)
-        peer.early = report if None in owners.values() else None
+        peer.early = report if 0 < len(unknown) <= EARLY else None
         if not report.changes:
             peer.digests = {}
         for frontend, digest in report.digests.items():
             if digest:
-                peer.digests[sys.intern(frontend)] = sys.intern(digest)  # one text for all nodes, which mostly agree
+                peer.digests[self._texts.one(frontend)] = self._texts.one(digest)
             else:
                 peer.digests.pop(frontend, None)
         reads = report.reads and peer.identity.is_manager
-        whole = msgspec.structs.replace(report, verdicts=own, digests=peer.digests, changes=False, reads=reads)
-        self._on_report(peer.identity.node, whole)
+        keys = report.keys if peer.identity.is_manager else {}
+        whole = msgspec.structs.replace(
+            report, verdicts=own, digests=peer.digests, changes=False, reads=reads, keys=keys
+        )
+        self._on_report(node, whole)
 
     def _leave(self, peer: _Peer) -> None:
         self._peers.discard(peer)
         node = peer.identity.node
-        silent = peer.silent or peer.socket.close_code not in CLOSED
+        silent = not peer.ended and (peer.silent or peer.socket.close_code not in CLOSED)
         log.info("node disconnected", node=node, silent=silent)
         if silent and all(other.identity.node != node for other in self._peers):
             self._silent.add(node)

@@ -15,6 +15,7 @@ from mesh.netaddr import usable
 
 GATHER: Final = 0.005  # seconds for which changes are gathered
 LINGER: Final = 10.0  # seconds for which a dead backend is reported that its node's inventory does not name any more
+AGAIN: Final = 1.0  # seconds until work that failed is tried again
 SHARE: Final = 3.0  # and so many times as long as the work took: at most a quarter of the time goes into it
 
 
@@ -35,8 +36,31 @@ class Soon:
     def _do(self) -> None:
         self._pending = None
         started = time.monotonic()
-        self._work()
+        try:
+            self._work()
+        except Exception:  # the loop takes it down
+            self._pending = asyncio.get_running_loop().call_later(AGAIN, self._do)
+            raise
         self._took = time.monotonic() - started
+
+
+class Texts:
+    """One object for equal texts, of which there are few. It forgets them all once there were many: sys.intern forgets
+    none in some versions of Python, and what is reported is up to the other nodes."""
+
+    MOST: Final = 8192
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def one(self, text: str) -> str:
+        """The first object that was given for this text."""
+        if len(self._known) >= self.MOST:
+            self._known.clear()
+        return self._known.setdefault(text, text)
 
 
 class Deaths:

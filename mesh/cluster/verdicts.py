@@ -11,6 +11,7 @@ from mesh.cluster.readiness import ReadinessGate
 from mesh.cluster.relay_client import view_of
 from mesh.cluster.reports import Deaths, Reports
 from mesh.model import Health, HealthView, Inventory, backend_of_key
+from mesh.supervisor import Told
 
 OnHealth = Callable[[HealthView], None]
 
@@ -21,7 +22,7 @@ class Verdicts:
     Args:
         inventory: as this node knows it now; None before the first.
         ended: why backends of this node do not serve although other nodes take them for ready, by backend.
-        addresses: where this node reaches its own backends.
+        addresses: where backends are reached on their own nodes, as these tell.
         hears: whether a node's agent reports to this one; the readiness gate does not wait for others.
         on_health: takes all verdicts whenever they have changed; called on the event loop by `merge`.
         on_due: `merge` is due, as reports or the readiness gate have changed; called on the event loop.
@@ -48,7 +49,7 @@ class Verdicts:
         self._deaths = Deaths()
         self._told = HealthView()  # by managers, to a node that is told
         self._own = HealthView()
-        self._health = HealthView()
+        self._health = Told(HealthView())
 
     def probed(self, view: HealthView) -> None:
         """Take what this node's probes say."""
@@ -79,12 +80,9 @@ class Verdicts:
         return self._readiness.apply(said)
 
     def own(self) -> dict[str, wire.HealthReport]:
-        """This node's word for its own backends, UNKNOWN for those of which it tells the address only; one that the
-        others cannot see to have ended is DOWN to them."""
-        addresses, unknown = self._addresses(), wire.HEALTH_WORDS[Health.UNKNOWN]
-        found = {key: wire.HealthReport(unknown, "", address) for key, address in addresses.items()}
-        found |= {
-            key: wire.HealthReport(wire.HEALTH_WORDS[health], self._own.reasons.get(key, ""), addresses.get(key, ""))
+        """This node's word for its own backends; one that the others cannot see to have ended is DOWN to them."""
+        found = {
+            key: wire.health_report(health, self._own.reasons.get(key, ""))
             for key, health in self._own.verdicts.items()
             if health is not Health.UNKNOWN
         }
@@ -112,11 +110,9 @@ class Verdicts:
         view = HealthView(
             {**rest, **own},
             {**{k: r for k, r in others.reasons.items() if k in rest and k not in own}, **self._own.reasons},
-            others.addresses,
+            self._addresses(),
         )
-        if view != self._health:
-            self._health = view
-            self._on_health(view)
+        self._health.tell(view, self._on_health)
         self._let_in_later(self._readiness.due if reads else None)
         return verdicts
 

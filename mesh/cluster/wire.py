@@ -14,14 +14,16 @@ import msgspec
 
 from mesh import model
 from mesh.errors import MeshError
-from mesh.model import Backend, EngineKind, Node, Problem, PublishedPort, Service
+from mesh.model import Backend, EngineKind, Node, Problem, ProofLevel, PublishedPort, Service
 from mesh.options import from_compact, to_compact
 
 VERSION: Final = 2
 OLDEST: Final = 1
 CHANGES: Final = 2  # the version from which a report may tell of digests only what has changed
 SOURCE: Final = "relay"  # `source` of an inventory received over the relay
-MAX_MESSAGE: Final = 32 << 20  # bytes; a snapshot of 10,000 backends has about 2 MB
+MAX_MESSAGE: Final = 32 << 20  # bytes, from a manager; a snapshot of 10,000 backends has about 2 MB
+MAX_REPORT: Final = 2 << 20  # bytes, to a manager; a report with the digests of 10,000 frontends has about 0.3 MB
+MAX_DIGESTS: Final = 1 << 16  # frontends of a report
 
 
 class WireError(MeshError):
@@ -61,6 +63,7 @@ class WireNode(msgspec.Struct, frozen=True, omit_defaults=True):
     up: bool = True
     weight: int = 1
     engine: str = ""
+    proof: int = 0  # a value of model.ProofLevel
 
 
 class WireProblem(msgspec.Struct, array_like=True, frozen=True):
@@ -79,22 +82,30 @@ class Drain(msgspec.Struct, array_like=True, frozen=True):
     drained: bool
 
 
+class Key(msgspec.Struct, array_like=True, frozen=True):
+    """A key of the swarm (mesh.cluster.keys)."""
+
+    made: int  # Unix milliseconds
+    secret: bytes
+    active: bool = False  # all agents held it once: nodes prove by it
+
+
 class Follower(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How an agent follows the drains: the digest of those in force there, and connections left by drained thing."""
+    """How an agent follows the drains: the digest of those in force there, and connections left by drained thing.
+
+    `addresses` are those of its node's backends there, to be shown to people; a build before tells none.
+    """
 
     digest: str = ""
     held: dict[str, int] = {}
+    addresses: dict[str, str] = {}
 
 
 class HealthReport(msgspec.Struct, array_like=True, frozen=True):
-    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS.
-
-    `address` is where its node reaches it, to be shown to people; empty from a build that does not tell.
-    """
+    """A backend's health as its own node sees it; of a manager also PENDING. `health` is a word of HEALTH_WORDS."""
 
     health: str
     reason: str = ""
-    address: str = ""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -116,6 +127,7 @@ class Content(msgspec.Struct, frozen=True):
     problems: dict[str, WireProblem] = {}
     drains: dict[str, Drain] = {}  # by "backend:ID" or "node:ID"
     followers: dict[str, Follower] = {}  # by node
+    keys: dict[str, Key] = {}  # by name
 
 
 KINDS: Final = Content.__struct_fields__
@@ -142,6 +154,7 @@ class Delta(msgspec.Struct, tag="delta", frozen=True, omit_defaults=True):
     drop_problems: tuple[str, ...] = ()
     drop_drains: tuple[str, ...] = ()
     drop_followers: tuple[str, ...] = ()
+    drop_keys: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -161,6 +174,10 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     drains: dict[str, Drain] | None = None  # all it knows, or {} as before; None: a build without
     follower: Follower = Follower()
     address: str = ""  # where other nodes reach the node, by its own setting; empty: as Swarm says
+    proof: int = 0  # how far it proves: a value of model.ProofLevel; 0: a build without
+    holds: tuple[str, ...] = ()  # names of the keys that its engine has, first the one that it proves by
+    keys: dict[str, Key] = {}  # a manager's, for other managers
+    clock: float = 0.0  # Unix seconds there, when this was sent; 0: not told
 
 
 class Subscribe(msgspec.Struct, tag="subscribe", frozen=True):
@@ -232,7 +249,7 @@ def backend_of(backend: Backend) -> WireBackend:
 
 
 def node_of(node: Node) -> WireNode:
-    return WireNode(node.id, node.name, str(node.address or ""), node.up, node.weight, node.engine)
+    return WireNode(node.id, node.name, str(node.address or ""), node.up, node.weight, node.engine, int(node.proof))
 
 
 def to_service(wire: WireService) -> Service:
@@ -252,7 +269,8 @@ def to_backend(wire: WireBackend) -> Backend:
 
 def to_node(wire: WireNode) -> Node:
     address = ipaddress.ip_address(wire.address) if wire.address else None
-    return Node(wire.id, wire.name, address, wire.up, wire.weight, EngineKind.told(wire.engine))
+    proof = ProofLevel.told(wire.proof)
+    return Node(wire.id, wire.name, address, wire.up, wire.weight, EngineKind.told(wire.engine), proof)
 
 
 def problem_of(problem: Problem) -> WireProblem:

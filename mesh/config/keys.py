@@ -66,6 +66,11 @@ class Config:
         30.0, "seconds between full reads of the swarm while its changes are announced"
     )
     http_listen: str = _key("127.0.0.1:9550", "address of metrics, health and state (HTTP); empty: off")
+    http_hosts: str = _key(
+        "",
+        "names and addresses by which HTTP may be called besides localhost, the host's name and its addresses, comma "
+        "separated",
+    )
     intercept: str = _key(
         "auto",
         "proxy engine: how it gets connections; auto: nft on a Docker host, else bind",
@@ -87,6 +92,12 @@ class Config:
     error_rate: int = _key(
         1000, "kernel engine: rate limit for generated ICMP errors, per CPU and second; 0: unlimited", most=65535
     )
+    peer_proof: str = _key(
+        "auto",
+        "what nodes hand over without a proof; auto: accepted from nodes whose build gives none; require: refused",
+        choices=("auto", "require"),
+    )
+    key_period: float = _key(86400.0, "seconds after which a manager makes a new key of the swarm")
     bpf_fs: str = _key("/sys/fs/bpf", "kernel engine: bpf file system for its pins; mounted if it is not")
     cgroup: str = _key("", "kernel engine: root of cgroup2, for the socket hooks; empty: where it is mounted")
     flow_cache: int = _key(
@@ -121,6 +132,12 @@ class Config:
     guard_hold: float = _key(5.0, "seconds for which such a removal is held back", live=True)
     transition_calm: float = _key(
         8100.0, "seconds without a flow of another owner after which a slot leaves its transition; 0: never", live=True
+    )
+    on_stop: str = _key(
+        "open",
+        "what becomes of mesh.allow and mesh.deny while no agent runs; closed: an nftables table keeps them in force; "
+        "open: Docker lets everybody in once it has the ports",
+        choices=("open", "closed"),
     )
     orphan_timeout: float = _key(
         900.0,

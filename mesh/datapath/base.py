@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from mesh._maglev import SlotTable
 from mesh.datapath.counters import Counters, Failure
+from mesh.datapath.proof import Proof
 from mesh.model import Address, EngineKind, Flow, Frontend, FrontendState, Path, Target
 
 
@@ -49,20 +50,28 @@ def key_of(state: FrontendState, target: Target) -> BackendKey:
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """A backend as an engine holds it. `id` is this node's own number for it (mesh_slot.current), never sent out."""
+    """A backend as an engine holds it. `id` is this node's own number for it (mesh_slot.current), never sent out.
+
+    `doubtful`: it may hold something else, or a part; the next plan puts it anew.
+    """
 
     id: int
     key: BackendKey
     target: Target
+    doubtful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class FrontendEntry:
-    """A frontend as an engine holds it: its state, the table, and the ids that its table or its flows may name."""
+    """A frontend as an engine holds it: its state, the table, and the ids that its table or its flows may name.
+
+    `doubtful`: its rules, its options or the weights in its table may be others; the next plan puts it anew.
+    """
 
     state: FrontendState
     table: SlotTable
     backends: tuple[int, ...]
+    doubtful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +168,8 @@ class Datapath(Protocol):
         """Carry out a plan, make before break. Idempotent: after an error the same plan may be applied again.
 
         Returns what is held now: `plan.result`, or less where single frontends cannot be served (a port that another
-        process has); `problems()` then gives the reason.
+        process has), or the same with `doubtful` ones (no room for their rules); `problems()` then gives the reason. A
+        frontend whose rules are not in force lets nobody in.
 
         Raises:
             DatapathError: the plan was carried out in part or not at all; what was applied before stays in service.
@@ -196,6 +206,13 @@ class Datapath(Protocol):
         They must stay in transition. Empty for an engine whose connections remember their backend themselves.
         """
 
+    def prove(self, proof: Proof) -> None:
+        """Prove to other nodes by these keys from now on, and demand as much of them.
+
+        The default does nothing, for an engine that hands over nothing.
+        """
+        return
+
     def heartbeat(self) -> bool:
         """Say that somebody keeps the tables: what has not heard this for orphan_timeout hands the ports back.
 
@@ -206,6 +223,14 @@ class Datapath(Protocol):
             False: the tables are orphaned, and stay so until `rejoin`.
         """
         return True
+
+    def hung(self) -> Sequence[str]:
+        """Threads that forward and have stood still for some seconds, one sentence each; since the call before.
+
+        Called every second after `heartbeat`, on the event loop; must not block. Empty for an engine without any,
+        which is the default.
+        """
+        return ()
 
     def rejoin(self) -> Applied:
         """Keep orphaned tables again, without a flow that whoever has the ports meanwhile has got being cut.
@@ -226,6 +251,15 @@ class Datapath(Protocol):
         """Another process has the sockets of `listeners` now: close ours without touching what waits in them.
 
         The default does nothing, for an engine without any.
+        """
+
+    def leave(self, *, release: bool) -> None:
+        """Answer no more trials of other nodes' paths to this one, and serve on: flows that they start go elsewhere.
+
+        The default does nothing, for an engine that nobody tries.
+
+        Args:
+            release: `close` will be called so. What else would outlive this process goes on answering.
         """
 
     def drain(self, seconds: float) -> int:

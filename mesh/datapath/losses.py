@@ -16,6 +16,7 @@ import structlog
 
 from mesh.datapath.netlink import Monitor
 from mesh.errors import MeshError
+from mesh.supervisor import FAULTS
 
 LOOK: Final = 1.0  # seconds between two looks at what the kernel announces no change of
 QUIET: Final = 0.05  # least seconds between two looks, however often it announces one
@@ -105,6 +106,7 @@ class Watch:
             try:
                 self._look()
             except Exception as error:  # the next look tries again
+                FAULTS.failed(f"thread {self._thread.name}", error)
                 log.warning("cannot look after what is ours in the kernel; retrying", error=str(error))
                 self._closed.wait(LOOK)
             self._closed.wait(max(QUIET - (time.monotonic() - started), 0.0))

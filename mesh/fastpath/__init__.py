@@ -6,6 +6,7 @@
 
 - sys (kernel and C library), types (all structs)
 - address, failure (errno to Failure), pool (memory), epoll, sockopts, counts
+- proof (of the swarm's key)
 - choose (which backend), peer_acl (who may hand flows over), proto (PROXY protocol and peer protocol), tables
 - conns, sessions (where connections and UDP sessions are kept)
 - stream (moves bytes), tcp (life of a connection), accept (its beginning), udp (sessions and datagrams)

@@ -4,13 +4,15 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t
 
-from mesh.fastpath.address cimport from_sockaddr, named_owner
+from mesh.fastpath.address cimport from_sockaddr, is_own_call, named_owner
 from mesh.fastpath.choose cimport hash_of, permitted
 from mesh.fastpath.conns cimport conn_new, list_append, list_remove
 from mesh.fastpath.epoll cimport watch
 from mesh.fastpath.failure cimport cause_of
-from mesh.fastpath.peer_acl cimport is_peer_node, local_backend
-from mesh.fastpath.proto cimport PEER_NO, PEER_READ_MAX, is_peer_probe, peer_parse, peer_request
+from mesh.fastpath.peer_acl cimport find_peer_node, local_backend
+from mesh.fastpath.proof cimport proof_admits
+from mesh.fastpath.proto cimport (
+    PEER_ANNOUNCE, PEER_NO, PEER_READ_MAX, is_peer_probe, peer_check, peer_parse, peer_request)
 from mesh.fastpath.sockopts cimport set_reset
 from mesh.fastpath.stream cimport buffer_append, side_send
 from mesh.fastpath.sys cimport (
@@ -21,7 +23,7 @@ from mesh.fastpath.tcp cimport (
 from mesh.fastpath.types cimport (
     ACCEPT_CALM, ACCEPT_MAX, BROKEN, BULK, DEAD, ENDED, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_OTHER,
     LIST_CONNECTING, OPEN, READABLE, SCRATCH, SENT, STAGE_HEADER, STAGE_NONE, TRIES_MAX, WRITABLE, backend, engine,
-    frontend, route)
+    frontend, peer_acl, peer_backend, peer_node, route)
 
 
 cdef ssize_t read_early(worker *w, conn *c) noexcept nogil:
@@ -90,7 +92,7 @@ cdef void start(worker *w, conn *c, route *way) noexcept nogil:
 
 cdef void peer_accepted(worker *w, conn *c) noexcept nogil:
     """A connection to the peer port: admit nodes only, then wait for the header."""
-    if not is_peer_node(w.engine, &c.flow.source):
+    if find_peer_node(w.engine, &c.flow.source) is NULL:
         fp_count(&w.totals.peer_foreign, 1)
         conn_end(w, c, True)
         return
@@ -103,6 +105,15 @@ cdef void peer_accepted(worker *w, conn *c) noexcept nogil:
         conn_end(w, c, True)
         return
     peer_read(w, c)
+
+
+cdef bint is_proven(worker *w, conn *c, const peer_request *order) noexcept nogil:
+    """Whether a header comes from the node whose address it comes from, as far as that node has to prove it."""
+    cdef peer_acl *acl = <peer_acl *>fp_load(&w.engine.peer_acl)
+    cdef peer_node *node = find_peer_node(w.engine, &c.flow.source)
+    if is_peer_probe(order.tag) and not order.proven:
+        return node is not NULL
+    return node is not NULL and proof_admits(acl, node, peer_check(acl, order))
 
 
 cdef void peer_read(worker *w, conn *c) noexcept nogil:
@@ -119,22 +130,35 @@ cdef void peer_read(worker *w, conn *c) noexcept nogil:
         fp_count(&w.totals.peer_malformed, 1)
         conn_end(w, c, True)
         return
+    if not is_proven(w, c, &order):
+        fp_count(&w.totals.peer_unproven, 1)
+        conn_end(w, c, True)
+        return
     c.stage = STAGE_NONE
     c.flow = order.flow
-    c.announce = order.announce
+    c.announce = order.flags & PEER_ANNOUNCE
     c.client.flags |= READABLE  # the client's bytes may be there already
     list_remove(w, c)
     peer_begin(w, c, order.tag)
 
 
 cdef void peer_begin(worker *w, conn *c, const uint8_t *tag) noexcept nogil:
-    """Connect to the backend that the other node names."""
-    cdef backend *b = local_backend(w.engine, tag, 6)
+    """Connect to the backend that the other node names, if the source rules admit the client there."""
+    cdef peer_backend *named = local_backend(w.engine, tag, 6)
+    cdef backend *b = <backend *>fp_load(&w.engine.backends[named.backend]) if named is not NULL else NULL
     cdef int error
     if b is NULL:
         if not is_peer_probe(tag):
             fp_count(&w.totals.peer_unknown, 1)
+        elif w.engine.leaving:
+            conn_end(w, c, True)
+            return
         answer_peer(c, PEER_NO + FAIL_NO_BACKEND)
+        conn_end(w, c, False)
+        return
+    if not is_own_call(&c.flow.source) and not permitted(&named.rules, &c.flow.source):
+        fp_count(&w.totals.peer_denied, 1)
+        answer_peer(c, PEER_NO + FAIL_DENIED)
         conn_end(w, c, False)
         return
     fp_count(&w.totals.peer_connections, 1)
@@ -178,7 +202,7 @@ cdef void accepted(worker *w, listener *l, int fd, const sockaddr_in6 *name) noe
         c.named = named_owner(&c.flow.source, &c.flow.destination)
         if c.named:  # source rules do not apply to this node's own processes
             c.flow.destination = c.flow.source
-    if way is NULL or (c.named == 0 and not permitted(way, &c.flow.source)):
+    if way is NULL or (c.named == 0 and not permitted(&way.rules, &c.flow.source)):
         count_failure(w, c, FAIL_NO_BACKEND if way is NULL else FAIL_DENIED)
         conn_end(w, c, True)
         return

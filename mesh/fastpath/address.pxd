@@ -10,3 +10,4 @@ cdef void map_v4(mesh_addr *address, const void *four) noexcept nogil
 cdef bint is_v4(const mesh_addr *address) noexcept nogil
 cdef void from_sockaddr(const sockaddr_in6 *name, mesh_addr *address, uint16_t *port) noexcept nogil
 cdef uint32_t named_owner(const mesh_addr *source, const mesh_addr *called) noexcept nogil
+cdef bint is_own_call(const mesh_addr *client) noexcept nogil

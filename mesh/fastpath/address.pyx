@@ -8,9 +8,6 @@ from libc.string cimport memcmp, memcpy, memset
 from mesh._maglev cimport MESH_NAMED, MESH_NAMED_MASK
 from mesh.fastpath.sys cimport AF_INET, sockaddr_in
 
-cdef enum:
-    LOOPBACK = 127  # first byte
-
 
 cdef void map_v4(mesh_addr *address, const void *four) noexcept nogil:
     memset(address.bytes, 0, 10)
@@ -41,6 +38,11 @@ cdef uint32_t named_owner(const mesh_addr *source, const mesh_addr *called) noex
     """The owner that a call names by its address (MESH_NAMED in abi.h): one of a process of this node. 0: none."""
     cdef const uint8_t *four = &called.bytes[12]
     cdef uint32_t address = <uint32_t>four[0] << 24 | <uint32_t>four[1] << 16 | <uint32_t>four[2] << 8 | four[3]
-    if address & MESH_NAMED_MASK != MESH_NAMED or source.bytes[12] != LOOPBACK:
+    if address & MESH_NAMED_MASK != MESH_NAMED or source.bytes[12] != 127:  # of loopback
         return 0
     return address & ~MESH_NAMED_MASK if is_v4(called) and is_v4(source) else 0
+
+
+cdef bint is_own_call(const mesh_addr *client) noexcept nogil:
+    """Whether a flow's client is a process of the node that hands it over, to which source rules do not apply."""
+    return is_v4(client) and client.bytes[12] == 127  # of loopback

@@ -5,6 +5,7 @@
 from libc.string cimport memcmp
 
 from mesh._maglev cimport mesh_hash_again, mesh_hash_client, mesh_hash_flow, mesh_slot_of
+from mesh.fastpath.address cimport is_v4
 from mesh.fastpath.sys cimport fp_load
 from mesh.fastpath.types cimport prefix
 
@@ -17,18 +18,31 @@ cdef bint within(const prefix *net, const mesh_addr *address) noexcept nogil:
     return rest == 0 or ((net.address.bytes[whole] ^ address.bytes[whole]) >> (8 - rest)) == 0
 
 
-cdef bint permitted(const route *way, const mesh_addr *client) noexcept nogil:
+cdef bint is_after(const prefix *net, bint four, const mesh_addr *client) noexcept nogil:
+    """Whether a prefix comes after a client's address in the order of the lists."""
+    return four if net.four != four else memcmp(net.address.bytes, client.bytes, 16) > 0
+
+
+cdef bint among(const prefix *nets, uint32_t count, const mesh_addr *client) noexcept nogil:
+    """Whether a client is in one of these prefixes: in the last that does not come after it, or in none."""
+    cdef bint four = is_v4(client)
+    cdef uint32_t low = 0
+    cdef uint32_t high = count
+    cdef uint32_t middle
+    while low < high:
+        middle = (low + high) >> 1
+        if is_after(&nets[middle], four, client):
+            high = middle
+        else:
+            low = middle + 1
+    return low != 0 and nets[low - 1].four == four and within(&nets[low - 1], client)
+
+
+cdef bint permitted(const rules *lists, const mesh_addr *client) noexcept nogil:
     """Whether the lists admit a client. Deny wins over allow; an empty allow list admits every client."""
-    cdef uint32_t i
-    for i in range(way.denies):
-        if within(&way.deny[i], client):
-            return False
-    if way.allows == 0:
-        return True
-    for i in range(way.allows):
-        if within(&way.allow[i], client):
-            return True
-    return False
+    if lists.denies and among(lists.deny, lists.denies, client):
+        return False
+    return lists.allows == 0 or among(lists.allow, lists.allows, client)
 
 
 cdef uint32_t hash_of(const route *way, const mesh_flow *flow) noexcept nogil:

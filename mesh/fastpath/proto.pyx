@@ -9,16 +9,22 @@ for private use) names the backend: TAG_SIZE bytes, then a byte of flags. The an
 plus the Failure. The client's bytes follow only after PEER_YES, so that the sender can still try another backend.
 
 For datagrams: each has a head of PEER_UDP_HEAD bytes. A session has its own source port, and the backend's answers come
-back to that port without a head.
+back to that port.
+
+With the swarm's key (proof.pyx): a connection's header has a second TLV, 0xE1, with the proof. To a node that has the
+key, a datagram's head begins with MUD2 instead of MUD1 and is followed by the proof, and the answers begin with MUD3 and
+a proof, for the flow of the head.
 
 A tag of zeros, which no backend has, is a probe (the agent tests the path to a node). A connection is answered by
 PEER_NO + FAIL_NO_BACKEND. A datagram is answered by its first PEER_UDP_HEAD bytes, marked so that no answer is taken
-for a probe.
+for a probe. A probe without a proof is answered whoever has to prove; one with a proof shows whether it is believed.
+An agent that is about to end answers neither (Engine.leave), so that others send nothing more.
 """
 
 from libc.string cimport memcmp, memcpy, memset
 
 from mesh.fastpath.address cimport is_v4, map_v4
+from mesh.fastpath.proof cimport PROOF_NONE, PROOF_TCP, proof_check, proof_time, proof_write
 from mesh.fastpath.types cimport CAUSES, FAIL_OTHER, PEER_UDP_HEAD
 
 
@@ -39,21 +45,53 @@ cdef uint32_t proxy_header(const mesh_flow *flow, uint8_t *out) noexcept nogil:
     return 20 + 2 * size
 
 
-cdef uint32_t peer_header(const mesh_flow *flow, const uint8_t *tag, bint tell, uint8_t *out) noexcept nogil:
-    """Write the header of a connection to `out` (room for PEER_HEADER_MAX bytes). Returns its length."""
+cdef void peer_body(const mesh_flow *flow, const uint8_t *tag, uint8_t flags, uint8_t *out) noexcept nogil:
+    """What the proof of a connection is for: PEER_BODY bytes."""
+    memcpy(out, tag, TAG_SIZE)
+    out[TAG_SIZE] = flags
+    memcpy(out + PEER_VALUE, flow.source.bytes, 16)
+    memcpy(out + PEER_VALUE + 16, flow.destination.bytes, 16)
+    memcpy(out + PEER_VALUE + 32, &flow.source_port, 2)
+    memcpy(out + PEER_VALUE + 34, &flow.destination_port, 2)
+
+
+cdef uint32_t peer_header(const mesh_flow *flow, const uint8_t *tag, bint tell, const peer_acl *acl,
+                          uint8_t *out) noexcept nogil:
+    """Write the header of a connection to `out` (room for PEER_HEADER_MAX bytes), with a proof if this node has a key.
+    Returns its length."""
     cdef uint32_t n = proxy_header(flow, out)
+    cdef uint8_t body[PEER_BODY]
     out[n] = PEER_TLV
     out[n + 1] = 0
     out[n + 2] = PEER_VALUE
     memcpy(out + n + 3, tag, TAG_SIZE)
     out[n + 3 + TAG_SIZE] = PEER_ANNOUNCE if tell else 0
     out[15] += 3 + PEER_VALUE
-    return n + 3 + PEER_VALUE
+    n += 3 + PEER_VALUE
+    peer_body(flow, tag, out[n - 1], body)
+    if not proof_write(acl, PROOF_TCP, body, PEER_BODY, proof_time(), out + n + 3):
+        return n
+    out[n] = PEER_PROOF_TLV
+    out[n + 1] = 0
+    out[n + 2] = PROOF_SIZE
+    out[15] += 3 + PROOF_SIZE
+    return n + 3 + PROOF_SIZE
+
+
+cdef int peer_check(const peer_acl *acl, const peer_request *order) noexcept nogil:
+    """The result of `proof_check` for a header that was read."""
+    cdef uint8_t body[PEER_BODY]
+    if not order.proven:
+        return PROOF_NONE
+    peer_body(&order.flow, order.tag, order.flags, body)
+    return proof_check(acl, PROOF_TCP, body, PEER_BODY, proof_time(), order.proof)
 
 
 cdef bint find_tag(const uint8_t *at, uint32_t length, peer_request *to) noexcept nogil:
-    """Find our TLV among the TLVs of a header."""
+    """Find our TLVs among the TLVs of a header. False: the first is not there, or a TLV is cut short."""
     cdef uint32_t size
+    cdef bint found = False
+    to.proven = 0
     while length >= 3:
         size = (<uint32_t>at[1] << 8) | at[2]
         if size > length - 3:
@@ -62,11 +100,14 @@ cdef bint find_tag(const uint8_t *at, uint32_t length, peer_request *to) noexcep
             if size < PEER_VALUE:
                 return False
             memcpy(to.tag, at + 3, TAG_SIZE)
-            to.announce = at[3 + TAG_SIZE] & PEER_ANNOUNCE
-            return True
+            to.flags = at[3 + TAG_SIZE]
+            found = True
+        elif at[0] == PEER_PROOF_TLV and size >= PROOF_SIZE:
+            memcpy(to.proof, at + 3, PROOF_SIZE)
+            to.proven = 1
         at += 3 + size
         length -= 3 + size
-    return False
+    return found
 
 
 cdef int32_t peer_parse(const uint8_t *data, uint32_t length, peer_request *to) noexcept nogil:
@@ -112,9 +153,15 @@ cdef void peer_datagram_head(const mesh_flow *flow, const uint8_t *tag, uint8_t 
 cdef bint peer_datagram_tag(const uint8_t *data, uint32_t length, uint8_t *tag) noexcept nogil:
     """Read the tag from the head of a datagram. False: it has no head."""
     if length < PEER_UDP_HEAD or memcmp(data, <const char *>b"MUD1", 4) != 0:
-        return False
-    memcpy(tag, data + 4, TAG_SIZE)
+        if length < PEER_UDP_HEAD + PROOF_SIZE or memcmp(data, <const char *>b"MUD2", 4) != 0:
+            return False
+    memcpy(tag, data + PEER_TAG, TAG_SIZE)
     return True
+
+
+cdef void peer_datagram_client(const uint8_t *head, mesh_addr *client) noexcept nogil:
+    """Read the client's address from the head of a datagram."""
+    memcpy(client.bytes, head + 16, 16)
 
 
 cdef bint is_peer_probe(const uint8_t *tag) noexcept nogil:

@@ -43,6 +43,15 @@ static inline uint64_t fp_now(void)
 	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
 }
 
+/* Unix seconds, to some milliseconds. */
+static inline uint64_t fp_wall(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_REALTIME_COARSE, &t);
+	return (uint64_t)t.tv_sec;
+}
+
 /* struct sched_attr of sched_setattr(2), which the C library may lack, under a name of our own. */
 struct fp_sched {
 	uint32_t size, policy;

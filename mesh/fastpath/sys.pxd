@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "mesh/fastpath/sys.h" nogil:
     uint64_t fp_now()
+    uint64_t fp_wall()
     void fp_longer_slice()
     void *fp_load(void *p)
     void fp_store(void *p, void *v)
@@ -23,7 +24,7 @@ cdef extern from "mesh/fastpath/sys.h" nogil:
     ctypedef uint32_t socklen_t
 
     int AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
-    int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_REUSEADDR, SO_OOBINLINE
+    int SOL_SOCKET, SO_ERROR, SO_MARK, SO_LINGER, SO_KEEPALIVE, SO_REUSEADDR, SO_OOBINLINE
     int IPPROTO_TCP, IPPROTO_UDP, IPPROTO_IP, IPPROTO_IPV6
     int TCP_NODELAY, TCP_QUICKACK, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
     int IP_PKTINFO, IPV6_PKTINFO, SHUT_WR

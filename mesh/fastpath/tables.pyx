@@ -9,7 +9,25 @@ from libc.string cimport memcmp, memcpy, memset
 from mesh._maglev cimport mesh_addr
 from mesh.fastpath.address cimport is_v4
 from mesh.fastpath.sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
-from mesh.fastpath.types cimport BACKENDS, TAG_SIZE
+from mesh.fastpath.types cimport BACKENDS, TAG_SIZE, prefix
+
+
+cdef void backend_aside(backend *b, const mesh_addr *called, uint16_t port) noexcept nogil:
+    """Make `b` lead to a port (network order) of this node as clients call it."""
+    cdef sockaddr_in four
+    memset(b, 0, sizeof(backend))
+    if is_v4(called):
+        memset(&four, 0, sizeof(four))
+        four.sin_family = AF_INET
+        four.sin_port = port
+        memcpy(&four.sin_addr, &called.bytes[12], 4)
+        memcpy(&b.address, &four, sizeof(four))
+        b.length = sizeof(four)
+    else:
+        b.address.sin6_family = AF_INET6
+        b.address.sin6_port = port
+        memcpy(&b.address.sin6_addr, called.bytes, 16)
+        b.length = sizeof(sockaddr_in6)
 
 
 cdef backend *backend_new(uint32_t owner, bytes address, uint16_t port, bytes tag) except NULL:
@@ -49,19 +67,23 @@ cdef bint is_same_backend(const backend *one, const backend *other) noexcept nog
             and one.remote == other.remote and memcmp(one.tag, other.tag, TAG_SIZE) == 0)
 
 
+cdef void rules_free(rules *lists) noexcept nogil:
+    free(lists.allow)
+    free(lists.deny)
+
+
 cdef void route_free(route *way) noexcept nogil:
     if way is NULL:
         return
     free(way.slots)
     free(way.targets)
     free(way.order)
-    free(way.allow)
-    free(way.deny)
+    rules_free(&way.rules)
     free(way)
 
 
 cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
-    """Networks as (16 bytes, prefix length of 128)."""
+    """Networks as (16 bytes, prefix length of 128), in the order of mesh.rules.merged."""
     cdef prefix *out
     cdef bytes address
     cdef uint32_t i
@@ -75,7 +97,15 @@ cdef prefix *prefixes_new(list nets, uint32_t *count) except? NULL:
         address, bits = nets[i]
         memcpy(out[i].address.bytes, <const uint8_t *>address, 16)
         out[i].bits = bits
+        out[i].four = bits >= 96 and is_v4(&out[i].address)
     return out
+
+
+cdef int rules_fill(rules *lists, list allow, list deny) except -1:
+    """Both lists as `prefixes_new` takes them, into zeroed rules."""
+    lists.allow = prefixes_new(allow, &lists.allows)
+    lists.deny = prefixes_new(deny, &lists.denies)
+    return 0
 
 
 cdef int route_index(route *way, SlotTable table, uint32_t *index) except -1:

@@ -16,12 +16,13 @@ from mesh.fastpath.stream cimport buffer_append, buffer_free, pending, pipe_put,
 from mesh.fastpath.sys cimport (
     EADDRNOTAVAIL, EAGAIN, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
     EPOLL_CTL_MOD, IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET,
-    SO_ERROR, TCP_QUICKACK, close, connect, epoll_ctl, epoll_event, errno, fp_add, fp_count, fp_load, fp_now,
+    SO_ERROR, SO_MARK, TCP_QUICKACK, close, connect, epoll_ctl, epoll_event, errno, fp_add, fp_count, fp_load, fp_now,
     fp_unlikely, getsockopt, recv, send, setsockopt, shutdown, sockaddr, socket, socklen_t)
+from mesh.fastpath.tables cimport backend_aside
 from mesh.fastpath.types cimport (
     BROKEN, BUCKETS, BULK, CONNECTING, DEAD, ENDED, FAIL_LIMIT, FAIL_OTHER, FAIL_RESET, FAIL_TIMEOUT, HANGUP,
     LIST_CONNECTING, LIST_IDLE, LIST_YOUNG, MUTED, OPEN, PUMP_BROKEN, PUMP_MORE, READABLE, SHUT, STAGE_ANSWER,
-    STAGE_HEADER, STAGE_NONE, TAG_SIZE, WRITABLE, counters, engine, listener, pair, route, target)
+    STAGE_HEADER, STAGE_NONE, TAG_SIZE, WRITABLE, counters, engine, listener, pair, peer_acl, route, target)
 
 cdef enum:
     PAUSE_NS = 50000000
@@ -166,6 +167,10 @@ cdef int dial(worker *w, conn *c, backend *b) noexcept nogil:
         fd = socket(b.address.sin6_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if fd < 0:
             return errno
+        if b == &w.aside and setsockopt(fd, SOL_SOCKET, SO_MARK, &w.engine.mark, sizeof(w.engine.mark)) != 0:
+            error = errno
+            close(fd)
+            return error
         if c.eager or c.announce or b.remote:
             delay_handshake_ack(fd)
         if not fresh:
@@ -192,10 +197,35 @@ cdef void attempt_failed(worker *w, conn *c, int cause) noexcept nogil:
     cdef counters *counts = &c.pair.counts[w.index]
     fp_count(&counts.failed[cause], 1)
     fp_count(&counts.ended, 1)
+    c.unreached |= c.remote
     if c.backend.fd >= 0:
         close(c.backend.fd)
         c.backend.fd = -1
     list_remove(w, c)
+
+
+cdef bint pass_on(worker *w, conn *c) noexcept nogil:
+    """Nobody can be reached from here: connect to whoever else serves the port (Docker's own mesh), as the kernel
+    engine passes such flows. False: nobody does, or it is not for want of a path."""
+    cdef pair *aside = <pair *>fp_load(&c.frontend.aside)
+    cdef route *way = <route *>fp_load(&c.frontend.route)
+    cdef pair *before = c.pair
+    cdef int error
+    if aside is NULL or way is NULL or c.passed or not (c.unreached or way.passing):
+        return False
+    c.passed = 1
+    c.pair = aside
+    fp_count(&w.totals.passed_connections, 1)
+    fp_count(&aside.counts[w.index].begun, 1)
+    backend_aside(&w.aside, &c.flow.destination, c.frontend.port)
+    error = dial(w, c, &w.aside)
+    if error == 0:
+        list_append(w, c, LIST_CONNECTING)
+        return True
+    c.remote = 0
+    attempt_failed(w, c, cause_of(error))
+    c.pair = before
+    return False
 
 
 cdef backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
@@ -226,10 +256,13 @@ cdef backend *attempt(worker *w, conn *c, int cause) noexcept nogil:
             list_append(w, c, LIST_CONNECTING)
             return b
         cause = cause_of(error)
+        c.remote = b.remote
         attempt_failed(w, c, cause)
         if is_scarce(error):
             pause(w)
             break
+    if pass_on(w, c):
+        return &w.aside
     c.pair = NULL  # all its attempts are counted
     count_failure(w, c, cause)
     if c.frontend.peers is not NULL:  # the node that handed it over tries others
@@ -327,7 +360,7 @@ cdef bint hand_over(worker *w, conn *c, uint32_t events) noexcept nogil:
     if c.stage == STAGE_NONE:
         if not events & EPOLLOUT:
             return False
-        length = peer_header(&c.flow, c.tag, c.announce, header)
+        length = peer_header(&c.flow, c.tag, c.announce, <peer_acl *>fp_load(&w.engine.peer_acl), header)
         n = send(c.backend.fd, header, length, MSG_NOSIGNAL)
         if n != length:
             retry(w, c, cause_of(errno) if n < 0 else FAIL_OTHER)
@@ -340,6 +373,7 @@ cdef bint hand_over(worker *w, conn *c, uint32_t events) noexcept nogil:
         c.stage = STAGE_NONE
         return True
     if n == 1:
+        c.remote = 0  # it was reached
         retry(w, c, peer_cause(said))
     else:
         retry(w, c, cause_of(errno) if n < 0 else FAIL_RESET)

@@ -33,7 +33,13 @@ cdef enum:
     BUCKETS = 15
     BACKENDS = 65538
     CHUNK = 64  # connections or sessions allocated at once
-    PEER_UDP_HEAD = 52  # bytes before a datagram that another node hands over
+    PEER_UDP_HEAD = 52  # bytes before a datagram that another node hands over, without its proof
+    PEER_REPLY_HEAD = 20  # bytes before an answer to such a datagram, with its proof
+    PROOF_SIZE = 16  # see proof.pyx
+    PEER_HEAD_MAX = PEER_UDP_HEAD + PROOF_SIZE
+    PROOF_BODY = 64
+    PROOF_WINDOW = 60  # seconds
+    PROOF_KEYS = 4
     TAG_SIZE = 10  # names a backend to its own node: 8 bytes of its seed, its port in network order
 
 cdef enum:  # conn.stage: what is expected from another node while connecting
@@ -97,6 +103,7 @@ cdef enum:  # command.op
     OP_FORGET = 4  # argument: a byte for each backend id, nonzero where its UDP sessions end
     OP_ABORT = 5  # reset all connections, end all sessions
     OP_QUIT = 6
+    OP_ENFORCE = 7  # end the connections and sessions of clients that are not admitted any more
 
 cdef struct counters:  # of one pair or frontend in one thread
     uint64_t begun  # attempts to reach the backend, UDP sessions included
@@ -119,10 +126,13 @@ cdef struct totals:  # of one thread
     uint64_t udp_evictions
     uint64_t udp_dropped
     uint64_t pipe_failures
+    uint64_t passed_connections  # handed to whoever else serves the port
     uint64_t peer_connections  # peer_request over by other nodes
     uint64_t peer_foreign  # from addresses that are no node of the cluster
     uint64_t peer_malformed
     uint64_t peer_unknown  # for a backend that this node does not have
+    uint64_t peer_unproven  # without the proof that the node they seem to come from gives
+    uint64_t peer_denied  # by source rules, which the node that was called has let through
     uint64_t connections  # gauges from here on
     uint64_t connecting
     uint64_t sessions
@@ -147,9 +157,16 @@ cdef struct target:
     pair *pair
     uint32_t backend
 
-cdef struct prefix:
+cdef struct prefix:  # of IPv4 clients, or of all others
     mesh_addr address
     uint32_t bits  # of 128
+    uint32_t four
+
+cdef struct rules:  # which clients are admitted
+    prefix *allow  # both lists: IPv4 first, sorted, none within another
+    uint32_t allows
+    prefix *deny
+    uint32_t denies
 
 cdef struct route:  # where new flows of a frontend go
     uint32_t size
@@ -160,10 +177,8 @@ cdef struct route:  # where new flows of a frontend go
     uint32_t ordered
     uint8_t by_client
     uint8_t announce  # PROXY protocol v2
-    prefix *allow
-    uint32_t allows
-    prefix *deny
-    uint32_t denies
+    uint8_t passing  # no backend can be reached from here: left to whoever else serves the port
+    rules rules
 
 cdef struct frontend:
     route *route  # atomic
@@ -171,6 +186,7 @@ cdef struct frontend:
     uint16_t port  # network order, as clients call it
     uint8_t any  # listens on all addresses: the called one is asked of the socket
     pair *peers  # of the frontend for other nodes: what their flows count into; else NULL
+    pair *aside  # atomic; somebody else serves the port behind our redirection: what goes there counts into; else NULL
     mesh_addr address  # the called one, otherwise
 
 cdef struct pipe:
@@ -200,6 +216,8 @@ cdef struct conn:
     uint8_t stage
     uint8_t remote  # towards another node's agent
     uint8_t eager  # bytes are ready to be sent once the backend has answered
+    uint8_t unreached  # another node's agent did not answer
+    uint8_t passed  # handed to whoever else serves the port
     uint8_t tag[TAG_SIZE]
     uint32_t again  # see choose
     uint32_t named  # likewise
@@ -238,8 +256,15 @@ cdef struct session:
     uint8_t tries
     int fd  # connected to the backend; -1: it refused, and the next datagram chooses again
     uint8_t remote  # towards another node's agent
-    uint8_t tag[TAG_SIZE]  # of the backend that another node named
-    uint8_t head[PEER_UDP_HEAD]  # sent before each datagram, if remote
+    uint8_t proven  # it answers with proofs, and nothing else is taken for its answer
+    uint8_t answers  # the other way round: so does this node, to the node that has handed the flow over
+    uint8_t checked  # the agent to which it leads checks proofs
+    uint32_t proof_at  # time of the proof in `head` or `tail`
+    uint64_t serial  # of the peer_acl of that proof; 0: none yet
+    uint32_t head_length
+    sockaddr_in6 node  # to which it leads
+    uint8_t head[PEER_HEAD_MAX]  # sent before each datagram, if remote; or as another node sends it
+    uint8_t tail[PEER_REPLY_HEAD]  # sent before each answer
     uint32_t hash  # for the choice of a backend
     uint32_t key  # for the table of sessions
     uint32_t again
@@ -280,6 +305,7 @@ cdef struct worker:
     uint8_t paused
     uint8_t wake_kind
     engine *engine
+    uint64_t turns  # of its loop; one writer, as counters
     uint64_t now
     uint64_t resume_at
     uint64_t pipes_at  # when to ask for pipes again after a failure
@@ -303,6 +329,7 @@ cdef struct worker:
     char *arena  # BATCH x DATAGRAM
     datagrams input
     datagrams output
+    backend aside  # where the connection goes that is being handed to whoever else serves its port
     session *owner[BATCH]
     epoll_event events[EVENTS]
     totals totals
@@ -317,9 +344,23 @@ cdef struct peer_backend:  # a backend of this node, as other nodes name it
     uint8_t tag[TAG_SIZE]
     uint8_t protocol
     uint32_t backend
+    rules rules
+
+cdef struct peer_node:  # a node that may hand flows over
+    mesh_addr address
+    uint8_t proves  # it proves whatever it sends
+    uint8_t checks  # it understands proofs, and answers with them
+
+cdef struct proof_key:
+    uint32_t id
+    uint8_t secret[16]
 
 cdef struct peer_acl:  # which nodes may hand flows over, and for which backends; immutable
-    mesh_addr *nodes
+    uint64_t serial  # from 1, of another one each time
+    uint8_t require  # nothing unproven is accepted, whoever sends it
+    uint32_t key_count
+    proof_key keys[PROOF_KEYS]  # the first proves
+    peer_node *nodes
     uint32_t node_count
     peer_backend *backends  # sorted by tag and protocol
     uint32_t count
@@ -339,5 +380,7 @@ cdef struct engine:
     int64_t connections  # atomic, all threads
     int64_t sessions  # atomic
     int64_t pipes  # atomic
+    uint32_t mark  # of connections that our redirection leaves alone
+    int32_t leaving  # atomic: other nodes' probes get no answer
     backend **backends  # BACKENDS of them, by id; atomic
     worker **workers

@@ -9,11 +9,14 @@ from libc.stdint cimport uint16_t
 from libc.string cimport memcmp, memcpy, memset
 
 from mesh._maglev cimport mesh_addr, mesh_flow, mesh_hash_flow
-from mesh.fastpath.address cimport from_sockaddr, map_v4, named_owner
+from mesh.fastpath.address cimport from_sockaddr, is_own_call, map_v4, named_owner
 from mesh.fastpath.choose cimport choose, hash_of, permitted
 from mesh.fastpath.failure cimport cause_of, is_scarce
-from mesh.fastpath.peer_acl cimport is_peer_node, local_backend
-from mesh.fastpath.proto cimport is_peer_probe, peer_datagram_head, peer_datagram_tag
+from mesh.fastpath.peer_acl cimport find_peer_node, local_backend
+from mesh.fastpath.proof cimport (
+    PROOF_GOOD, PROOF_NONE, PROOF_REPLY, PROOF_UDP, proof_admits, proof_check, proof_time, proof_write)
+from mesh.fastpath.proto cimport (
+    PEER_DATAGRAM_BODY, PEER_TAG, is_peer_probe, peer_datagram_client, peer_datagram_head, peer_datagram_tag)
 from mesh.fastpath.sessions cimport session_bury, session_find, session_link, session_new, session_touch, session_unlink
 from mesh.fastpath.sys cimport (
     CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, EAGAIN, EINTR, EPOLLERR, EPOLLET, EPOLLIN,
@@ -21,8 +24,9 @@ from mesh.fastpath.sys cimport (
     SOCK_DGRAM, SOCK_NONBLOCK, close, cmsghdr, connect, epoll_ctl, epoll_event, errno, fp_add, fp_count, fp_load,
     in6_pktinfo, in_pktinfo, msghdr, recvmmsg, sendmmsg, sockaddr, sockaddr_in6, socket)
 from mesh.fastpath.types cimport (
-    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_UNREACHABLE, PEER_UDP_HEAD, TAG_SIZE,
-    TRIES_MAX, backend, counters, datagrams, frontend, pair, route, target)
+    BATCH, CONTROL, DATAGRAM, FAIL_DENIED, FAIL_LIMIT, FAIL_NO_BACKEND, FAIL_UNREACHABLE, PEER_REPLY_HEAD,
+    PEER_UDP_HEAD, PROOF_SIZE, TAG_SIZE,
+    TRIES_MAX, backend, counters, datagrams, frontend, pair, peer_acl, peer_backend, peer_node, route, target)
 
 cdef enum:
     ROUNDS = 4  # batches per event
@@ -62,6 +66,64 @@ cdef bint evict(worker *w, session *keep) noexcept nogil:
     return True
 
 
+cdef void prove_head(worker *w, session *s) noexcept nogil:
+    """Bring the head for another node's agent up to date: with a proof of this second, if that agent checks proofs."""
+    cdef peer_acl *acl = <peer_acl *>fp_load(&w.engine.peer_acl)
+    cdef uint32_t now = proof_time()
+    cdef peer_node *node
+    cdef mesh_addr address
+    cdef uint16_t port
+    if acl is NULL or (s.serial == acl.serial and (s.proof_at == now or s.head_length == PEER_UDP_HEAD)):
+        return
+    if s.serial != acl.serial:
+        from_sockaddr(&s.node, &address, &port)
+        node = find_peer_node(w.engine, &address)
+        s.checked = node is not NULL and node.checks
+        s.serial = acl.serial
+    s.proof_at = now
+    s.head_length = PEER_UDP_HEAD
+    s.head[3] = 49  # "MUD1"
+    if s.checked and proof_write(acl, PROOF_UDP, s.head + PEER_TAG, PEER_DATAGRAM_BODY, now, s.head + PEER_UDP_HEAD):
+        s.head[3] = 50  # "MUD2"
+        s.head_length = PEER_UDP_HEAD + PROOF_SIZE
+
+
+cdef void prove_tail(worker *w, session *s) noexcept nogil:
+    """Likewise what stands before answers for another node."""
+    cdef peer_acl *acl = <peer_acl *>fp_load(&w.engine.peer_acl)
+    cdef uint32_t now = proof_time()
+    if s.serial == acl.serial and s.proof_at == now:
+        return
+    s.serial, s.proof_at = acl.serial, now
+    memcpy(s.tail, <const char *>b"MUD3", 4)
+    proof_write(acl, PROOF_REPLY, s.head + PEER_TAG, PEER_DATAGRAM_BODY, now, s.tail + 4)
+
+
+cdef int strip_answers(worker *w, session *s, datagrams *d, int got) noexcept nogil:
+    """Strip the proofs off answers of another node, and leave out what has none although it must. Returns how many are
+    left."""
+    cdef peer_acl *acl = <peer_acl *>fp_load(&w.engine.peer_acl)
+    cdef uint32_t now = proof_time()
+    cdef uint8_t *data
+    cdef int i
+    cdef int kept = 0
+    for i in range(got):
+        data = <uint8_t *>d.vectors[i].iov_base
+        if (d.messages[i].msg_len >= PEER_REPLY_HEAD and memcmp(data, <const char *>b"MUD3", 4) == 0
+                and proof_check(acl, PROOF_REPLY, s.head + PEER_TAG, PEER_DATAGRAM_BODY, now, data + 4) == PROOF_GOOD):
+            s.proven = 1
+            d.vectors[kept].iov_base = data + PEER_REPLY_HEAD
+            d.messages[kept].msg_len = d.messages[i].msg_len - PEER_REPLY_HEAD
+        elif s.proven:
+            fp_count(&w.totals.peer_unproven, 1)
+            continue
+        else:
+            d.vectors[kept].iov_base = data
+            d.messages[kept].msg_len = d.messages[i].msg_len
+        kept += 1
+    return kept
+
+
 cdef int session_dial(worker *w, session *s, backend *b, pair *to) noexcept nogil:
     """Connect a socket to the backend. Returns 0 or the errno."""
     cdef epoll_event event
@@ -80,19 +142,31 @@ cdef int session_dial(worker *w, session *s, backend *b, pair *to) noexcept nogi
         return error
     s.fd = fd
     s.pair = to
+    s.node = b.address
     s.remote = b.remote
     if b.remote:
         peer_datagram_head(&s.flow, b.tag, s.head)
+        s.head_length = PEER_UDP_HEAD
+        s.serial = 0
+        prove_head(w, s)
+        s.proven = s.head_length > PEER_UDP_HEAD
     fp_count(&to.counts[w.index].begun, 1)
     fp_count(&to.counts[w.index].opened, 1)
     return 0
 
 
 cdef bint peer_route(worker *w, session *s) noexcept nogil:
-    """Connect to the backend of this node that another node names. False: this node does not have it."""
-    cdef backend *b = local_backend(w.engine, s.tag, 17)
+    """Connect to the backend of this node that another node names. False: this node does not have it, or the source
+    rules do not admit the client there."""
+    cdef peer_backend *named = local_backend(w.engine, s.head + PEER_TAG, 17)
+    cdef backend *b = <backend *>fp_load(&w.engine.backends[named.backend]) if named is not NULL else NULL
+    cdef mesh_addr client
     if b is NULL:
         fp_count(&w.totals.peer_unknown, 1)
+        return False
+    peer_datagram_client(s.head, &client)
+    if not is_own_call(&client) and not permitted(&named.rules, &client):
+        fp_count(&w.totals.peer_denied, 1)
         return False
     s.backend = b.id
     return session_dial(w, s, b, s.listener.frontend.peers) == 0
@@ -190,30 +264,62 @@ cdef void set_source(msghdr *m, const session *s, char *control) noexcept nogil:
         memcpy(CMSG_DATA(c), &four, sizeof(four))
 
 
-cdef bint peer_strip_head(worker *w, datagrams *d, int i, const mesh_addr *source, uint8_t *tag) noexcept nogil:
-    """Strip the head off a datagram of another node. False: not from a node, or malformed."""
-    if not is_peer_node(w.engine, source):
+cdef int datagram_check(worker *w, const uint8_t *data) noexcept nogil:
+    """The result of `proof_check` for a whole head."""
+    if data[3] != 50:  # "MUD2"
+        return PROOF_NONE
+    return proof_check(<peer_acl *>fp_load(&w.engine.peer_acl), PROOF_UDP, data + PEER_TAG, PEER_DATAGRAM_BODY,
+                       proof_time(), data + PEER_UDP_HEAD)
+
+
+cdef bint peer_strip_head(worker *w, datagrams *d, int i, const mesh_addr *source, uint8_t *head,
+                          uint8_t *answers) noexcept nogil:
+    """Move the head of a datagram of another node to `head`. False: not from a node, malformed or unproven.
+
+    `answers`: whether the node that sends it checks proofs.
+    """
+    cdef uint8_t tag[TAG_SIZE]
+    cdef uint8_t *data = <uint8_t *>d.vectors[i].iov_base
+    cdef peer_node *node = find_peer_node(w.engine, source)
+    cdef uint32_t length = PEER_UDP_HEAD
+    cdef int result
+    if node is NULL:
         fp_count(&w.totals.peer_foreign, 1)
         return False
-    if not peer_datagram_tag(<const uint8_t *>d.vectors[i].iov_base, d.messages[i].msg_len, tag):
+    if not peer_datagram_tag(data, d.messages[i].msg_len, tag):
         fp_count(&w.totals.peer_malformed, 1)
         return False
-    d.vectors[i].iov_base = <char *>d.vectors[i].iov_base + PEER_UDP_HEAD
-    d.messages[i].msg_len -= PEER_UDP_HEAD
+    result = datagram_check(w, data)
+    if not proof_admits(<peer_acl *>fp_load(&w.engine.peer_acl), node, result):
+        fp_count(&w.totals.peer_unproven, 1)
+        return False
+    if data[3] == 50:
+        length += PROOF_SIZE
+    answers[0] = result == PROOF_GOOD
+    memcpy(head, data, PEER_UDP_HEAD)
+    head[3] = 49  # the same flow, proven or not
+    d.vectors[i].iov_base = data + length
+    d.messages[i].msg_len -= length
     return True
 
 
 cdef bint answer_probe(worker *w, listener *l, datagrams *d, int i) noexcept nogil:
-    """Answer a probe of another node. False: the datagram is none."""
+    """Answer a probe of another node, unless this one is leaving. False: the datagram is none."""
     cdef uint8_t *data = <uint8_t *>d.vectors[i].iov_base
     cdef mesh_addr source
     cdef uint16_t port
     cdef uint8_t tag[TAG_SIZE]
+    cdef peer_node *node
     if not peer_datagram_tag(data, d.messages[i].msg_len, tag) or not is_peer_probe(tag) or data[14]:
         return False
     from_sockaddr(&d.names[i], &source, &port)
-    if not is_peer_node(w.engine, &source):
+    node = find_peer_node(w.engine, &source)
+    if node is NULL:
         return False
+    if data[3] == 50 and not proof_admits(<peer_acl *>fp_load(&w.engine.peer_acl), node, datagram_check(w, data)):
+        return False
+    if w.engine.leaving:
+        return True
     data[14] = 1
     d.vectors[i].iov_len = PEER_UDP_HEAD
     d.messages[i].msg_hdr.msg_flags = 0  # the control data, as it came, names the address that was called
@@ -230,7 +336,8 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     cdef msghdr *m = &d.messages[i].msg_hdr
     cdef uint32_t key
     cdef uint32_t named
-    cdef uint8_t tag[TAG_SIZE]
+    cdef uint8_t head[PEER_UDP_HEAD]
+    cdef uint8_t answers = 0
     memset(&flow, 0, sizeof(flow))
     flow.destination = f.address
     from_sockaddr(&d.names[i], &flow.source, &flow.source_port)
@@ -238,18 +345,19 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
         called_address(m, &flow.destination)
     flow.destination_port = f.port
     flow.protocol = 17
-    if f.peers is not NULL and not peer_strip_head(w, d, i, &flow.source, tag):
+    if f.peers is not NULL and not peer_strip_head(w, d, i, &flow.source, head, &answers):
         return NULL
     key = mesh_hash_flow(&flow)
     s = session_find(w, &flow, key, l)
-    if s is not NULL and f.peers is not NULL and memcmp(s.tag, tag, TAG_SIZE) != 0:
+    if s is not NULL and f.peers is not NULL and memcmp(s.head, head, PEER_UDP_HEAD) != 0:
         session_end(w, s)  # the source port was used by another session
         s = NULL
     if s is not NULL:
+        s.answers = answers
         return s
     way = <route *>fp_load(&f.route)
     named = named_owner(&flow.source, &flow.destination) if f.any else 0
-    if f.peers is NULL and named == 0 and not permitted(way, &flow.source):
+    if f.peers is NULL and named == 0 and not permitted(&way.rules, &flow.source):
         fp_count(&f.counts[w.index].failed[FAIL_DENIED], 1)
         return NULL
     while fp_add(&w.engine.sessions, 1) >= w.engine.udp_max:
@@ -268,7 +376,8 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     if f.peers is NULL:
         s.hash = hash_of(way, &flow)
     else:
-        memcpy(s.tag, tag, TAG_SIZE)
+        memcpy(s.head, head, PEER_UDP_HEAD)
+    s.answers = answers
     s.client = d.names[i]
     s.client_length = m.msg_namelen
     l.sessions += 1
@@ -277,16 +386,18 @@ cdef session *session_of(worker *w, listener *l, datagrams *d, int i) noexcept n
     return s
 
 
-cdef void fill_messages(datagrams *out, session *s, datagrams *d, const int *which, int first,
+cdef void fill_messages(worker *w, datagrams *out, session *s, datagrams *d, const int *which, int first,
                         int count) noexcept nogil:
     """Fill in the messages for the session's backend, on this node or another."""
     cdef msghdr *m
     cdef int i
+    if s.fd >= 0 and s.remote:
+        prove_head(w, s)
     for i in range(first, count):
         m = &out.messages[i].msg_hdr
         memset(m, 0, sizeof(msghdr))
         out.doubles[i][0].iov_base = s.head
-        out.doubles[i][0].iov_len = PEER_UDP_HEAD
+        out.doubles[i][0].iov_len = s.head_length
         out.doubles[i][1].iov_base = d.vectors[which[i]].iov_base
         out.doubles[i][1].iov_len = d.messages[which[i]].msg_len
         m.msg_iov = &out.doubles[i][0 if s.remote else 1]
@@ -300,13 +411,13 @@ cdef void forward(worker *w, session *s, datagrams *d, const int *which, int cou
     cdef int done = 0
     cdef int turns = 0
     cdef counters *counts
-    fill_messages(out, s, d, which, 0, count)
+    fill_messages(w, out, s, d, which, 0, count)
     while done < count:
         if s.fd < 0:
             turns += 1
             if turns > TRIES_MAX or not session_route(w, s):
                 break
-            fill_messages(out, s, d, which, done, count)
+            fill_messages(w, out, s, d, which, done, count)
         sent = sendmmsg(s.fd, &out.messages[done], count - done, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent < 0:
             if errno == EINTR:
@@ -391,15 +502,19 @@ cdef void reply(worker *w, session *s, datagrams *d, int got) noexcept nogil:
     cdef msghdr *m
     cdef int i, sent
     cdef int done = 0
+    if s.answers:
+        prove_tail(w, s)
     for i in range(got):
-        out.vectors[i].iov_base = d.vectors[i].iov_base
-        out.vectors[i].iov_len = d.messages[i].msg_len
+        out.doubles[i][0].iov_base = s.tail
+        out.doubles[i][0].iov_len = PEER_REPLY_HEAD
+        out.doubles[i][1].iov_base = d.vectors[i].iov_base
+        out.doubles[i][1].iov_len = d.messages[i].msg_len
         m = &out.messages[i].msg_hdr
         memset(m, 0, sizeof(msghdr))
         m.msg_name = &s.client
         m.msg_namelen = s.client_length
-        m.msg_iov = &out.vectors[i]
-        m.msg_iovlen = 1
+        m.msg_iov = &out.doubles[i][0 if s.answers else 1]
+        m.msg_iovlen = 2 if s.answers else 1
         set_source(m, s, &out.control[i][0])
     while done < got:
         sent = sendmmsg(s.listener.fd, &out.messages[done], got - done, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -414,7 +529,7 @@ cdef void reply(worker *w, session *s, datagrams *d, int got) noexcept nogil:
             continue
         fp_count(&counts.packets_out, sent)
         for i in range(done, done + sent):
-            fp_count(&counts.bytes_out, out.vectors[i].iov_len)
+            fp_count(&counts.bytes_out, out.doubles[i][1].iov_len)
         done += sent
 
 
@@ -436,7 +551,7 @@ cdef void on_session(worker *w, session *s, uint32_t events) noexcept nogil:
         if got == 0:
             return
         session_touch(w, s)
-        reply(w, s, d, got)
+        reply(w, s, d, strip_answers(w, s, d, got) if s.remote else got)
         if got < BATCH and not events & EPOLLERR:
             return
 
@@ -453,6 +568,22 @@ cdef void sessions_forget(worker *w, const uint8_t *gone) noexcept nogil:
     while s is not NULL:
         next = s.newer
         if s.fd >= 0 and gone[s.backend]:
+            session_end(w, s)
+        s = next
+
+
+cdef void sessions_enforce(worker *w) noexcept nogil:
+    """End the sessions of clients that would not be admitted now."""
+    cdef session *s = w.oldest
+    cdef session *next
+    cdef frontend *f
+    cdef route *way
+    while s is not NULL:
+        next = s.newer
+        f = s.listener.frontend
+        way = <route *>fp_load(&f.route)
+        if f.peers is NULL and s.named == 0 and way is not NULL and not permitted(&way.rules, &s.flow.source):
+            fp_count(&f.counts[w.index].failed[FAIL_DENIED], 1)
             session_end(w, s)
         s = next
 

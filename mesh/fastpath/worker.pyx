@@ -6,22 +6,24 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from mesh.fastpath.accept cimport accept_one, on_client, on_listener
+from mesh.fastpath.choose cimport permitted
 from mesh.fastpath.conns cimport conns_reap, ready_take
 from mesh.fastpath.pool cimport pool_free
 from mesh.fastpath.sessions cimport sessions_reap
 from mesh.fastpath.stream cimport pipe_destroy
 from mesh.fastpath.sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, close,
-    epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fp_count, fp_longer_slice, fp_now, fp_unlikely,
+    epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fp_count, fp_load, fp_longer_slice, fp_now, fp_unlikely,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_sigmask, read,
     sigfillset, sigset_t, write)
 from mesh.fastpath.tcp cimport conn_end, on_backend, on_timers, resume, service
 from mesh.fastpath.types cimport (
-    BATCH, DATAGRAM, DEAD, EVENTS, KIND_BACKEND, KIND_CLIENT, KIND_DATAGRAMS, KIND_LISTENER, KIND_SESSION,
-    KIND_WAKE, OP_ABORT, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD, SCRATCH, conn, frontend, listener,
-    pipe, session, side)
-from mesh.fastpath.udp cimport on_datagrams, on_session, sessions_expire, sessions_forget, sessions_leave
+    BATCH, DATAGRAM, DEAD, EVENTS, FAIL_DENIED, KIND_BACKEND, KIND_CLIENT, KIND_DATAGRAMS, KIND_LISTENER,
+    KIND_SESSION, KIND_WAKE, OP_ABORT, OP_ENFORCE, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD, SCRATCH, conn,
+    frontend, listener, pipe, route, session, side)
+from mesh.fastpath.udp cimport (
+    on_datagrams, on_session, sessions_enforce, sessions_expire, sessions_forget, sessions_leave)
 
 cdef enum:
     QUEUE_MAX = 65536  # connections accepted from a listener that is closed
@@ -95,6 +97,22 @@ cdef void do_abort(worker *w) noexcept nogil:
     sessions_leave(w, NULL)
 
 
+cdef void do_enforce(worker *w) noexcept nogil:
+    """Rules have changed: end what goes on of clients that would not be admitted now."""
+    cdef conn *c = w.all
+    cdef conn *next
+    cdef route *way
+    while c is not NULL:
+        next = c.next
+        if c.frontend.peers is NULL and c.named == 0:  # else the other node asks for its clients, or nobody does
+            way = <route *>fp_load(&c.frontend.route)
+            if way is not NULL and not permitted(&way.rules, &c.flow.source):
+                fp_count(&c.frontend.counts[w.index].failed[FAIL_DENIED], 1)
+                conn_end(w, c, True)
+        c = next
+    sessions_enforce(w)
+
+
 cdef void listeners_free(worker *w) noexcept nogil:
     while w.listeners is not NULL:
         disarm(w, w.listeners)
@@ -121,6 +139,8 @@ cdef void run_command(worker *w) noexcept nogil:
             sessions_forget(w, <const uint8_t *>argument)
         elif op == OP_ABORT:
             do_abort(w)
+        elif op == OP_ENFORCE:
+            do_enforce(w)
         elif op == OP_QUIT:
             do_abort(w)
             listeners_free(w)
@@ -138,6 +158,12 @@ cdef void post(worker *w, int op, void *argument) noexcept nogil:
     w.command.argument = argument
     w.posted += 1
     pthread_mutex_unlock(&w.mutex)
+    write(w.wake, &one, sizeof(one))
+
+
+cdef void poke(worker *w) noexcept nogil:
+    """Have the thread turn its loop once more, although there is nothing to do; any thread."""
+    cdef uint64_t one = 1
     write(w.wake, &one, sizeof(one))
 
 
@@ -240,6 +266,7 @@ cdef void *loop(void *argument) noexcept nogil:
     fp_longer_slice()
     while not w.quit:
         count = epoll_wait(w.epoll, w.events, EVENTS, wait_ms(w))
+        fp_count(&w.turns, 1)
         w.now = fp_now()
         commanded = False
         for i in range(count):

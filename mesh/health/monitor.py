@@ -29,11 +29,13 @@ from mesh.model import (
     Service,
     port_key,
 )
+from mesh.supervisor import recorded
 
 AT_ONCE: Final = 256  # maximum number of concurrent probes
 RATE: Final = 1000.0  # maximum number of probes per second; with more backends, intervals stretch
 JITTER: Final = 0.2  # share of an interval by which each probe is moved at random
 STARTING: Final = 0.1  # seconds between probes of a backend that is not listening yet, doubled up to its interval
+RETRY: Final = 1.0  # seconds until verdicts that could not be told are told again
 AGAIN: Final = 0.1  # minimum seconds between probes triggered by failed connections
 GATHER: Final = 0.003  # seconds for which changed verdicts are batched into one view
 PENDING: Final = 1.0  # seconds at most for which a port of a new backend is kept from flows until its first probe ends
@@ -160,6 +162,9 @@ class Monitor:
 
     async def run(self) -> None:
         """Probe until cancelled."""
+        for key, known in self._watched.items():  # a run that failed has forgotten those that were under way
+            if known.due != float("inf"):
+                self._schedule(key, known, self._clock())
         try:
             while True:
                 await self._until_due()
@@ -206,7 +211,8 @@ class Monitor:
     async def _probe(self, key: Key, watched: _Watched) -> None:
         before = (watched.verdict(self._clock()), watched.damping.reason)
         try:
-            await self._attempt(key[1], watched)
+            with recorded("health probes"):
+                await self._attempt(key[1], watched)
         finally:
             self._free.release()
             watched.busy = False
@@ -247,8 +253,13 @@ class Monitor:
             _tell(backend, watched, now, verdicts, reasons)
         view = HealthView(verdicts, reasons)
         if view != self.view:
-            self.view = view
-            self._on_change(view)
+            before, self.view = self.view, view
+            try:
+                self._on_change(view)
+            except Exception:  # the loop takes it down
+                self.view = before
+                self._publishing = asyncio.get_running_loop().call_later(RETRY, self._publish)
+                raise
 
 
 def _tell(

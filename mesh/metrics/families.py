@@ -296,6 +296,11 @@ ENGINE: Final = {
             "UDP flows that connection tracking was told to forget: older than our redirection, or outliving it.",
         ),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
+        (
+            Kind.COUNTER,
+            "passed_connections",
+            "Connections that the proxy had accepted and then left to Docker's own mesh, for want of a path to a task.",
+        ),
         (Kind.COUNTER, "peer_connections", "Connections that other nodes handed over for this node's backends."),
         (Kind.COUNTER, "peer_opened", "Handed-over connections and UDP sessions that a backend accepted."),
         (Kind.COUNTER, "peer_received_bytes", "Bytes received from clients of other nodes."),
@@ -307,6 +312,16 @@ ENGINE: Final = {
         ),
         (Kind.COUNTER, "peer_malformed", "Callers of the peer port that sent no valid header in time."),
         (Kind.COUNTER, "peer_unknown", "Flows handed over for a backend that this node does not have."),
+        (
+            Kind.COUNTER,
+            "peer_unproven",
+            "Flows and answers from a node's address without the proof that this node gives; they are dropped.",
+        ),
+        (
+            Kind.COUNTER,
+            "peer_denied",
+            "Flows handed over for a client that mesh.allow or mesh.deny of the backend's service denies.",
+        ),
         (
             Kind.COUNTER,
             "kernel_losses",

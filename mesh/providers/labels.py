@@ -26,6 +26,7 @@ from mesh.model import (
     Severity,
 )
 from mesh.netaddr import usable
+from mesh.rules import NOBODY
 
 PREFIX: Final = "mesh."
 NODE_WEIGHT: Final = "mesh.weight"
@@ -35,10 +36,11 @@ OF_NODES: Final = (NODE_WEIGHT, NODE_ADDRESS)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _CHECK: Final = "health."  # prefix of the health check's fields
-RULES: Final = ("allow", "deny")
+RULES: Final = ("allow", "deny", "fail-closed")
 """Options that say who is let in: where there is no good value of one that was asked for, nobody is."""
-NOBODY: Final[tuple[Network, ...]] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 EMPTY: Final = "nobody is let in: write the networks, or remove it to let everybody in"
+NONE_ADMITTED: Final = "is set, and no allow says who is let in, so nobody is"
+ADMIT: Final = "write the networks into allow"
 NO_GOOD: Final = "no good value of it is known"
 
 
@@ -152,6 +154,7 @@ _OPTIONS: Final[dict[str, _Option]] = {
     "locality": _one_of(Locality),
     "allow": _Option(_NETWORKS, _networks),
     "deny": _Option(_NETWORKS, _networks),
+    "fail-closed": _Option("one of: true, false", _boolean),
 }
 """The label table: a new label is a row here, a field in `mesh.model`, and what makes use of the field."""
 KEYS: Final = tuple(_OPTIONS)
@@ -199,6 +202,9 @@ class _Reader:
         for key, option in _OPTIONS.items():
             if key in self._values:
                 self._read(key, option)
+        if self._fields.get("fail_closed") and not self._closed and not self._fields.get("allow"):
+            self._closed = "fail-closed"
+            self.problems.append(Problem(self._place("fail-closed"), NONE_ADMITTED, ADMIT, Severity.CRITICAL))
         if self._closed:
             self._fields["deny"] = NOBODY
         check = {name: value for name, value in self._fields.items() if name.startswith(_CHECK)}

@@ -63,6 +63,7 @@ from mesh.model import (
 from mesh.netaddr import is_mine
 from mesh.providers.base import ProviderStatus, Publish
 from mesh.providers.labels import KEYS, nearest, parse_options
+from mesh.supervisor import Told
 
 _POLL_SECONDS: Final = 0.25
 _PROTOCOLS: Final = {"tcp": Protocol.TCP, "udp": Protocol.UDP}
@@ -313,7 +314,7 @@ class StaticProvider:
             raise ConfigError("no file of services is given", where="static_file", remedy="set static_file")
         self._path = Path(config.static_file)
         self._stamp: tuple[int, ...] | None = None  # of the file as last read
-        self._published: Inventory | None = None
+        self._published: Told[Inventory] = Told()
         self._last_good: float | None = None
         self._error = ""
         self._now = asyncio.Event()
@@ -347,10 +348,9 @@ class StaticProvider:
             return
         self._error = ""
         self._last_good = time.monotonic()
-        if inventory != self._published:
+        if inventory != self._published.value:
             log.info("services read", file=str(self._path), services=len(inventory.services))
-            self._published = inventory
-            publish(inventory)
+            self._published.tell(inventory, publish)
 
     def reload(self) -> None:
         """Read again now."""

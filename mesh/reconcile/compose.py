@@ -29,9 +29,11 @@ from mesh.model import (
     PublishedPort,
     Service,
     ServiceOptions,
+    Severity,
     Target,
 )
 from mesh.reconcile.eligibility import SERVING, Drained, _place, standing
+from mesh.rules import MOST, NOBODY, compact
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,7 @@ def _part(given: _Input, _: object) -> _Part:
     """A service by itself: problems, and what each of its ports would be."""
     service, backends, verdicts, apart, _nodes, _drained, _threshold = given
     options, unfitting = _fitting(service, sum(place is not None for place in map(_place, backends, given[4])))
+    options, too_many = _within_budget(service, options)
     problems: list[Problem] = []
     states: list[tuple[PublishedPort, FrontendState]] = []
     by_verdicts: dict[tuple[Health | None, ...], _Weighed] = {}
@@ -162,7 +165,7 @@ def _part(given: _Input, _: object) -> _Part:
         targets = tuple(_target(m, port, weighed.weights[m.backend.id]) for m in weighed.members)
         state = FrontendState(port.frontend, service.id, service.name, options, targets, weighed.panic)
         states.append((port, state))
-    return (*problems, *([unfitting] if unfitting else [])), tuple(states)
+    return (*problems, *(problem for problem in (unfitting, too_many) if problem)), tuple(states)
 
 
 def _weigh(given: _Input, verdicts: Sequence[Health | None]) -> _Weighed:
@@ -239,6 +242,22 @@ def _fitting(service: Service, count: int) -> tuple[ServiceOptions, Problem | No
         f"service {service.name}, table size {size}",
         f"{count} backends do not fit, so {fitting} slots are used",
         f"set mesh.table-size to {fitting} or more",
+    )
+
+
+def _within_budget(service: Service, options: ServiceOptions) -> tuple[ServiceOptions, Problem | None]:
+    """The options with rules that there is room for; where there is none, nobody is let in, on all nodes alike."""
+    if len(options.allow) + len(options.deny) <= MOST:
+        return options, None
+    allow, deny = compact(options.allow, options.deny)
+    count = len(allow) + len(deny)
+    if count <= MOST:
+        return replace(options, allow=allow, deny=deny), None
+    return replace(options, allow=(), deny=NOBODY), Problem(
+        f"service {service.name}, mesh.allow and mesh.deny",
+        f"{count} prefixes, even merged, and room for {MOST}: nobody is let in",
+        "write wider networks, or filter in front of the swarm",
+        Severity.CRITICAL,
     )
 
 

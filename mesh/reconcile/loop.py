@@ -25,6 +25,7 @@ from mesh.reconcile.plan import doubtful, plan, settle
 
 COALESCE: Final = 0.01  # seconds from the first change to its apply; changes within them share one apply
 BACKOFF: Final = (0.2, 30.0)  # seconds until a failed apply is retried: first and maximum; doubled after each failure
+STUCK: Final = 30.0  # seconds; a step of 10,000 backends takes one or two
 RESERVED_PLANS: Final = 16  # ids freed by the last so many plans are not reused
 
 _Result = TypeVar("_Result")
@@ -80,6 +81,7 @@ class _Outcome:
 
 
 OnChange = Callable[[Picture, Picture], None]
+OnApplied = Callable[[Applied], str]
 
 
 class Reconciler:
@@ -90,6 +92,7 @@ class Reconciler:
 
     Args:
         datapath: opened by `open`, and used from one worker thread only.
+        on_applied: called on the worker thread with what the engine holds, after each apply; says what is wrong.
         on_change: called on the event loop with the picture before and after, whenever what should be served, or why,
             has changed; must not block.
         clock: monotonic seconds.
@@ -100,6 +103,7 @@ class Reconciler:
         datapath: Datapath,
         config: Config,
         *,
+        on_applied: OnApplied = lambda applied: "",
         on_change: OnChange = lambda before, after: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -115,6 +119,7 @@ class Reconciler:
         self._health = HealthView()
         self._drained = Drained()
         self._paths = PathView()
+        self._on_applied = on_applied
         self._on_change = on_change
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-apply")
@@ -125,6 +130,8 @@ class Reconciler:
         self._changed: dict[Frontend, float] = {}  # when a table last changed
         self._retry_at = FOREVER
         self._failures = 0
+        self._told = self.picture  # what `on_change` was last called with
+        self._stepping = FOREVER  # since when a step is under way
         self._settled = asyncio.Event()
 
     @property
@@ -136,6 +143,11 @@ class Reconciler:
     def in_step(self) -> bool:
         """Whether all that is known is applied."""
         return self.known and not self._dirty.is_set() and self._settled.is_set()
+
+    def stuck(self) -> float:
+        """Seconds for which a step has been under way, if that is far longer than any takes; else 0."""
+        lasts = self._clock() - self._stepping
+        return lasts if lasts > STUCK else 0.0
 
     @property
     def held(self) -> frozenset[Held]:
@@ -199,26 +211,49 @@ class Reconciler:
         """Start from what the engine holds."""
         states = {frontend: entry.state for frontend, entry in self.applied.frontends.items()}
         held = DesiredState(self.applied.generation, states)
-        self.picture = replace(self.picture, agreed=unmasked(held), desired=held)
+        self.picture = self._told = replace(self.picture, agreed=unmasked(held), desired=held)
         self._changed = dict.fromkeys(states, self._clock())
         return self.applied
 
     async def run(self) -> None:
         """Follow changes until cancelled. Errors do not leave the loop: they are counted in `counts`, and retried."""
         while True:
-            await self._wait()
-            await asyncio.sleep(COALESCE)
-            self._dirty.clear()
-            if self._inventory is None:
-                continue
-            now = self._clock()
-            known, inputs = self.picture, (self._inventory, self._health, self._drained, self._paths)
-            picture = Picture(*inputs, agreed=known.agreed, desired=known.desired)
-            reserved = frozenset().union(*self._freed)
-            task = _Task(picture, self._config, self._held, self.applied, reserved, self._due(now), now)
-            self._settled.clear()
-            self._take(picture, await self.on_worker(self._step, task))
-            self._changed.update(dict.fromkeys(task.settling, self._clock()))  # what stays is due after another calm
+            try:
+                await self._wait()
+                await asyncio.sleep(COALESCE)
+                self._dirty.clear()
+                if self._inventory is not None:
+                    await self._round(self._inventory)
+            except Exception as error:  # whichever step it was: nothing counts as applied until it has succeeded
+                log.exception("internal error; keeping the last applied state")
+                self._fail(error)
+
+    async def _round(self, inventory: Inventory) -> None:
+        now = self._clock()
+        known, inputs = self.picture, (inventory, self._health, self._drained, self._paths)
+        picture = Picture(*inputs, agreed=known.agreed, desired=known.desired)
+        self._settled.clear()
+        reserved = frozenset().union(*self._freed)
+        task = _Task(picture, self._config, self._held, self.applied, reserved, self._due(now), now)
+        self._stepping = now
+        try:
+            outcome = await self.on_worker(self._step, task)
+        finally:
+            self._stepping = FOREVER
+        self._take(picture, outcome)
+        self._changed.update(dict.fromkeys(task.settling, self._clock()))  # what stays is due after another calm
+
+    def _fail(self, error: Exception) -> None:
+        """A step around an apply has failed. What the engine holds is known: an apply that fails is `_step`'s."""
+        self._settled.clear()
+        self.counts.failed += 1
+        self.counts.last_error = f"{type(error).__name__}: {error}"
+        self._retry()
+
+    def _retry(self) -> None:
+        first, most = BACKOFF
+        self._retry_at = self._clock() + min(first * 2**self._failures, most)
+        self._failures = min(self._failures + 1, 16)
 
     async def _wait(self) -> None:
         """Wait for a change, or until a retry, a settling table or a held removal is due."""
@@ -252,23 +287,34 @@ class Reconciler:
             if not step.empty:
                 applied = self.datapath.apply(step)
                 complete = applied.frontends.keys() == step.result.frontends.keys()
+                complete = complete and not any(entry.doubtful for entry in applied.frontends.values())
         except Exception as failure:
             error = str(failure) if isinstance(failure, DatapathError) else f"{type(failure).__name__}: {failure}"
             applied = doubtful(applied, step)
-        problems = tuple(self.datapath.problems())
-        return _Outcome(
-            guarded, desired, step, applied, time.perf_counter() - start, error, complete and not error, problems
-        )
+        took = time.perf_counter() - start
+        problems, known = self._engine_problems(applied)
+        return _Outcome(guarded, desired, step, applied, took, error, complete and known and not error, problems)
+
+    def _engine_problems(self, applied: Applied) -> tuple[tuple[str, ...], bool]:
+        """What is wrong with what was applied, and False where a retry may mend that. Never raises: whatever is wrong,
+        the engine holds it."""
+        try:
+            found = tuple(self.datapath.problems())
+            said = self._on_applied(applied)
+        except Exception as error:
+            log.exception("internal error after an apply")
+            return (f"the engine cannot say what is wrong: {type(error).__name__}: {error}",), False
+        return ((*found, said), False) if said else (found, True)
 
     def _take(self, picture: Picture, outcome: _Outcome) -> None:
-        before, self.picture = self.picture, replace(picture, agreed=outcome.guarded.desired, desired=outcome.desired)
+        self.picture = replace(picture, agreed=outcome.guarded.desired, desired=outcome.desired)
         self.guard_holds += len(outcome.guarded.held.keys() - self._held.keys())
         self._held = outcome.guarded.held
         self.applied = outcome.applied
         for message in outcome.guarded.messages:
             log.warning("guard holds back a removal or lets it go", message=message)
         now = self._clock()
-        if not outcome.plan.empty or outcome.error:
+        if not outcome.plan.empty or outcome.error or self.counts.last_error:
             self._count(outcome)
         for entry in outcome.plan.put_frontends:
             self._changed[entry.state.frontend] = now
@@ -279,16 +325,16 @@ class Reconciler:
             if problem not in self.problems:
                 log.error("configuration not fully applied", problem=problem)
         self.problems = outcome.problems
+        told = self._told
+        if self.picture != told:
+            self._on_change(told, self.picture)
+        self._told = self.picture
         if outcome.complete:
             self._failures, self._retry_at = 0, FOREVER
         else:
-            first, most = BACKOFF
-            self._retry_at = now + min(first * 2**self._failures, most)
-            self._failures = min(self._failures + 1, 16)
+            self._retry()
         self.stepped = True
         self._settled.set()
-        if self.picture != before:
-            self._on_change(before, self.picture)
 
     def _count(self, outcome: _Outcome) -> None:
         self.counts.count += 1

@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
-from typing import Final
 
 from mesh._abi import MAX_BACKENDS, MAX_FRONTENDS, OWNER_FIRST, OWNER_PASS
 from mesh._maglev import SlotTable, backend_seed
@@ -21,8 +20,6 @@ from mesh.datapath.base import (
 )
 from mesh.errors import DatapathError
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Target
-
-_NEVER: Final = -1  # a weight that no target has
 
 
 def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset()) -> Plan:
@@ -60,13 +57,15 @@ def plan(applied: Applied, desired: DesiredState, reserved: Set[int] = frozenset
 
 
 def _changed(applied: Applied, desired: DesiredState) -> set[Frontend]:
-    """Frontends that are new, gone or not known to be the same; others have the same targets under the same ids."""
+    """Frontends that are new, gone, doubtful or not known to be the same; others have the same targets under the same
+    ids."""
     held = applied.frontends
     same = {
         frontend
         for frontend, state in desired.frontends.items()
         if (entry := held.get(frontend)) is not None
         and entry.state is state
+        and not entry.doubtful
         and len(entry.backends) == len(state.targets)
     }
     return {*held, *desired.frontends} - same
@@ -78,7 +77,7 @@ def _touched(
     """Keys whose entries may have to change with these frontends; None: any may, as so many frontends do."""
     if 2 * len(changed) >= len(desired.frontends):
         return None
-    keys = {entry.key for entry in applied.backends.values() if entry.target.weight == _NEVER}
+    keys = {entry.key for entry in applied.backends.values() if entry.doubtful}
     for frontend in changed:
         if (held := applied.frontends.get(frontend)) is not None:
             keys.update(_keys(held.state))
@@ -113,11 +112,10 @@ def doubtful(applied: Applied, failed: Plan) -> Applied:
     """
     backends = dict(applied.backends) | {entry.key: entry for entry in failed.put_backends}
     for touched in (*failed.put_backends, *failed.drop_backends):
-        backends[touched.key] = replace(touched, target=replace(touched.target, weight=_NEVER))
+        backends[touched.key] = replace(touched, doubtful=True)
     frontends = dict(applied.frontends) | {entry.state.frontend: entry for entry in failed.put_frontends}
     for frontend in (*(entry.state.frontend for entry in failed.put_frontends), *failed.drop_frontends):
-        entry = frontends[frontend]
-        frontends[frontend] = replace(entry, state=replace(entry.state, service_name=""))
+        frontends[frontend] = replace(frontends[frontend], doubtful=True)
     return Applied(applied.generation, frontends, backends, None if failed.put_nodes is not None else applied.nodes)
 
 
@@ -149,7 +147,7 @@ def _assign(
         held = applied.backends.get(key)
         if held is None:
             new.append(key)
-        elif held.target is target or held.target == target:
+        elif not held.doubtful and (held.target is target or held.target == target):
             entries[key] = held
         else:
             entries[key] = BackendEntry(held.id, key, target)
@@ -187,7 +185,7 @@ def _frontend(
     if held is None:
         table = _passing(state.options.table_size).transition(_build(state, backends))
         return FrontendEntry(state, table, _named(table, ids))
-    if (held.state is state or held.state == state) and ids == set(held.backends):
+    if not held.doubtful and (held.state is state or held.state == state) and ids == set(held.backends):
         if held.state is state:
             return held
         return FrontendEntry(state, held.table, held.backends)  # the same state next time, by identity
@@ -195,7 +193,7 @@ def _frontend(
     stale = [owner for owner in held.backends if owner not in ids]
     gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)
     same_size = held.table.size == state.options.table_size and held.state.punted == state.punted
-    if not gone and same_size and _drawn(held.state, applied.backends) == _drawn(state, backends):
+    if not gone and not held.doubtful and same_size and _drawn(held.state, applied.backends) == _drawn(state, backends):
         entry = held if held.state == state else FrontendEntry(state, held.table, _named(held.table, ids))
     else:
         table = held.table.transition(_build(state, backends), gone)
@@ -209,6 +207,8 @@ def _keep(owners: Iterable[int], names: Mapping[int, BackendEntry], backends: di
     for owner in owners:
         entry = names.get(owner)
         if entry is not None and entry.key not in backends:
+            if entry.doubtful:
+                entry = replace(entry, doubtful=False)
             if entry.target.weight and any(other in backends for other in entry.key.on_other_paths()):
                 entry = replace(entry, target=replace(entry.target, weight=0))
             backends[entry.key] = entry
@@ -238,7 +238,7 @@ def _named(table: SlotTable, ids: Set[int]) -> tuple[int, ...]:
 
 
 def _is_same(held: FrontendEntry | None, entry: FrontendEntry) -> bool:
-    if held is None or held.table is not entry.table:
+    if held is None or held.doubtful or held.table is not entry.table:
         return False
     return held.backends == entry.backends and held.state == entry.state
 

@@ -245,9 +245,10 @@ class Plane:
         epoch: int = 1,
         ifindex: int = 1,
         bridge: int = 1,
+        frontend: int = 0,
     ) -> None:
         value = packed(address) + struct.pack("!HBB", port, protocol, state)
-        value += struct.pack("=III6s26x", epoch, ifindex, bridge, bytes(6))
+        value += struct.pack("=III6s10xI12x", epoch, ifindex, bridge, bytes(6), frontend)
         self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 

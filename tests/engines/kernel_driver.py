@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that holds a KernelDatapath and does what it is told by lines of JSON: the engine without an agent."""
+"""A process that holds an engine and does what it is told by lines of JSON: the engine without an agent.
+
+It is the kernel engine, unless the configuration says `engine = "proxy"`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import dataclasses
 import gc
 import ipaddress
 import json
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +64,12 @@ class Served:
         from mesh.datapath.kernel.engine import KernelDatapath
 
         self.config = Config(**config)
-        self.engine = KernelDatapath(self.config)
+        if self.config.engine == "proxy":
+            from mesh.datapath.proxy.engine import ProxyDatapath
+
+            self.engine: Any = ProxyDatapath(self.config, docker_host=True)
+        else:
+            self.engine = KernelDatapath(self.config)
         self.applied = Applied()
 
     def pretend_kernel(self, major: int, minor: int) -> None:
@@ -156,6 +165,14 @@ class Served:
         self.applied = self.engine.apply(step)
         return {"ids": {key.backend: entry.id for key, entry in self.applied.backends.items()}}
 
+    def prove(self, keys: Sequence[tuple[int, str]], nodes: Sequence[str]) -> None:
+        """Prove by these keys (number, secret in hexadecimal), and demand proofs of these nodes."""
+        from mesh.datapath.proof import Proof
+
+        known = frozenset(ipaddress.ip_address(node) for node in nodes)
+        secrets = tuple((number, bytes.fromhex(secret)) for number, secret in keys)
+        self.engine.prove(Proof(secrets, proving=known, checking=known))
+
     def work(self, services: list[dict[str, Any]]) -> dict[str, int]:
         """As `serve`; says what that did to maps: system calls, stores to mapped arrays, bytes of these."""
         from mesh._bpf import map_work
@@ -182,6 +199,10 @@ class Served:
             name: self.engine._opened().maps.entries(f"mesh_{name}")
             for name in ("flows", "flows_new", "revnat", "revnat_new")
         }
+
+    def rule_entries(self) -> int:
+        """Source rules in the map, of all frontends."""
+        return sum(1 for _ in self.engine._opened().maps._maps["mesh_acl"].rows())
 
     def forget(self, names: list[str]) -> None:
         """Empty tables of the programs."""
@@ -233,14 +254,127 @@ class Served:
         seen = None if choice is None else {"hash": choice.hash, "slot": choice.slot, "owner": choice.owner}
         return [seen, dataclasses.asdict(self.engine.explain(flow))]
 
+    def enforced(self, calls: list[list[Any]]) -> dict[str, Any]:
+        """What the maps do, whatever anybody says of them: verdicts of `calls` (source, destination, port, protocol),
+        and each frontend's flags and its backends' shares of the slots."""
+        from mesh._maglev import SlotTable
+        from mesh.model import Flow, Protocol
+
+        maps = self.engine._opened().maps
+        names = {entry.id: key.backend for key, entry in self.applied.backends.items()}
+        verdicts = []
+        for source, destination, port, protocol in calls:
+            addresses = ipaddress.ip_address(source), ipaddress.ip_address(destination)
+            flow = Flow(addresses[0], 40000, addresses[1], port, Protocol[protocol.upper()])
+            verdicts.append(self.engine.explain(flow).verdict.upper())
+        shares = {}
+        for frontend, served in maps.served.items():
+            found = SlotTable.from_slots(maps.read_table(frontend)).shares()
+            shares[str(frontend)] = [served.flags, {names.get(owner, "?"): n for owner, n in sorted(found.items())}]
+        return {"verdicts": verdicts, "shares": shares}
+
+    def interrupt(self, steps: list[list[dict[str, Any]]], calls: list[list[Any]], at: int) -> dict[str, Any]:
+        """In a process of its own: open, carry out all steps and see after each what is enforced. Then begin the last
+        but one anew, and end as by kill -9 once it has written for the `at`th time.
+
+        Returns:
+            views (of each step), killed (else there are not so many writes).
+        """
+        self.load_once()
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                self.open()
+                views = [(self.serve(step), self.enforced(calls))[1] for step in steps]
+                os.write(writer, json.dumps(views).encode())
+                os.close(writer)
+                self.die_at(at)
+                self.serve(steps[-2])
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            views = json.loads(pipe.read() or "[]")
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, 9):
+            raise RuntimeError(f"the process ended with {code}")
+        return {"views": views, "killed": code == 9}
+
+    def load_once(self) -> None:
+        """Have the processes that are forked from this one open the same loaded programs: loading takes longest."""
+        from mesh.datapath.kernel import loader, pins, xdp
+
+        if hasattr(self, "loaded"):
+            return
+        directory = pins.pin_home(self.config) / pins.CONTRACT
+        sizes = {"mesh_flows": self.config.flow_cache, "mesh_revnat": self.config.max_replies}
+        self.loaded = loader.load(directory, sizes, xdp.objects(self.config))
+        loader.load = lambda *arguments: self.loaded  # type: ignore[assignment]
+
+    def die_at(self, number: int) -> None:
+        """End the process once it has written to maps or to the journal so often."""
+        left = number
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                os._exit(9)
+
+        parts = self.engine._opened()
+        maps = parts.maps
+        for holder, names in (
+            (maps, ("_ports", "_frontends", "_backends", "_config", "_acl", "_exact", "_addresses")),
+            (parts.nodes, ("_nodes", "_paths")),
+            (parts.publisher._ids, ("_map",)),
+            *((arena, ("slots",)) for arena in maps.arenas._arenas),
+        ):
+            for name in names:
+                setattr(holder, name, Counting(getattr(holder, name), count))
+        maps._maps = {name: Counting(each, count) for name, each in maps._maps.items()}
+        journal, append = self.engine._journal, self.engine._journal._append_or_write
+
+        def named(*arguments: Any, **change: Any) -> None:
+            append(*arguments, **change)
+            count()
+
+        journal._append_or_write = named  # type: ignore[method-assign]
+
     def problems(self) -> list[str]:
         return list(self.engine.problems())
 
     def missing(self) -> list[str]:
         return list(self.engine.missing())
 
+    def leave(self) -> None:
+        self.engine.leave(release=True)
+
     def close(self, release: bool) -> None:
         self.engine.close(release=release)
+
+
+class Counting:
+    """A map or a mapping that tells of each write, when it is done."""
+
+    WRITES = ("update", "delete", "update_batch", "delete_batch", "write", "store32", "store64")
+
+    def __init__(self, held: Any, count: Callable[[], None]) -> None:
+        self._held, self._count = held, count
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._held, name)
+        if name not in self.WRITES:
+            return found
+
+        def write(*arguments: Any) -> Any:
+            done = found(*arguments)
+            self._count()
+            return done
+
+        return write
 
 
 def main() -> None:

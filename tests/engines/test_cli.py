@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,9 @@ from mesh.api.app import make_app
 from mesh.cli.exit import Exit
 from mesh.cli.main import COMMANDS
 from tests.support.metrics_samples import SampleView
+from tests.support.process import Done
+from tests.support.process import run_mesh as mesh
 from tests.support.rows import ONE, TWO
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-async def mesh(*args: object, **env: str) -> Done:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("MESH_")} | env
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "mesh", *map(str, args),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environ,
-    )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert "Traceback" not in err.decode(), err.decode()
-    return Done(process.returncode or 0, out.decode(), err.decode())
-
 
 Daemon = tuple[SampleView, Callable[..., Awaitable[Done]]]
 

@@ -97,6 +97,20 @@ def test_connections_reach_backends_of_the_other_node() -> None:
         assert nodes.total("peer_received_bytes") == 500
 
 
+def test_an_agent_that_leaves_answers_no_trial_and_serves_on() -> None:
+    server = TcpServer()
+    with pair() as nodes:
+        nodes.serve({"a": server.where})
+        there = ipaddress.ip_address(THERE)
+        assert asyncio.run(ask_stream(there, nodes.port)) == "" and path_mtu(there, nodes.port, 1500).mtu
+        nodes.owner.datapath.leave(release=True)
+        assert asyncio.run(ask_stream(there, nodes.port)) == "cut off"
+        assert path_mtu(there, nodes.port, 1500).obstacle == "no answer"
+        with call(nodes.front) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+
+
 def test_streams_are_whole_and_halves_close_alone() -> None:
     data = os.urandom(1 << 20) * 16
 

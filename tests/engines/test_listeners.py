@@ -8,19 +8,23 @@ import dataclasses
 import ipaddress
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from mesh._abi import OWNER_PASS
+from mesh._maglev import SlotTable
 from mesh.config.keys import Config
+from mesh.datapath.base import Plan
 from mesh.datapath.proxy.engine import ProxyDatapath
 from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
 from tests.engines.proxied import PORT, STATE, open_engine, says, who
-from tests.support.fastpath_bench import TcpServer, UdpServer, call, read_all, tcp, udp
+from tests.support.fastpath_bench import Served, TcpServer, UdpServer, call, read_all, tcp, udp
 from tests.support.lab.netns import Lab, Namespace
 from tests.support.polling import PATIENCE, wait_for
 
@@ -92,6 +96,97 @@ def test_ahead_of_a_rival_and_back_without_a_lost_connection(node: Namespace, ou
             sock.close()
         mesh.quiet(front)
     assert table_name(STATE) not in node.run("nft", "list", "tables").stdout
+
+
+def passing(mesh: Served, front: Frontend) -> None:
+    """From now on none of the frontend's tasks can be reached from here."""
+    held = mesh.applied.frontends[front]
+    size = held.table.size
+    state = dataclasses.replace(held.state, passing=True)
+    entry = dataclasses.replace(held, state=state, table=SlotTable.uniform(size, OWNER_PASS))
+    result = dataclasses.replace(mesh.applied, frontends={front: entry})
+    mesh.applied = mesh.datapath.apply(Plan(result.generation, put_frontends=(entry,), result=result))
+
+
+@pytest.mark.parametrize("obstacle", ["closed", "refused"])
+def test_what_was_accepted_for_a_node_that_does_not_answer_goes_to_who_else_serves_the_port(
+    node: Namespace, outside: Namespace, obstacle: str
+) -> None:
+    """Before the path is known to be down; callers on the node itself too."""
+    front, away = tcp(PORT), "192.0.2.77"
+    node.ip("address", "add", f"{away}/32", "dev", "lo")
+    if obstacle == "closed":
+        rules = f"table ip wall {{ chain f {{ type filter hook output priority 0; ip daddr {away} drop; }}\n}}"
+        node.run("nft", "-f", "-", input=rules)
+    with rival(node), open_engine(node, intercept="nft", connect_timeout=0.3) as mesh:
+        mesh.serve({front: {"a": ("", 80)}}, via=away)
+        for where, host in ((outside, node.address), (outside, node.address6), (node, node.address), (node, "::1")):
+            assert who(where, host) == b"rival"
+        totals = mesh.datapath.stats().totals
+        assert totals["passed_connections"] == 4
+        assert mesh.datapath.stats().frontends[front].failed == {}
+
+
+def test_without_who_else_serves_the_port_it_fails_once(node: Namespace, outside: Namespace) -> None:
+    """It does not call itself."""
+    front = tcp(PORT)
+    with open_engine(node, intercept="nft") as mesh:
+        mesh.serve({front: {"a": ("", 80)}}, via="127.0.0.9")
+        with pytest.raises(ConnectionResetError):
+            who(outside, node.address)
+        assert mesh.datapath.stats().totals["passed_connections"] == 1
+        assert sum(mesh.datapath.stats().frontends[front].failed.values()) == 1
+    with open_engine(node, intercept="bind") as mesh:
+        mesh.serve({front: {"a": ("", 80)}}, via="127.0.0.9")
+        with pytest.raises(ConnectionResetError):
+            who(outside, node.address)
+        assert mesh.datapath.stats().totals["passed_connections"] == 0
+
+
+def test_a_port_that_is_passed_and_taken_back_loses_nothing(node: Namespace, outside: Namespace) -> None:
+    """Under load, again and again; connections that were redirected before are served."""
+    front = tcp(PORT)
+    with rival(node), open_engine(node, intercept="nft") as mesh:
+        with node.entered():
+            server = says(b"mesh")
+        mesh.serve({front: {"a": server.where}})
+        answers: list[bytes] = []
+        stop = threading.Event()
+
+        def calls() -> None:
+            while not stop.is_set():
+                answers.append(who(outside, node.address))
+
+        callers = [threading.Thread(target=calls) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for _ in range(10):
+            goal = len(answers) + 20
+            wait_for(lambda goal=goal: len(answers) > goal)
+            passing(mesh, front)
+            assert who(outside, node.address) == b"rival"
+            mesh.serve({front: {"a": server.where}})
+            assert who(outside, node.address) == b"mesh"
+        stop.set()
+        for caller in callers:
+            caller.join()
+        assert set(answers) == {b"mesh", b"rival"}
+
+
+def test_a_port_that_is_passed_stays_so_when_its_sockets_are_opened_again(node: Namespace, outside: Namespace) -> None:
+    front = tcp(PORT)
+    with rival(node), open_engine(node, intercept="nft") as mesh:
+        server = says(b"mesh")
+        mesh.serve({front: {"a": server.where}})
+        passing(mesh, front)
+        (listener, *_) = mesh.datapath.listeners()[front]
+        with socket.socket(fileno=os.dup(listener)) as copy:
+            port = copy.getsockname()[1]
+        node.run("ss", "-K", "-l", "-t", f"sport = :{port}")
+        wait_for(lambda: mesh.datapath.stats().totals["kernel_losses"] == 1 and not mesh.datapath.missing())
+        assert who(outside, node.address) == b"rival"
+        mesh.serve({front: {"a": server.where}})
+        assert who(outside, node.address) == b"mesh"
 
 
 def test_drain_hands_new_flows_back_and_keeps_old_ones(node: Namespace, outside: Namespace) -> None:

@@ -86,6 +86,33 @@ def test_the_nftables_table_is_put_back(node: Namespace, outside: Namespace, rem
     assert TABLE not in node.run("nft", "list", "tables").stdout
 
 
+@pytest.mark.parametrize("intercept", ["nft", "bind"])
+@pytest.mark.parametrize(
+    "remove",
+    [
+        "flush ruleset",
+        f"flush chain inet {TABLE} forward",
+        f"flush chain inet {TABLE} strangers",
+        f"flush set inet {TABLE} nodes_ip",
+    ],
+)
+def test_what_keeps_containers_out_is_put_back(node: Namespace, intercept: str, remove: str) -> None:
+    def guard() -> list[str]:
+        parts = ("chain", "forward"), ("chain", "strangers"), ("set", "nodes_ip")
+        listed = (node.run("nft", "-s", "list", kind, "inet", TABLE, name, check=False) for kind, name in parts)
+        return [each.stdout for each in listed]
+
+    with open_engine(node, intercept=intercept, docker_host=True) as mesh:
+        mesh.serve({tcp(PORT): {"a": says(b"mesh").where}}, nodes=[node.address, "192.0.2.250"])
+        whole = guard()
+        assert all(whole)
+        node.run("nft", remove)
+        back(lambda: guard() == whole, "kept out again")
+        back(lambda: losses(mesh) == 1 and not mesh.datapath.missing(), "counted")
+        time.sleep(0.2)
+        assert losses(mesh) == 1
+
+
 def test_what_is_not_ours_may_come_and_go(node: Namespace, outside: Namespace) -> None:
     with open_engine(node, intercept="nft") as mesh:
         mesh.serve({tcp(PORT): {"a": says(b"mesh").where}})
@@ -123,7 +150,7 @@ def test_the_peer_port_is_opened_again(node: Namespace) -> None:
         assert node.run("ss", "-Hlnt", "sport = :9552").stdout
         node.run("ss", "-K", "-l", "-t", "sport = :9552")
         back(lambda: bool(node.run("ss", "-Hlnt", "sport = :9552").stdout) and losses(mesh) == 1, "listening again")
-        assert mesh.datapath.missing() == []
+        back(lambda: mesh.datapath.missing() == [], "found in order")
 
 
 # ---- the kernel engine ----

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,26 +11,15 @@ import pytest
 
 from tests.engines.topology import WEB, Topology
 from tests.support import peers
-from tests.support.lab.netns import run
+from tests.support.old_build import old_build
 from tests.support.polling import PATIENCE, wait_for
-
-OLD = "2480956"
-ROOT = Path(__file__).parents[2]
-BUILD_SECONDS = 900.0
 
 pytestmark = [pytest.mark.root, pytest.mark.only("kernel"), pytest.mark.later("kernel")]
 
 
 @pytest.fixture(scope="module")
 def old() -> Path:
-    """The command of the old build, which is kept in build/."""
-    tree = ROOT / "build" / f"build-{OLD}"
-    if not (tree / ".venv" / ".built").exists():
-        tree.mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(["git", "archive", OLD], cwd=ROOT, capture_output=True, check=True).stdout
-        subprocess.run(["tar", "-x"], cwd=tree, input=archive, check=True)
-        run("make", "-C", str(tree), "build", timeout=BUILD_SECONDS)
-    return tree / ".venv" / "bin" / "mesh"
+    return old_build()
 
 
 @pytest.mark.parametrize("how", ["take over", "restart", "kill"])

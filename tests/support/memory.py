@@ -83,6 +83,9 @@ class MemoryDatapath(Datapath):
     def stop_accepting(self) -> None:
         """It has no sockets."""
 
+    def leave(self, *, release: bool) -> None:
+        """Nobody tries it."""
+
     def drain(self, seconds: float) -> int:
         return 0
 

@@ -224,8 +224,8 @@ def test_every_node_calls_every_task_through_every_node(cluster: Cluster) -> Non
     ids = [node["id"] for node in answer["nodes"]]
     assert sorted(rows) == sorted((one, other, 3, 3) for one in ids for other in ids)
     second, own = swarm.nodes[1], worker.namespace
-    table = "table inet shut { chain out { type filter hook output priority 0; "
-    own.run("nft", "-f", "-", input=f"{table} ip daddr {second.address} tcp dport {WEB} drop; }} }}")
+    rule = f"type filter hook output priority 0; ip daddr {second.address} tcp dport {WEB} drop;"
+    own.run("nft", "-f", "-", input=f"table inet shut {{\nchain out {{ {rule} }}\n}}")
     try:
         code, said = mesh(worker, "connectivity-test", "web")
     finally:

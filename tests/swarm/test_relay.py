@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -21,11 +20,20 @@ from mesh.cluster.relay_server import Questions, RelayServer
 from mesh.config.keys import Config
 from mesh.errors import MeshError
 from mesh.model import Backend, Health, HealthView, Inventory, Protocol, PublishedPort, Service
+from mesh.model import Node as Member
 from mesh.providers.base import EarlierBuildError
 from tests.support.lab.dockerd import Node, Swarm
 from tests.support.polling import until
 
 pytestmark = [pytest.mark.root, pytest.mark.swarm]
+
+
+MEMBERS: list[str] = []  # nodes of swarm3, which the relay lets in
+
+
+@pytest.fixture(autouse=True)
+def members(swarm3: Swarm) -> None:
+    MEMBERS[:] = sorted(load(files_of(node)).identity.node for node in swarm3.nodes)
 
 
 def files_of(node: Node) -> Files:
@@ -52,6 +60,7 @@ async def manager(node: Node, questions: Questions | None = None) -> AsyncIterat
         on_node=lambda name, up: silent.append((name, up)),
         questions=questions,
     )
+    server.know(inventory())
     made = Manager(server, reports, silent)
     task = asyncio.create_task(made.server.run())
     await until(lambda: made.server.port != 0, "the relay listens")
@@ -117,7 +126,7 @@ async def test_nodes_ask_each_other_and_by_way_of_a_manager(swarm3: Swarm) -> No
 def inventory(*nodes: str) -> Inventory:
     service = Service("s1", "web", (PublishedPort(80, 8080, Protocol.TCP),))
     backends = tuple(Backend(f"t-{node}", "s1", node, None, local=False) for node in sorted(nodes))
-    return Inventory((service,), backends, source="relay")
+    return Inventory((service,), backends, tuple(Member(node, node, None) for node in MEMBERS), source="relay")
 
 
 async def test_snapshot_deltas_reports_and_failover(swarm3: Swarm) -> None:
@@ -182,7 +191,11 @@ async def test_digests_are_told_by_what_has_changed(swarm3: Swarm) -> None:
             await provider.report(wire.Report({}, last, 9))
             await until(lambda: made.reports[node].generation == 9, "the report after a new connection")
             assert made.reports[node].digests == last
-            assert all(text is sys.intern(text) for pair in made.reports[node].digests.items() for text in pair)
+            held = [text for pair in made.reports[node].digests.items() for text in pair]
+            await provider.report(wire.Report({}, last, 10))
+            await until(lambda: made.reports[node].generation == 10, "the next report")
+            again = [text for pair in made.reports[node].digests.items() for text in pair]
+            assert all(text is before for text, before in zip(again, held, strict=True))
 
 
 async def test_a_lost_manager_is_replaced(swarm3: Swarm) -> None:

@@ -240,3 +240,10 @@ def test_a_backend_whose_first_probe_is_awaited_gets_nothing_and_counts_for_noth
     panic = compose(of(backend("a"), backend("b")), down, Drained(), CONFIG)
     assert weights(panic) == {"a": 0, "b": 1}
     assert standing(backend("a"), None, Health.PENDING, Drained()) == "first probe pending"
+
+
+def test_rules_that_merge_into_few_are_merged() -> None:
+    deny = tuple(ipaddress.ip_network(f"10.{n >> 8}.{n & 255}.0/24") for n in range(1 << 15))
+    inventory = of(backend("a"), deny=deny)
+    (state,) = compose(inventory, HealthView(), Drained(), CONFIG).frontends.values()
+    assert state.options.deny == (ipaddress.ip_network("10.0.0.0/9"),)

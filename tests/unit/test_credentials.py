@@ -14,8 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from bench import scale_certificates
-from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Files, load
+from mesh.cluster.credentials import CredentialsError, CredentialsWatch, load
 from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import RelayServer
 from mesh.config.keys import Config
@@ -23,21 +22,10 @@ from mesh.errors import plain
 from tests.support.cluster_provider import make_provider
 from tests.support.polling import until
 from tests.support.ports import free_port
+from tests.support.relay import Authority
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
-
-
-class Authority(scale_certificates.Authority):
-    """A swarm's CA, and managers' files as Swarm lays them out, each in a directory of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.directory = directory
-
-    def node(self, name: str, *life: datetime) -> Files:
-        self.write(self.directory / name / "swarm" / "certificates", name, "swarm-manager", *life)
-        return Files.of(Config(docker_data_root=str(self.directory / name)))
 
 
 @pytest.fixture

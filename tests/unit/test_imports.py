@@ -14,8 +14,20 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mesh"
 
 LAYERS = (
-    {"model", "errors", "netaddr", "_layout", "_abi", "_linux", "__init__"},
-    {"config", "supervisor", "incremental", "options", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"},
+    {"model", "errors", "netaddr", "text", "_layout", "_abi", "_linux", "_siphash", "__init__"},
+    {
+        "config",
+        "supervisor",
+        "incremental",
+        "listener",
+        "options",
+        "rules",
+        "_maglev",
+        "_bpf",
+        "_libbpf",
+        "_fastpath",
+        "fastpath",
+    },
     {"providers", "datapath"},
     {"cluster", "health", "reconcile", "metrics"},
     {"api"},
@@ -26,11 +38,17 @@ LAYERS = (
 )
 """What stands at the same height, from the ground up. A package imports itself and what is below it."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-CONTRACTS = {"mesh.providers.base", "mesh.datapath.base", "mesh.datapath.counters", "mesh.api.view"}
+CONTRACTS = {
+    "mesh.providers.base",
+    "mesh.datapath.base",
+    "mesh.datapath.counters",
+    "mesh.datapath.proof",
+    "mesh.api.view",
+}
 """Modules that a layer may know of its neighbours, and that `mesh.metrics` may know of `mesh.api`."""
 ENGINES = {"mesh._bpf": "mesh.datapath.kernel", "mesh._fastpath": "mesh.datapath.proxy"}
-EXTENSIONS = {"_layout", "_abi", "_linux", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"}
-STDLIB_ONLY = {"mesh.model", "mesh.errors"}
+EXTENSIONS = {"_layout", "_abi", "_linux", "_siphash", "_maglev", "_bpf", "_libbpf", "_fastpath", "fastpath"}
+STDLIB_ONLY = {"mesh.model", "mesh.errors", "mesh.text"}
 
 
 def part(module: str) -> str:

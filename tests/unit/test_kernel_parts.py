@@ -8,7 +8,7 @@ import dataclasses
 import ipaddress
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +26,18 @@ from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.arenas import Ranges
 from mesh.datapath.kernel.fallback import needed
 from mesh.datapath.kernel.journal import SPARE, Journal, Names
-from mesh.datapath.kernel.locator import ASK_LASTS, ASK_MOST, BRIDGE, INGRESS, TASK, Location, Locator, keepers, wanted
+from mesh.datapath.kernel.locator import (
+    ASK_LASTS,
+    ASK_MOST,
+    BRIDGE,
+    GUARD,
+    INGRESS,
+    TASK,
+    Location,
+    Locator,
+    keepers,
+    wanted,
+)
 from mesh.datapath.kernel.pins import OWNER, Owner, instance
 from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.netlink import Interface, Netlink, Route, Topology
@@ -54,7 +65,7 @@ def networks() -> st.SearchStrategy[Network]:
     return st.one_of(four, six)
 
 
-def longest_match(rules: list[tuple[Network, int]], source: bytes, default: int) -> int:
+def longest_match(rules: Sequence[tuple[Network, int]], source: bytes, default: int) -> int:
     """What the trie answers: the longest prefix on the 16-byte address."""
     best, answer = -1, default
     number = int.from_bytes(source, "big")
@@ -153,7 +164,7 @@ def test_names_come_back(tmp_path: Path) -> None:
     changed = dataclasses.replace(entry, target=dataclasses.replace(target, weight=0))
     names.put(step := Plan(6, put_backends=(changed,), drop_frontends=(frontend.frontend,)), held)
     assert Journal(path).read().frontends  # until it is dropped indeed
-    names.drop(step)
+    names.finish(step)
     assert names.read() == Names(6, {7: changed}, {})
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"generation":7,"backends":[[1')  # the process was killed as it wrote
@@ -174,8 +185,44 @@ def test_names_come_back(tmp_path: Path) -> None:
     assert names.problem == ""
     assert Journal(path).read() == Names(1999, {7: entry}, {}, nodes)
     path.unlink()  # by whoever
-    names.drop(Plan(2000, drop_backends=(entry,)))
+    names.finish(Plan(2000, drop_backends=(entry,)))
     assert names.read() == Names(2000, nodes=nodes)
+
+
+def test_what_was_named_and_not_confirmed_is_in_doubt(tmp_path: Path) -> None:
+    target = Target("task", ipaddress.ip_address("172.18.0.3"), 80, 2, True, "node", "container")
+    entry = BackendEntry(7, BackendKey("task", 80, 6), target)
+    moved = dataclasses.replace(entry, target=dataclasses.replace(target, address=ipaddress.ip_address("172.18.0.4")))
+    frontends = [state(Frontend(ANY_ADDRESS, port, Protocol.TCP), target) for port in (8000, 8001)]
+    one, two = (FrontendEntry(each, SlotTable.uniform(1021, 7), (7,)) for each in frontends)
+    journal = Journal(tmp_path / "names.json")
+
+    def doubt() -> tuple[set[int], set[int], set[int]]:
+        found = Journal(tmp_path / "names.json").read().doubt
+        return found.backends, {f.port for f in found.frontends}, set(found.former)
+
+    first = Plan(1, put_backends=(entry,), put_frontends=(one, two))
+    journal.put(first, Applied())
+    assert doubt() == ({7}, {8000, 8001}, set())
+    journal.finish(first)
+    assert doubt() == (set(), set(), set())
+    second = Plan(2, put_backends=(moved,), drop_frontends=(one.state.frontend,))
+    journal.put(second, Applied(1))
+    assert doubt() == ({7}, {8000}, {7})
+    assert Journal(tmp_path / "names.json").read().doubt.former == {7: entry}
+    journal.finish(second, sure=False)
+    assert doubt()[0] == {7}
+    third = Plan(3, put_frontends=(two,))
+    journal.put(third, Applied(2))
+    journal.finish(third)
+    assert doubt() == (set(), set(), set())
+    for generation in range(4, 2000):  # also where the file is written anew meanwhile
+        step = Plan(generation, put_backends=(entry if generation % 2 else moved,))
+        journal.put(step, Applied())
+        assert generation % 97 or doubt()[0] == {7}
+        journal.finish(step)
+        assert generation % 97 or doubt()[0] == set()
+    assert (tmp_path / "names.json").stat().st_size < 2 * SPARE
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', '{"version": 1, "backends": [[1]]}', "null"])
@@ -209,8 +256,8 @@ def test_programs_go_where_they_belong() -> None:
     everywhere = {2: INGRESS, 4: TASK, 5: TASK, 6: BRIDGE, 8: INGRESS, 10: INGRESS, 11: INGRESS}
     assert wanted(topology, places) == everywhere
     assert wanted(topology, places, nodes={6}) == everywhere | {6: INGRESS}
-    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 9: INGRESS}
-    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 10: INGRESS}
+    assert wanted(topology, places, ["eth1"], {2}) == {2: INGRESS, 4: TASK, 5: TASK, 6: GUARD, 9: INGRESS}
+    assert wanted(topology, places, ["eth0*"]) == {2: INGRESS, 4: TASK, 5: TASK, 6: GUARD, 10: INGRESS}
     assert 3 in wanted(topology, [])
     assert wanted(topology, [Location(via=1, own=True)]) == wanted(topology, [])
 

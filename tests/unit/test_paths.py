@@ -17,7 +17,7 @@ import pytest
 from mesh.config.keys import Config
 from mesh.datapath.paths import peer_probe
 from mesh.datapath.paths.datagrams import Questions
-from mesh.datapath.paths.monitor import FLAP_SECONDS, PathMonitor, Trial
+from mesh.datapath.paths.monitor import EVERY, FLAP_SECONDS, SHARE, TRIES, WAIT, PathMonitor, Trial
 from mesh.model import EngineKind, Node, Path, PathState
 from tests.support.polling import until
 from tests.support.ports import free_port
@@ -137,3 +137,17 @@ async def test_a_question_that_is_open_when_its_socket_is_closed_ends() -> None:
         await asyncio.sleep(0)  # it is sent, and waits
         asks.close()
         assert await question == peer_probe.NO_ANSWER
+
+
+async def test_how_long_others_take_to_notice_that_this_node_leaves() -> None:
+    """Nobody where there are no others; longer in a large swarm, whose trials are rarer."""
+    port = free_port()
+    others = [replace(THERE, id=f"n{i}") for i in range(2, 102)]
+    times = []
+    for nodes in ([], others[:1], others):
+        async with trying(port, *nodes) as (monitor, _):
+            monitor.look_again()
+            times.append((monitor.notice(datagrams=False), monitor.notice(datagrams=True)))
+    assert times[0] == (0, 0)
+    assert EVERY < times[1][0] < 1 < EVERY + TRIES * WAIT < times[1][1] < 3
+    assert times[2][0] > 100 * SHARE[Path.PEER] and times[2][1] > 100 * SHARE[Path.TUNNEL] + TRIES * WAIT

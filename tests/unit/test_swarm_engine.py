@@ -158,6 +158,23 @@ async def test_a_good_answer(peer: Peer, engine: Engine) -> None:
     assert (backend.id, str(backend.address)) == ("t1", "172.18.0.3")
 
 
+@pytest.mark.parametrize(
+    ("networks", "named"),
+    [
+        ([{"Name": "ingress", "Ingress": True, "Options": {"encrypted": "", "vxlanid_list": "4096"}}], "ingress"),
+        ([{"Name": "ingress", "Ingress": True, "Options": {"vxlanid_list": "4096"}}], ""),
+        ([{"Name": "ingress", "Ingress": True, "Options": None}], ""),
+        ([{"Name": "mine", "Ingress": False, "Options": {"encrypted": ""}}], ""),
+        ([], ""),
+    ],
+)
+async def test_an_encrypted_ingress_network_is_noticed(
+    peer: Peer, engine: Engine, networks: list[object], named: str
+) -> None:
+    peer.answer = lambda path: http(json.dumps(networks).encode()) if "/networks" in path else peer.good(path)
+    assert await engine.encrypted_ingress() == named
+
+
 async def test_an_engine_over_tcp(peer: Peer) -> None:
     server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]

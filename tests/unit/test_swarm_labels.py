@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.model import Affinity, HealthCheck, Locality, ProbeKind, ProxyProtocol, ServiceOptions, Severity
-from mesh.providers.labels import KEYS, NOBODY, Accepted, node_weight, parse_options, service_options
+from mesh.providers.labels import KEYS, Accepted, node_weight, parse_options, service_options
+from mesh.rules import NOBODY
 
 
 def test_no_labels_are_the_defaults() -> None:
@@ -39,6 +40,7 @@ def test_every_label() -> None:
         "mesh.locality": "local-first",
         "mesh.allow": "10.0.0.0/8, 2001:db8::/32",
         "mesh.deny": "10.1.2.3",
+        "mesh.fail-closed": "true",
     }
     assert {k.removeprefix("mesh.") for k in labels} == set(KEYS)
     options, problems = service_options("web", labels)[:2]
@@ -52,6 +54,7 @@ def test_every_label() -> None:
         locality=Locality.LOCAL_FIRST,
         allow=(ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("2001:db8::/32")),
         deny=(ipaddress.ip_network("10.1.2.3/32"),),
+        fail_closed=True,
     )
 
 
@@ -137,6 +140,19 @@ def test_an_empty_allow_admits_nobody_and_is_named(value: str) -> None:
     assert options.deny == NOBODY and problem.severity is Severity.CRITICAL
 
 
+def test_fail_closed_admits_nobody_but_those_whom_an_allow_names() -> None:
+    """A name that was misspelt is no rule: `mesh.allowed`."""
+    options, problems, accepted = service_options("web", {"mesh.fail-closed": "true", "mesh.allowed": "10.0.0.0/8"})
+    assert options.deny == NOBODY and options.fail_closed
+    assert "nobody is" in str(problems[0]) and problems[0].severity is Severity.CRITICAL
+    labels = {"mesh.fail-closed": "true", "mesh.allow": "10.0.0.0/8"}
+    options, problems, accepted = service_options("web", labels, accepted)
+    assert (options.allow, options.deny, problems) == ((ipaddress.ip_network("10.0.0.0/8"),), (), [])
+    options, (problem,), _ = service_options("web", {"mesh.fail-closed": "maybe"})
+    assert options.deny == NOBODY and problem.severity is Severity.CRITICAL
+    assert service_options("web", {"mesh.fail-closed": "false"})[:2] == (ServiceOptions(), [])
+
+
 GOOD = {
     "mesh.enable": "false", "mesh.affinity": "client-ip", "mesh.proxy-protocol": "v2", "mesh.health": "http:/ready",
     "mesh.health.interval": "500ms", "mesh.health.timeout": "0.2s", "mesh.health.rise": "1", "mesh.health.fall": "5",
@@ -205,10 +221,13 @@ def test_any_labels_give_options(labels: dict[str, str]) -> None:
     node_weight("n1", labels)
 
 
+CLOSING = ("deny", "fail-closed")  # a wrong value of these is no absent one
+
+
 @given(st.dictionaries(st.sampled_from(KEYS), st.text(max_size=5)))
 def test_what_is_not_refused_is_kept(values: dict[str, str]) -> None:
     """A value that was refused equals no value."""
     options, problems = parse_options(values, lambda key: key)
     wrong = {p.where for p in problems}
     if "allow" not in wrong:
-        assert parse_options({k: v for k, v in values.items() if k not in wrong or k == "deny"}, str)[0] == options
+        assert parse_options({k: v for k, v in values.items() if k not in wrong or k in CLOSING}, str)[0] == options

@@ -83,7 +83,8 @@ _Static_assert(sizeof(struct mesh_table) == 8, "mesh_table is 8 bytes");
 /* Value of mesh_ports by protocol and port: the id of the frontend with any address (0: none) and this flag. */
 #define MESH_PORT_EXACT    0x80000000u /* some frontend with an address of its own has this port: see mesh_exact */
 #define MESH_PORT_TUNNEL   0x40000000u /* UDP: the tunnel's port (geneve.h); no frontend may have it */
-#define MESH_PORT_FRONTEND 0x3fffffffu
+#define MESH_PORT_NODES    0x20000000u /* nodes hand over flows here: what containers send to nodes is dropped */
+#define MESH_PORT_FRONTEND 0x1fffffffu
 #define MESH_PORT_TCP      0u     /* index of a TCP port in mesh_ports: MESH_PORT_TCP + port in host order */
 #define MESH_PORT_UDP      65536u /* likewise */
 
@@ -124,7 +125,9 @@ _Static_assert(MESH_MAX_BACKENDS - 1 <= (__u32)~MESH_NAMED_MASK, "an address nam
 
 /* A backend by owner id. `epoch` changes whenever an id is given to another backend, so that notes of the old one are
  * not taken for the new one's. One that runs on another node has a `seed`: `address` is that node's then, as in
- * mesh_nodes, `seed` and `port` are what the backend is called there (struct mesh_id), `ifindex` and `bridge` are 0. */
+ * mesh_nodes, `seed` and `port` are what the backend is called there (struct mesh_id), `ifindex` and `bridge` are 0.
+ * `frontend` has the source rules of the backend's service: they hold for flows that other nodes hand over, whatever
+ * frontend those claim to have come to. */
 struct mesh_backend {
 	struct mesh_addr address;
 	__be16 port;
@@ -135,9 +138,11 @@ struct mesh_backend {
 	__u32 bridge;  /* interface by which this node reaches it (docker_gwbridge); MESH_LOOPBACK: the node's own */
 	__u8 mac[6];   /* of the container's end; zeros: unknown */
 	__u8 version; /* on another node: the IP version that the tunnel carries to it, 4 or 6; 0: the peer port does */
-	__u8 handed;  /* on another node: 1 if its peer port is shown to take flows, so that calls of own processes go there */
+	__u8 handed;  /* on another node: 1 if its peer port is shown to take flows, so that calls of own processes go
+			 there */
 	__be64 seed;  /* not 0: on another node */
-	__u8 pad2[16];
+	__u32 frontend; /* of this node; 0: not known, or on another node */
+	__u8 pad2[12];
 };
 _Static_assert(sizeof(struct mesh_backend) == 64, "mesh_backend is 64 bytes");
 _Static_assert(__builtin_offsetof(struct mesh_backend, epoch) == 20, "mesh_backend.epoch");
@@ -236,7 +241,11 @@ _Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
 #define MESH_ORPHAN_NEVER 0u  /* tables are never orphaned */
 #define MESH_ORPHAN_UDP   64u /* stamps for which orphaned UDP flows without a note stay where they are */
 
-#define MESH_SETTING_DIRECT 0x1u /* direct return: replies go straight to clients, whichever node they called */
+/* Mark of the proxy's connections to whoever else serves a port (Docker's own mesh): nothing of ours takes them. */
+#define MESH_PASS_MARK 0x6d657368u
+
+#define MESH_SETTING_DIRECT  0x1u /* direct return: replies go straight to clients, whichever node they called */
+#define MESH_SETTING_LEAVING 0x2u /* other nodes' trials of the tunnel get no answer: they start no more flows */
 
 /* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow. */
 struct mesh_fragment_key {
@@ -321,7 +330,8 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(SOCKET_HANDED,                                                                                               \
 	  "connection or datagram of a process of this node: sent to the fallback proxy, for a task of another node")  \
 	X(ERROR, "passed: a map or helper failed")                                                                     \
-	X(ORPHANED, "passed: no agent has kept the tables for orphan_timeout")
+	X(ORPHANED, "passed: no agent has kept the tables for orphan_timeout")                                         \
+	X(CONTAINER, "dropped: a container's packet to a port by which nodes hand flows to each other")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,
 enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };

@@ -24,6 +24,7 @@ from mesh.datapath.kernel import heartbeat, stats
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal
 from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.namespaces import living_cookies
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, instance, netns_cookie, pin_home, remove_pins
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.proxy.nft import NftTable, table_name
@@ -31,6 +32,7 @@ from mesh.errors import BpfError, MeshError
 
 GRACE: Final = 5.0  # seconds in which the other nodes learn that this one has another engine now
 EVERY: Final = 10.0  # seconds between two looks for foreign instances
+COLLECT: Final = 300.0  # seconds between two looks for namespaces that are gone
 POLL: Final = 1.0  # seconds in which a thread waits for flows at a time
 
 FOREIGN: Final = (
@@ -172,6 +174,38 @@ def foreign_instances(config: Config) -> list[Path]:
     return found
 
 
+def gone_instances(config: Config) -> list[Path]:
+    """Pins of network namespaces that do not exist any more: nobody can use them, and each holds its maps' memory.
+
+    Where this process cannot see which namespaces exist, those that had programs on interfaces of which none is left.
+    """
+    found, living = [], living_cookies()
+    for home in sorted((Path(config.bpf_fs) / "mesh").glob("*")):
+        cookies = {_cookie(pin) for pin in home.glob("*/mesh_config")} - {0}
+        links = [_bpf.Link.open(str(pin)) for pin in home.glob("*/links/if_*")]
+        try:
+            there = any(link.info()[1] for link in links)
+        finally:
+            for link in links:
+                link.close()
+        gone = living.isdisjoint(cookies) if living is not None else bool(links)
+        if cookies and netns_cookie() not in cookies and gone and not there:
+            found.append(home)
+    return found
+
+
+def collect_gone(config: Config) -> list[Path]:
+    """Remove the pins of `gone_instances`. Returns those that were removed; what may not be removed is left."""
+    removed = []
+    try:
+        for home in gone_instances(config):
+            remove_pins(home)
+            removed.append(home)
+    except (BpfError, OSError) as error:
+        log.warning("cannot collect pins of network namespaces that are gone", error=str(error))
+    return removed
+
+
 def _cookie(pin: Path) -> int:
     """The network namespace that a pinned mesh_config is for; 0: the pin was removed meanwhile.
 
@@ -236,8 +270,13 @@ class Cleanup:
             log.warning("cannot remove an earlier kernel engine's programs; run mesh stop --release", error=str(error))
 
     async def watch_foreign_instances(self) -> None:
-        """Keep `problems`, until cancelled."""
+        """Keep `problems`, and collect what namespaces that are gone have left, until cancelled."""
+        due = 0.0
         while True:
+            if time.monotonic() >= due:
+                for home in await _thread(collect_gone, self._config):
+                    log.info("removed the pins of a network namespace that is gone", pins=str(home))
+                due = time.monotonic() + COLLECT
             found = [FOREIGN.format(path) for path in await asyncio.to_thread(foreign_instances, self._config)]
             for line in found if found != self.problems else ():
                 log.warning(line)

@@ -39,6 +39,7 @@ from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.losses import Losses
 from mesh.datapath.netlink import Netlink
+from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend
 
@@ -97,7 +98,7 @@ class KernelDatapath:
         try:
             names = self._journal.read()
             parts = self._parts = self._build(home / CONTRACT, names)
-            if self._others and not parts.maps.served:
+            if self._others:
                 self._rebuild(parts, restore.from_journal(names))
             self._resume(parts)
         except BaseException:
@@ -122,12 +123,11 @@ class KernelDatapath:
         network = Network(config, Locator(netlink, config.floating), maps, nodes)
         maps.configure(node_config(config, netns_cookie()))
         heartbeat = Heartbeat(loaded[HEARTBEAT], config.orphan_timeout)
-        self._applied = restore.from_maps(maps, names, nodes.all)
+        self._applied = restore.from_maps(maps, names, nodes.all, pass_if_none=config.no_backend == "pass")
         if heartbeat.orphaned:
             self._applied = restore.rejoined(maps, self._applied)
         heartbeat.beat()
-        tables = {frontend: entry.table for frontend, entry in self._applied.frontends.items()}
-        publisher = Publisher(config, maps, Ids(loaded), tables)
+        publisher = Publisher(config, maps, Ids(loaded), self._applied)
         hooks = Hooks(programs, directory, config.cgroup)
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
         keeper = Keeper(maps, hooks, directory, Path(config.bpf_fs), self._losses)
@@ -137,12 +137,12 @@ class KernelDatapath:
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
-        the same."""
+        the same. A process that was killed as it did so has left some of them, which stay."""
+        applied = restore.joined(applied, self._applied)
         plan = Plan(
             applied.generation, tuple(applied.backends.values()), tuple(applied.frontends.values()), result=applied
         )
-        parts.publisher.publish(plan, self._applied, {})
-        self._applied = applied
+        self._applied = parts.publisher.publish(plan, self._applied, {})
         for other in self._others:
             if other.name.partition("-")[0] == str(ABI_VERSION):
                 parts.maps.carry_over(other)
@@ -182,10 +182,11 @@ class KernelDatapath:
             if not self._others:
                 self._attach(parts)
             self._fallback.prepare(plan, self._applied, parts.network.topology.addresses)
-            parts.publisher.publish(plan, self._applied, parts.network.locations, taking_over=self._taking_over)
-            self._applied = plan.result
+            self._applied = parts.publisher.publish(
+                plan, self._applied, parts.network.locations, taking_over=self._taking_over
+            )
             self._taking_over = False
-            self._journal.drop(plan)
+            self._journal.finish(plan, sure=not parts.publisher.failures)
             parts.network.forget(plan.drop_backends)
             self._switch(parts)
             self._fallback.apply(self._applied, parts.network.topology.addresses)
@@ -222,6 +223,11 @@ class KernelDatapath:
                     self._fallback.apply(self._applied, parts.network.topology.addresses)
         return True
 
+    def prove(self, proof: Proof) -> None:
+        """See Datapath.prove: the fallback proxy hands over and is handed over to; the tunnel carries no proof."""
+        with self._lock:
+            self._fallback.prove(proof)
+
     def _check(self) -> bool:
         """Look whether what is ours in the kernel is still there; as `_look`."""
         if not self._owner.is_ours():
@@ -247,6 +253,10 @@ class KernelDatapath:
         self._fallback.heartbeat()
         return True
 
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung: those of the fallback proxy."""
+        return self._fallback.hung()
+
     def rejoin(self) -> Applied:
         """See Datapath.rejoin."""
         parts = self._opened()
@@ -264,7 +274,8 @@ class KernelDatapath:
         parts, applied = self._opened(), self._applied
         journal = [self._journal.problem] if self._journal.problem else []
         network = parts.network.problems(applied.frontends, list(applied.backends.values()))
-        return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network]
+        failures = parts.publisher.failures.values()
+        return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network, *failures]
 
     def missing(self) -> Sequence[str]:
         """See Datapath.missing."""
@@ -314,6 +325,12 @@ class KernelDatapath:
     def stop_accepting(self) -> None:
         """See ProxyDatapath.stop_accepting."""
         self._fallback.stop_accepting()
+
+    def leave(self, *, release: bool) -> None:
+        """See Datapath.leave: at the peer port; in the tunnel, which outlives this process, with `release` only."""
+        self._fallback.leave()
+        if release:
+            self._opened().maps.leave()
 
     def drain(self, seconds: float) -> int:
         """Wait for the fallback proxy's flows; those in the kernel go on without this process."""

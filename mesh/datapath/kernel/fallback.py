@@ -22,7 +22,9 @@ from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, Choice, FrontendEntry, Plan, Signal, Stats, key_of
 from mesh.datapath.counters import COLUMNS, CounterTable
+from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.nft import NftTable, table_name
+from mesh.datapath.proxy.rules import SourceRules, rules_of
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Flow, Frontend
 
@@ -38,9 +40,10 @@ LINGER: Final = 5.0  # seconds for which it serves on what is no longer proxied
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
     """The frontends that the fallback proxy serves, each with its entry. Pure.
 
-    A frontend that is proxied, or with targets on other nodes whose peer ports answer, is served as it is; any other on
-    this node's addresses of the IP version that its targets do not speak, except loopback: the socket hooks connect
-    local processes whatever the version.
+    A frontend that is proxied is served as it is; so is one with targets on other nodes, unless none of its targets is
+    reached from here: on this node, or where the peer port answers. Any other is served on this node's addresses of the
+    IP version that its targets do not speak, except loopback: the socket hooks connect local processes whatever the
+    version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -49,9 +52,10 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
     )
     found: dict[Frontend, FrontendEntry] = {}
     for frontend, entry in applied.frontends.items():
-        if entry.state.passing:  # Docker's own mesh has to see it
-            continue
-        if entry.state.proxied or any(target.via is not None and target.handed for target in entry.state.targets):
+        # A port that is passed is not redirected: Docker's own mesh has to see it; its sockets stay for what was.
+        away = any(target.via is not None for target in entry.state.targets)
+        reached = any(t.weight and (t.via is None or t.handed) for t in entry.state.targets)
+        if entry.state.proxied or (away and (entry.state.passing or reached)):
             found[frontend] = entry
             continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
@@ -97,7 +101,7 @@ def served_as(source: FrontendEntry, frontend: Frontend, applied: Applied) -> Fr
     """A frontend's entry as the fallback proxy serves it: where the programs' table passes flows on to it, with the
     table that they would have without. Pure."""
     state = dataclasses.replace(source.state, frontend=frontend)
-    if not state.proxied:
+    if not state.proxied or state.passing:
         return dataclasses.replace(source, state=state)
     held = ((target, applied.backends.get(key_of(state, target))) for target in state.targets)
     seeds = [(backend_seed(t.backend), entry.id, t.weight) for t, entry in held if entry is not None and t.weight]
@@ -116,6 +120,7 @@ class Fallback:
         self._sources: dict[Frontend, FrontendEntry] = {}
         self._leaving: dict[Frontend, float] = {}  # until when what is no longer needed is served, monotonic
         self._peers: tuple[object, ...] = ()
+        self._proof = NONE
         self._problem = ""
         if inherited is None:  # else the process that hands over may still need its table
             NftTable(table_name(config.state_dir)).delete_stale()
@@ -143,13 +148,14 @@ class Fallback:
         sources |= self._lingering(applied, sources)
         same = sources.keys() == self._sources.keys() and all(self._sources[f] is e for f, e in sources.items())
         peers = for_peers(applied)
-        same = same and self._peers == (applied.nodes, peers)
+        rules = rules_of(applied.frontends.values())
+        same = same and self._peers == (applied.nodes, peers, rules)
         others = len(applied.nodes or ()) > 1  # they may call the peer port at any time
         if (same and not self._problem) or not (sources or others or self._proxy):
             return
         try:
-            self._carry_out(applied, sources, peers)
-            self._peers = (applied.nodes, peers)
+            self._carry_out(applied, sources, peers, rules)
+            self._peers = (applied.nodes, peers, rules)
             self._problem = ""
         except (DatapathError, ImportError, OSError) as error:
             self._problem = (
@@ -171,14 +177,21 @@ class Fallback:
         return {frontend: entry for frontend, entry in left.items() if now < self._leaving[frontend]}
 
     def _carry_out(
-        self, applied: Applied, sources: Mapping[Frontend, FrontendEntry], peers: Mapping[BackendKey, BackendEntry]
+        self,
+        applied: Applied,
+        sources: Mapping[Frontend, FrontendEntry],
+        peers: Mapping[BackendKey, BackendEntry],
+        rules: Mapping[int, SourceRules],
     ) -> None:
         if self._proxy is None:
             from mesh.datapath.proxy.engine import ProxyDatapath  # noqa: PLC0415 -- only where it is needed
 
-            self._proxy = ProxyDatapath(self._config, inherited=self._inherited, docker_host=self._docker_host)
+            self._proxy = ProxyDatapath(
+                self._config, inherited=self._inherited, docker_host=self._docker_host, guard=False
+            )
             self._inherited = {}
             self._proxy.open()
+            self._proxy.prove(self._proof)
         entries = {
             frontend: self._applied.frontends[frontend]
             if self._sources.get(frontend) is source and frontend in self._applied.frontends
@@ -201,14 +214,25 @@ class Fallback:
                 drop_backends=tuple(e for key, e in held.backends.items() if key not in backends),
                 put_nodes=applied.nodes,
                 result=Applied(applied.generation, entries, backends, applied.nodes),
-            )
+            ),
+            rules,
         )
         self._sources = dict(sources)
+
+    def prove(self, proof: Proof) -> None:
+        """See Datapath.prove."""
+        self._proof = proof
+        if self._proxy is not None:
+            self._proxy.prove(proof)
 
     def heartbeat(self) -> None:
         """See Datapath.heartbeat."""
         if self._proxy is not None:
             self._proxy.heartbeat()
+
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung."""
+        return self._proxy.hung() if self._proxy is not None else ()
 
     def problems(self) -> Sequence[str]:
         found = list(self._proxy.problems()) if self._proxy else []
@@ -261,6 +285,11 @@ class Fallback:
         """See Datapath.stop_accepting."""
         if self._proxy is not None:
             self._proxy.stop_accepting()
+
+    def leave(self) -> None:
+        """See Datapath.leave."""
+        if self._proxy is not None:
+            self._proxy.leave(release=True)
 
     def drop_inherited(self) -> None:
         """Close the inherited sockets, unless the proxy has them."""

@@ -12,6 +12,7 @@ import structlog
 
 from mesh import _bpf
 from mesh._abi import REVNAT, REVNAT_FIN_IN, REVNAT_FIN_OUT, STAMP_SHIFT
+from mesh.supervisor import FAULTS
 
 AGE: Final = 60.0  # seconds since the client was last heard
 INTERVAL: Final = 30.0  # seconds between two collections
@@ -67,6 +68,7 @@ class Collector:
             try:
                 collect(self._replies)
             except Exception as error:  # the next collection tries again
+                FAULTS.failed("collection of closed flows", error)
                 log.warning("cannot delete closed flows; retrying", error=str(error))
 
     def close(self) -> None:

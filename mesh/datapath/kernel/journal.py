@@ -3,12 +3,15 @@
 
 The maps are authoritative. Without a journal, or with one that does not match them, an agent restores the maps under
 made-up names, and the next plan replaces these while connections go on.
+
+A plan's names are written before the maps, and that it was carried out after them. What was named and not confirmed is
+in doubt: the maps may hold it, or what was there before, or a part. The next plan puts it anew.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +28,23 @@ _CHANGES: Final = ("backends", "frontends", "gone_backends", "gone_frontends")
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """What a plan was about to change that nobody has confirmed.
+
+    Attributes:
+        former: the backends that had such an id before, by id.
+    """
+
+    backends: set[int] = field(default_factory=set)
+    frontends: set[Frontend] = field(default_factory=set)
+    former: dict[int, BackendEntry] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        for each in (self.backends, self.frontends, self.former):
+            each.clear()
+
+
+@dataclass(frozen=True, slots=True)
 class Names:
     """What the journal says."""
 
@@ -32,6 +52,7 @@ class Names:
     backends: dict[int, BackendEntry] = field(default_factory=dict)
     frontends: dict[Frontend, FrontendState] = field(default_factory=dict)
     nodes: tuple[Address, ...] = ()
+    doubt: Doubt = field(default_factory=Doubt, compare=False)
 
 
 def _target_out(target: Target) -> list[Any]:
@@ -108,6 +129,27 @@ def _backend_in(row: list[Any]) -> BackendEntry:
     return BackendEntry(number, BackendKey(backend, port, protocol, *path), _target_in(target))
 
 
+def _take(names: Names, row: dict[str, Any]) -> None:
+    """Read a line. Lines of other builds confirm nothing, so all that these have written is in doubt."""
+    doubt = names.doubt
+    for entry in map(_backend_in, row["backends"]):
+        if entry.id in names.backends and entry.id not in doubt.backends:
+            doubt.former[entry.id] = names.backends[entry.id]
+        doubt.backends.add(entry.id)
+        names.backends[entry.id] = entry
+    for state in map(_frontend_in, row["frontends"]):
+        doubt.frontends.add(state.frontend)
+        names.frontends[state.frontend] = state
+    doubt.backends.update(row.get("leaving_backends", ()))
+    doubt.frontends.update(map(_place_in, row.get("leaving_frontends", ())))
+    for number in row.get("gone_backends", ()):
+        names.backends.pop(number, None)
+    for place in row.get("gone_frontends", ()):
+        names.frontends.pop(_place_in(place), None)
+    if row.get("done"):
+        doubt.clear()
+
+
 class Journal:
     """One file: a line with all names, then a line per change. It is rewritten when the changes outgrow the names."""
 
@@ -126,23 +168,21 @@ class Journal:
             row = msgspec.json.decode(first)
             if row["version"] != VERSION:
                 return Names()
-            backends = {b.id: b for b in map(_backend_in, row["backends"])}
-            frontends = {f.frontend: f for f in map(_frontend_in, row["frontends"])}
+            names = Names()
+            _take(names, row)
             generation, nodes = row["generation"], row["nodes"]
             for row in map(msgspec.json.decode, changes[:-1]):  # a line without a line break is incomplete
                 generation, nodes = row["generation"], row.get("nodes", nodes)
-                backends |= {b.id: b for b in map(_backend_in, row["backends"])}
-                frontends |= {f.frontend: f for f in map(_frontend_in, row["frontends"])}
-                for number in row["gone_backends"]:
-                    backends.pop(number, None)
-                for place in row["gone_frontends"]:
-                    frontends.pop(_place_in(place), None)
-            return Names(generation, backends, frontends, tuple(map(ipaddress.ip_address, nodes)))
+                _take(names, row)
+            return replace(names, generation=generation, nodes=tuple(map(ipaddress.ip_address, nodes)))
         except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError):
             return Names()
 
     def put(self, plan: Plan, held: Applied) -> None:
-        """Add the names of what a plan is about to put; the first call also writes all that is `held` before it."""
+        """Add the names of what a plan is about to put; the first call also writes all that is `held` before it.
+
+        All of this, and what the plan drops, is in doubt until `finish`.
+        """
         if not self._size:
             self._backends = {e.id: _raw(_backend_out(e)) for e in held.backends.values()}
             self._frontends = {f: _raw(_frontend_out(e.state)) for f, e in held.frontends.items()}
@@ -154,21 +194,28 @@ class Journal:
         change: dict[str, list[Any]] = {"backends": list(backends.values()), "frontends": list(frontends.values())}
         if plan.put_nodes is not None:
             self._nodes = change["nodes"] = [str(address) for address in plan.put_nodes]
+        if plan.drop_backends:
+            change["leaving_backends"] = [entry.id for entry in plan.drop_backends]
+        if plan.drop_frontends:
+            change["leaving_frontends"] = [_place_out(frontend) for frontend in plan.drop_frontends]
         self._append(plan.generation, **change)
 
-    def drop(self, plan: Plan) -> None:
-        """Remove the names of what a plan has dropped."""
+    def finish(self, plan: Plan, *, sure: bool = True) -> None:
+        """The maps hold what `put` has named: remove the names of what the plan has dropped.
+
+        Args:
+            sure: nothing of this plan, and of those before that were not finished, is in doubt any more.
+        """
         held = {entry.id for entry in plan.put_backends}
         gone = [entry.id for entry in plan.drop_backends if entry.id not in held]
         for number in gone:
             self._backends.pop(number, None)
         for frontend in plan.drop_frontends:
             self._frontends.pop(frontend, None)
-        if gone or plan.drop_frontends:
-            places = [_place_out(frontend) for frontend in plan.drop_frontends]
-            self._append(plan.generation, gone_backends=gone, gone_frontends=places)
+        places = [_place_out(frontend) for frontend in plan.drop_frontends]
+        self._append(plan.generation, gone_backends=gone, gone_frontends=places, **({"done": True} if sure else {}))
 
-    def _append(self, generation: int, **change: list[Any]) -> None:
+    def _append(self, generation: int, **change: Any) -> None:
         """Append a change. If that fails, remove the file: outdated names would be wrong ones.
 
         Raises:
@@ -184,13 +231,14 @@ class Journal:
             self.problem = f"{self._path}: cannot be written: {error.strerror}; should the daemon start again now, it "
             self.problem += "knows its backends by their tables only (make room there)"
 
-    def _append_or_write(self, generation: int, **change: list[Any]) -> None:
+    def _append_or_write(self, generation: int, **change: Any) -> None:
         row = {"generation": generation, **{name: [] for name in _CHANGES}, **change}
         line = msgspec.json.encode(row) + b"\n"
         self._spent += len(line)
         if not self._size or self._spent > max(self._size, SPARE) or not self._path.exists():
             self._write(generation)
-            return
+            if "done" not in change:
+                return
         with self._path.open("ab") as file:
             file.write(line)
 

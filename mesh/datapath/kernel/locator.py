@@ -19,6 +19,7 @@ from mesh.netaddr import of_proc
 
 INGRESS: Final = "mesh_ingress"
 BRIDGE: Final = "mesh_bridge"
+GUARD: Final = "mesh_guard"
 TASK: Final = "mesh_task"
 NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 30.0)  # seconds between questions for one MAC: first pause, doubled up to the second
@@ -145,7 +146,7 @@ def wanted(
     as well), and veths that lead directly to a backend. INGRESS, facing clients: the interfaces that `patterns` name,
     and those in `nodes`, which lead to other nodes; without patterns every other Ethernet interface, bridges included,
     that is up and not a port of a bridge or bond. BRIDGE: bridges that only have ports of containers and virtual
-    machines.
+    machines; GUARD: those that `patterns` leave out.
     """
     vias = {location.via for location in locations if not location.own}
     bridges = {index for index in vias if index in topology.interfaces and topology.interfaces[index].kind == "bridge"}
@@ -159,6 +160,8 @@ def wanted(
             named = any(fnmatch.fnmatchcase(interface.name, pattern) for pattern in patterns)
             if named or interface.index in nodes:
                 found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
+            elif interface.up and interface.index not in bridges and _outer(interface, outward) == BRIDGE:
+                found[interface.index] = GUARD
         elif interface.up and interface.ethernet and not interface.master and interface.index not in bridges:
             found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
     return found

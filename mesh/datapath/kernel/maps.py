@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,10 @@ CARRIED: Final = {  # maps that are copied from the pins of another build: name 
     "mesh_revnat": "mesh_replies",
     "mesh_revnat_new": "mesh_openings",
 }
+BETWEEN: Final = _abi.PORT_TUNNEL | _abi.PORT_NODES
+
+
+RuleSet = frozenset[tuple[Network, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,9 @@ class KernelMaps:
         self._free: list[int] = list(range(1, _abi.MAX_FRONTENDS))
         self._freed: list[tuple[float, int]] = []
         self._acls = 0
-        self._tunnel: set[int] = set()  # offsets in mesh_ports of the ports where other nodes' flows come in
+        self._between: dict[int, int] = {}  # by offset in mesh_ports, flags of the ports where nodes' flows come in
+        self._rules: dict[int, RuleSet] = {}  # by acl; several frontends may have one
+        self._acl_of: dict[RuleSet, int] = {}
         self._restore()
 
     # ---- restore ----
@@ -72,16 +80,26 @@ class KernelMaps:
             self.served[frontend] = Served(number, table, flags, acl)
         taken = {s.id for s in self.served.values()}
         self._free = [n for n in self._free if n not in taken]
-        rules = [codec.unpack_acl_key(key) for key in self._keys(self._acl)]
-        self._acls = max((acl for acl, _ in rules), default=0)
-        used = {s.acl for s in self.served.values()}
-        self._drop_rules(rule for rule in rules if rule[0] not in used)
+        self._restore_rules()
         data = self._backends.read(0, _abi.MAX_BACKENDS * BACKEND.size)
         empty = bytes(BACKEND.size)
         for number in range(_abi.OWNER_FIRST, _abi.MAX_BACKENDS):
             data_row = data[number * BACKEND.size : (number + 1) * BACKEND.size]
             if data_row != empty:
                 self.backends[number] = BACKEND.unpack(data_row)
+
+    def _restore_rules(self) -> None:
+        """Take the rule sets that frontends have, and remove the others: a process was killed as it wrote them."""
+        found: defaultdict[int, list[tuple[Network, int]]] = defaultdict(list)
+        for key, value in self._acl.rows():
+            acl, network = codec.unpack_acl_key(key)
+            found[acl].append((network, codec.unpack_u32(value)))
+        self._acls = max(found, default=0)
+        used = {s.acl for s in self.served.values()}
+        self._rules = {acl: frozenset(rules) for acl, rules in found.items() if acl in used}
+        self._acl_of = {rules: acl for acl, rules in self._rules.items()}
+        for acl in found.keys() - used:
+            self._delete_rules(acl, (network for network, _ in found[acl]))
 
     def _published(self) -> Iterator[tuple[Frontend, int]]:
         """(frontend, id) of everything in mesh_ports and mesh_exact."""
@@ -93,17 +111,13 @@ class KernelMaps:
             for offset in range(base, base + len(empty), 8):
                 word = codec.unpack_u32(words[offset : offset + 4])
                 number = word & _abi.PORT_FRONTEND
-                if word & _abi.PORT_TUNNEL:
-                    self._tunnel.add(offset)
+                if flags := word & BETWEEN:
+                    self._between[offset] = flags
                 if number:
                     port, udp = offset // 8 % _abi.PORT_UDP, offset // 8 >= _abi.PORT_UDP
                     yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
         for key, value in self._exact.rows():
             yield codec.unpack_frontend_key(key), codec.unpack_u32(value)
-
-    @staticmethod
-    def _keys(source: _bpf.Map) -> list[bytes]:
-        return [key for key, _ in source.rows()]
 
     def pins(self) -> Mapping[Path, _bpf.Map]:
         """All maps by their pins."""
@@ -115,14 +129,28 @@ class KernelMaps:
         """Write the settings of the whole node."""
         self._config.write(0, _abi.CONFIG.pack(config))
 
-    def listen(self, port: int) -> None:
-        """Accept other nodes' flows at this UDP port and at no other; 0: at none."""
-        wanted = {codec.port_index(port, Protocol.UDP) * self._ports.step} if port else set()
-        for offset in wanted - self._tunnel:
-            self._ports.store32(offset, self._ports.load32(offset) | _abi.PORT_TUNNEL)
-        for offset in self._tunnel - wanted:
-            self._ports.store32(offset, self._ports.load32(offset) & ~_abi.PORT_TUNNEL)
-        self._tunnel = wanted
+    def leave(self) -> None:
+        """Answer no more trials of the tunnel, until the next `configure`."""
+        config = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
+        self.configure(config._replace(settings=config.settings | _abi.SETTING_LEAVING))
+
+    def listen(self, tunnel: int, peer: int) -> None:
+        """Accept other nodes' flows at this UDP port and at no other, and keep containers from it and from the peer
+        port; 0: accept none, keep from none."""
+        wanted: dict[int, int] = {}
+        for port, protocol, flags in (
+            (peer, Protocol.TCP, _abi.PORT_NODES),
+            (peer, Protocol.UDP, _abi.PORT_NODES),
+            (tunnel, Protocol.UDP, BETWEEN),
+        ):
+            if port:
+                offset = codec.port_index(port, protocol) * self._ports.step
+                wanted[offset] = wanted.get(offset, 0) | flags
+        for offset in wanted.keys() | self._between.keys():
+            flags = wanted.get(offset, 0)
+            if flags != self._between.get(offset, 0):
+                self._ports.store32(offset, self._ports.load32(offset) & ~BETWEEN | flags)
+        self._between = wanted
 
     def set_addresses(self, addresses: Iterable[Address], floating: Collection[Address] = ()) -> None:
         """Make exactly these addresses the node's own. Flows to those in `floating` may have begun on another node."""
@@ -138,7 +166,8 @@ class KernelMaps:
     # ---- backends ----
 
     def put_backends(self, entries: Mapping[int, _abi.Backend]) -> None:
-        """Write backends. Their `epoch` is ignored, and increases where an id is given to another backend."""
+        """Write backends. Their `epoch` is ignored, and increases where an id is given to another backend; so is their
+        `frontend`, which `rule_backends` writes."""
         fresh = []
         for number, entry in entries.items():
             held = self.backends.get(number)
@@ -148,8 +177,10 @@ class KernelMaps:
                 entry.protocol,
                 entry.seed,
             )
-            epoch = (held.epoch if held else 0) + (0 if same and held and held.state else 1)
-            new = entry._replace(epoch=epoch & 0xFFFFFFFF)
+            stays = same and held is not None and held.state != _abi.BACKEND_FREE
+            epoch = (held.epoch if held else 0) + (0 if stays else 1)
+            frontend = held.frontend if held is not None and stays else 0
+            new = entry._replace(epoch=epoch & 0xFFFFFFFF, frontend=frontend)
             if new == held:
                 continue
             if not same:
@@ -168,6 +199,23 @@ class KernelMaps:
         self._backends.store64(offset + word, codec.word_at(row, word))
         self.backends[number] = new
 
+    def rule_backends(self, numbers: Iterable[int], frontend: Frontend) -> None:
+        """Let a frontend's source rules hold for other nodes' flows for those of these backends that run here and have
+        no frontend yet."""
+        served = self.served.get(frontend)
+        for number in numbers if served is not None else ():
+            held = self.backends.get(number)
+            if held is not None and served is not None and not held.frontend and not any(held.seed):
+                self._write_backend(number, held._replace(frontend=served.id), in_place=True)
+
+    def unrule_backends(self, frontends: Iterable[Frontend]) -> bool:
+        """Take the rules of these frontends from all backends. Returns whether any had them."""
+        gone = {self.served[frontend].id for frontend in frontends if frontend in self.served}
+        found = [number for number, held in self.backends.items() if held.frontend in gone] if gone else []
+        for number in found:
+            self._write_backend(number, self.backends[number]._replace(frontend=0), in_place=True)
+        return bool(found)
+
     def free_backends(self, numbers: Iterable[int]) -> None:
         """Mark backends as gone: their flows go to their slots' current owners. The epochs stay."""
         for number in numbers:
@@ -180,34 +228,43 @@ class KernelMaps:
     def put_frontend(
         self, frontend: Frontend, slots: bytes | None, flags: int, rules: Sequence[tuple[Network, int]] | None
     ) -> None:
-        """Publish a frontend, or change it.
+        """Publish a frontend, or change it. Its rules are in force before its table is.
 
         Args:
             slots: its table as mesh_slot array; None: unchanged.
             rules: of its acl, each with ACL_ALLOW or ACL_DENY; None: unchanged.
+
+        Raises:
+            DatapathError: no room. A frontend that was served keeps its table, and its rules unless these are in force.
         """
         held = self.served.get(frontend)
-        if slots is not None:
-            table = self.arenas.publish(slots)
-        elif held is not None:
-            table = held.table
-        else:
+        if held is None and slots is None:
             raise ValueError(f"{frontend} has no table yet")
         acl = self._put_rules(rules) if rules is not None else (held.acl if held else 0)
-        number = held.id if held else self._new_id(frontend)
+        if held is not None and (flags, acl) != (held.flags, held.acl):
+            _, options = codec.frontend_words(held.table, flags, acl)
+            self._frontends.store64(held.id * FRONTEND.size + _abi.FRONTEND_OPTIONS_WORD, options)
+            self.served[frontend] = Served(held.id, held.table, flags, acl)
+            self._forget_rules(held.acl)
+        number = held.id if held is not None else 0
+        try:
+            number = number or self._new_id(frontend)
+            table = self.arenas.publish(slots) if slots is not None else self.served[frontend].table
+        except DatapathError:
+            self._forget_rules(acl)
+            if held is None and number:
+                heapq.heappush(self._free, number)
+            raise
         place, options = codec.frontend_words(table, flags, acl)
-        if held is None or (flags, acl) != (held.flags, held.acl):
+        if held is None:
             self._frontends.store64(number * FRONTEND.size + _abi.FRONTEND_OPTIONS_WORD, options)
         if held is None or table != held.table:
             self._frontends.store64(number * FRONTEND.size + _abi.FRONTEND_TABLE_WORD, place)
         self.served[frontend] = Served(number, table, flags, acl)
         if held is None:
             self._publish(frontend, number)
-            return
-        if table != held.table:
+        elif table != held.table:
             self.arenas.retire(held.table)
-        if acl != held.acl:
-            self._forget_rules(held.acl)
 
     def _new_id(self, frontend: Frontend) -> int:
         now = time.monotonic()
@@ -260,21 +317,44 @@ class KernelMaps:
 
     # ---- acl ----
 
+    def rules_of(self, frontend: Frontend) -> RuleSet:
+        """The rules that a served frontend has."""
+        return self._rules.get(self.served[frontend].acl, frozenset())
+
     def _put_rules(self, rules: Sequence[tuple[Network, int]]) -> int:
-        if not rules:
+        """The acl with just these rules, made if there is none. All or nothing."""
+        wanted = frozenset(rules)
+        if not wanted:
             return 0
+        if wanted in self._acl_of:
+            return self._acl_of[wanted]
         self._acls += 1
-        for network, action in rules:
-            self._acl.update(codec.pack_acl_key(self._acls, network), codec.pack_u32(action))
+        written: list[Network] = []
+        try:
+            for network, action in rules:
+                self._acl.update(codec.pack_acl_key(self._acls, network), codec.pack_u32(action))
+                written.append(network)
+        except BpfError as error:
+            self._delete_rules(self._acls, written)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DatapathError(
+                f"no room for {len(rules)} prefixes of mesh.allow and mesh.deny",
+                remedy=f"all services together have room for {self._acl.max_entries}; write wider networks",
+            ) from None
+        self._rules[self._acls], self._acl_of[wanted] = wanted, self._acls
         return self._acls
 
     def _forget_rules(self, acl: int) -> None:
-        if acl:
-            keys = (codec.unpack_acl_key(key) for key in self._keys(self._acl))
-            self._drop_rules(rule for rule in keys if rule[0] == acl)
+        """Remove a rule set unless a frontend has it."""
+        if acl in self._rules and all(s.acl != acl for s in self.served.values()):
+            rules = self._rules.pop(acl)
+            if self._acl_of.get(rules) == acl:
+                del self._acl_of[rules]
+            self._delete_rules(acl, (network for network, _ in rules))
 
-    def _drop_rules(self, rules: Iterable[tuple[int, Network]]) -> None:
-        for acl, network in rules:
+    def _delete_rules(self, acl: int, networks: Iterable[Network]) -> None:
+        for network in networks:
             self._acl.delete(codec.pack_acl_key(acl, network))
 
     # ---- counters and the flow cache ----

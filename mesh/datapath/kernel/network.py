@@ -22,6 +22,7 @@ from mesh.datapath.kernel.tunnel import Nodes
 from mesh.datapath.losses import LOOK as CHECK
 from mesh.datapath.netlink import GROUPS, Monitor, Topology, groups
 from mesh.model import Frontend
+from mesh.supervisor import FAULTS
 
 QUIET: Final = 0.05  # least seconds between two looks at the network, however fast it changes
 LOOK: Final = 5.0  # seconds after which to look although nothing was announced
@@ -42,7 +43,7 @@ class Network:
         self._locator = locator
         self._maps = maps
         self._nodes = nodes
-        self._tunnel_port = config.tunnel_port
+        self._tunnel_port, self._peer_port = config.tunnel_port, config.peer_port
         self._patterns = [p.strip() for p in config.interfaces.split(",") if p.strip()]
         self._locations: dict[int, Location] = {}
         self._changed = True  # since all backends were last located
@@ -62,7 +63,10 @@ class Network:
         self._changed = self._locator.refresh() or self._changed
         self._maps.set_addresses(self.topology.addresses, self._locator.floating)
         self._nodes.refresh(self.topology)
-        self._maps.listen(self._tunnel_port if self._nodes.held else 0)
+        if self._nodes.held:
+            self._maps.listen(self._tunnel_port, self._peer_port)
+        else:
+            self._maps.listen(0, 0)
 
     def prepare(self, backends: Iterable[BackendEntry]) -> None:
         """Locate backends that are about to be published."""
@@ -138,6 +142,7 @@ class Follower:
                     return
             except Exception as error:  # the next look tries again
                 if not self._stop.is_set():
+                    FAULTS.failed("network follower", error)
                     log.warning("cannot follow a network change; retrying", error=str(error))
             self._stop.wait(max(QUIET, 4 * (time.monotonic() - started)))
 

@@ -12,9 +12,11 @@ from mesh import _abi, _bpf, netaddr
 from mesh._maglev import SlotTable, backend_seed, hash_flow
 from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, key_of
 from mesh.datapath.kernel import codec, stats
+from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.arenas import GRACE
 from mesh.datapath.kernel.journal import Names
 from mesh.datapath.kernel.maps import KernelMaps
+from mesh.datapath.kernel.publisher import flags_of
 from mesh.datapath.kernel.tunnel import seed_of
 from mesh.errors import DatapathError
 from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, ServiceOptions, Target
@@ -22,19 +24,20 @@ from mesh.model import Address, Flow, Frontend, FrontendState, Protocol, Service
 LOCAL: Final = _abi.Backend().seed  # mesh_backend.seed of a backend that runs here
 
 
-def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> Applied:
-    """What the maps hold, with the journal's names where they match, else with made-up ones."""
+def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...], *, pass_if_none: bool) -> Applied:
+    """What the maps hold, with the journal's names where they match, else with made-up ones.
+
+    What the journal has in doubt, and what the maps contradict, is `doubtful`.
+
+    Args:
+        nodes: as the maps hold them.
+        pass_if_none: the flag that frontends should have.
+    """
     backends: dict[BackendKey, BackendEntry] = {}
     for number, slot in maps.backends.items():
         if slot.state == _abi.BACKEND_FREE:
             continue
-        entry = names.backends.get(number)
-        if entry is None or _published(entry) != (slot.address, slot.port, slot.protocol, slot.seed):
-            key = BackendKey(f"restored-{number}", slot.port, slot.protocol)
-            weight = 0 if slot.state == _abi.BACKEND_DRAINING else 1
-            away = slot.address if slot.seed != LOCAL else None
-            target = Target(key.backend, slot.address, slot.port, weight, local=away is None, via=away)
-            entry = BackendEntry(number, key, target)
+        entry = _entry(number, slot, names)
         backends[entry.key] = entry
     frontends: dict[Frontend, FrontendEntry] = {}
     for frontend in list(maps.served):
@@ -47,8 +50,37 @@ def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...]) -> App
         keys = (key_of(state, target) for target in state.targets)
         ids = {backends[key].id for key in keys if key in backends}
         ids |= {owner for owner in table.owners() if owner >= _abi.OWNER_FIRST}
-        frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)))
+        doubtful = frontend in names.doubt.frontends or not _serves(maps, frontend, state, pass_if_none=pass_if_none)
+        frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)), doubtful)
     return Applied(names.generation, frontends, backends, nodes)
+
+
+def _entry(number: int, slot: _abi.Backend, names: Names) -> BackendEntry:
+    """A backend of the maps."""
+    held = slot.address, slot.port, slot.protocol, slot.seed
+    weight = 0 if slot.state == _abi.BACKEND_DRAINING else 1
+    known = (names.backends.get(number), names.doubt.former.get(number))
+    for entry in known:
+        if entry is not None and _published(entry) == held:
+            same = bool(entry.target.weight) == bool(weight)
+            target = entry.target if same else dataclasses.replace(entry.target, weight=weight)
+            return BackendEntry(number, entry.key, target, not same or number in names.doubt.backends)
+    key = BackendKey(f"restored-{number}", slot.port, slot.protocol)
+    away = slot.address if slot.seed != LOCAL else None
+    return BackendEntry(number, key, Target(key.backend, slot.address, slot.port, weight, local=away is None, via=away))
+
+
+def _serves(maps: KernelMaps, frontend: Frontend, state: FrontendState, *, pass_if_none: bool) -> bool:
+    """Whether the maps hold the options of a frontend and enforce its rules; of a table's weights they do not tell."""
+    options = state.options
+    same = maps.served[frontend].flags == flags_of(options, pass_if_none=pass_if_none)
+    return same and maps.rules_of(frontend) == frozenset(compile_rules(options.allow, options.deny))
+
+
+def joined(built: Applied, held: Applied) -> Applied:
+    """Tables that were built to be published, and those that the maps hold: these stay, under the names they have."""
+    frontends = {**built.frontends, **held.frontends}
+    return Applied(built.generation, frontends, {**built.backends, **held.backends}, built.nodes)
 
 
 def rejoined(maps: KernelMaps, applied: Applied) -> Applied:

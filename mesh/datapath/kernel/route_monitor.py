@@ -10,6 +10,7 @@ import structlog
 
 from mesh import _bpf, _linux
 from mesh.datapath.netlink import Monitor, groups
+from mesh.supervisor import FAULTS
 
 GROUPS: Final = groups(
     _linux.RTNLGRP_LINK,
@@ -55,6 +56,7 @@ class RouteMonitor:
                 if self._monitor.wait(FOREVER):
                     self._changed()
             except Exception as error:  # something may have changed meanwhile
+                FAULTS.failed("route monitor", error)
                 log.warning("cannot follow route changes; retrying", error=str(error))
                 self._changed()
                 self._stop.wait(AGAIN)

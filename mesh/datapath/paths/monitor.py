@@ -18,7 +18,9 @@ from mesh.config.keys import Config
 from mesh.datapath.paths import peer_probe, tunnel_probe
 from mesh.datapath.paths.datagrams import Questions
 from mesh.datapath.paths.peer_probe import NOBODY, ask_stream
+from mesh.datapath.proof import Proof
 from mesh.model import Address, EngineKind, Node, Path, PathState, PathView, Problem
+from mesh.supervisor import recorded
 
 EVERY: Final = 0.4  # seconds between two trials of a path that is up, where there are few nodes
 AGAIN: Final = 1.0  # likewise of one that is down; the other half of the proof of one that comes back takes EVERY
@@ -32,6 +34,7 @@ FLAPS: Final = 16  # at most, for one that keeps failing
 FLAP_SECONDS: Final = 60.0  # a path that was up for less was flapping
 LATE: Final = 0.3  # seconds over a trial's time after which it is this process that did not get to run
 AT_ONCE: Final = 64  # trials under way
+NOTICE: Final = 0.5  # seconds from a trial without an answer until flows go elsewhere
 
 MEANS: Final = {
     Path.TUNNEL: "connections go by the peer port instead",
@@ -79,6 +82,7 @@ class PathMonitor:
         nodes: this node's id, and all nodes.
         on_change: called on the event loop with what is known now, when a path has come up or gone down.
         pause: factor of all waits between trials.
+        proof: what this node proves by, where nodes prove: then so do the trials of peer ports.
     """
 
     def __init__(
@@ -89,15 +93,17 @@ class PathMonitor:
         *,
         on_change: Callable[[PathView], None] = lambda view: None,
         pause: float = 1.0,
+        proof: Callable[[], Proof] | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._nodes = nodes
         self._on_change = on_change
         self._pause = pause
+        self._proof = proof
         self._trials: dict[tuple[str, Path], Trial] = {}
         self._others: dict[str, Node] = {}
-        self._questions: dict[tuple[Path, Address | None, int], Questions] = {}
+        self._questions: dict[tuple[Path, Address | None, int, bool], Questions] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._proven = asyncio.Event()
@@ -122,6 +128,19 @@ class PathMonitor:
         """Every path that is tried, by node and path."""
         found = [(self._others[node], path, trial.state) for (node, path), trial in list(self._trials.items())]
         return sorted(found, key=lambda row: (row[0].name, row[0].id, row[1].value))
+
+    def notice(self, *, datagrams: bool) -> float:
+        """Seconds after which the other nodes have found that this one answers no more trials; 0: there are none.
+
+        Args:
+            datagrams: by all paths; else by the peer port alone, where a connection is refused at once.
+        """
+        others = len(self._others)
+        if not others:
+            return 0.0
+        if not datagrams:
+            return max(EVERY, SHARE[Path.PEER] * others) + NOTICE
+        return max(EVERY, SHARE[Path.TUNNEL] * others) + WAIT * TRIES + NOTICE
 
     async def run(self) -> None:
         """Try until cancelled."""
@@ -190,14 +209,24 @@ class PathMonitor:
         task.add_done_callback(self._running.discard)
 
     async def _try(self, here: Node, node: Node, path: Path) -> None:
+        try:
+            with recorded("paths"):
+                return await self._trial(here, node, path)
+        finally:
+            self._wake.set()
+            trial = self._trials.get((node.id, path))
+            if trial is not None and trial.busy:  # neither an answer nor none: it was cancelled, or failed here
+                trial.busy, trial.due = False, time.monotonic() + AGAIN
+
+    async def _trial(self, here: Node, node: Node, path: Path) -> None:
         assert node.address is not None
         began = time.monotonic()
         if path is Path.PEER:
-            most, obstacle = STREAM_WAIT, await ask_stream(node.address, self._config.peer_port, STREAM_WAIT, HUNG)
+            port, prove = self._config.peer_port, self._prove if self._proof is not None else None
+            most, obstacle = STREAM_WAIT, await ask_stream(node.address, port, STREAM_WAIT, HUNG, prove)
         else:
             most, obstacle = WAIT * TRIES, await self._ask(here, node.address, path)
         now = time.monotonic()
-        self._wake.set()
         trial = self._trials.get((node.id, path))
         if trial is None:
             return
@@ -218,7 +247,8 @@ class PathMonitor:
     async def _ask(self, here: Node, address: Address, path: Path) -> str:
         """By datagram."""
         source = here.address if path is Path.TUNNEL else None
-        key = path, source, address.version
+        proven = self._proof is not None and path is Path.PEER_UDP and address in self._proof().checking
+        key = path, source, address.version, proven
         try:
             questions = self._questions.get(key) or self._make(*key)
         except PermissionError:
@@ -228,10 +258,20 @@ class PathMonitor:
         self._questions[key] = questions
         return await questions.ask(address, WAIT, TRIES)
 
-    def _make(self, path: Path, source: Address | None, version: int) -> Questions:
+    def _prove(self, kind: int, body: bytes) -> bytes:
+        assert self._proof is not None
+        return self._proof().of(kind, body, int(time.time()))
+
+    def _make(self, path: Path, source: Address | None, version: int, proven: bool) -> Questions:
         if path is Path.PEER_UDP:
-            port = self._config.peer_port
-            return Questions(version, None, port, peer_probe.question, lambda data: peer_probe.nonce_of(data, 4))
+            port, prove = self._config.peer_port, self._prove if proven else None
+            return Questions(
+                version,
+                None,
+                port,
+                lambda nonce: peer_probe.question(nonce, prove),
+                lambda data: peer_probe.nonce_of(data, 4),
+            )
         inner = 1024 + secrets.randbelow(64512)
         listener = tunnel_probe.listen(version, self._config.tunnel_port, inner)
         try:

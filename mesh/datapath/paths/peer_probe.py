@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mesh import _linux
-from mesh.datapath import packets
+from mesh.datapath import packets, proof
 from mesh.model import Address
 
 CONNECT: Final = 3.0  # seconds
@@ -28,6 +28,7 @@ LEAST: Final = {4: 576, 6: 1280}  # bytes that every path carries: RFC 791, RFC 
 _HEADERS: Final = {version: size + _linux.UDP.size for version, size in packets.IP_SIZE.items()}  # IP and UDP
 _TAG: Final = bytes(10)
 _HEAD: Final = 52  # PEER_UDP
+_PROVEN: Final = b"MUD2"  # what a question with a proof begins with
 _QUESTION: Final = b"MUD1" + _TAG + b"\0\0"
 _ANSWER: Final = b"MUD1" + _TAG + b"\1\0"
 _DISCOVER: Final = {
@@ -36,6 +37,7 @@ _DISCOVER: Final = {
 }
 _MTU: Final = {4: (socket.IPPROTO_IP, _linux.IP_MTU), 6: (socket.IPPROTO_IPV6, _linux.IPV6_MTU)}
 _PROBE: Final = _linux.IP_PMTUDISC_PROBE  # do not fragment, and do not believe what is known of the path
+Prove = Callable[[int, bytes], bytes]
 _TOLD: Final = -1
 _REFUSED: Final = -2
 
@@ -63,7 +65,9 @@ class PathMtu:
         return "" if self.mtu else NOBODY if self.refused else NO_ANSWER
 
 
-async def ask_stream(address: Address, port: int, wait: float = CONNECT, answer: float = CONNECT) -> str:
+async def ask_stream(
+    address: Address, port: int, wait: float = CONNECT, answer: float = CONNECT, prove: Prove | None = None
+) -> str:
     """Whether the peer port takes connections from here; empty: it does, else why not, in words.
 
     One of: NO_ANSWER, NOBODY, "cut off" or what the system says.
@@ -71,10 +75,14 @@ async def ask_stream(address: Address, port: int, wait: float = CONNECT, answer:
     Args:
         wait: seconds for the handshake, which the other node's kernel does.
         answer: seconds for the answer, which its process gives once it gets to run.
+        prove: gives the proof of a kind and a body (mesh.datapath.proof); what is proven is answered if it is believed.
     """
     client = bytes(2 * (4 if address.version == 4 else 16) + 4)
     value = _TAG + b"\0"
     body = client + b"\xe0" + len(value).to_bytes(2, "big") + value
+    if prove is not None:
+        given = prove(proof.TCP, value + flow_of_zeros(address.version))
+        body += b"\xe1" + len(given).to_bytes(2, "big") + given
     family = b"\x11" if address.version == 4 else b"\x21"
     header = b"\r\n\r\n\0\r\nQUIT\n\x21" + family + len(body).to_bytes(2, "big") + body
     try:
@@ -96,14 +104,22 @@ async def ask_stream(address: Address, port: int, wait: float = CONNECT, answer:
         return error.strerror or str(error)
 
 
-def question(nonce: bytes) -> bytes:
-    """The shortest datagram that a peer port answers; `nonce` has 16 bytes at most."""
-    return (_QUESTION + nonce).ljust(_HEAD, b"\0")
+def flow_of_zeros(version: int) -> bytes:
+    """A flow without addresses and ports, as proofs have it: IPv4 is mapped."""
+    none = bytes(10) + b"\xff\xff" + bytes(4) if version == 4 else bytes(16)
+    return none + none + bytes(4)
+
+
+def question(nonce: bytes, prove: Prove | None = None) -> bytes:
+    """The shortest datagram that a peer port answers; `nonce` has 16 bytes at most. `prove` as in `ask_stream`."""
+    asked = (_QUESTION + nonce).ljust(_HEAD, b"\0")
+    return asked if prove is None else _PROVEN + asked[len(_PROVEN) :] + prove(proof.UDP, asked[len(_PROVEN) :])
 
 
 def nonce_of(answer: bytes, length: int) -> bytes | None:
     """What an answer repeats of its question; None: it is no answer."""
-    return answer[len(_ANSWER) : len(_ANSWER) + length] if answer.startswith(_ANSWER) else None
+    start = answer[: len(_ANSWER)]
+    return answer[len(_ANSWER) : len(_ANSWER) + length] if start in (_ANSWER, _PROVEN + _ANSWER[4:]) else None
 
 
 def path_mtu(address: Address, port: int, device: int) -> PathMtu:

@@ -12,7 +12,8 @@ from mesh import netaddr
 from mesh._fastpath import Engine, Front, Pair, read_columns
 from mesh.datapath.base import BackendKey, FrontendEntry, Signal
 from mesh.datapath.counters import COLUMNS, PLAIN, CounterTable, Failure
-from mesh.model import ANY_ADDRESS, Frontend, Protocol
+from mesh.datapath.proxy.rules import Prefix, prefixes
+from mesh.model import ANY_ADDRESS, Frontend, Network, Protocol, ServiceOptions
 
 if TYPE_CHECKING:
     from mesh._fastpath import Counts
@@ -33,6 +34,23 @@ class PairRecord:
     idle_since: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """A frontend's mesh.allow and mesh.deny, and the prefixes that say the same: packed addresses and lengths."""
+
+    allow: Sequence[Network]
+    deny: Sequence[Network]
+    admitted: list[Prefix]
+    denied: list[Prefix]
+
+    @classmethod
+    def of(cls, options: ServiceOptions, known: Rules | None) -> Rules:
+        """Args: known: those of before, which are returned if the lists are the same."""
+        if known is not None and known.allow == options.allow and known.deny == options.deny:
+            return known
+        return cls(options.allow, options.deny, *prefixes(options.allow, options.deny))
+
+
 @dataclass(slots=True, eq=False)
 class FrontRecord:
     """A frontend. `entry` is None from the moment it is dropped until its connections have ended."""
@@ -41,6 +59,7 @@ class FrontRecord:
     entry: FrontendEntry | None = None
     pairs: dict[BackendKey, PairRecord] = field(default_factory=dict)
     retired: Counts = ZERO  # counters of backends that are gone
+    rules: Rules | None = None
     descriptors: tuple[int, ...] = ()  # listening sockets, while it listens
 
 

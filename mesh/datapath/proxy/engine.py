@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from mesh import netaddr
-from mesh._abi import OWNER_NONE, TABLE_SIZES
+from mesh._abi import OWNER_NONE, PASS_MARK, TABLE_SIZES
 from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
@@ -29,14 +29,22 @@ from mesh.datapath.base import (
 )
 from mesh.datapath.lookup import lookup
 from mesh.datapath.losses import Losses, Watch
-from mesh.datapath.proxy.accounting import Accounting, FrontRecord
+from mesh.datapath.proof import Proof
+from mesh.datapath.proxy.accounting import Accounting, FrontRecord, Rules
 from mesh.datapath.proxy.listeners import Interceptor, Opened, closed
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
+from mesh.datapath.proxy.rules import SourceRules, rules_of
 from mesh.errors import DatapathError
-from mesh.model import Affinity, EngineKind, Flow, Frontend, Network, Protocol, ProxyProtocol
+from mesh.listener import MOST
+from mesh.model import Affinity, EngineKind, Flow, Frontend, Protocol, ProxyProtocol
 
-RESERVED_DESCRIPTORS: Final = 256  # for everything but forwarding
+HUNG: Final = 5.0  # seconds without a turn after which a thread hangs
+
+
+def reserved_descriptors(limit: int) -> int:
+    """For everything but forwarding: the relay has half of them at most (mesh.listener), whoever calls it."""
+    return max(256, min(limit // 4, 2 * MOST))
 
 
 def local_ports() -> tuple[int, int]:
@@ -46,10 +54,6 @@ def local_ports() -> tuple[int, int]:
     except (OSError, ValueError):
         return 32768, 60999
     return int(first), int(last)
-
-
-def prefixes(networks: Sequence[Network]) -> list[tuple[bytes, int]]:
-    return [(netaddr.pack(n.network_address), netaddr.prefix_length(n)) for n in networks]
 
 
 class ProxyDatapath:
@@ -66,6 +70,8 @@ class ProxyDatapath:
         inherited: listening sockets of an earlier process by frontend, TCP and UDP, including those of the peer port;
             this engine then owns them.
         docker_host: dockerd runs on this host (matters for `intercept = "auto"`).
+        guard: keep the containers of a Docker host from the ports by which nodes hand flows to each other; else
+            something else does.
     """
 
     name = EngineKind.PROXY
@@ -76,8 +82,10 @@ class ProxyDatapath:
         *,
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         docker_host: bool = False,
+        guard: bool = True,
     ) -> None:
         self._config = config
+        self._guards = guard and docker_host
         self._inherited = (
             {f: fds for f, fds in inherited.items() if not is_peers(f, config)} if inherited is not None else None
         )
@@ -95,13 +103,17 @@ class ProxyDatapath:
         self._lock = threading.RLock()  # of the listening sockets
         self._watch: Watch | None = None
         self._first = True
+        self._turned: list[tuple[int, float]] = []  # by thread: turns of its loop, and when they were last others
+        self._stricter = False  # rules have changed that connections and sessions under way have not met yet
 
     def open(self) -> Applied:
         """Start the threads. Only sockets survive a proxy, so the result is always empty."""
-        descriptors = self._descriptor_limit() - RESERVED_DESCRIPTORS
+        limit = self._descriptor_limit()
+        reserved = reserved_descriptors(limit)
+        descriptors = limit - reserved
         if descriptors < 64:
             raise DatapathError(
-                f"only {descriptors + RESERVED_DESCRIPTORS} file descriptors are allowed",
+                f"only {limit} file descriptors are allowed",
                 remedy="raise the limit (LimitNOFILE= in the unit, or ulimit -Hn) to 1024 at least",
             )
         pipes = min(512, descriptors // 32)
@@ -109,7 +121,7 @@ class ProxyDatapath:
         wanted = self._config.max_connections or possible
         if wanted > possible:
             self._general = (
-                f"max_connections: {wanted} connections need {2 * wanted + RESERVED_DESCRIPTORS} file descriptors; the "
+                f"max_connections: {wanted} connections need {2 * wanted + reserved} file descriptors; the "
                 f"limit allows {possible} connections (raise LimitNOFILE=)",
             )
         self._limits = {"connections_limit": min(wanted, possible), "descriptors_limit": descriptors}
@@ -134,6 +146,7 @@ class ProxyDatapath:
                 connections=min(wanted, possible),
                 pipes=pipes,
                 ports=local_ports(),
+                mark=PASS_MARK,
             )
         except OSError as error:
             raise DatapathError(f"the forwarding threads cannot start: {error}") from None
@@ -147,12 +160,16 @@ class ProxyDatapath:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
-    def apply(self, plan: Plan) -> Applied:
-        """See `Datapath.apply`. Order: new sockets, redirection, removals."""
-        with self._lock:
-            return self._carry_out(plan)
+    def apply(self, plan: Plan, rules: Mapping[int, SourceRules] | None = None) -> Applied:
+        """See `Datapath.apply`. Order: new sockets, redirection, removals.
 
-    def _carry_out(self, plan: Plan) -> Applied:
+        Args:
+            rules: source rules by owner, for flows that other nodes hand over; None: those of the plan's frontends.
+        """
+        with self._lock:
+            return self._carry_out(plan, rules_of(plan.result.frontends.values()) if rules is None else rules)
+
+    def _carry_out(self, plan: Plan, rules: Mapping[int, SourceRules]) -> Applied:
         engine, intercept = self._opened()
         try:
             for backend in plan.put_backends:
@@ -161,24 +178,23 @@ class ProxyDatapath:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
         with self._accounting.lock:
             self._backends.update({b.id: b for b in plan.put_backends})
-        self._peers.apply(engine, plan.result.nodes or (), plan.put_backends)
+        self._peers.apply(engine, plan.result.nodes or (), plan.put_backends, rules)
         passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
-        for frontend in passing:
-            intercept.forget(frontend)
-        for entry in plan.put_frontends:
-            try:
-                self._put(entry)
-                self._problems.pop(entry.state.frontend, None)
-            except DatapathError as error:
-                self._problems[entry.state.frontend] = str(error)
+        closing = [frontend for frontend in passing if not intercept.pause(frontend)]
+        if passing:
+            intercept.commit()  # before their routes say so
+        self._put_frontends(engine, plan.put_frontends)
         wanted = plan.result.frontends
         gone = set(plan.drop_frontends)
         if self._problems:  # what could not be served was never held, so no plan drops it
             gone |= {f for f in self._problems if f not in wanted}
         for frontend in gone:
             intercept.forget(frontend)
+        intercept.guard(
+            plan.result.nodes or () if self._guards else (), self._config.tunnel_port, self._config.peer_port
+        )
         intercept.commit()
-        for frontend in passing:
+        for frontend in closing:
             self._stop_listening(frontend)
         for frontend in gone:
             self._drop(frontend)
@@ -195,6 +211,17 @@ class ProxyDatapath:
             self._applied = dataclasses.replace(plan.result, frontends=served)
         self._accounting.reap(engine, time.monotonic())
         return self._applied
+
+    def _put_frontends(self, engine: Engine, entries: Sequence[FrontendEntry]) -> None:
+        for entry in entries:
+            try:
+                self._put(entry)
+                self._problems.pop(entry.state.frontend, None)
+            except DatapathError as error:
+                self._problems[entry.state.frontend] = str(error)
+        if self._stricter:
+            engine.enforce()
+            self._stricter = False
 
     def _drop_backend(self, engine: Engine, entry: BackendEntry) -> None:
         held = self._backends.get(entry.id)
@@ -225,18 +252,25 @@ class ProxyDatapath:
         record = self._accounting.record(frontend, engine)
         known = (self._backends[owner] for owner in entry.backends if owner in self._backends)
         owners = {backend.id: self._accounting.pair(record, backend.key, engine) for backend in known}
+        rules = Rules.of(state.options, record.rules)
         engine.put_route(
             record.front,
             entry.table,
             owners,
             by_client=state.options.affinity is Affinity.CLIENT_IP,
             announce=state.options.proxy_protocol is ProxyProtocol.V2 and frontend.protocol is Protocol.TCP,
-            allow=prefixes(state.options.allow),
-            deny=prefixes(state.options.deny),
+            allow=rules.admitted,
+            deny=rules.denied,
+            passing=state.passing,
         )
-        record.entry = entry
-        if not record.descriptors and not state.passing:
-            self._listen(engine, frontend, record, intercept.listen(frontend))
+        self._stricter = self._stricter or (record.rules is not None and record.rules is not rules)
+        record.entry, record.rules = entry, rules
+        if state.passing:
+            return
+        opened = intercept.listen(frontend)
+        engine.put_aside(record.front, opened.redirected and frontend.protocol is Protocol.TCP)
+        if not record.descriptors:
+            self._listen(engine, frontend, record, opened)
 
     @staticmethod
     def _listen(engine: Engine, frontend: Frontend, record: FrontRecord, opened: Opened) -> None:
@@ -262,10 +296,10 @@ class ProxyDatapath:
         engine, intercept = self._opened()
         for frontend in self._closed():
             record = self._accounting.records[frontend]
-            intercept.forget(frontend)
-            opened = intercept.listen(frontend)  # where that fails, the next look finds it closed again
+            opened = intercept.reopen(frontend)  # where that fails, the next look finds it closed again
             engine.unlisten(record.front)
             self._listen(engine, frontend, record, opened)
+            engine.put_aside(record.front, opened.redirected and frontend.protocol is Protocol.TCP)
         intercept.commit()
         self._peers.restore(engine)
 
@@ -332,10 +366,13 @@ class ProxyDatapath:
                 "pipe_failures": totals["pipe_failures"],
                 "udp_evictions": totals["udp_evictions"],
                 "udp_dropped": totals["udp_dropped"],
+                "passed_connections": totals["passed_connections"],
                 "peer_connections": totals["peer_connections"],
                 "peer_foreign": totals["peer_foreign"],
                 "peer_malformed": totals["peer_malformed"],
                 "peer_unknown": totals["peer_unknown"],
+                "peer_denied": totals["peer_denied"],
+                "peer_unproven": totals["peer_unproven"],
                 "kernel_losses": self._losses.count,
                 "udp_forgotten": self._intercept.cleaner.count if self._intercept else 0,
                 **self._peers.totals(),
@@ -349,11 +386,35 @@ class ProxyDatapath:
         """Empty: a connection's socket, or a session, remembers its backend."""
         return {}
 
+    def prove(self, proof: Proof) -> None:
+        """See Datapath.prove."""
+        engine, _ = self._opened()
+        self._peers.prove(engine, proof)
+        engine.collect()
+
     def heartbeat(self) -> bool:
         """See Datapath.heartbeat: the nftables table redirects for as long as it is kept."""
         if self._intercept is not None:
             self._intercept.heartbeat()
         return True
+
+    def hung(self) -> Sequence[str]:
+        """See Datapath.hung."""
+        if self._engine is None:
+            return ()
+        now, turns = time.monotonic(), self._engine.turns()
+        if not self._turned:
+            self._turned = [(turn, now) for turn in turns]
+        self._turned = [
+            (turn, now) if turn != before else (before, since)
+            for turn, (before, since) in zip(turns, self._turned, strict=True)
+        ]
+        return [
+            f"forwarding thread {number} has stood still for {now - since:.0f} s: its connections and its share of new "
+            "ones are stuck"
+            for number, (_, since) in enumerate(self._turned)
+            if now - since > HUNG
+        ]
 
     def rejoin(self) -> Applied:
         """See Datapath.rejoin: nothing is ever orphaned."""
@@ -382,6 +443,11 @@ class ProxyDatapath:
             with self._accounting.lock:
                 for record in self._accounting.records.values():
                     record.descriptors = ()
+
+    def leave(self, *, release: bool) -> None:
+        """See Datapath.leave."""
+        engine, _ = self._opened()
+        engine.leave()
 
     def drain(self, seconds: float) -> int:
         """Accept no new connections and wait for the others. UDP is served until `close`: its flows have no end."""

@@ -26,9 +26,10 @@ import structlog
 from mesh.datapath.conntrack import Cleaner
 from mesh.datapath.losses import Losses, Watch
 from mesh.datapath.netlink import Monitor
-from mesh.datapath.proxy.nft import LIFETIME, NftTable, monitor
+from mesh.datapath.proxy.nft import LIFETIME, Guard, NftTable, monitor
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
+from mesh.supervisor import FAULTS
 
 BACKLOG: Final = 4096
 RECEIVE_BUFFER: Final = 4 << 20
@@ -199,10 +200,14 @@ class Interceptor:
         self._prefer_nft = mode == "nft" or (mode == "auto" and docker_host and self._can_nft)
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
+        self._paused: set[Frontend] = set()  # of those: what is not redirected for a while
         self._redirected: dict[Frontend, int] = {}  # by the table
+        self._led: dict[Frontend, int] = {}  # those, and what is paused: flows that were there stay
         self.cleaner = Cleaner()
         self._touched = False
-        self._changed = False  # the opened frontends, since the last `commit`
+        self._changed = False  # the opened frontends or the guard, since the last `commit`
+        self._guard: Guard | None = None
+        self._can_guard: bool | None = None  # None: not tried yet
         self._yielded = False
         self.notes: dict[Frontend, str] = {}
         if inherited is None:  # else the process that hands over still needs its table
@@ -217,12 +222,49 @@ class Interceptor:
         if frontend not in self._opened:
             self._opened[frontend] = self._inherit(frontend) or self._open(frontend)
             self._changed = True
+        if frontend in self._paused:
+            self._paused.remove(frontend)
+            self._changed = True
         return self._opened[frontend]
+
+    def pause(self, frontend: Frontend) -> bool:
+        """Leave connections that start to whoever else has the port, from the next `commit` until `listen`.
+
+        Returns:
+            Whether the sockets stay open: connections that are redirected already still arrive. False: the socket
+            itself has the port, and the caller closes it.
+        """
+        opened = self._opened.get(frontend)
+        if opened is None or not opened.redirected:
+            self.forget(frontend)
+            return False
+        if frontend not in self._paused:
+            self._paused.add(frontend)
+            self._changed = True
+        return True
 
     def forget(self, frontend: Frontend) -> None:
         """Stop redirecting with the next `commit`. The caller closes the sockets."""
         self._changed = self._opened.pop(frontend, None) is not None or self._changed
+        self._paused.discard(frontend)
         self.notes.pop(frontend, None)
+
+    def reopen(self, frontend: Frontend) -> Opened:
+        """The sockets of a frontend, opened anew as somebody else has closed them; as `listen`, but stays paused."""
+        paused = self._paused & {frontend}
+        self.forget(frontend)
+        try:
+            return self.listen(frontend)
+        finally:
+            self._paused |= paused
+
+    def guard(self, nodes: Sequence[Address], tunnel: int, peer: int) -> None:
+        """Keep containers from these ports of these nodes, from the next `commit` on, where nftables can be used."""
+        wanted = Guard(tuple(nodes), tunnel, peer) if len(nodes) > 1 else None
+        if wanted is not None and self._can_guard is None:
+            self._can_guard = NftTable.usable()
+        if wanted != self._guard and (self._can_guard or wanted is None):
+            self._guard, self._changed = wanted, True
 
     def commit(self) -> None:
         """Bring nftables in line.
@@ -232,19 +274,37 @@ class Interceptor:
         """
         if not self._changed:
             return
-        ports = {f: o.port for f, o in self._opened.items() if o.redirected}
-        if ports or self._touched:
+        ports = {f: o.port for f, o in self._opened.items() if o.redirected and f not in self._paused}
+        if ports or self._touched or self._guard is not None:
             self._touched = True
             with self._table_lock:
-                self._table.replace(ports)
-                self._clean(ports)
+                self._replace(ports)
+                self._refresh_due = time.monotonic() + self._lifetime / 3
+                self._clean(ports, {f: o.port for f, o in self._opened.items() if o.redirected})
             self._keep()
         self._changed = False
 
-    def _clean(self, ports: Mapping[Frontend, int]) -> None:
-        """Have the kernel forget flows that are older than the table, or led where nobody listens any more."""
+    def _replace(self, ports: Mapping[Frontend, int]) -> None:
+        """A guard that nft rejects costs nobody a port."""
+        try:
+            self._table.replace(ports, self._guard)
+        except DatapathError as error:
+            if self._guard is None:
+                raise
+            self._guard, self._can_guard = None, False
+            log.warning("containers are not kept from nodes' ports", error=str(error))
+            self._table.replace(ports)
+
+    def _clean(self, ports: Mapping[Frontend, int], led: Mapping[Frontend, int]) -> None:
+        """Have the kernel forget flows that are older than the table, or led where nobody listens any more.
+
+        Args:
+            ports: what the table redirects now.
+            led: that, and where flows that it has redirected are still served.
+        """
         before, self._redirected = self._redirected, dict(ports)
-        self.cleaner.end({f: port for f, port in before.items() if ports.get(f) != port})
+        were, self._led = self._led, dict(led)
+        self.cleaner.end({f: port for f, port in were.items() if led.get(f) != port})
         self.cleaner.begin({f: port for f, port in ports.items() if before.get(f) != port})
 
     def heartbeat(self) -> None:
@@ -281,6 +341,7 @@ class Interceptor:
             self._table.refresh()
             self._refresh_failed = False
         except DatapathError as error:
+            FAULTS.failed("refresh of the nftables table", error)
             if not self._refresh_failed:
                 log.warning("cannot refresh the nftables table; it stops redirecting", error=str(error))
             self._refresh_failed = True
@@ -296,7 +357,7 @@ class Interceptor:
         """Redirect nothing any more, but keep the chains that established flows need."""
         with self._table_lock:
             if self._touched and not self._yielded:
-                self._table.replace({})
+                self._table.replace({}, self._guard)
 
     def yield_table(self) -> None:
         """Another process has taken over the table."""
@@ -312,7 +373,7 @@ class Interceptor:
             if self._touched and not self._yielded:
                 with contextlib.suppress(DatapathError):
                     self._table.delete()
-                self._clean({})
+                self._clean({}, {})
 
     def _inherit(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)

@@ -13,7 +13,9 @@ from mesh._fastpath import Engine, Front
 from mesh._maglev import backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
+from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.listeners import closed, listening_sockets, why
+from mesh.datapath.proxy.rules import Prefix, SourceRules, prefixes
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 
@@ -38,8 +40,8 @@ def is_peers(frontend: Frontend, config: Config) -> bool:
 class Peers:
     """The port at which other nodes hand over flows. It opens when a second node is known, and stays open.
 
-    There is no secret: a caller is admitted by its address, which must be a node's. So mesh trusts the network between
-    nodes not to carry forged source addresses, as Swarm's own overlay network does.
+    A caller is admitted by its address, which must be a node's, and by the proof that it knows the swarm's key, as far
+    as that node gives one (mesh.datapath.proof).
     """
 
     def __init__(self, config: Config, threads: int, inherited: Mapping[Frontend, Sequence[int]] | None = None) -> None:
@@ -54,11 +56,20 @@ class Peers:
         self._descriptors: dict[Frontend, tuple[int, ...]] = {}  # listening sockets
         self._nodes: tuple[Address, ...] | None = None  # admitted nodes; None: to be put again
         self._backends: dict[int, tuple[bytes, int, int]] = {}  # by owner
+        self._rules: Mapping[int, SourceRules] = {}  # by owner
+        self._proof = NONE
         self._stale = False  # backends were added or removed
         self.problem = ""
 
-    def apply(self, engine: Engine, nodes: tuple[Address, ...], backends: Iterable[BackendEntry]) -> None:
-        """Admit these nodes to all local backends, those put so far and those in `backends`."""
+    def apply(
+        self,
+        engine: Engine,
+        nodes: tuple[Address, ...],
+        backends: Iterable[BackendEntry],
+        rules: Mapping[int, SourceRules],
+    ) -> None:
+        """Admit these nodes to all local backends, those put so far and those in `backends`, for clients that these
+        source rules admit."""
         for entry in backends:
             place = place_of(entry) if entry.target.via is None else None
             if self._backends.get(entry.id) != place:
@@ -66,10 +77,10 @@ class Peers:
                 if place is not None:
                     self._backends[entry.id] = place
                 self._stale = True
-        if nodes == self._nodes and not self._stale:
+        if nodes == self._nodes and not self._stale and rules == self._rules:
             return
-        engine.put_peer_acl([netaddr.pack(address) for address in nodes], sorted(self._backends.values()))
-        self._nodes, self._stale = nodes, False
+        self._nodes, self._rules, self._stale = nodes, rules, False
+        self._admit(engine)
         if len(nodes) > 1 and len(self._fronts) < len(Protocol):
             try:
                 self._listen(engine)
@@ -79,6 +90,26 @@ class Peers:
                 self.problem = f"tasks of this node are not reachable through other nodes: {error}"
         elif nodes:
             self.close()
+
+    def prove(self, engine: Engine, proof: Proof) -> None:
+        """See Datapath.prove."""
+        if proof != self._proof:
+            self._proof = proof
+            if self._nodes is not None:
+                self._admit(engine)
+
+    def _admit(self, engine: Engine) -> None:
+        places = []
+        packed: dict[tuple[int, int], tuple[list[Prefix], list[Prefix]]] = {}
+        for tag, protocol, owner in sorted(self._backends.values()):
+            rules = self._rules.get(owner, ((), ()))
+            one = id(rules[0]), id(rules[1])  # of a service, which its backends share
+            if one not in packed:
+                packed[one] = prefixes(*rules)
+            places.append((tag, protocol, owner, *packed[one]))
+        proof = self._proof
+        nodes = [(netaddr.pack(a), a in proof.proving, a in proof.checking) for a in self._nodes or ()]
+        engine.put_peer_acl(nodes, places, list(proof.keys), proof.require)
 
     def drop(self, owner: int) -> None:
         """A backend is gone. The engine knows, so the next plan is early enough to remove its name."""

@@ -156,6 +156,16 @@ class Engine:
         """
         return parse(await self._get("/info"), schema.Info, "GET /info")
 
+    async def encrypted_ingress(self) -> str:
+        """The name of the swarm's ingress network if it is encrypted (`--opt encrypted`), else empty.
+
+        Raises:
+            ProviderError: as `info`.
+        """
+        overlays = await self._get("/networks" + _filters({"driver": ["overlay"]}))
+        networks = parse(overlays, list[schema.NetworkSummary], "GET /networks")
+        return next((n.name for n in networks if n.ingress and "encrypted" in (n.options or {})), "")
+
     async def _get(self, path: str) -> bytes:
         name = path.partition("?")[0]
         where = f"{self.host} GET {name}"

@@ -24,10 +24,12 @@ from mesh.providers.swarm import schema
 from mesh.providers.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
 from mesh.providers.swarm.engine import Engine
 from mesh.providers.swarm.events import Overlay
+from mesh.supervisor import recorded
 
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
 _QUIET: Final = 0.05  # seconds between two looks
 _RETRY: Final = 0.5
+_NETWORKS: Final = 60.0  # seconds between looks at the ingress network, which hardly ever changes
 
 log = structlog.get_logger()
 
@@ -98,6 +100,7 @@ class LocalNode:
         self._begun = 0
         self._ring = asyncio.Event()
         self.look = LocalView()
+        self.encrypted = ""  # the ingress network's name, if it is encrypted
         self.error = ""
         self.looked = asyncio.Event()  # once, with whatever result
 
@@ -113,6 +116,7 @@ class LocalNode:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read_forever(engine))
                 group.create_task(self._hear_forever(engine))
+                group.create_task(self._watch_ingress())
         finally:
             await engine.close()
 
@@ -131,8 +135,12 @@ class LocalNode:
                 self._overlay.settle(begun, look.local.running)
                 self.error = ""
                 if look != self.look:
-                    self.look = look
-                    self._on_change()
+                    before, self.look = self.look, look
+                    try:
+                        self._on_change()
+                    except BaseException:  # the next look tries again
+                        self.look = before
+                        raise
             except Exception as error:  # whatever it is: the last look stands
                 if str(error) != self.error:
                     log.warning("local docker cannot be read", error=str(error))
@@ -143,10 +151,21 @@ class LocalNode:
                 async with asyncio.timeout(pause):
                     await self._ring.wait()
 
+    async def _watch_ingress(self) -> None:
+        """Keep `encrypted`, by a connection of its own: the answer may be slow."""
+        engine = Engine(self._config.docker_host)
+        try:
+            while True:
+                with contextlib.suppress(ProviderError):
+                    self.encrypted = await engine.encrypted_ingress()
+                await asyncio.sleep(_NETWORKS)
+        finally:
+            await engine.close()
+
     async def _hear_forever(self, engine: Engine) -> None:
         while True:
             started = time.monotonic()
-            with contextlib.suppress(ProviderError):
+            with contextlib.suppress(ProviderError), recorded("local events"):
                 async with contextlib.aclosing(engine.events()) as events:
                     async for event in events:
                         changed, ring = (False, True) if event is None else self._overlay.hear(event, self._begun)

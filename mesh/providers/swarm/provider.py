@@ -25,7 +25,9 @@ from mesh.providers.swarm.accepted import ACCEPTED_FILE, AcceptedFile
 from mesh.providers.swarm.decode import Answers, Decoder, Read
 from mesh.providers.swarm.engine import Engine, engine_url
 from mesh.providers.swarm.events import Overlay
+from mesh.providers.swarm.revoked import revoked
 from mesh.providers.swarm.watch import watch
+from mesh.supervisor import recorded
 
 _QUIET_SECONDS: Final = 0.02  # minimum pause between the end of a read and the next
 _QUIET_SHARE: Final = 1.0  # pause as a share of the time that the read took, so that a slow Engine is not overloaded
@@ -93,6 +95,7 @@ class SwarmProvider:
         self._watching = False
         self._hearing = False
         self._bell = _Bell()
+        self.revoked: frozenset[str] = frozenset()  # nodes whose certificates the swarm has revoked, as far as is known
         self._whole = 0.0  # when the last read of everything began, monotonic
         engine_url(config.docker_host)
 
@@ -106,6 +109,7 @@ class SwarmProvider:
                 group.create_task(self._read_forever(engine))
                 group.create_task(self._forever("events", lambda: self._hear(engine)))
                 group.create_task(self._forever("watch", self._watch))
+                group.create_task(self._follow_revoked())
         finally:
             await engine.close()
 
@@ -202,8 +206,12 @@ class SwarmProvider:
         for problem in inventory.problems:
             if problem not in known:
                 log.log(LEVELS[problem.severity], "label problem", problem=str(problem))
-        self._published = inventory
-        self._publish(inventory)
+        before, self._published = self._published, inventory
+        try:
+            self._publish(inventory)
+        except BaseException:  # the next read tries again
+            self._published = before
+            raise
 
     async def _hear(self, engine: Engine) -> None:
         async with contextlib.aclosing(engine.events()) as events:
@@ -229,6 +237,15 @@ class SwarmProvider:
                     tasks = None  # noqa: PLW2901 -- nor what happened before
                 self._bell.ring(tasks)
 
+    async def _follow_revoked(self) -> None:
+        """Nodes that leave the inventory are noticed at once; this is for an inventory that is old."""
+        while True:
+            try:
+                self.revoked = await revoked(self._watch_socket, self._certificates)
+            except ProviderError as error:
+                log.debug("revoked certificates cannot be read", error=str(error))
+            await asyncio.sleep(self._config.docker_resync_interval)
+
     async def _forever(self, name: str, follow: Callable[[], Awaitable[None]]) -> None:
         """Follow a stream; when it ends, again: after a pause."""
         retry = _RETRY_FIRST
@@ -236,7 +253,8 @@ class SwarmProvider:
         while True:
             started = time.monotonic()
             try:
-                await follow()
+                with recorded(f"swarm {name}"):
+                    await follow()
             except ProviderError as error:
                 if str(error) != said:
                     log.info("change stream ended; retrying", doorbell=name, reason=str(error))

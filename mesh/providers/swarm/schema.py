@@ -150,6 +150,14 @@ class Network(_Part, frozen=True):
     containers: dict[str, NetworkEndpoint]
 
 
+class NetworkSummary(_Part, frozen=True):
+    """One of GET /networks."""
+
+    name: str = ""
+    ingress: bool = False
+    options: dict[str, str] | None = None
+
+
 class Actor(_Part, frozen=True):
     id: str = field(default="", name="ID")
     attributes: dict[str, str] | None = None

@@ -26,6 +26,7 @@ from mesh.errors import ProviderError
 from mesh.providers.swarm.watch_message import WatchMessages
 
 KINDS: Final = ("task", "service", "node")
+WATCH: Final = "/docker.swarmkit.v1.Watch/Watch"
 _ACTIONS: Final = 0x07  # create | update | remove
 _SERVER_NAME: Final = "swarm-manager"
 _CONNECT_SECONDS: Final = 5.0
@@ -89,19 +90,19 @@ class _Call:
         self._reader, self._writer = reader, writer
         self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
 
-    async def start(self) -> None:
+    async def start(self, path: str, request: bytes) -> None:
         self._http.initiate_connection()
         stream = self._http.get_next_available_stream_id()
         headers = [
             (":method", "POST"),
             (":scheme", "https"),
-            (":path", "/docker.swarmkit.v1.Watch/Watch"),
+            (":path", path),
             (":authority", _SERVER_NAME),
             ("te", "trailers"),
             ("content-type", "application/grpc"),
         ]
         self._http.send_headers(stream, headers)
-        self._http.send_data(stream, watch_request(), end_stream=True)
+        self._http.send_data(stream, request, end_stream=True)
         await self._flush()
 
     async def _flush(self) -> None:
@@ -150,9 +151,15 @@ async def watch(control_socket: Path, certificates: Path) -> AsyncGenerator[froz
             yield announced.hear(piece) if piece else None
 
 
-async def frames(control_socket: Path, certificates: Path) -> AsyncGenerator[bytes, None]:
-    """What `watch` rings for: nothing once connected, then gRPC frames (a flag, 4 bytes of length, a WatchMessage), in
-    pieces of any size. See `watch` for errors.
+async def frames(
+    control_socket: Path, certificates: Path, path: str = WATCH, request: bytes | None = None
+) -> AsyncGenerator[bytes, None]:
+    """What a call answers: nothing once connected, then gRPC frames (a flag, 4 bytes of length, a message), in pieces
+    of any size. See `watch` for errors.
+
+    Args:
+        path: the call; Watch if there is none.
+        request: its message as gRPC has it.
     """
     where = str(control_socket)
     context = await asyncio.to_thread(tls_context, certificates)
@@ -166,7 +173,7 @@ async def frames(control_socket: Path, certificates: Path) -> AsyncGenerator[byt
     try:
         call = _Call(reader, writer)
         async with asyncio.timeout(_RENEW_SECONDS):
-            await call.start()
+            await call.start(path, watch_request() if request is None else request)
             async for piece in call.data():
                 yield piece
     except TimeoutError:

@@ -44,21 +44,21 @@ def tasks_of(message: bytes) -> frozenset[str] | None:
     """Ids of the tasks of which a WatchMessage tells; None: it tells of something else, or makes no sense."""
     found = set()
     try:
-        for number, event in _fields(message):
+        for number, event in fields(message):
             if number != _EVENTS:
                 continue
-            (changed,) = (value for number, value in _fields(event) if number == _OBJECT)
-            ((kind, task),) = _fields(changed)
+            (changed,) = (value for number, value in fields(event) if number == _OBJECT)
+            ((kind, task),) = fields(changed)
             if kind != _TASK:
                 return None
-            (name,) = (value for number, value in _fields(task) if number == _ID)
+            (name,) = (value for number, value in fields(task) if number == _ID)
             found.add(name.decode("ascii"))
     except ValueError:
         return None
     return frozenset(found) if all(name.isalnum() for name in found) else None
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+def fields(data: bytes) -> Iterator[tuple[int, bytes]]:
     """(number, value) of a message's fields; of numbers the value is left out.
 
     Raises:

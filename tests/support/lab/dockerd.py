@@ -249,10 +249,22 @@ class Swarm:
             list(pool.map(lambda node: self._join(node, "worker"), self.nodes[managers:]))
         wait_for(lambda: self._ready(managers + workers), "all nodes ready")
 
+    def join(self, node: Node) -> None:
+        """A further worker joins; until it is ready."""
+        self._join(node, "worker")
+        self.nodes.append(node)
+        wait_for(lambda: self._ready(len(self.nodes)), "all nodes ready")
+
     def _join(self, node: Node, role: str) -> None:
         token = self.docker("swarm", "join-token", "-q", role)
         address = f"{self.manager.address}:2377"
         node.docker("swarm", "join", "--token", token, "--advertise-addr", node.address, address)
+
+    def join_one(self, short: str) -> Node:
+        """A further worker that is not among `nodes`; whoever wants it removes it from the swarm and closes it."""
+        node = Node(self.lab, self.lab.host(short))
+        self._join(node, "worker")
+        return node
 
     @property
     def manager(self) -> Node:
