@@ -43,6 +43,38 @@ RTNLGRP_IPV6_IFADDR: Final[int]
 RTNLGRP_IPV6_ROUTE: Final[int]
 RTNLGRP_IPV6_RULE: Final[int]
 RTNLGRP_NEXTHOP: Final[int]
+RTNLGRP_TC: Final[int]
+NETLINK_NETFILTER: Final[int]
+NFPROTO_INET: Final[int]
+NFNLGRP_NFTABLES: Final[int]
+NFNL_SUBSYS_NFTABLES: Final[int]
+NFNL_SUBSYS_CTNETLINK: Final[int]
+NFT_MSG_GETRULE: Final[int]
+NFT_MSG_GETSETELEM: Final[int]
+NFTA_RULE_TABLE: Final[int]
+NFTA_RULE_USERDATA: Final[int]
+NFTA_SET_ELEM_LIST_TABLE: Final[int]
+NFTA_SET_ELEM_LIST_SET: Final[int]
+NFTA_SET_ELEM_LIST_ELEMENTS: Final[int]
+IPCTNL_MSG_CT_GET: Final[int]
+IPCTNL_MSG_CT_DELETE: Final[int]
+CTA_TUPLE_ORIG: Final[int]
+CTA_TUPLE_REPLY: Final[int]
+CTA_TUPLE_IP: Final[int]
+CTA_TUPLE_PROTO: Final[int]
+CTA_IP_V4_DST: Final[int]
+CTA_IP_V6_DST: Final[int]
+CTA_PROTO_NUM: Final[int]
+CTA_PROTO_SRC_PORT: Final[int]
+CTA_PROTO_DST_PORT: Final[int]
+CTA_STATUS: Final[int]
+CTA_ID: Final[int]
+CTA_FILTER: Final[int]
+CTA_FILTER_ORIG_FLAGS: Final[int]
+CTA_IP_V4_SRC: Final[int]
+CTA_IP_V6_SRC: Final[int]
+NLA_F_NESTED: Final[int]
+IPS_SEEN_REPLY: Final[int]
 IFLA_ADDRESS: Final[int]
 IFLA_IFNAME: Final[int]
 IFLA_MTU: Final[int]
@@ -170,6 +202,11 @@ class DiagMessage(NamedTuple):
     idiag_family: int = ...
     id: DiagSocket = ...
 
+class NfGenMsg(NamedTuple):
+    nfgen_family: int = ...
+    version: int = ...
+    res_id: int = ...
+
 class SockFilter(NamedTuple):
     code: int = ...
     jt: int = ...
@@ -242,6 +279,7 @@ VLANFLAGS: Final[Layout[VlanFlags]]
 DIAGSOCKET: Final[Layout[DiagSocket]]
 DIAGREQUEST: Final[Layout[DiagRequest]]
 DIAGMESSAGE: Final[Layout[DiagMessage]]
+NFGENMSG: Final[Layout[NfGenMsg]]
 SOCKFILTER: Final[Layout[SockFilter]]
 SOCKFPROG: Final[Layout[SockFprog]]
 TCPINFO: Final[Layout[TcpInfo]]

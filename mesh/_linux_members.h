@@ -21,6 +21,11 @@
 #include <linux/ipv6.h>
 #include <linux/magic.h>
 #include <linux/neighbour.h>
+#include <linux/netfilter.h>
+#include <linux/netfilter/nf_conntrack_common.h>
+#include <linux/netfilter/nf_tables.h>
+#include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_conntrack.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
 #include <linux/sock_diag.h>
@@ -61,6 +66,12 @@ static const struct mesh_member rtmsg_members[] = {
 static const struct mesh_member ifla_vlan_flags_members[] = {
 	HOST(ifla_vlan_flags, flags),
 	HOST(ifla_vlan_flags, mask),
+};
+
+static const struct mesh_member nfgenmsg_members[] = {
+	HOST(nfgenmsg, nfgen_family),
+	HOST(nfgenmsg, version),
+	NETWORK(nfgenmsg, res_id),
 };
 
 /* ---- sockets and programs ---- */
@@ -187,6 +198,7 @@ static const struct mesh_layout linux_layouts[] = {
 	LAYOUT(DiagSocket, inet_diag_sockid),
 	LAYOUT(DiagRequest, inet_diag_req_v2),
 	LAYOUT(DiagMessage, inet_diag_msg),
+	LAYOUT(NfGenMsg, nfgenmsg),
 	LAYOUT(SockFilter, sock_filter),
 	LAYOUT(SockFprog, sock_fprog),
 	LAYOUT(TcpInfo, tcp_info),
@@ -233,6 +245,38 @@ static const struct mesh_constant linux_constants[] = {
 	CONSTANT(RTNLGRP_IPV6_ROUTE),
 	CONSTANT(RTNLGRP_IPV6_RULE),
 	CONSTANT(RTNLGRP_NEXTHOP),
+	CONSTANT(RTNLGRP_TC),
+	CONSTANT(NETLINK_NETFILTER),
+	CONSTANT(NFPROTO_INET),
+	CONSTANT(NFNLGRP_NFTABLES),
+	CONSTANT(NFNL_SUBSYS_NFTABLES),
+	CONSTANT(NFNL_SUBSYS_CTNETLINK),
+	CONSTANT(NFT_MSG_GETRULE),
+	CONSTANT(NFT_MSG_GETSETELEM),
+	CONSTANT(NFTA_RULE_TABLE),
+	CONSTANT(NFTA_RULE_USERDATA),
+	CONSTANT(NFTA_SET_ELEM_LIST_TABLE),
+	CONSTANT(NFTA_SET_ELEM_LIST_SET),
+	CONSTANT(NFTA_SET_ELEM_LIST_ELEMENTS),
+	CONSTANT(IPCTNL_MSG_CT_GET),
+	CONSTANT(IPCTNL_MSG_CT_DELETE),
+	CONSTANT(CTA_TUPLE_ORIG),
+	CONSTANT(CTA_TUPLE_REPLY),
+	CONSTANT(CTA_TUPLE_IP),
+	CONSTANT(CTA_TUPLE_PROTO),
+	CONSTANT(CTA_IP_V4_DST),
+	CONSTANT(CTA_IP_V6_DST),
+	CONSTANT(CTA_PROTO_NUM),
+	CONSTANT(CTA_PROTO_SRC_PORT),
+	CONSTANT(CTA_PROTO_DST_PORT),
+	CONSTANT(CTA_STATUS),
+	CONSTANT(CTA_ID),
+	CONSTANT(CTA_FILTER),
+	CONSTANT(CTA_FILTER_ORIG_FLAGS),
+	CONSTANT(CTA_IP_V4_SRC),
+	CONSTANT(CTA_IP_V6_SRC),
+	CONSTANT(NLA_F_NESTED),
+	CONSTANT(IPS_SEEN_REPLY),
 	CONSTANT(IFLA_ADDRESS),
 	CONSTANT(IFLA_IFNAME),
 	CONSTANT(IFLA_MTU),

@@ -277,10 +277,26 @@ class Inventory:
     source: str = ""  # "swarm" | "static" | "relay"
 
 
+PORT_MARK: Final = "#"  # between a backend's id and a port of it
+
+
+def port_key(backend: str, port: int) -> str:
+    """The key of a verdict over one port of a backend."""
+    return f"{backend}{PORT_MARK}{port}"
+
+
+def backend_of_key(key: str) -> str:
+    """The backend that a verdict's key is about."""
+    backend, _, port = key.rpartition(PORT_MARK)
+    return backend if backend and port.isdigit() else key
+
+
 @dataclass(frozen=True, slots=True)
 class HealthView:
-    """Verdicts of the health monitor by backend id; absent means UNKNOWN.
+    """Verdicts of the health monitor, with their reasons; absent means UNKNOWN.
 
+    Both are by backend id. Where a port of a backend stands otherwise than the backend, it has a verdict of its own
+    under `port_key`; a backend is UP while one of its ports is.
     `addresses`: where backends of other nodes are reached there, as their nodes tell.
     """
 
@@ -288,8 +304,25 @@ class HealthView:
     reasons: Mapping[str, str] = field(default_factory=dict)
     addresses: Mapping[str, str] = field(default_factory=dict)
 
-    def of(self, backend_id: str) -> Health:
-        return self.verdicts.get(backend_id, Health.UNKNOWN)
+    def of(self, backend_id: str, port: int = 0) -> Health:
+        """The verdict over a backend, or over a port of it."""
+        return self.verdicts.get(self._key(backend_id, port), Health.UNKNOWN)
+
+    def reason(self, backend_id: str, port: int = 0) -> str:
+        """Why it is what `of` says."""
+        return self.reasons.get(self._key(backend_id, port), "")
+
+    def _key(self, backend_id: str, port: int) -> str:
+        key = port_key(backend_id, port) if port else backend_id
+        return key if key in self.verdicts else backend_id
+
+    def apart(self) -> Mapping[str, Mapping[int, Health]]:
+        """The verdicts over single ports, by backend and port."""
+        found: dict[str, dict[int, Health]] = {}
+        for key, verdict in self.verdicts.items():
+            if PORT_MARK in key and (backend := backend_of_key(key)) != key:
+                found.setdefault(backend, {})[int(key[len(backend) + 1 :])] = verdict
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +365,7 @@ class FrontendState:
     """What one frontend should do. `targets` are sorted by backend id.
 
     `passing`: none of its targets can be reached from this node, so flows that start are left to Docker's own mesh.
+    `proxied`: the kernel engine leaves flows that start to its fallback proxy, which announces the client to the task.
     """
 
     frontend: Frontend
@@ -341,6 +375,12 @@ class FrontendState:
     targets: tuple[Target, ...] = ()
     panic: bool = False  # every backend is down by health, so all of them are used
     passing: bool = False
+    proxied: bool = False
+
+    @property
+    def punted(self) -> bool:
+        """Whether the kernel engine's programs leave flows that start to the stack."""
+        return self.passing or self.proxied
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,12 @@ def of_proc(text: str) -> tuple[Address, int]:
     return unmap(ipaddress.ip_address(packed)), int(port, 16)
 
 
+def usable(address: Address) -> Address | None:
+    """The address, if other nodes can call it: no loopback, unspecified, multicast or link-local one."""
+    bad = address.is_loopback or address.is_unspecified or address.is_multicast or address.is_link_local
+    return None if bad else address
+
+
 def is_mine(address: Address) -> bool:
     """Whether an address is this host's own: the kernel itself takes it as a source, without any traffic."""
     if address.is_loopback:

@@ -106,7 +106,26 @@ def _backends(before: Picture, after: Picture) -> list[_Line]:
             level = "warning" if word == "down" else "info"
             lines.append((level, f"backend {word}", values | ({"reason": reason} if reason else {})))
     gone = ((backend, word) for key, (backend, word) in old.items() if key not in new)
+    if before.health is not after.health:
+        lines += _port_verdicts(before, after, names)
     return [*lines, *(("info", "backend gone", _values(b, names) | {"was": word}) for b, word in gone)]
+
+
+def _port_verdicts(before: Picture, after: Picture, names: dict[str, str]) -> Iterator[_Line]:
+    """Ports that stand otherwise than their backend, where that is new, or over."""
+    was, now = before.health.apart(), after.health.apart()
+    backends = {b.id: b for b in after.inventory.backends} if was or now else {}
+    for key in sorted(was.keys() | now.keys()):
+        if key not in backends:
+            continue
+        old, new = was.get(key, {}), now.get(key, {})
+        for port in sorted(old.keys() | new.keys()):
+            verdict = after.health.of(key, port)
+            if old.get(port) is new.get(port) or verdict is before.health.of(key, port):
+                continue
+            reason = after.health.reason(key, port) if port in new else ""
+            values = _values(backends[key], names) | {"port": port} | ({"reason": reason} if reason else {})
+            yield "warning" if verdict is Health.DOWN else "info", f"backend port {verdict.value}", values
 
 
 def _values(backend: Backend, names: dict[str, str]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Explainer:
             "via": str(entry.target.via or ""),
             "path": path_of(entry.target, self._reconciler.datapath.name),
             "port": entry.target.port,
-            "health": health.of(entry.key.backend).value,
+            "health": health.of(entry.key.backend, entry.key.port).value,
         }
 
     def _node_name(self, node: str) -> str:
@@ -152,7 +152,9 @@ class Explainer:
         elif choice.owner == OWNER_NONE:
             reasons.append("no backend takes new connections")
         elif choice.owner == OWNER_PASS:
-            reasons.append("left to whoever served the port before")
+            proxied = entry.state.proxied
+            by = "the fallback proxy, which announces the client to the task (mesh.proxy-protocol=v2)"
+            reasons.append(f"served by {by}" if proxied else "left to whoever served the port before")
         elif choice.backend:
             reasons += self._path(flow, choice.backend)
         if not _is_here(flow.destination):
@@ -179,11 +181,12 @@ class Explainer:
             return [f"{state.service_name} has no backend at all ({ask})"]
         reasons = []
         for backend in its:
-            verdict = picture.health.of(backend.id)
+            port = targets[backend.id].port if backend.id in targets else 0
+            verdict = picture.health.of(backend.id, port)
             why = standing(backend, nodes.get(backend.node), verdict, picture.drained)
             if why != SERVING:
                 used = backend.id in targets and targets[backend.id].weight > 0
-                told = picture.health.reasons.get(backend.id, "") if verdict is Health.DOWN else ""
+                told = picture.health.reason(backend.id, port) if verdict is Health.DOWN else ""
                 does = "is used, though" if used else "takes no new connections:"
                 reasons.append(f"{backend.name or backend.id} {does} {why}" + (f" ({told})" if told else ""))
         return [*reasons[:MOST], *([f"and {len(reasons) - MOST} more like these"] if len(reasons) > MOST else [])]

@@ -28,6 +28,7 @@ from mesh.model import (
     Path,
     Service,
     Target,
+    port_key,
 )
 from mesh.options import to_plain
 from mesh.reconcile.eligibility import SERVING, Drained, standing
@@ -155,7 +156,7 @@ class Services:
                     tuple(backends[service]),
                     tuple([nodes.get(backend.node) for backend in backends[service]]),
                     picture.drained,
-                    tuple([health.get(target.backend, NOT_KNOWN) for state in its for target in state.targets]),
+                    tuple([_said(health, target) for state in its for target in state.targets]),
                 ),
             )
 
@@ -186,7 +187,7 @@ def _by_name(made: Mapping[str, _Made]) -> list[Shown]:
 
 
 def _health_of(view: HealthView) -> Mapping[str, _Health]:
-    """What is told of each backend."""
+    """What is told of each backend, and by `port_key` of ports that stand otherwise."""
     told = view.verdicts.keys() | view.reasons.keys() | view.addresses.keys()
     return {name: (view.of(name), view.reasons.get(name, ""), view.addresses.get(name, "")) for name in told}
 
@@ -194,6 +195,13 @@ def _health_of(view: HealthView) -> Mapping[str, _Health]:
 def own_address(target: Target, told: str) -> str:
     """Where a target's own node reaches it; empty: its node has not told."""
     return str(target.address) if target.via is None else told
+
+
+def _said(health: Mapping[str, _Health], target: Target) -> _Health:
+    """Of the port that a frontend uses."""
+    whole = health.get(target.backend, NOT_KNOWN)
+    verdict, reason, _ = health.get(port_key(target.backend, target.port), whole)
+    return verdict, reason, whole[2]
 
 
 def _same(a: _Input, b: _Input) -> bool:
@@ -284,22 +292,33 @@ def _summaries(applied: Applied, frontends: Sequence[Frontend]) -> dict[Frontend
 
 
 def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Summary:
-    names = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
+    names: Mapping[int, str] = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
     table = entry.table
+    if entry.state.proxied:  # the programs' table passes all flows on
+        table, names = _built(entry, {number: t.weight for number, t in _numbered(entry).items()})
     shares: dict[str, int] = {}
     for owner, slots in table.shares().items():
         if owner in names:
             shares[names[owner]] = shares.get(names[owner], 0) + slots
-    return _Summary(table, shares, table.tracked_slots(), _digest(entry, names))
+    return _Summary(entry.table, shares, entry.table.tracked_slots(), _digest(entry, names))
 
 
 def _digest(entry: FrontendEntry, names: Mapping[int, str]) -> str:
-    """Of the table that all nodes agree upon: this node's, but for what it masks."""
-    state = entry.state
-    if not any(target.masked for target in state.targets):
+    """Of the table that all nodes agree upon: this node's, but for what it masks, or leaves to its fallback proxy."""
+    if not entry.state.proxied and not any(target.masked for target in entry.state.targets):
         return entry.table.digest(names)
-    numbered = {OWNER_FIRST + number: target for number, target in enumerate(state.targets)}
-    weights = {number: target.agreed or target.weight for number, target in numbered.items()}
+    weights = {number: target.agreed or target.weight for number, target in _numbered(entry).items()}
+    table, numbered = _built(entry, weights)
+    return table.digest(numbered)
+
+
+def _numbered(entry: FrontendEntry) -> Mapping[int, Target]:
+    return {OWNER_FIRST + number: target for number, target in enumerate(entry.state.targets)}
+
+
+def _built(entry: FrontendEntry, weights: Mapping[int, int]) -> tuple[SlotTable, Mapping[int, str]]:
+    """A frontend's table with these weights, and the backends of its owners."""
+    numbered = _numbered(entry)
     rows = [(backend_seed(t.backend), number, weights[number]) for number, t in numbered.items() if weights[number]]
-    table = SlotTable.build(state.options.table_size, rows)
-    return table.digest({number: target.backend for number, target in numbered.items()})
+    table = SlotTable.build(entry.state.options.table_size, rows)
+    return table, {number: target.backend for number, target in numbered.items()}

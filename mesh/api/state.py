@@ -191,6 +191,7 @@ class View:
             reasons.append("the first state is being applied")
         if loop.counts.last_error:
             reasons.append(f"the last change could not be applied: {loop.counts.last_error}")
+        reasons += loop.datapath.missing()
         if stuck := loop.stuck():
             reasons.append(f"a change has been applied for {stuck:.0f} s and does not end")
         reasons += [f"part {part} of the daemon keeps failing: {why}" for part, why in FAULTS.parts.items()]

@@ -48,7 +48,8 @@ UNHEARD: Final = 30.0  # seconds in which the agents of all nodes report to a ma
 DRAIN_SOON: Final = 0.1  # likewise while what is drained is not in force here yet
 GATHER_KEYS: Final = 5.0  # seconds for which a manager waits for other managers' keys, before it makes one
 
-_Given = tuple[Node, bool, EngineKind, ProofLevel]  # a node, whether it answers, how it forwards, how far it proves
+_Given = tuple[Node, bool, EngineKind, Address | None, ProofLevel]
+"""A node, whether it answers, how it forwards, where it is reached, and how far it proves."""
 Tables = Callable[[], Awaitable[tuple[int, dict[str, str]]]]
 
 
@@ -132,6 +133,7 @@ class ClusterProvider:
         self._drains = Drains(Path(config.state_dir) / FILE)
         self._followers: dict[str, wire.Follower] = {}  # by node
         self._port = config.cluster_port
+        self._own_address = config.own_address
         self._fixed = config.managers
         self._engine = engine
         self._tables = tables
@@ -459,8 +461,9 @@ class ClusterProvider:
         """Nodes with what their agents say of themselves; those that do not answer are down."""
         server = self._roles.server
         engines = {**(server.engines if server else {}), self._local.look.node: self._engine}
-        lost = self._liveness.lost
+        lost, address = self._liveness.lost, self._verdicts.reports.address
         own = self._local.look.node
+        own_address = {own: self._own_address}
         inputs = (
             (
                 node.id,
@@ -468,6 +471,7 @@ class ClusterProvider:
                     node,
                     node.up and node.id not in lost,
                     engines.get(node.id, node.engine),
+                    own_address.get(node.id) or address(node.id) or node.address,
                     self._proofs.level(node, own, reads=self._roles.reads),
                 ),
             )
@@ -479,10 +483,10 @@ class ClusterProvider:
         return self._published.nodes if self._published is not None and self._published.nodes == nodes else nodes
 
     def _show(self, given: _Given, before: tuple[_Given, Node] | None) -> Node:
-        node, up, engine, proof = given
+        node, up, engine, address, proof = given
         if before is not None and up and not before[1].up:
             self._relay.hurry()
-        return replace(node, up=up, engine=engine, proof=proof)
+        return replace(node, up=up, engine=engine, address=address, proof=proof)
 
     def _address_of(self, node: str) -> Address | None:
         return next((n.address for n in (self._inventory or Inventory()).nodes if n.id == node), None)
@@ -524,6 +528,7 @@ class ClusterProvider:
                 reads=reads,
                 drains=self._drains.entries,
                 follower=wire.Follower(digest(in_force), held, self._addresses.of(self._published, _own_addresses)),
+                address=str(self._own_address or ""),
                 proof=int(self._proofs.own),
                 holds=self._proofs.holds,
                 keys=self._keys.entries if self._roles.server is not None else {},

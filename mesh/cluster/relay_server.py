@@ -23,7 +23,7 @@ from mesh.cluster.reports import Texts
 from mesh.cluster.translate import Outgoing
 from mesh.errors import MeshError, plain
 from mesh.listener import Listener, RefusedError, http_protocol
-from mesh.model import EngineKind, Inventory
+from mesh.model import PORT_MARK, EngineKind, Inventory, backend_of_key
 from mesh.providers.base import EarlierBuildError
 
 EACH: Final = 2e-4  # seconds that a change costs for each subscriber: TLS, a system call
@@ -173,7 +173,7 @@ class RelayServer:
             self._own.setdefault(node, set()).add(backend)
         new = self._owners.keys() - before.keys()
         for peer in self._peers:
-            if peer.early is not None and not new.isdisjoint(peer.early.verdicts):
+            if peer.early is not None and not new.isdisjoint(map(backend_of_key, peer.early.verdicts)):
                 self._report(peer, peer.early)
 
     def block(self, nodes: frozenset[str]) -> None:
@@ -464,11 +464,15 @@ class RelayServer:
     def _report(self, peer: _Peer, report: wire.Report) -> None:
         """Take a node's word for its own backends only; for those that another manager knew first, once they are known
         here."""
-        node, reported = peer.identity.node, report.verdicts.keys()
-        own = {key: report.verdicts[key] for key in self._own.get(node, set()) & reported}
+        node, mine, reported = peer.identity.node, self._own.get(peer.identity.node, set()), report.verdicts.keys()
+        own = {key: report.verdicts[key] for key in mine & reported}
         others = reported - own.keys() if len(own) < len(reported) else set()
         unknown = others - self._owners.keys()
-        if foreign := len(others) - len(unknown):
+        marked = (key for key in unknown if PORT_MARK in key)
+        ports = {key: owner for key in marked if (owner := self._owners.get(backend_of_key(key)))}
+        own |= {key: report.verdicts[key] for key, owner in ports.items() if owner == node}
+        unknown -= ports.keys()
+        if foreign := len(reported) - len(own) - len(unknown):
             self.refused["foreign_verdict"] += foreign
             log.warning("a node reported backends that are not its own", node=node, count=foreign)
         peer.early = report if 0 < len(unknown) <= EARLY else None

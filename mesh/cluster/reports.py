@@ -6,10 +6,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from ipaddress import ip_address
 from typing import Final
 
 from mesh.cluster import wire
-from mesh.model import Health, Inventory
+from mesh.model import Address, Health, Inventory, backend_of_key
+from mesh.netaddr import usable
 
 GATHER: Final = 0.005  # seconds for which changes are gathered
 LINGER: Final = 10.0  # seconds for which a dead backend is reported that its node's inventory does not name any more
@@ -76,7 +78,8 @@ class Deaths:
         now = self._clock()
         self._down |= {key: (said, now) for key, said in verdicts.items() if wire.health_of(said) is Health.DOWN}
         missing = self._down.keys() - verdicts.keys()
-        known = {b.id for b in inventory.backends if b.id in missing} if missing and inventory else set()
+        present = {b.id for b in inventory.backends} if missing and inventory else set()
+        known = {key for key in missing if backend_of_key(key) in present}
         self._down = {key: held for key, held in self._down.items() if now - held[1] < LINGER and key not in known}
         return {**{key: said for key, (said, _) in self._down.items()}, **verdicts}
 
@@ -103,6 +106,14 @@ class Reports:
         """A node's last report; an empty one where there was none."""
         return self._last.get(node, wire.Report({}))
 
+    def address(self, node: str) -> Address | None:
+        """Where a node says that others reach it; None: it does not say, or says nothing that can be used."""
+        text = self.of(node).address
+        try:
+            return usable(ip_address(text)) if text else None
+        except ValueError:
+            return None
+
     def age(self, node: str) -> float | None:
         """Seconds since a node was heard; None: never."""
         heard = self._heard.get(node)
@@ -114,6 +125,8 @@ class Reports:
         self._last[node] = report
         self._heard[node] = time.monotonic()
         if before is not None and before.verdicts == report.verdicts:
+            if before.address != report.address:
+                self._soon.ask()
             return
         for key in before.verdicts.keys() - report.verdicts.keys() if before is not None else ():
             self._verdicts.pop(key, None)

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from mesh.cluster import wire
 from mesh.cluster.readiness import ReadinessGate
 from mesh.cluster.relay_client import view_of
 from mesh.cluster.reports import Deaths, Reports
-from mesh.model import Health, HealthView, Inventory
+from mesh.model import Health, HealthView, Inventory, backend_of_key
 from mesh.supervisor import Told
 
 OnHealth = Callable[[HealthView], None]
@@ -75,7 +75,8 @@ class Verdicts:
         """All that is known of all backends: what each node says of its own, and who is pending."""
         inventory = self._inventory()
         known = {b.id for b in inventory.backends} if inventory else set()
-        said = {key: report for key, report in {**self.reports.verdicts, **self.own()}.items() if key in known}
+        everything = {**self.reports.verdicts, **self.own()}
+        said = {key: report for key, report in everything.items() if backend_of_key(key) in known}
         return self._readiness.apply(said)
 
     def own(self) -> dict[str, wire.HealthReport]:
@@ -104,9 +105,11 @@ class Verdicts:
         others = self._told if verdicts is None else view_of(verdicts)
         told = others.of
         own = {k: v for k, v in self._own.verdicts.items() if v is Health.UP or told(k) is not Health.PENDING}
+        mine = {backend_of_key(key) for key in self._own.verdicts}  # what others still say of their ports is old
+        rest = {k: v for k, v in others.verdicts.items() if not is_port_of(k, mine)}
         view = HealthView(
-            {**others.verdicts, **own},
-            {**{k: r for k, r in others.reasons.items() if k not in own}, **self._own.reasons},
+            {**rest, **own},
+            {**{k: r for k, r in others.reasons.items() if k in rest and k not in own}, **self._own.reasons},
             self._addresses(),
         )
         self._health.tell(view, self._on_health)
@@ -117,3 +120,9 @@ class Verdicts:
         if self._let_in is not None:
             self._let_in.cancel()
         self._let_in = None if due is None else asyncio.get_running_loop().call_later(due, self._on_due)
+
+
+def is_port_of(key: str, backends: Collection[str]) -> bool:
+    """Whether a verdict's key is of a port of one of these backends."""
+    backend = backend_of_key(key)
+    return backend != key and backend in backends

@@ -173,6 +173,7 @@ class Report(msgspec.Struct, tag="report", frozen=True):
     reads: bool = False  # the node is a manager and its Engine answers
     drains: dict[str, Drain] | None = None  # all it knows, or {} as before; None: a build without
     follower: Follower = Follower()
+    address: str = ""  # where other nodes reach the node, by its own setting; empty: as Swarm says
     proof: int = 0  # how far it proves: a value of model.ProofLevel; 0: a build without
     holds: tuple[str, ...] = ()  # names of the keys that its engine has, first the one that it proves by
     keys: dict[str, Key] = {}  # a manager's, for other managers

@@ -12,7 +12,7 @@ from typing import Any, Final
 from mesh._abi import TUNNEL_PORT
 from mesh.errors import ConfigError
 from mesh.model import Address, EngineKind, Problem
-from mesh.netaddr import split_host_port
+from mesh.netaddr import split_host_port, usable
 
 DEFAULT_CONFIG_FILE: Final = Path("/etc/mesh/mesh.toml")
 DEFAULT_STATE_DIR: Final = Path("/run/mesh")
@@ -155,6 +155,9 @@ class Config:
     cluster_ca: str = _key("", "PEM file of the root certificate, if not the swarm's under docker_data_root (autolock)")
     cluster_certificate: str = _key("", "PEM file of the node's certificate, if not the swarm's")
     cluster_key: str = _key("", "PEM file of the node's key, if not the swarm's")
+    node_address: str = _key(
+        "", "address at which other nodes reach this one; empty: the node's label mesh.address, else what Swarm says"
+    )
     peer_port: int = _key(
         9552,
         "TCP and UDP port where other nodes hand over connections and datagrams; the same on all nodes",
@@ -182,6 +185,24 @@ class Config:
         live=True,
     )
     problems: tuple[Problem, ...] = ()
+
+    @property
+    def own_address(self) -> Address | None:
+        """`node_address` as an address; None: not set.
+
+        Raises:
+            ConfigError: it is none that other nodes can call.
+        """
+        if not self.node_address:
+            return None
+        try:
+            address = usable(ipaddress.ip_address(self.node_address))
+        except ValueError:
+            address = None
+        if address is None:
+            said = f"{self.node_address!r} is not an address that other nodes can call"
+            raise ConfigError(said, where="node_address", remedy="an IPv4 or IPv6 address of this node, without a port")
+        return address
 
     @property
     def floating(self) -> frozenset[Address]:

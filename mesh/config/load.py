@@ -68,7 +68,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> 
     given = {name: _Given(text, _flag(name)) for name, text in flags.items() if text is not None}
     values |= _renamed({name: it for name, it in given.items() if name in KEYS or name in FORMER}, _flag, problems)
     config = Config(**values, problems=tuple(problems))
-    _ = config.floating, config.managers  # refuses what cannot be used
+    _ = config.floating, config.managers, config.own_address  # refuses what cannot be used
     for name in ("cluster_port", "tunnel_port"):
         if 0 != getattr(config, name) == config.peer_port:
             said = f"{name} and peer_port are both {config.peer_port}"

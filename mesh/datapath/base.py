@@ -2,7 +2,8 @@
 """The contract between the reconciler and an engine: Applied -> Plan -> Datapath.apply, and Stats back.
 
 An engine gets complete tables and never chooses between backends itself. All calls block and come from one worker
-thread, except `stats`, `signals`, `lookup`, `explain` and `heartbeat`, which any thread may call at any time.
+thread, except `stats`, `signals`, `lookup`, `explain`, `missing` and `heartbeat`, which any thread may call at any
+time.
 """
 
 from __future__ import annotations
@@ -114,12 +115,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Passive health: what traffic showed of a backend. `ok`: a connection was established."""
+    """Passive health: what traffic showed of a port of a backend. `ok`: a connection was established."""
 
     backend: str
     ok: bool
     cause: Failure | None
     count: int
+    port: int = 0  # 0: not known which
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Choice:
     slot: int
     owner: int
     previous: int
-    backend: BackendEntry | None  # None: OWNER_NONE or OWNER_PASS
+    backend: BackendEntry | None  # None: OWNER_NONE, or OWNER_PASS and no fallback proxy behind it
     next: tuple[BackendEntry, ...] = ()
 
 
@@ -175,6 +177,13 @@ class Datapath(Protocol):
 
     def problems(self) -> Sequence[str]:
         """What is not served as desired: one sentence each, with the frontend and the remedy."""
+
+    def missing(self) -> Sequence[str]:
+        """What somebody else has removed of ours from the kernel, one sentence each, until it is put back; any thread.
+
+        The node is not ready meanwhile. The default is nothing, for an engine that has nothing there.
+        """
+        return ()
 
     def stats(self) -> Stats:
         """Read all counters without stopping traffic; any thread."""

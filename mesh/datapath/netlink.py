@@ -124,8 +124,17 @@ def number(data: bytes) -> int:
     return int.from_bytes(data, sys.byteorder)
 
 
+def word(value: int) -> bytes:
+    """A number of 32 bits as the data of an attribute, in host order."""
+    return value.to_bytes(4, sys.byteorder)
+
+
 class Netlink:
-    """A request socket in the network namespace of the thread that makes it. Not thread-safe."""
+    """A request socket in the network namespace of the thread that makes it. Not thread-safe.
+
+    Args:
+        family: of netlink, NETLINK_*.
+    """
 
     def __init__(self, family: int = nl.NETLINK_ROUTE) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
@@ -255,17 +264,21 @@ class Netlink:
 
 
 class Monitor:
-    """Tells when a Topology, or what the `mask` of groups announces, may have changed."""
+    """Tells when a Topology, or what the `mask` of groups announces, may have changed.
 
-    def __init__(self, mask: int = GROUPS) -> None:
+    Args:
+        family: of netlink, NETLINK_*.
+    """
+
+    def __init__(self, mask: int = GROUPS, family: int = socket.NETLINK_ROUTE) -> None:
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, family
         )
         try:
             self._socket.bind((0, mask))
         except OSError as error:
             self._socket.close()
-            raise DatapathError(f"cannot follow network changes: {error.strerror}", where="rtnetlink") from error
+            raise DatapathError(f"cannot follow network changes: {error.strerror}", where="netlink") from error
         self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll = select.poll()
         for each in (self._socket.fileno(), self._wake_out):

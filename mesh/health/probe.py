@@ -13,6 +13,8 @@ from mesh import netaddr
 from mesh.model import Address, HealthCheck, ProbeKind
 
 _LINE_MOST: Final = 1024  # bytes of a status line
+# PROXY protocol v2, command LOCAL: what a health checker says to a server that insists on it. (HAProxy, 2.2.)
+PROXY_LOCAL: Final = b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
 
 
 class ProbeError(Exception):
@@ -23,8 +25,11 @@ class ProbeError(Exception):
         self.refused = refused
 
 
-async def probe(address: Address, port: int, check: HealthCheck) -> None:
+async def probe(address: Address, port: int, check: HealthCheck, preface: bytes = b"") -> None:
     """Probe once, within `check.timeout`.
+
+    Args:
+        preface: what to say before all else.
 
     Raises:
         ProbeError: with the reason, address and port.
@@ -32,7 +37,7 @@ async def probe(address: Address, port: int, check: HealthCheck) -> None:
     place = netaddr.join_host_port(address, port)
     try:
         async with asyncio.timeout(check.timeout):
-            await _attempt(address, port, check, place)
+            await _attempt(address, port, check, place, preface)
     except TimeoutError:
         raise ProbeError(f"{place}: no answer within {check.timeout:g} s") from None
     except ConnectionRefusedError:
@@ -42,10 +47,13 @@ async def probe(address: Address, port: int, check: HealthCheck) -> None:
         raise ProbeError(f"{place}: {reason}") from None
 
 
-async def _attempt(address: Address, port: int, check: HealthCheck, place: str) -> None:
+async def _attempt(address: Address, port: int, check: HealthCheck, place: str, preface: bytes) -> None:
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
-        await asyncio.get_running_loop().sock_connect(connection, (str(address), port))
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(connection, (str(address), port))
+        if preface:
+            await loop.sock_sendall(connection, preface)
         if check.kind is ProbeKind.HTTP:
             await _ask(connection.dup(), check.path, place)
 

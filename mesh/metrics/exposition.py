@@ -224,6 +224,7 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
         lines[f.REPLICAS].append(f'{f.REPLICAS.name}{{service="{name}"}} {service["replicas"]}')
     backends: set[str] = set()
     kept: dict[str, _Targets] = {}
+    down = _with_a_port_down(service)
     for frontend in service["frontends"]:
         key = frontend["frontend"]
         prefix = f'frontend="{escape(key)}",service="{name}"'
@@ -243,13 +244,26 @@ def _service(service: Json, before: tuple[Json, _Service] | None) -> _Service:
         ids = [target["backend"] for target in targets]
         found = list(kept[key].update(zip(ids, targets, strict=True), partial(_target, prefix, name)).values())
         fresh = found
+        if down:
+            fresh = [
+                (*row[:4], f"{row[4][:-1]}0", *row[5:]) if backend in down else row
+                for row, backend in zip(found, ids, strict=True)
+            ]
         if not backends.isdisjoint(ids):  # of a service that publishes several ports
-            fresh = [of_target for of_target, backend in zip(found, ids, strict=True) if backend not in backends]
+            fresh = [of_target for of_target, backend in zip(fresh, ids, strict=True) if backend not in backends]
         backends.update(ids)
         columns = (*list(zip(*found, strict=True))[1:3], *list(zip(*fresh, strict=True))[3:])
         for family, column in zip(_OF_TARGET, columns, strict=False):
             lines[family] += column
     return lines, kept
+
+
+def _with_a_port_down(service: Json) -> frozenset[str]:
+    """Backends of which a port is down, of a service that publishes several."""
+    if len(service["frontends"]) < 2:
+        return frozenset()
+    targets = (target for frontend in service["frontends"] for target in frontend["targets"])
+    return frozenset(target["backend"] for target in targets if target["health"] == "down")
 
 
 _OTHERS: Final = operator.itemgetter("port", "weight", "health", "intent", "name", "node", "node_name", "address")

@@ -237,7 +237,10 @@ BACKEND_INFO: Final = Family(
     "Always 1; name, node and address of a backend, to join on the label backend.",
 )
 BACKEND_HEALTHY: Final = Family(
-    "mesh_backend_healthy", Kind.GAUGE, _BACKEND, "0 if probes or traffic show that the backend is down, else 1."
+    "mesh_backend_healthy",
+    Kind.GAUGE,
+    _BACKEND,
+    "0 if probes or traffic show that the backend, or one of its ports, is down, else 1.",
 )
 BACKEND_DRAINING: Final = Family(
     "mesh_backend_draining", Kind.GAUGE, _BACKEND, "1 while the backend gets no new connections but keeps those it has."
@@ -287,6 +290,11 @@ ENGINE: Final = {
             "Transfers that were copied because no pipe was available.",
         ),
         (Kind.COUNTER, "udp_evictions", "UDP sessions evicted to make room for new ones."),
+        (
+            Kind.COUNTER,
+            "udp_forgotten",
+            "UDP flows that connection tracking was told to forget: older than our redirection, or outliving it.",
+        ),
         (Kind.COUNTER, "udp_dropped", "Datagrams dropped by the proxy engine."),
         (
             Kind.COUNTER,
@@ -313,6 +321,11 @@ ENGINE: Final = {
             Kind.COUNTER,
             "peer_denied",
             "Flows handed over for a client that mesh.allow or mesh.deny of the backend's service denies.",
+        ),
+        (
+            Kind.COUNTER,
+            "kernel_losses",
+            "Things of ours in the kernel (nftables table, hooks, pins, listening sockets) that somebody else removed.",
         ),
         (Kind.COUNTER, "relay_sources_lost", "Times that this worker lost the manager that told it the services."),
         (Kind.COUNTER, "relay_snapshots_for_slow_nodes", "Full snapshots sent because a worker fell behind."),

@@ -14,6 +14,7 @@ from typing import Any, Final
 from mesh._abi import TABLE_SIZES
 from mesh.model import (
     WEIGHT_MAX,
+    Address,
     Affinity,
     HealthCheck,
     Locality,
@@ -24,10 +25,13 @@ from mesh.model import (
     ServiceOptions,
     Severity,
 )
+from mesh.netaddr import usable
 from mesh.rules import NOBODY
 
 PREFIX: Final = "mesh."
 NODE_WEIGHT: Final = "mesh.weight"
+NODE_ADDRESS: Final = "mesh.address"
+OF_NODES: Final = (NODE_WEIGHT, NODE_ADDRESS)
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -320,14 +324,30 @@ def _with_prefix(problem: Problem) -> Problem:
     if not problem.message.startswith("unknown option"):
         return problem
     label = problem.where.rsplit(" ", 1)[-1]
-    if label == NODE_WEIGHT:
+    if label in OF_NODES:
         return Problem(problem.where, "is a label of nodes, not of services", "docker node update --label-add")
-    near = nearest(label, [NODE_WEIGHT, *(PREFIX + key for key in KEYS)])
-    if near == NODE_WEIGHT:
+    near = nearest(label, [*OF_NODES, *(PREFIX + key for key in KEYS)])
+    if near in OF_NODES:
         remedy = f"did you mean {near}? That is a label of nodes, not of services"
         return Problem(problem.where, "unknown label", remedy)
     remedy = f"did you mean {near}?" if near else f"known: {', '.join(PREFIX + key for key in KEYS)}"
     return Problem(problem.where, "unknown label", remedy)
+
+
+def node_address(node: str, labels: Mapping[str, str]) -> tuple[Address | None, list[Problem]]:
+    """Where other nodes reach a node, from its label `mesh.address`; None: it does not say."""
+    text = labels.get(NODE_ADDRESS)
+    if text is None:
+        return None, []
+    try:
+        address = usable(ipaddress.ip_address(text.strip()))
+    except ValueError:
+        address = None
+    if address is not None:
+        return address, []
+    where = f"node {node}, label {NODE_ADDRESS}"
+    message = f"{shorten(text)} is not an address that other nodes can call"
+    return None, [Problem(where, message, "Swarm's address of the node applies until it is corrected")]
 
 
 def node_weight(node: str, labels: Mapping[str, str], last: int = 1) -> tuple[int, list[Problem]]:
@@ -347,7 +367,7 @@ def node_weight(node: str, labels: Mapping[str, str], last: int = 1) -> tuple[in
             weight, remedy = last, f"{last} applies until it is corrected"
             where = f"node {node}, label {NODE_WEIGHT}"
             problems.append(Problem(where, f"{shorten(text)} is not {option.accepts}", remedy))
-    for label in sorted(k for k in labels if k.startswith(PREFIX) and k != NODE_WEIGHT):
-        remedy = f"a node has {NODE_WEIGHT}; other labels go on the service"
+    for label in sorted(k for k in labels if k.startswith(PREFIX) and k not in OF_NODES):
+        remedy = f"a node has {NODE_WEIGHT} and {NODE_ADDRESS}; other labels go on the service"
         problems.append(Problem(f"node {node}, label {_cut(label)}", "unknown label", remedy))
     return weight, problems

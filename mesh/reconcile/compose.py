@@ -49,7 +49,8 @@ class _Member:
 
 
 _Part = tuple[tuple[Problem, ...], tuple[tuple[PublishedPort, FrontendState], ...]]
-_Input = tuple[Service, list[Backend], list[Health | None], list[Node | None], Drained, float]
+_Apart = Mapping[int, Health]  # verdicts over single ports of one backend
+_Input = tuple[Service, list[Backend], list[Health | None], list[_Apart | None], list[Node | None], Drained, float]
 """All that a service's part depends on; verdicts and nodes are by backend, the number is the panic threshold."""
 
 
@@ -62,6 +63,7 @@ class ComposeCache:
 
     parts: KeyedCache[str, _Input, _Part] = field(default_factory=KeyedCache)  # by service id
     order: Latest[list[Frontend], list[Frontend]] = field(default_factory=Latest)  # unsorted to sorted
+    apart: Latest[HealthView, Mapping[str, _Apart]] = field(default_factory=lambda: Latest(operator.is_))
 
 
 def compose(
@@ -70,7 +72,8 @@ def compose(
     """What the node should serve. `generation` is left at 0: the loop counts.
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
-    weighs nothing, its first probe is not pending, and probes do not say DOWN. Otherwise it stays with weight 0, so
+    weighs nothing, its first probe is not pending, and probes do not say DOWN, of the port that a frontend uses.
+    Otherwise it stays with weight 0, so
     that its flows stay. A backend of another node is reached by way of that node; without an address of it, it is left
     out. Where all that could serve are on nodes that are down, they are used nevertheless: it may be this node that is
     cut off. Where the share of backends that probes let through is at or below `config.panic_threshold`, the probes of
@@ -86,12 +89,14 @@ def compose(
     for backend in sorted(inventory.backends, key=_by_id):
         backends[backend.service].append(backend)
     verdict = health.verdicts.get
+    apart = cache.apart.of(health, HealthView.apart).get
 
     def inputs() -> Iterator[tuple[str, _Input]]:
         for service in services:
             its = backends[service.id]
             verdicts, on = [verdict(backend.id) for backend in its], [node_of(backend.node) for backend in its]
-            yield service.id, (service, its, verdicts, on, drained, config.panic_threshold)
+            ports = [apart(backend.id) for backend in its]
+            yield service.id, (service, its, verdicts, ports, on, drained, config.panic_threshold)
 
     services = [service for service in sorted(inventory.services, key=_by_id) if service.options.enable]
     parts = cache.parts.update(inputs(), _part)
@@ -129,10 +134,42 @@ def _without_those_away(members: Sequence[_Member]) -> tuple[Sequence[_Member], 
     return [replace(m, weight=0, up=False) if m.away else m for m in members], False
 
 
+@dataclass(frozen=True, slots=True)
+class _Weighed:
+    """A service's backends by the verdicts over one port of theirs. `healthy` of the `eligible` are up."""
+
+    members: Sequence[_Member]
+    weights: Mapping[str, int]
+    panic: bool
+    all_away: bool
+    eligible: int
+    healthy: int
+
+
 def _part(given: _Input, _: object) -> _Part:
     """A service by itself: problems, and what each of its ports would be."""
-    service, backends, verdicts, nodes, drained, panic_threshold = given
+    service, backends, verdicts, apart, _nodes, _drained, _threshold = given
+    options, unfitting = _fitting(service, sum(place is not None for place in map(_place, backends, given[4])))
+    options, too_many = _within_budget(service, options)
     problems: list[Problem] = []
+    states: list[tuple[PublishedPort, FrontendState]] = []
+    by_verdicts: dict[tuple[Health | None, ...], _Weighed] = {}
+    for port in sorted(set(service.ports)):
+        found = tuple(
+            verdict if its is None else its.get(backend.port or port.target, verdict)
+            for backend, verdict, its in zip(backends, verdicts, apart, strict=True)
+        )
+        if (weighed := by_verdicts.get(found)) is None:
+            weighed = by_verdicts[found] = _weigh(given, found)
+            problems += _complaints(service, port, weighed, whole=found == tuple(verdicts), known=problems)
+        targets = tuple(_target(m, port, weighed.weights[m.backend.id]) for m in weighed.members)
+        state = FrontendState(port.frontend, service.id, service.name, options, targets, weighed.panic)
+        states.append((port, state))
+    return (*problems, *(problem for problem in (unfitting, too_many) if problem)), tuple(states)
+
+
+def _weigh(given: _Input, verdicts: Sequence[Health | None]) -> _Weighed:
+    service, backends, _, _, nodes, drained, panic_threshold = given
     members, all_away = _without_those_away(
         [
             _member(backend, node, place, verdict or Health.UNKNOWN, drained)
@@ -140,7 +177,19 @@ def _part(given: _Input, _: object) -> _Part:
             if (place := _place(backend, node)) is not None
         ]
     )
-    if all_away:
+    eligible = [m for m in members if m.weight]
+    healthy = sum(m.up for m in eligible)
+    panic = healthy < len(eligible) and healthy <= panic_threshold * len(eligible)
+    weights = _weights(members, service.options, panic=panic)
+    return _Weighed(members, weights, panic, all_away, len(eligible), healthy)
+
+
+def _complaints(
+    service: Service, port: PublishedPort, found: _Weighed, *, whole: bool, known: Sequence[Problem]
+) -> list[Problem]:
+    """What is wrong with a service's backends: all their ports (`whole`), or this one."""
+    problems = []
+    if found.all_away:
         problems.append(
             Problem(
                 f"service {service.name}",
@@ -148,26 +197,16 @@ def _part(given: _Input, _: object) -> _Part:
                 "`docker node ls` and `mesh check --cluster` say which, and why",
             )
         )
-    eligible = [m for m in members if m.weight]
-    healthy = sum(m.up for m in eligible)
-    panic = healthy < len(eligible) and healthy <= panic_threshold * len(eligible)
-    if panic:
+    if found.panic:
         problems.append(
             Problem(
-                f"service {service.name}",
-                f"{len(eligible) - healthy} of {len(eligible)} backends are down by our probes, so all are used again",
+                f"service {service.name}" + ("" if whole else f", port {port.published}/{port.protocol}"),
+                f"{found.eligible - found.healthy} of {found.eligible} backends are down by our probes, so all are "
+                "used again",
                 f"`mesh backends {service.name}` has the reasons; set the label mesh.health=off if the probe is wrong",
             )
         )
-    weights = _weights(members, service.options, panic=panic)
-    options, found = _fitting(service, len(members))
-    options, too_many = _within_budget(service, options)
-    problems += [problem for problem in (found, too_many) if problem]
-    states: list[tuple[PublishedPort, FrontendState]] = []
-    for port in sorted(set(service.ports)):
-        targets = tuple(_target(m, port, weights[m.backend.id]) for m in members)
-        states.append((port, FrontendState(port.frontend, service.id, service.name, options, targets, panic)))
-    return tuple(problems), tuple(states)
+    return [problem for problem in problems if problem not in known]
 
 
 def _add(frontends: dict[Frontend, FrontendState], service: Service, part: _Part) -> list[Problem]:

@@ -22,6 +22,7 @@ from mesh.model import (
     PathView,
     Problem,
     Protocol,
+    ProxyProtocol,
     Target,
 )
 
@@ -97,7 +98,15 @@ def mask(
     return replace(desired, frontends={f: masked for f, (_, masked) in made.items()}, problems=tuple(problems))
 
 
+def proxied(state: FrontendState, engine: str) -> bool:
+    """Whether this node's fallback proxy serves a frontend: programs cannot put the PROXY protocol before a flow."""
+    announced = state.options.proxy_protocol is ProxyProtocol.V2 and state.frontend.protocol is Protocol.TCP
+    return announced and engine == EngineKind.KERNEL
+
+
 def _masked(state: FrontendState, view: PathView, nodes: Mapping[str, Node], engine: str) -> FrontendState:
+    if proxied(state, engine):
+        state, engine = replace(state, proxied=True), EngineKind.PROXY
     if all(target.via is None for target in state.targets):
         return state
     targets, by_peer = [], peer_path(state.frontend.protocol)
@@ -122,13 +131,13 @@ def unmasked(desired: DesiredState) -> DesiredState:
 
 
 def _unmasked(state: FrontendState) -> FrontendState:
-    if not state.passing and all(target.path is Path.LOCAL for target in state.targets):
+    if not state.punted and all(target.path is Path.LOCAL for target in state.targets):
         return state
     targets = [
         replace(t, path=Path.LOCAL, masked="", agreed=0, weight=t.agreed or t.weight, handed=True)
         for t in state.targets
     ]
-    return replace(state, targets=tuple(targets), passing=False)
+    return replace(state, targets=tuple(targets), passing=False, proxied=False)
 
 
 def _problems(states: list[FrontendState]) -> list[Problem]:

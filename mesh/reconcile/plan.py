@@ -192,7 +192,7 @@ def _frontend(
     alive = {target.backend for target in state.targets}
     stale = [owner for owner in held.backends if owner not in ids]
     gone = frozenset(owner for owner in stale if owner not in names or names[owner].key.backend not in alive)
-    same_size = held.table.size == state.options.table_size and held.state.passing == state.passing
+    same_size = held.table.size == state.options.table_size and held.state.punted == state.punted
     if not gone and not held.doubtful and same_size and _drawn(held.state, applied.backends) == _drawn(state, backends):
         entry = held if held.state == state else FrontendEntry(state, held.table, _named(held.table, ids))
     else:
@@ -221,7 +221,7 @@ def _drawn(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) ->
 
 
 def _build(state: FrontendState, backends: Mapping[BackendKey, BackendEntry]) -> SlotTable:
-    if state.passing:
+    if state.punted:
         return _passing(state.options.table_size)
     return SlotTable.build(
         state.options.table_size,

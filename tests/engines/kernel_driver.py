@@ -126,7 +126,17 @@ class Served:
 
         A backend whose address is among `nodes` runs there, on a node with this engine (default: kernel).
         """
-        from mesh.model import ANY_ADDRESS, DesiredState, Frontend, FrontendState, Protocol, ServiceOptions, Target
+        from mesh.model import (
+            ANY_ADDRESS,
+            DesiredState,
+            Frontend,
+            FrontendState,
+            Path,
+            Protocol,
+            ProxyProtocol,
+            ServiceOptions,
+            Target,
+        )
         from mesh.reconcile.plan import plan
 
         frontends = {}
@@ -135,6 +145,9 @@ class Served:
             for key in ("allow", "deny"):
                 if key in options:
                     options[key] = tuple(ipaddress.ip_network(text) for text in options[key])
+            proxied = "proxy_protocol" in options
+            if proxied:
+                options["proxy_protocol"] = ProxyProtocol(options["proxy_protocol"])
             address = ipaddress.ip_address(service["address"]) if "address" in service else ANY_ADDRESS
             frontend = Frontend(address, service["published"], Protocol[service.get("protocol", "tcp").upper()])
             targets = []
@@ -142,10 +155,11 @@ class Served:
                 at = ipaddress.ip_address(where)
                 away = {"local": False, "node": where, "via": at, "engine": service.get("engine", "kernel")}
                 away["handed"] = name not in service.get("unhanded", ())
+                away |= {"path": Path.PEER} if proxied else {}
                 targets.append(Target(name, at, port, weight, **(away if where in nodes else {})))
             options.setdefault("table_size", 1021)
-            state = FrontendState(frontend, service["name"], service["name"], ServiceOptions(**options), tuple(targets))
-            frontends[frontend] = state
+            chosen, name = ServiceOptions(**options), service["name"]
+            frontends[frontend] = FrontendState(frontend, name, name, chosen, tuple(targets), proxied=proxied)
         known = tuple(ipaddress.ip_address(node) for node in nodes)
         step = plan(self.applied, DesiredState(self.applied.generation + 1, frontends, nodes=known))
         self.applied = self.engine.apply(step)
@@ -331,6 +345,9 @@ class Served:
 
     def problems(self) -> list[str]:
         return list(self.engine.problems())
+
+    def missing(self) -> list[str]:
+        return list(self.engine.missing())
 
     def leave(self) -> None:
         self.engine.leave(release=True)

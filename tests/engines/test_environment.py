@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -22,10 +23,24 @@ http {{
   access_log off; client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
   uwsgi_temp_path {directory}; scgi_temp_path {directory};
   server {{
-    listen 8090 proxy_protocol;
-    location / {{ return 200 '{{"task": "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_port"}}'; }}
+    listen 8090 {listen};
+    location / {{ return 200 '{{"task": "{of}"}}'; }}
   }}
 }}
+"""
+NGINX_SEES = {
+    "proxy_protocol": "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_port",
+    "": "$remote_addr $remote_port",
+}
+HAPROXY = """
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 30s
+  timeout server 30s
+frontend web
+  bind :8090 {accept}
+  http-request return status 200 content-type application/json lf-string '{{"task": "%[src] %[src_port]"}}'
 """
 
 
@@ -47,28 +62,54 @@ def test_ipv6_backends(topology: Topology) -> None:
     assert stream.wait()["end"] == "complete"
 
 
-@pytest.mark.only("proxy")  # the kernel engine keeps the client's address: nothing to announce
-def test_proxy_protocol_is_understood_by_nginx(topology: Topology) -> None:
+def run_nginx(topology: Topology, listen: str) -> list[str]:
+    directory = topology.lab.directory
+    (directory / "nginx.conf").write_text(NGINX.format(directory=directory, listen=listen, of=NGINX_SEES[listen]))
+    return ["nginx", "-p", str(directory), "-c", str(directory / "nginx.conf")]
+
+
+def run_haproxy(topology: Topology, listen: str) -> list[str]:
+    config = topology.lab.directory / "haproxy.cfg"
+    config.write_text(HAPROXY.format(accept="accept-proxy" if listen else ""))
+    return ["haproxy", "-db", "-f", str(config)]
+
+
+@pytest.mark.parametrize("run", [run_nginx, run_haproxy], ids=["nginx", "haproxy"])
+@pytest.mark.parametrize(
+    "listen",
+    [
+        pytest.param("proxy_protocol", id="by PROXY protocol"),
+        pytest.param("", id="by the packet", marks=pytest.mark.only("kernel")),  # else the proxy's address is there
+    ],
+)
+def test_a_reverse_proxy_sees_the_client(
+    topology: Topology, run: Callable[[Topology, str], list[str]], listen: str
+) -> None:
+    """The recipes of docs/RECIPES.md, with the real programs."""
+    ports = 28000 + 100 * (run is run_haproxy) + 200 * bool(listen)  # of the client: none of a test before
+    command = run(topology, listen)
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
     host = topology.hosts["b1"]
-    directory = topology.lab.directory / "nginx"
-    directory.mkdir(exist_ok=True)
-    (directory / "nginx.conf").write_text(NGINX.format(directory=directory))
-    with (directory / "log").open("w") as log:
-        nginx = host.namespace.popen("nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"), stderr=log)
+    with (topology.lab.directory / "reverse-proxy.log").open("w") as log:
+        server = host.namespace.popen(*command, stdout=log, stderr=log)
+    options = {"health": "tcp", "health-interval": "100ms"} | ({"proxy-protocol": "v2"} if listen else {})
+    calls = [(topology.client.address, topology.node.address)]
+    if listen:  # a task without IPv6 is called by the fallback proxy: only a header tells it the client
+        calls.append((topology.client.address6, topology.node.address6))
     try:
-        wait_for(lambda: topology.listens(host.namespace, 8090), "nginx")
-        topology.change(Spec("proxied", ("8010:8090/tcp",), ("b1",), options={"proxy-protocol": "v2", "health": "off"}))
-        for source, node in (
-            (topology.client.address, topology.node.address),
-            (topology.client.address6, topology.node.address6),
-        ):
-            report = peers.load(topology.client, node, 8010, "-n", "30", "-c", "4", "-p", "28000", "-b", source, "-v")
+        wait_for(lambda: topology.listens(host.namespace, 8090), command[0])
+        topology.change(Spec("proxied", ("8010:8090/tcp",), ("b1",), options=options))
+        for source, node in calls:
+            report = peers.load(
+                topology.client, node, 8010, "-n", "30", "-c", "4", "-p", str(ports), "-b", source, "-v"
+            )
             assert report.ok == 30
             for port, seen in report.seen:
-                assert seen == f"{source} {port} 8010"
+                assert seen.split()[:2] == [source, str(port)]
     finally:
-        nginx.terminate()
-        nginx.wait()
+        server.terminate()
+        server.wait()
 
 
 def test_broken_edit_keeps_the_last_good_state(topology: Topology) -> None:

@@ -23,36 +23,19 @@ from mesh.datapath.proxy.listeners import Interceptor
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.errors import DatapathError
 from mesh.model import Frontend, Protocol, ProxyProtocol, ServiceOptions
+from tests.engines.proxied import PORT, STATE, open_engine, says, who
 from tests.support.fastpath_bench import Served, TcpServer, UdpServer, call, read_all, tcp, udp
 from tests.support.lab.netns import Lab, Namespace
 from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = pytest.mark.root
 
-PORT = 8080
-STATE = "/nonexistent/intercept"
 RIVAL_RULES = """
 table inet rival {
   chain prerouting { type nat hook prerouting priority -100; fib daddr type local meta l4proto tcp dnat to :tcp dport map { 8080 : 9090 }; }
   chain output { type nat hook output priority -100; fib daddr type local meta l4proto tcp dnat to :tcp dport map { 8080 : 9090 }; }
 }
 """  # noqa: E501
-
-
-def says(name: bytes, host: str = "127.0.0.1", port: int = 0) -> TcpServer:
-    def answer(sock: socket.socket) -> None:
-        sock.sendall(name)
-        while data := sock.recv(100):
-            sock.sendall(data)
-
-    return TcpServer(answer, host, port)
-
-
-def who(namespace: Namespace, host: str, port: int = PORT) -> bytes:
-    with namespace.entered():
-        sock = socket.create_connection((host, port), timeout=PATIENCE)
-    with sock:
-        return sock.recv(100)
 
 
 @pytest.fixture
@@ -63,21 +46,6 @@ def node(lab: Lab) -> Namespace:
 @pytest.fixture
 def outside(lab: Lab, node: Namespace) -> Namespace:
     return lab.host("client")
-
-
-@contextlib.contextmanager
-def open_engine(
-    node: Namespace, inherited: dict[Frontend, list[int]] | None = None, **keys: object
-) -> Iterator[Served]:
-    docker_host = bool(keys.pop("docker_host", False))
-    config = Config(**{"threads": 2, "state_dir": STATE, **keys})  # type: ignore[arg-type]
-    datapath = ProxyDatapath(config, inherited=inherited, docker_host=docker_host)
-    with node.entered():
-        datapath.open()
-        try:
-            yield Served(datapath)
-        finally:
-            datapath.close(release=True)
 
 
 @contextlib.contextmanager
@@ -203,6 +171,22 @@ def test_a_port_that_is_passed_and_taken_back_loses_nothing(node: Namespace, out
         for caller in callers:
             caller.join()
         assert set(answers) == {b"mesh", b"rival"}
+
+
+def test_a_port_that_is_passed_stays_so_when_its_sockets_are_opened_again(node: Namespace, outside: Namespace) -> None:
+    front = tcp(PORT)
+    with rival(node), open_engine(node, intercept="nft") as mesh:
+        server = says(b"mesh")
+        mesh.serve({front: {"a": server.where}})
+        passing(mesh, front)
+        (listener, *_) = mesh.datapath.listeners()[front]
+        with socket.socket(fileno=os.dup(listener)) as copy:
+            port = copy.getsockname()[1]
+        node.run("ss", "-K", "-l", "-t", f"sport = :{port}")
+        wait_for(lambda: mesh.datapath.stats().totals["kernel_losses"] == 1 and not mesh.datapath.missing())
+        assert who(outside, node.address) == b"rival"
+        mesh.serve({front: {"a": server.where}})
+        assert who(outside, node.address) == b"mesh"
 
 
 def test_drain_hands_new_flows_back_and_keeps_old_ones(node: Namespace, outside: Namespace) -> None:

@@ -24,6 +24,7 @@ class MemoryDatapath(Datapath):
         self.refused: set[Frontend] = set()  # frontends that cannot be served, as if their port were taken
         self.feed: list[Signal] = []  # what `signals` returns next
         self.live: dict[Frontend, frozenset[int]] = {}  # what `live_slots` returns
+        self.away: list[str] = []  # what `missing` returns
         self.closed: bool | None = None  # the `release` that `close` was called with
         self.threads: set[int] = set()  # which threads called `apply`
         self._applied = survived or Applied()
@@ -59,6 +60,9 @@ class MemoryDatapath(Datapath):
 
     def problems(self) -> Sequence[str]:
         return [f"{frontend} is taken by another process (stop it)" for frontend in sorted(self.refused)]
+
+    def missing(self) -> Sequence[str]:
+        return self.away
 
     def stats(self) -> Stats:
         return Stats(frontends={frontend: Counters() for frontend in self._applied.frontends})

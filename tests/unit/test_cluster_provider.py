@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
 from mesh.cluster import roles
 from mesh.cluster.wire import HealthReport, Report
+from mesh.config.keys import Config
+from mesh.errors import ConfigError
 from mesh.model import Backend, EngineKind, Health, HealthView, Inventory, Node
 from mesh.providers.base import ProviderStatus
 from mesh.providers.swarm.decode import decode
 from mesh.providers.swarm.local_node import LocalView
 from tests.support.cluster_provider import Server, make_provider
 from tests.support.engine_answers import answers, event, task
+from tests.support.polling import until
 
 
 def test_a_manager_tells_the_others_what_its_own_engine_knows() -> None:
@@ -94,3 +99,30 @@ async def test_a_manager_does_not_wait_for_agents_that_are_not_there(clock: Cloc
     assert not provider._roles.may_read()
     clock.now += roles.GATHERING
     assert provider._roles.may_read()
+
+
+async def test_a_node_says_where_others_reach_it() -> None:
+    """By its setting `node_address`; what it says wins over what Swarm says, unless it cannot be used."""
+    published: list[Inventory] = []
+    provider = make_provider(Config(state_dir="/nonexistent", node_address="192.168.9.1"))
+    provider._roles.server, provider._roles.reads = Server("b"), True
+    provider._local.look = replace(provider._local.look, node="a")
+    provider._publish = published.append
+    nodes = tuple(Node(name, name, ip_address(f"10.0.0.{i}")) for i, name in enumerate("abc", 1))
+    provider._take(Inventory((), (), nodes, source="swarm"))
+
+    def addresses() -> list[str]:
+        return [str(node.address) for node in published[-1].nodes]
+
+    assert addresses() == ["192.168.9.1", "10.0.0.2", "10.0.0.3"]
+    provider._on_report("b", Report({}, address="192.168.9.2"))
+    await until(lambda: addresses() == ["192.168.9.1", "192.168.9.2", "10.0.0.3"])
+    for unusable in ("127.0.0.1", "nonsense", ""):
+        provider._on_report("b", Report({}, address=unusable))
+        await until(lambda: addresses() == ["192.168.9.1", "10.0.0.2", "10.0.0.3"])
+
+
+@pytest.mark.parametrize("wrong", ["127.0.0.1", "::", "n1", "10.0.0.1:80"])
+def test_a_node_address_that_cannot_be_one_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="node_address"):
+        _ = Config(node_address=wrong).own_address

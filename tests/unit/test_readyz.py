@@ -52,3 +52,20 @@ async def test_ready_with_nothing_to_serve(tmp_path: Path) -> None:
     await until(lambda: view.ready()[0], "ready")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_not_ready_while_something_of_ours_is_away(tmp_path: Path) -> None:
+    """Somebody has flushed our nftables table, or detached a hook."""
+    datapath = MemoryDatapath()
+    reconciler = Reconciler(datapath, Config())
+    await reconciler.open()
+    view = View(Facts(EngineKind.UNKNOWN, "", tmp_path, 0.0), reconciler, DemoProvider(Config()), Monitor(print), stop)
+    running = asyncio.create_task(reconciler.run())
+    reconciler.publish(Inventory())
+    await until(lambda: view.ready()[0], "ready")
+    datapath.away = ["nftables table inet mesh_1 was removed by somebody else"]
+    assert view.ready() == (False, datapath.away)
+    datapath.away = []
+    assert view.ready()[0]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 from dataclasses import replace
 from typing import Any
@@ -130,6 +131,42 @@ def test_nodes() -> None:
     a, b = decode(answers(nodes=nodes)).inventory.nodes
     assert (a.name, str(a.address), a.up, a.weight) == ("a", "2001:db8::1", True, 1)
     assert (b.name, str(b.address), b.up, b.weight) == ("n2", "10.0.0.2", False, 0)
+
+
+@pytest.mark.parametrize(
+    ("label", "manager", "status", "expected"),
+    [
+        ("", "", "10.0.0.2", "10.0.0.2"),
+        ("", "10.0.0.1:2377", "127.0.0.1", "10.0.0.1"),  # a leader's status
+        ("", "10.0.0.1:2377", "172.16.0.1", "10.0.0.1"),  # what it advertises, not where a NAT lets it seem to be
+        ("192.168.7.7", "10.0.0.1:2377", "10.0.0.2", "192.168.7.7"),
+        ("2001:db8::7", "", "10.0.0.2", "2001:db8::7"),
+        ("", "127.0.0.1:2377", "127.0.0.1", None),
+        ("", "0.0.0.0:2377", "", None),
+        ("", "", "::1", None),
+    ],
+)
+def test_where_other_nodes_reach_a_node(label: str, manager: str, status: str, expected: str | None) -> None:
+    node = {
+        "ID": "a",
+        "Spec": {"Labels": {"mesh.address": label} if label else {}},
+        "Description": {"Hostname": "n1"},
+        "Status": {"State": "ready", "Addr": status},
+        **({"ManagerStatus": {"Addr": manager}} if manager else {}),
+    }
+    inventory = decode(answers(nodes=[node])).inventory
+    assert inventory.nodes[0].address == (ipaddress.ip_address(expected) if expected else None)
+    assert [problem.where for problem in inventory.problems] == ([] if expected else ["node n1"])
+    assert all("mesh.address" in problem.remedy for problem in inventory.problems)
+
+
+@pytest.mark.parametrize("wrong", ["127.0.0.1", "0.0.0.0", "fe80::1", "224.0.0.1", "n1", "10.0.0.1:80", ""])
+def test_a_wrong_address_of_a_node_is_named_and_not_used(wrong: str) -> None:
+    node = {"ID": "a", "Spec": {"Labels": {"mesh.address": wrong}}, "Status": {"State": "ready", "Addr": "10.0.0.2"}}
+    inventory = decode(answers(nodes=[node])).inventory
+    assert str(inventory.nodes[0].address) == "10.0.0.2"
+    (problem,) = inventory.problems
+    assert problem.where == "node a, label mesh.address"
 
 
 def test_the_order_of_the_answer_does_not_matter() -> None:

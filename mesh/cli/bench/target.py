@@ -25,10 +25,9 @@ from mesh.cli.client import call
 from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError
 from mesh.cli.output import Json, address_port
 from mesh.errors import MeshError
+from mesh.health.probe import PROXY_LOCAL
 
 SCHEMES: Final = {"http": Kind.HTTP, "https": Kind.HTTP, "tcp": Kind.TCP, "udp": Kind.UDP}
-# PROXY protocol v2, command LOCAL: what a health checker says to a server that insists on it. (HAProxy, 2.2.)
-PROXY_LOCAL: Final = b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
 GREETING: Final = b"GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
 OPENED: Final = "mesh_backend_connections_opened"
 
@@ -135,7 +134,7 @@ def ask(target: Target, state_dir: Path) -> tuple[Target, Behind]:
 
 def _behind(state: Json, service: Json, frontend: Json) -> Behind:
     behind = Behind(service=service["name"], frontend=frontend["frontend"], engine=state["engine"])
-    preface = PROXY_LOCAL if service["options"].get("proxy_protocol") == "v2" and state["engine"] == "proxy" else b""
+    preface = PROXY_LOCAL if service["options"].get("proxy_protocol") == "v2" else b""
     for target in frontend["targets"]:
         name = target["name"] or target["backend"]
         behind.names[target["backend"]] = name

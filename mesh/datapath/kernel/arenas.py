@@ -85,6 +85,10 @@ class Arenas:
     def _pin(self, index: int) -> Path:
         return self._directory / f"arena_{index}"
 
+    def pins(self) -> dict[Path, _bpf.Map]:
+        """All arenas' maps by their pins."""
+        return {self._pin(index): arena.map for index, arena in enumerate(self._arenas)}
+
     def __len__(self) -> int:
         return len(self._arenas)
 

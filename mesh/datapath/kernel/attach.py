@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,14 @@ SOCKET_HOOKS: Final = {  # program -> enum bpf_attach_type
     "mesh_getpeername6": 30,
 }
 GONE: Final = (errno.ENODEV, errno.ENXIO, errno.ENOENT)
+
+
+def exists(index: int) -> bool:
+    """Whether there is an interface with this index."""
+    try:
+        return bool(socket.if_indextoname(index))
+    except OSError:
+        return False
 
 
 def kernel_release() -> tuple[int, int]:
@@ -74,6 +83,7 @@ class Attachments:
         self._tcx = kernel_release() >= (6, 6)
         self._links: dict[int, _bpf.Link] = {}
         self._on: dict[int, int] = {}  # interface -> id of the program that is on it
+        self._sockets: dict[str, _bpf.Link] = {}  # by program
         directory.mkdir(exist_ok=True, mode=0o700)
 
     @property
@@ -91,9 +101,35 @@ class Attachments:
                 continue
             self._links[index], self._on[index] = link, program
         for index in interfaces:
-            program = 0 if index in self._on else _bpf.tc_program(index, True, HANDLE, PRIORITY)
+            program = 0 if index in self._on else self._filter(index)
             if program:
                 self._on[index] = program
+
+    def lost(self, interfaces: Mapping[int, str]) -> list[str]:
+        """What somebody else has detached; the next `sync` and `sync_sockets` attach it again.
+
+        Args:
+            interfaces: the names of those that exist, by index.
+        """
+        found = []
+        for index in self._on.keys() & interfaces.keys():
+            there = not self._defunct(index) if index in self._links else self._filter(index)
+            if not there and exists(index):
+                self._on[index] = 0
+                found.append(f"program on interface {interfaces[index]}")
+        detached = [name for name, link in self._sockets.items() if not link.info()[1]]
+        return [*found, *(f"program {name} on the root cgroup" for name in detached)]
+
+    @staticmethod
+    def _filter(index: int) -> int:
+        """The id of the program of our clsact filter; 0: there is none."""
+        program: int = _bpf.tc_program(index, True, HANDLE, PRIORITY)
+        return program
+
+    def pins(self) -> Mapping[str, _bpf.Link]:
+        """The links by the names of their pins."""
+        sockets = {f"socket_{name}": link for name, link in self._sockets.items()}
+        return {f"if_{index}": link for index, link in self._links.items()} | sockets
 
     def sync(self, wanted: Mapping[int, str]) -> list[str]:
         """Attach exactly these programs (by name) to exactly these interfaces (by index). Returns what failed."""
@@ -169,12 +205,17 @@ class Attachments:
 
     def _put_socket(self, cgroup: int, name: str, kind: int) -> None:
         pin, program = self._directory / f"socket_{name}", self._programs[name]
-        if pin.exists():
+        link = self._sockets.get(name)
+        if link is None and pin.exists():
             link = _bpf.Link.open(str(pin))
+        if link is not None and link.info()[1]:
             if link.info()[0] != program.id:
                 link.update(program)
-            return
-        _bpf.Link.create(program, cgroup, kind).pin(str(pin))
+        else:
+            pin.unlink(missing_ok=True)
+            link = _bpf.Link.create(program, cgroup, kind)
+            link.pin(str(pin))
+        self._sockets[name] = link
 
     def move_from(self, other: Path) -> None:
         """Take over the links in another build's pin directory; `sync` then replaces their programs."""
@@ -190,5 +231,8 @@ class Attachments:
         for index in list(self._on):
             with contextlib.suppress(BpfError):
                 self._detach(index)
+        for link in self._sockets.values():
+            link.close()
+        self._sockets.clear()
         for pin in self._directory.glob("*"):
             pin.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from mesh.datapath.kernel.heartbeat import NAME as HEARTBEAT
 from mesh.datapath.kernel.heartbeat import Heartbeat
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal, Names
+from mesh.datapath.kernel.keeper import Keeper
 from mesh.datapath.kernel.locator import Locator
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.network import Follower, Network
@@ -39,6 +40,7 @@ from mesh.datapath.kernel.route_monitor import RouteMonitor
 from mesh.datapath.kernel.stale_sockets import StaleSockets
 from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
 from mesh.datapath.lookup import lookup
+from mesh.datapath.losses import Losses
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
@@ -57,6 +59,7 @@ class Parts:
     network: Network
     publisher: Publisher
     hooks: Hooks
+    keeper: Keeper
     follower: Follower
     collector: Collector
     heartbeat: Heartbeat
@@ -85,6 +88,7 @@ class KernelDatapath:
         self._threads = contextlib.ExitStack()  # and what changes maps by itself, which ends first
         self._parts: Parts | None = None
         self._applied = Applied()
+        self._losses = Losses()
         self._order: kernel_stats.Order | None = None  # of what `stats` last read
         self._others: list[Path] = []  # pins of builds with another contract, which serve until `_switch`
         self._taking_over = False  # until the first plan: whoever served the ports before may have flows under way
@@ -136,11 +140,12 @@ class KernelDatapath:
         publisher = Publisher(config, maps, Ids(loaded), self._applied)
         hooks = Hooks(programs, directory, config.cgroup)
         collector = start(contextlib.closing(Collector(maps.reverse, self._owner.is_ours)))
-        follower = start(contextlib.closing(Follower(self._look, publisher.due)))
+        keeper = Keeper(maps, hooks, directory, Path(config.bpf_fs), self._losses)
+        follower = start(contextlib.closing(Follower(self._look, self._check, publisher.due)))
         start(contextlib.closing(RouteMonitor(loaded["mesh_fib_gen"])))
         start(contextlib.closing(PathMtuCheck(loaded["mesh_nodes"], config.peer_port, self._owner.is_ours)))
         stale = start(contextlib.closing(StaleSockets(loaded["mesh_udp_revnat"], maps.backends)))
-        return Parts(programs, maps, nodes, network, publisher, hooks, follower, collector, heartbeat, stale)
+        return Parts(programs, maps, nodes, network, publisher, hooks, keeper, follower, collector, heartbeat, stale)
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
@@ -188,6 +193,7 @@ class KernelDatapath:
             parts.network.prepare(plan.put_backends)
             if not self._others:
                 self._attach(parts)
+            self._fallback.prepare(plan, self._applied, parts.network.topology.addresses)
             self._applied = parts.publisher.publish(
                 plan, self._applied, parts.network.locations, taking_over=self._taking_over
             )
@@ -222,6 +228,7 @@ class KernelDatapath:
         with self._lock:
             parts.publisher.release_holds(self._applied)
             backends = self._applied.backends.values()
+            self._keep(parts)
             moved = parts.network.follow(backends)
             if moved or not changed:  # without a change: what failed before is tried again
                 parts.publisher.move(backends, parts.network.locations)
@@ -236,6 +243,18 @@ class KernelDatapath:
         """See Datapath.prove: the fallback proxy hands over and is handed over to; the tunnel carries no proof."""
         with self._lock:
             self._fallback.prove(proof)
+
+    def _check(self) -> bool:
+        """Look whether what is ours in the kernel is still there; as `_look`."""
+        if not self._owner.is_ours():
+            return False
+        with self._lock:
+            self._keep(self._opened())
+        return True
+
+    def _keep(self, parts: Parts) -> None:
+        if not self._others:  # else another build's hooks serve until `_switch`
+            parts.keeper.look(parts.network.topology.interfaces, lambda: self._attach(parts))
 
     # ---- heartbeat ----
 
@@ -274,6 +293,10 @@ class KernelDatapath:
         failures = parts.publisher.failures.values()
         return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network, *failures]
 
+    def missing(self) -> Sequence[str]:
+        """See Datapath.missing."""
+        return [*self._losses.missing, *self._fallback.missing()]
+
     def stats(self) -> Stats:
         """See Datapath.stats."""
         parts = self._opened()
@@ -283,7 +306,9 @@ class KernelDatapath:
         stats = kernel_stats.read(parts.maps, order)
         if self._config.bpf_stats:
             stats = dataclasses.replace(stats, totals=kernel_stats.run_time(parts.programs))
-        return self._fallback.merge(stats, applied)
+        merged = self._fallback.merge(stats, applied)
+        losses = self._losses.count + merged.totals.get("kernel_losses", 0)
+        return dataclasses.replace(merged, totals={**merged.totals, "kernel_losses": losses})
 
     def signals(self) -> Sequence[Signal]:
         """Those of the fallback proxy: the programs forward a task's refusal to the client, and probes tell health."""
@@ -291,7 +316,13 @@ class KernelDatapath:
 
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup."""
-        return lookup(self._applied, flow, own=self._opened().network.topology.addresses)
+        applied = self._applied
+        choice = lookup(applied, flow, own=self._opened().network.topology.addresses)
+        if choice is not None and applied.frontends[choice.frontend].state.proxied:
+            served = self._fallback.lookup(flow)
+            if served is not None:
+                return dataclasses.replace(choice, backend=served.backend, next=served.next)
+        return choice
 
     def explain(self, flow: Flow) -> Explanation:
         """See Datapath.explain: a test run of mesh_explain."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fallback proxy: serves the flows that the eBPF programs punt to the stack, from the same slot tables.
 
-The programs punt clients of an IP version that the task does not speak (verdict FAMILY) and backends at addresses of
-this node (HOST_BACKEND). For tasks of other nodes they punt what the tunnel does not carry (TUNNEL_NO_PATH,
-SOCKET_HANDED): flows for nodes with the proxy engine or without a path for the tunnel, and calls of this node's own
-processes and containers. The fallback proxy hands those over at the other node's peer port. A call of this node's own
-processes names the backend that was drawn (MESH_NAMED in abi.h).
+The programs punt clients of an IP version that the task does not speak (verdict FAMILY), backends at addresses of
+this node (HOST_BACKEND), and all flows of services that ask for the PROXY protocol. For tasks of other nodes they punt
+what the tunnel does not carry (TUNNEL_NO_PATH, SOCKET_HANDED): flows for nodes with the proxy engine or without a path
+for the tunnel, and calls of this node's own processes and containers. The fallback proxy hands those over at the other
+node's peer port. A call of this node's own processes names the backend that was drawn (MESH_NAMED in abi.h).
 
 It also listens on this node's peer port, where other nodes hand over such flows for the tasks of this one.
 """
@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, FrontendEntry, Plan, Signal, Stats
+from mesh.datapath.base import Applied, BackendEntry, BackendKey, Choice, FrontendEntry, Plan, Signal, Stats, key_of
 from mesh.datapath.counters import COLUMNS, CounterTable
 from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.datapath.proxy.rules import SourceRules, rules_of
 from mesh.errors import DatapathError
-from mesh.model import ANY_ADDRESS, Address, Frontend
+from mesh.model import ANY_ADDRESS, Address, Flow, Frontend
 
 if TYPE_CHECKING:
     from mesh.datapath.proxy.engine import ProxyDatapath
@@ -32,14 +34,16 @@ if TYPE_CHECKING:
 
 Listeners = Mapping[Frontend, Sequence[int]]  # descriptors by frontend
 _Key = TypeVar("_Key")
+LINGER: Final = 5.0  # seconds for which it serves on what is no longer proxied
 
 
 def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, FrontendEntry]:
     """The frontends that the fallback proxy serves, each with its entry. Pure.
 
-    A frontend with targets on other nodes is served as it is, unless none of its targets is reached from here: on this
-    node, or where the peer port answers. Any other is served on this node's addresses of the IP version that its
-    targets do not speak, except loopback: the socket hooks connect local processes whatever the version.
+    A frontend that is proxied is served as it is; so is one with targets on other nodes, unless none of its targets is
+    reached from here: on this node, or where the peer port answers. Any other is served on this node's addresses of the
+    IP version that its targets do not speak, except loopback: the socket hooks connect local processes whatever the
+    version.
     """
     own = frozenset(addresses)
     usable = sorted(
@@ -51,7 +55,7 @@ def needed(applied: Applied, addresses: Iterable[Address]) -> dict[Frontend, Fro
         # A port that is passed is not redirected: Docker's own mesh has to see it; its sockets stay for what was.
         away = any(target.via is not None for target in entry.state.targets)
         reached = any(t.weight and (t.via is None or t.handed) for t in entry.state.targets)
-        if away and (entry.state.passing or reached):
+        if entry.state.proxied or (away and (entry.state.passing or reached)):
             found[frontend] = entry
             continue
         versions = {10 - target.address.version for target in entry.state.targets}  # 4 needs 6, 6 needs 4
@@ -93,6 +97,17 @@ def added(
     return CounterTable(table.order if len(rows) == len(table.order) else tuple(rows), columns)
 
 
+def served_as(source: FrontendEntry, frontend: Frontend, applied: Applied) -> FrontendEntry:
+    """A frontend's entry as the fallback proxy serves it: where the programs' table passes flows on to it, with the
+    table that they would have without. Pure."""
+    state = dataclasses.replace(source.state, frontend=frontend)
+    if not state.proxied or state.passing:
+        return dataclasses.replace(source, state=state)
+    held = ((target, applied.backends.get(key_of(state, target))) for target in state.targets)
+    seeds = [(backend_seed(t.backend), entry.id, t.weight) for t, entry in held if entry is not None and t.weight]
+    return dataclasses.replace(source, state=state, table=SlotTable.build(state.options.table_size, seeds))
+
+
 class Fallback:
     """A ProxyDatapath that starts when the first frontend needs it, or when a second node is known."""
 
@@ -103,15 +118,34 @@ class Fallback:
         self._proxy: ProxyDatapath | None = None
         self._applied = Applied()
         self._sources: dict[Frontend, FrontendEntry] = {}
+        self._leaving: dict[Frontend, float] = {}  # until when what is no longer needed is served, monotonic
         self._peers: tuple[object, ...] = ()
         self._proof = NONE
         self._problem = ""
         if inherited is None:  # else the process that hands over may still need its table
             NftTable(table_name(config.state_dir)).delete_stale()
 
+    def prepare(self, plan: Plan, held: Applied, addresses: Iterable[Address]) -> None:
+        """Listen before the programs leave flows of a plan's frontends to it.
+
+        Args:
+            held: what is served until then.
+        """
+        fresh = {
+            entry.state.frontend: entry
+            for entry in plan.put_frontends
+            if entry.state.proxied
+            and ((was := held.frontends.get(entry.state.frontend)) is None or not was.state.proxied)
+        }
+        if fresh:
+            frontends, backends = {**held.frontends, **fresh}, {**held.backends, **plan.result.backends}
+            self.apply(Applied(plan.generation, frontends, backends, plan.result.nodes), addresses)
+
     def apply(self, applied: Applied, addresses: Iterable[Address]) -> None:
-        """Serve what `applied` needs on these addresses of the node. `problems` tells what fails."""
+        """Serve what `applied` needs on these addresses of the node, and for a while what was proxied: a client's
+        handshake may be under way. `problems` tells what fails."""
         sources = needed(applied, addresses)
+        sources |= self._lingering(applied, sources)
         same = sources.keys() == self._sources.keys() and all(self._sources[f] is e for f, e in sources.items())
         peers = for_peers(applied)
         rules = rules_of(applied.frontends.values())
@@ -128,6 +162,19 @@ class Fallback:
                 "clients of the other IP version than their tasks', of backends at this node's own addresses, local "
                 f"callers of tasks of other nodes, and nodes with the proxy engine are not served: {error}"
             )
+
+    def _lingering(self, applied: Applied, sources: Mapping[Frontend, FrontendEntry]) -> dict[Frontend, FrontendEntry]:
+        """Frontends that were proxied and are served by the programs now, with what they have there."""
+        now = time.monotonic()
+        left = {
+            frontend: entry
+            for frontend in self._sources.keys() - sources.keys()
+            if (frontend in self._leaving or self._sources[frontend].state.proxied)
+            and (entry := applied.frontends.get(frontend)) is not None
+            and not entry.state.passing
+        }
+        self._leaving = {frontend: self._leaving.get(frontend, now + LINGER) for frontend in left}
+        return {frontend: entry for frontend, entry in left.items() if now < self._leaving[frontend]}
 
     def _carry_out(
         self,
@@ -148,7 +195,7 @@ class Fallback:
         entries = {
             frontend: self._applied.frontends[frontend]
             if self._sources.get(frontend) is source and frontend in self._applied.frontends
-            else dataclasses.replace(source, state=dataclasses.replace(source.state, frontend=frontend))
+            else served_as(source, frontend, applied)
             for frontend, source in sources.items()
         }
         used = {owner for entry in entries.values() for owner in entry.backends}
@@ -190,6 +237,14 @@ class Fallback:
     def problems(self) -> Sequence[str]:
         found = list(self._proxy.problems()) if self._proxy else []
         return [*found, self._problem] if self._problem else found
+
+    def lookup(self, flow: Flow) -> Choice | None:
+        """See Datapath.lookup."""
+        return self._proxy.lookup(flow) if self._proxy else None
+
+    def missing(self) -> Sequence[str]:
+        """See Datapath.missing."""
+        return self._proxy.missing() if self._proxy else ()
 
     def signals(self) -> Sequence[Signal]:
         return self._proxy.signals() if self._proxy else ()

@@ -56,6 +56,15 @@ class Hooks:
             *keepers(interfaces, programs),
         ]
 
+    def lost(self, interfaces: Mapping[int, Interface]) -> list[str]:
+        """What somebody else has detached; the next `sync` attaches it again."""
+        names = {index: interface.name for index, interface in interfaces.items()}
+        return [*self._attachments.lost(names), *self._xdp.lost(names)]
+
+    def pins(self) -> Mapping[Path, _bpf.Link]:
+        """All links by their pins."""
+        return {self._links / name: link for name, link in {**self._attachments.pins(), **self._xdp.pins()}.items()}
+
     def move_from(self, directory: Path) -> None:
         """Take over the links in another build's pin directory; `sync` then replaces their programs."""
         self._attachments.move_from(directory / "links")

@@ -101,6 +101,7 @@ def _frontend_out(state: FrontendState) -> dict[str, Any]:
         "targets": [_target_out(target) for target in state.targets],
         "panic": state.panic,
         **({"passing": True} if state.passing else {}),
+        **({"proxied": True} if state.proxied else {}),
     }
 
 
@@ -114,6 +115,7 @@ def _frontend_in(row: dict[str, Any]) -> FrontendState:
         targets=tuple(_target_in(target) for target in row["targets"]),
         panic=row["panic"],
         passing=row.get("passing", False),
+        proxied=row.get("proxied", False),
     )
 
 

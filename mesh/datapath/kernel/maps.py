@@ -19,7 +19,7 @@ from mesh.datapath.kernel import codec
 from mesh.datapath.kernel.arenas import GRACE, Arenas
 from mesh.datapath.kernel.codec import Table
 from mesh.errors import BpfError, DatapathError
-from mesh.model import ANY_ADDRESS, Address, Frontend, Network, Protocol
+from mesh.model import ANY_ADDRESS, Address, Flow, Frontend, Network, Protocol
 
 CARRIED: Final = {  # maps that are copied from the pins of another build: name -> former name
     "mesh_nodes": "mesh_nodes",
@@ -48,6 +48,7 @@ class KernelMaps:
 
     def __init__(self, maps: Mapping[str, _bpf.Map], directory: Path) -> None:
         self._maps = maps
+        self._directory = directory
         self._ports = _bpf.Mapping(maps["mesh_ports"])
         self._frontends = _bpf.Mapping(maps["mesh_frontends"])
         self._backends = _bpf.Mapping(maps["mesh_backends"])
@@ -123,6 +124,10 @@ class KernelMaps:
                     yield Frontend(ANY_ADDRESS, port, Protocol.UDP if udp else Protocol.TCP), number
         for key, value in self._exact.rows():
             yield codec.unpack_frontend_key(key), codec.unpack_u32(value)
+
+    def pins(self) -> Mapping[Path, _bpf.Map]:
+        """All maps by their pins."""
+        return {self._directory / name: held for name, held in self._maps.items()} | self.arenas.pins()
 
     # ---- the node ----
 
@@ -397,6 +402,21 @@ class KernelMaps:
         for name in ("mesh_flows", "mesh_flows_new"):
             for flow, note in self._maps[name].rows():
                 yield flow, _abi.NOTE.unpack(note)
+
+    def forget(self, flows: Iterable[Flow]) -> None:
+        """Remove flows from the flow cache: their next packet is given an owner by the tables."""
+        for flow in flows:
+            key = _abi.FLOW.pack(
+                _abi.Flow(
+                    source=flow.source,
+                    destination=flow.destination,
+                    source_port=flow.source_port,
+                    destination_port=flow.destination_port,
+                    protocol=int(flow.protocol),
+                )
+            )
+            for name in ("mesh_flows", "mesh_flows_new"):
+                self._maps[name].delete(key)
 
     def size(self, name: str) -> int:
         """The capacity of a map, in entries."""

@@ -13,12 +13,14 @@ from typing import Final
 
 import structlog
 
+from mesh import _linux
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry
 from mesh.datapath.kernel.locator import Location, Locator, misplaced, unserved, wanted
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Nodes
-from mesh.datapath.netlink import Monitor, Topology
+from mesh.datapath.losses import LOOK as CHECK
+from mesh.datapath.netlink import GROUPS, Monitor, Topology, groups
 from mesh.model import Frontend
 from mesh.supervisor import FAULTS
 
@@ -111,12 +113,14 @@ class Follower:
     Args:
         look: called with whether a change was announced; returns whether to go on. An exception is logged, and the
             next look tries again.
+        check: called every CHECK seconds between looks, likewise.
         due: seconds until a look is due for another reason.
     """
 
-    def __init__(self, look: Callable[[bool], bool], due: Callable[[], float]) -> None:
-        self._look, self._due = look, due
-        self._monitor = Monitor()
+    def __init__(self, look: Callable[[bool], bool], check: Callable[[], bool], due: Callable[[], float]) -> None:
+        self._look, self._check, self._due = look, check, due
+        self._monitor = Monitor(GROUPS | groups(_linux.RTNLGRP_TC))
+        self._looked = 0.0  # monotonic
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mesh-kernel-follow", daemon=True)
 
@@ -132,15 +136,24 @@ class Follower:
         started = time.monotonic()
         while not self._stop.is_set():
             try:
-                changed = self._monitor.wait(min(LOOK, self._due()))
+                asked, pause = time.monotonic(), min(CHECK, self._due())
+                changed = self._monitor.wait(pause)
                 started = time.monotonic()
-                if self._stop.is_set() or not self._look(changed):
+                woken = started - asked < pause
+                if self._stop.is_set() or not self._turn(changed, anew=woken or self._due() <= 0):
                     return
             except Exception as error:  # the next look tries again
                 if not self._stop.is_set():
                     FAULTS.failed("network follower", error)
                     log.warning("cannot follow a network change; retrying", error=str(error))
             self._stop.wait(max(QUIET, 4 * (time.monotonic() - started)))
+
+    def _turn(self, changed: bool, *, anew: bool) -> bool:
+        now = time.monotonic()
+        if changed or anew or now - self._looked >= LOOK:
+            self._looked = now
+            return self._look(changed)
+        return self._check()
 
     def close(self) -> None:
         """End the thread."""

@@ -12,6 +12,7 @@ from mesh import _abi
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry, Plan
+from mesh.datapath.conntrack import unanswered
 from mesh.datapath.kernel.acl import compile_rules
 from mesh.datapath.kernel.locator import Location, is_held
 from mesh.datapath.kernel.maps import KernelMaps
@@ -20,7 +21,7 @@ from mesh.errors import DatapathError
 from mesh.model import Affinity, Frontend, Network, Path, ServiceOptions
 
 AWAY_VERSION: Final = 4  # tasks of other nodes are reached there by docker_gwbridge, whose addresses are IPv4
-HOLD: Final = 5.0  # seconds in which UDP flows from before a take-over must send to stay where they are
+HOLD: Final = 4.0  # seconds in which UDP flows from before a take-over must send to stay where they are
 
 
 class Publisher:
@@ -153,13 +154,15 @@ class Publisher:
         return max(0.0, min(self._held_until.values(), default=float("inf")) - time.monotonic())
 
     def release_holds(self, applied: Applied) -> None:
-        """Take over the UDP flows that have been idle since the frontend was published HOLD seconds ago."""
+        """Take over the UDP flows that have been idle, or that nobody has answered, since the frontend was published
+        HOLD seconds ago."""
         now = time.monotonic()
         for frontend in [f for f, until in self._held_until.items() if until <= now]:
             del self._held_until[frontend]
             entry = applied.frontends.get(frontend)
             if entry is not None and frontend in self._maps.served:
                 self._maps.put_frontend(frontend, None, self._flags(frontend, entry.state.options), None)
+                self._maps.forget(unanswered(frontend))
 
 
 def _rules_of(options: ServiceOptions) -> tuple[Sequence[Network], Sequence[Network]]:

@@ -120,7 +120,7 @@ def from_journal(names: Names) -> Applied:
         held = [(t, entries[key].id) for t, key in zip(state.targets, keys, strict=True) if key in entries]
         seeds = [(backend_seed(t.backend), number, t.weight) for t, number in held]
         size = state.options.table_size
-        table = SlotTable.uniform(size, _abi.OWNER_PASS) if state.passing else SlotTable.build(size, seeds)
+        table = SlotTable.uniform(size, _abi.OWNER_PASS) if state.punted else SlotTable.build(size, seeds)
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(number for _, number in held)))
     return Applied(names.generation, frontends, entries, names.nodes)
 

@@ -8,13 +8,13 @@ Native mode only: the generic mode runs after the skb is made, saves nothing, an
 from __future__ import annotations
 
 import errno
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from mesh import _bpf
 from mesh.config.keys import Config
+from mesh.datapath.kernel.attach import exists
 from mesh.datapath.kernel.locator import INGRESS
 from mesh.datapath.netlink import Interface
 from mesh.errors import BpfError
@@ -60,13 +60,6 @@ def complaint(interface: Interface, reason: str) -> str:
     return f"interface {interface.name} has no XDP stage: {reason} (rules apply without it; xdp = off)"
 
 
-def exists(index: int) -> bool:
-    try:
-        return bool(socket.if_indextoname(index))
-    except OSError:
-        return False
-
-
 class XdpStage:
     """The program on interfaces, by pinned links that outlive the agent. Not thread-safe."""
 
@@ -90,6 +83,15 @@ class XdpStage:
             else:
                 link.close()
                 pin.unlink()  # its interface is gone
+
+    def lost(self, interfaces: Mapping[int, str]) -> list[str]:
+        """See Attachments.lost."""
+        gone = [i for i, link in self._links.items() if i in interfaces and link.info()[1] != i and exists(i)]
+        return [f"XDP stage of interface {interfaces[index]}" for index in gone]
+
+    def pins(self) -> Mapping[str, _bpf.Link]:
+        """See Attachments.pins."""
+        return {f"xdp_{index}": link for index, link in self._links.items()}
 
     def sync(self, interfaces: Mapping[int, Interface], programs: Mapping[int, str]) -> list[str]:
         """Attach the program to exactly the `candidates`. Returns which have none, and why."""

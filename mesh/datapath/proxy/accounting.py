@@ -185,8 +185,8 @@ class Accounting:
         self._told = order, raw
         columns = _columns(raw, len(order.pairs))
         seen = zip(columns[0], columns[PLAIN.index("packets_out")], *(columns[i] for i in SUSPECT_COLUMNS), strict=True)
-        good: dict[str, int] = {}
-        bad: dict[tuple[str, Failure], int] = {}
+        good: dict[tuple[str, int], int] = {}  # by backend and port
+        bad: dict[tuple[str, int, Failure], int] = {}
         for (frontend, key), record, (opened, answers, *failed) in zip(order.keys, order.records, seen, strict=True):
             # A UDP session alone proves nothing; an answer does.
             now = (opened if frontend.protocol is Protocol.TCP else answers, *failed)
@@ -194,14 +194,15 @@ class Accounting:
                 continue
             fresh = [n - before for n, before in zip(now, record.told, strict=True)]
             record.told = now
+            place = key.backend, key.port
             if fresh[0]:
-                good[key.backend] = good.get(key.backend, 0) + fresh[0]
+                good[place] = good.get(place, 0) + fresh[0]
             for cause, n in zip(SUSPECT, fresh[1:], strict=True):
                 if n:
-                    bad[key.backend, cause] = bad.get((key.backend, cause), 0) + n
+                    bad[*place, cause] = bad.get((*place, cause), 0) + n
         return (
-            *(Signal(backend, True, None, n) for backend, n in good.items()),
-            *(Signal(backend, False, cause, n) for (backend, cause), n in bad.items()),
+            *(Signal(backend, True, None, n, port) for (backend, port), n in good.items()),
+            *(Signal(backend, False, cause, n, port) for (backend, port, cause), n in bad.items()),
         )
 
     def reap(self, engine: Engine, now: float) -> None:

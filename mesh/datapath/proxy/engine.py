@@ -7,6 +7,7 @@ import dataclasses
 import os
 import resource
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ from mesh.datapath.base import (
     Stats,
 )
 from mesh.datapath.lookup import lookup
+from mesh.datapath.losses import Losses, Watch
 from mesh.datapath.proof import Proof
 from mesh.datapath.proxy.accounting import Accounting, FrontRecord, Rules
-from mesh.datapath.proxy.listeners import Interceptor
+from mesh.datapath.proxy.listeners import Interceptor, Opened, closed
 from mesh.datapath.proxy.nft import table_name
 from mesh.datapath.proxy.peers import Peers, is_peers, tag_of
 from mesh.datapath.proxy.rules import SourceRules, rules_of
@@ -97,6 +99,9 @@ class ProxyDatapath:
         self._general: tuple[str, ...] = ()
         self._engine: Engine | None = None
         self._intercept: Interceptor | None = None
+        self._losses = Losses()
+        self._lock = threading.RLock()  # of the listening sockets
+        self._watch: Watch | None = None
         self._first = True
         self._turned: list[tuple[int, float]] = []  # by thread: turns of its loop, and when they were last others
         self._stricter = False  # rules have changed that connections and sessions under way have not met yet
@@ -128,6 +133,7 @@ class ProxyDatapath:
             inherited=self._inherited,
             floating=self._config.floating,
             orphan_timeout=self._config.orphan_timeout,
+            losses=self._losses,
         )
         try:
             self._engine = Engine(
@@ -144,6 +150,7 @@ class ProxyDatapath:
             )
         except OSError as error:
             raise DatapathError(f"the forwarding threads cannot start: {error}") from None
+        self._watch = Watch("mesh-sockets", self._look)
         return self._applied
 
     @staticmethod
@@ -159,6 +166,10 @@ class ProxyDatapath:
         Args:
             rules: source rules by owner, for flows that other nodes hand over; None: those of the plan's frontends.
         """
+        with self._lock:
+            return self._carry_out(plan, rules_of(plan.result.frontends.values()) if rules is None else rules)
+
+    def _carry_out(self, plan: Plan, rules: Mapping[int, SourceRules]) -> Applied:
         engine, intercept = self._opened()
         try:
             for backend in plan.put_backends:
@@ -167,7 +178,6 @@ class ProxyDatapath:
             raise DatapathError(f"the plan cannot be carried out: {error}") from None
         with self._accounting.lock:
             self._backends.update({b.id: b for b in plan.put_backends})
-        rules = rules_of(plan.result.frontends.values()) if rules is None else rules
         self._peers.apply(engine, plan.result.nodes or (), plan.put_backends, rules)
         passing = [entry.state.frontend for entry in plan.put_frontends if entry.state.passing]
         closing = [frontend for frontend in passing if not intercept.pause(frontend)]
@@ -260,16 +270,42 @@ class ProxyDatapath:
         opened = intercept.listen(frontend)
         engine.put_aside(record.front, opened.redirected and frontend.protocol is Protocol.TCP)
         if not record.descriptors:
-            six = opened.sockets[0].family == socket.AF_INET6
-            record.descriptors = tuple(sock.detach() for sock in opened.sockets)
-            for thread, fd in enumerate(record.descriptors):
-                engine.listen(
-                    record.front,
-                    fd,
-                    stream=frontend.protocol is Protocol.TCP,
-                    six=six,
-                    thread=thread,
-                )
+            self._listen(engine, frontend, record, opened)
+
+    @staticmethod
+    def _listen(engine: Engine, frontend: Frontend, record: FrontRecord, opened: Opened) -> None:
+        six = opened.sockets[0].family == socket.AF_INET6
+        record.descriptors = tuple(sock.detach() for sock in opened.sockets)
+        for thread, fd in enumerate(record.descriptors):
+            engine.listen(record.front, fd, stream=frontend.protocol is Protocol.TCP, six=six, thread=thread)
+
+    def _look(self) -> None:
+        """Open the listening sockets that somebody else has closed anew."""
+        with self._lock:
+            self._losses.check("sockets", self._lost, self._restore)
+
+    def _lost(self) -> list[str]:
+        own = [*self._closed(), *self._peers.lost()]
+        return [f"listening socket of {frontend}" for frontend in own]
+
+    def _closed(self) -> list[Frontend]:
+        records = self._accounting.records
+        return [f for f, record in records.items() if record.descriptors and closed(f, record.descriptors)]
+
+    def _restore(self) -> None:
+        engine, intercept = self._opened()
+        for frontend in self._closed():
+            record = self._accounting.records[frontend]
+            opened = intercept.reopen(frontend)  # where that fails, the next look finds it closed again
+            engine.unlisten(record.front)
+            self._listen(engine, frontend, record, opened)
+            engine.put_aside(record.front, opened.redirected and frontend.protocol is Protocol.TCP)
+        intercept.commit()
+        self._peers.restore(engine)
+
+    def missing(self) -> Sequence[str]:
+        """See Datapath.missing."""
+        return self._losses.missing
 
     def _stop_listening(self, frontend: Frontend) -> None:
         """Leave connections that start to whoever else has the port; those there are go on."""
@@ -337,6 +373,8 @@ class ProxyDatapath:
                 "peer_unknown": totals["peer_unknown"],
                 "peer_denied": totals["peer_denied"],
                 "peer_unproven": totals["peer_unproven"],
+                "kernel_losses": self._losses.count,
+                "udp_forgotten": self._intercept.cleaner.count if self._intercept else 0,
                 **self._peers.totals(),
             },
         )
@@ -398,12 +436,13 @@ class ProxyDatapath:
     def stop_accepting(self) -> None:
         """See Datapath.stop_accepting."""
         engine, intercept = self._opened()
-        intercept.yield_table()
-        engine.yield_sockets()
-        self._peers.yielded()
-        with self._accounting.lock:
-            for record in self._accounting.records.values():
-                record.descriptors = ()
+        with self._lock:
+            intercept.yield_table()
+            engine.yield_sockets()
+            self._peers.yielded()
+            with self._accounting.lock:
+                for record in self._accounting.records.values():
+                    record.descriptors = ()
 
     def leave(self, *, release: bool) -> None:
         """See Datapath.leave."""
@@ -413,12 +452,13 @@ class ProxyDatapath:
     def drain(self, seconds: float) -> int:
         """Accept no new connections and wait for the others. UDP is served until `close`: its flows have no end."""
         engine, intercept = self._opened()
-        intercept.hand_back()
-        self._peers.stop(engine)
-        for frontend, record in list(self._accounting.records.items()):
-            if frontend.protocol is Protocol.TCP and record.descriptors:
-                engine.unlisten(record.front)
-                record.descriptors = ()
+        with self._lock:
+            intercept.hand_back()
+            self._peers.stop(engine)
+            for frontend, record in list(self._accounting.records.items()):
+                if frontend.protocol is Protocol.TCP and record.descriptors:
+                    engine.unlisten(record.front)
+                    record.descriptors = ()
         deadline = time.monotonic() + seconds
         while (still := engine.totals()["connections"]) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -426,6 +466,8 @@ class ProxyDatapath:
 
     def close(self, *, release: bool) -> None:
         """Reset open connections and stop. A process that took over keeps the ports; otherwise they are free."""
+        if self._watch is not None:
+            self._watch.close()
         self._peers.close()
         if self._intercept is not None:
             self._intercept.close()

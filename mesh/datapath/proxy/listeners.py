@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import select
 import socket
 import threading
 import time
@@ -22,7 +23,10 @@ from typing import Final
 
 import structlog
 
-from mesh.datapath.proxy.nft import LIFETIME, Guard, NftTable
+from mesh.datapath.conntrack import Cleaner
+from mesh.datapath.losses import Losses, Watch
+from mesh.datapath.netlink import Monitor
+from mesh.datapath.proxy.nft import LIFETIME, Guard, NftTable, monitor
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
 from mesh.supervisor import FAULTS
@@ -111,6 +115,23 @@ def listening_sockets(frontend: Frontend, port: int, count: int, *, floating: bo
     return made
 
 
+def closed(frontend: Frontend, descriptors: Sequence[int]) -> bool:
+    """Whether somebody else (`ss -K`) has closed any of these listening sockets, which are bound."""
+    if frontend.protocol is Protocol.TCP:
+        poll = select.poll()
+        for fd in descriptors:
+            poll.register(fd, 0)
+        return bool(poll.poll(0))
+    for fd in descriptors:
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM, fileno=fd)
+        try:
+            if not sock.getsockname()[1]:
+                return True
+        finally:
+            sock.detach()
+    return False
+
+
 def why(frontend: Frontend, error: OSError) -> DatapathError:
     """One sentence for a port that cannot be bound."""
     where = f"frontend {frontend}"
@@ -145,6 +166,7 @@ class Interceptor:
         inherited: sockets of a process that is taken over from, maybe none; ownership passes to the interceptor.
         floating: addresses that the node may get later.
         orphan_timeout: seconds without `heartbeat` after which the table is not refreshed any more; 0: never.
+        losses: is told when somebody else removes the table.
     """
 
     def __init__(
@@ -157,6 +179,7 @@ class Interceptor:
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         floating: frozenset[Address] = frozenset(),
         orphan_timeout: float = 0.0,
+        losses: Losses | None = None,
     ) -> None:
         self._threads = threads
         self._floating = floating
@@ -164,8 +187,10 @@ class Interceptor:
         self._lifetime = min(LIFETIME, max(orphan_timeout, LEAST)) if orphan_timeout else LIFETIME
         self._table = NftTable(table, self._lifetime)
         self._table_lock = threading.Lock()
-        self._refresher: threading.Thread | None = None
-        self._closed = threading.Event()
+        self._losses = losses or Losses()
+        self._watch: Watch | None = None
+        self._refresh_failed = False
+        self._refresh_due = 0.0  # monotonic
         self._beat = time.monotonic()
         self._can_nft = mode != "bind" and NftTable.usable()
         if mode == "nft" and not self._can_nft:
@@ -176,6 +201,9 @@ class Interceptor:
         self._inherited = {f: [socket.socket(fileno=fd) for fd in fds] for f, fds in (inherited or {}).items()}
         self._opened: dict[Frontend, Opened] = {}
         self._paused: set[Frontend] = set()  # of those: what is not redirected for a while
+        self._redirected: dict[Frontend, int] = {}  # by the table
+        self._led: dict[Frontend, int] = {}  # those, and what is paused: flows that were there stay
+        self.cleaner = Cleaner()
         self._touched = False
         self._changed = False  # the opened frontends or the guard, since the last `commit`
         self._guard: Guard | None = None
@@ -221,6 +249,15 @@ class Interceptor:
         self._paused.discard(frontend)
         self.notes.pop(frontend, None)
 
+    def reopen(self, frontend: Frontend) -> Opened:
+        """The sockets of a frontend, opened anew as somebody else has closed them; as `listen`, but stays paused."""
+        paused = self._paused & {frontend}
+        self.forget(frontend)
+        try:
+            return self.listen(frontend)
+        finally:
+            self._paused |= paused
+
     def guard(self, nodes: Sequence[Address], tunnel: int, peer: int) -> None:
         """Keep containers from these ports of these nodes, from the next `commit` on, where nftables can be used."""
         wanted = Guard(tuple(nodes), tunnel, peer) if len(nodes) > 1 else None
@@ -242,7 +279,9 @@ class Interceptor:
             self._touched = True
             with self._table_lock:
                 self._replace(ports)
-            self._keep_refreshed()
+                self._refresh_due = time.monotonic() + self._lifetime / 3
+                self._clean(ports, {f: o.port for f, o in self._opened.items() if o.redirected})
+            self._keep()
         self._changed = False
 
     def _replace(self, ports: Mapping[Frontend, int]) -> None:
@@ -256,31 +295,56 @@ class Interceptor:
             log.warning("containers are not kept from nodes' ports", error=str(error))
             self._table.replace(ports)
 
+    def _clean(self, ports: Mapping[Frontend, int], led: Mapping[Frontend, int]) -> None:
+        """Have the kernel forget flows that are older than the table, or led where nobody listens any more.
+
+        Args:
+            ports: what the table redirects now.
+            led: that, and where flows that it has redirected are still served.
+        """
+        before, self._redirected = self._redirected, dict(ports)
+        were, self._led = self._led, dict(led)
+        self.cleaner.end({f: port for f, port in were.items() if led.get(f) != port})
+        self.cleaner.begin({f: port for f, port in ports.items() if before.get(f) != port})
+
     def heartbeat(self) -> None:
         """See Datapath.heartbeat."""
         self._beat = time.monotonic()
 
-    def _keep_refreshed(self) -> None:
-        if self._refresher is None:
-            self._refresher = threading.Thread(target=self._refresh, name="mesh-nft", daemon=True)
-            self._refresher.start()
+    def _keep(self) -> None:
+        """From now on keep the table as it is, and refreshed."""
+        if self._watch is None:
+            told: Monitor | None = None
+            with contextlib.suppress(DatapathError):  # then it is looked at now and again
+                told = monitor()
+            self._watch = Watch("mesh-nft", self._look, told)
 
-    def _refresh(self) -> None:
-        """Until `close`: refresh the table, unless the agent is wedged or another process has the table."""
-        failed = False
-        while not self._closed.wait(self._lifetime / 3):
-            if self._orphan_timeout and time.monotonic() - self._beat > self._orphan_timeout:
-                continue
-            try:
-                with self._table_lock:
-                    if not self._yielded:
-                        self._table.refresh()
-                failed = False
-            except Exception as error:
-                FAULTS.failed("refresh of the nftables table", error)
-                if not failed:
-                    log.warning("cannot refresh the nftables table; it stops redirecting", error=str(error))
-                failed = True
+    def _look(self) -> None:
+        """Refresh the table, and put back what is lost of it, unless the agent is wedged or another process has it."""
+        now = time.monotonic()
+        if self._orphan_timeout and now - self._beat > self._orphan_timeout:
+            return
+        with self._table_lock:
+            if self._yielded or not self._touched:
+                return
+            self._losses.check("nftables", self._lost, self._table.restore)
+            if now >= self._refresh_due:
+                self._refresh(now)
+            self.cleaner.look(now)
+
+    def _lost(self) -> list[str]:
+        return [f"nftables table inet {self._table.name}"] if self._table.lost() else []
+
+    def _refresh(self, now: float) -> None:
+        self._refresh_due = now + self._lifetime / 3
+        try:
+            self._table.refresh()
+            self._refresh_failed = False
+        except DatapathError as error:
+            FAULTS.failed("refresh of the nftables table", error)
+            if not self._refresh_failed:
+                log.warning("cannot refresh the nftables table; it stops redirecting", error=str(error))
+            self._refresh_failed = True
 
     def drop_inherited(self) -> None:
         """Close the inherited sockets that no frontend uses."""
@@ -301,15 +365,15 @@ class Interceptor:
             self._yielded = True
 
     def close(self) -> None:
-        self._closed.set()
+        if self._watch is not None:
+            self._watch.close()
         self.drop_inherited()
         self._opened.clear()
         with self._table_lock:
             if self._touched and not self._yielded:
                 with contextlib.suppress(DatapathError):
                     self._table.delete()
-        if self._refresher is not None:
-            self._refresher.join()
+                self._clean({}, {})
 
     def _inherit(self, frontend: Frontend) -> Opened | None:
         sockets = self._inherited.pop(frontend, None)

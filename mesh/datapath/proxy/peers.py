@@ -14,7 +14,7 @@ from mesh._maglev import backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.proof import NONE, Proof
-from mesh.datapath.proxy.listeners import listening_sockets, why
+from mesh.datapath.proxy.listeners import closed, listening_sockets, why
 from mesh.datapath.proxy.rules import Prefix, SourceRules, prefixes
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
@@ -119,22 +119,40 @@ class Peers:
         for protocol in Protocol:
             if protocol in self._fronts:
                 continue
-            frontend = Frontend(ANY_ADDRESS, self._port, protocol)
-            sockets = self._inherited.pop(frontend, [])
-            try:
-                sockets += listening_sockets(frontend, self._port, max(self._threads - len(sockets), 0))
-            except OSError as error:
-                if not sockets:  # else fewer threads accept connections
-                    raise why(frontend, error) from None
-            front = self._fronts[protocol] = engine.peers()
-            six = sockets[0].family == socket.AF_INET6
-            self._descriptors[frontend] = tuple(sock.detach() for sock in sockets)
-            for thread, fd in enumerate(self._descriptors[frontend]):
-                engine.listen(front, fd, stream=protocol is Protocol.TCP, six=six, thread=thread)
+            self._listen_on(engine, Frontend(ANY_ADDRESS, self._port, protocol), None)
+
+    def _listen_on(self, engine: Engine, frontend: Frontend, front: Front | None) -> None:
+        """Open a peer port for the engine's `front`, in place of what it has; None: for a new one."""
+        sockets = self._inherited.pop(frontend, [])
+        try:
+            sockets += listening_sockets(frontend, self._port, max(self._threads - len(sockets), 0))
+        except OSError as error:
+            if not sockets:  # else fewer threads accept connections
+                raise why(frontend, error) from None
+        if front is not None:
+            engine.unlisten(front)
+        front = self._fronts[frontend.protocol] = front or engine.peers()
+        six = sockets[0].family == socket.AF_INET6
+        self._descriptors[frontend] = tuple(sock.detach() for sock in sockets)
+        for thread, fd in enumerate(self._descriptors[frontend]):
+            engine.listen(front, fd, stream=frontend.protocol is Protocol.TCP, six=six, thread=thread)
 
     def listeners(self) -> Mapping[Frontend, Sequence[int]]:
         """Descriptors of the listening sockets, by the frontends that stand for the peer port."""
         return dict(self._descriptors)
+
+    def lost(self) -> list[Frontend]:
+        """Those whose listening sockets somebody else has closed."""
+        return [frontend for frontend, fds in self._descriptors.items() if closed(frontend, fds)]
+
+    def restore(self, engine: Engine) -> None:
+        """Listen again on the sockets that are lost.
+
+        Raises:
+            DatapathError: the port cannot be bound.
+        """
+        for frontend in self.lost():
+            self._listen_on(engine, frontend, self._fronts[frontend.protocol])
 
     def yielded(self) -> None:
         """The engine has closed all sockets."""

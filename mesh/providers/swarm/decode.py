@@ -15,7 +15,7 @@ from mesh.errors import ProviderError
 from mesh.incremental import KeyedCache, Latest
 from mesh.model import Address, Backend, Intent, Inventory, Node, Problem, PublishedPort, Service
 from mesh.model import Protocol as Transport
-from mesh.netaddr import split_host_port
+from mesh.netaddr import split_host_port, usable
 from mesh.providers import labels
 from mesh.providers.swarm import schema
 
@@ -241,6 +241,12 @@ def _address(text: str) -> Address | None:
     return None if address.is_unspecified else address
 
 
+def _address_of_node(text: str) -> Address | None:
+    """As `_address`; none where other nodes cannot call it."""
+    address = _address(text)
+    return None if address is None else usable(address)
+
+
 def _nodes(body: bytes, weights: Mapping[str, int]) -> _Parsed[Node]:
     """`weights`: of nodes before, where not 1."""
     found: list[Node] = []
@@ -249,8 +255,19 @@ def _nodes(body: bytes, weights: Mapping[str, int]) -> _Parsed[Node]:
         name = node.description.hostname or node.id
         weight, wrong = labels.node_weight(name, node.spec.labels or {}, weights.get(node.id, 1))
         problems += wrong
-        # A manager that was initialised without an address reports 0.0.0.0 as its own.
-        address = _address(node.status.addr) or _address(node.manager_status.addr if node.manager_status else "")
+        chosen, wrong = labels.node_address(name, node.spec.labels or {})
+        problems += wrong
+        # A manager reports 0.0.0.0 as its own status where it was initialised without an address, a leader 127.0.0.1.
+        texts = (node.manager_status.addr if node.manager_status else "", node.status.addr)
+        address = chosen or next((found_ for text in texts if (found_ := _address_of_node(text)) is not None), None)
+        if address is None and node.status.state != "down":
+            problems.append(
+                Problem(
+                    f"node {name}",
+                    "Swarm has no address of it that other nodes can call, so its tasks are not reached from them",
+                    f"docker node update --label-add {labels.NODE_ADDRESS}=ADDRESS {name}",
+                )
+            )
         # A new leader calls every node "unknown" until it has called; only "down" is a verdict.
         found.append(Node(node.id, name, address, node.status.state != "down", weight))
     return tuple(found), problems
