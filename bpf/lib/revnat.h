@@ -209,59 +209,59 @@ INLINE void revnat_wait(const struct mesh_flow *key, const struct mesh_revnat *m
 static __noinline int revnat_create(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, struct tuple *to,
 				    __u32 ifindex)
 {
-	struct mesh_revnat made = {}, *opening;
+	struct mesh_revnat *made = revnat_work(), *opening;
 	struct mesh_flow key;
 	int known = 0;
 
-	if (!p || !c || !to || !c->backend)
+	if (!p || !c || !to || !c->backend || !made)
 		return -1;
 	revnat_key(&key, p, to);
-	made.called = p->flow.destination;
-	made.client = p->flow.source;
-	made.called_port = p->flow.destination_port;
-	made.flags = to->flags;
-	made.ifindex = ifindex;
-	made.frontend = c->frontend;
-	made.owner = c->owner;
-	made.epoch = c->backend->epoch;
-	made.veth = c->backend->ifindex;
-	made.stamp = stamp_now();
+	made->called = p->flow.destination;
+	made->client = p->flow.source;
+	made->called_port = p->flow.destination_port;
+	made->flags = to->flags;
+	made->ifindex = ifindex;
+	made->frontend = c->frontend;
+	made->owner = c->owner;
+	made->epoch = c->backend->epoch;
+	made->veth = c->backend->ifindex;
+	made->stamp = stamp_now();
 	opening = bpf_map_lookup_elem(&mesh_revnat_new, &key);
 	if (opening) {
 		known = calls_same(opening, p) && is_current(opening, c);
-		if (!known && !revnat_is_reusable(opening, p, c, made.stamp) && !is_overdue(opening, p, made.stamp))
+		if (!known && !revnat_is_reusable(opening, p, c, made->stamp) && !is_overdue(opening, p, made->stamp))
 			return p->flow.protocol == IPPROTO_TCP ? 1 : -1;
 	}
 	if (c->start || (!known && p->flow.protocol == IPPROTO_UDP)) {
 		if (p->flow.protocol == IPPROTO_UDP) {
-			made.flags |= MESH_REVNAT_OPENED;
+			made->flags |= MESH_REVNAT_OPENED;
 			count_flow(c->frontend, c->owner, 1, 0);
 		}
 		if (known) {
-			made.flags |= flags_sent_again(opening, c->frontend, ifindex);
-			made.sequence = opening->sequence;
+			made->flags |= flags_sent_again(opening, c->frontend, ifindex);
+			made->sequence = opening->sequence;
 			if (p->flow.protocol == IPPROTO_TCP)
-				made.stamp = opening->stamp; /* for is_overdue */
+				made->stamp = opening->stamp; /* for is_overdue */
 		}
-		bpf_map_update_elem(&mesh_revnat_new, &key, &made, BPF_ANY);
+		bpf_map_update_elem(&mesh_revnat_new, &key, made, BPF_ANY);
 		return 0;
 	}
-	made.flags |= closed_by(p, MESH_REVNAT_FIN_IN);
+	made->flags |= closed_by(p, MESH_REVNAT_FIN_IN);
 	if (p->tcp_flags & TCP_RST) {
 		if (opening)
 			bpf_map_delete_elem(&mesh_revnat_new, &key);
 		return 0;
 	}
 	if (p->flow.protocol == IPPROTO_TCP && !(known && acknowledges_answer(skb, p, opening))) {
-		revnat_wait(&key, &made, known ? opening : NULL);
+		revnat_wait(&key, made, known ? opening : NULL);
 		return 0;
 	}
-	if (!(made.flags & MESH_REVNAT_FIN_IN)) {
-		made.flags |= MESH_REVNAT_OPENED;
+	if (!(made->flags & MESH_REVNAT_FIN_IN)) {
+		made->flags |= MESH_REVNAT_OPENED;
 		if (p->flow.protocol == IPPROTO_TCP)
 			count_flow(c->frontend, c->owner, 1, 0);
 	}
-	revnat_store(&key, &made);
+	revnat_store(&key, made);
 	c->recent = 1;
 	return 0;
 }

@@ -69,4 +69,24 @@ struct {
 	__type(value, struct tcp_options);
 } scratch_tcp SEC(".maps");
 
+/* Working space: a new entry of reverse NAT. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct mesh_revnat);
+} scratch_revnat SEC(".maps");
+
+/* Zeroed, or NULL. */
+INLINE struct mesh_revnat *revnat_work(void)
+{
+	struct mesh_revnat *work;
+	__u32 zero = 0;
+
+	work = bpf_map_lookup_elem(&scratch_revnat, &zero);
+	if (work)
+		__builtin_memset(work, 0, sizeof(*work));
+	return work;
+}
+
 #endif /* MESH_SCRATCH_H */

@@ -7,6 +7,7 @@ Whoever may set a label, or runs a node, could clear an operator's screen, forge
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from tests.support.process import run_mesh
 
 EVIL = "web\x1b[2J\x1b]0;owned\x07\nready      yes\r\x9b31m\u202ecod\u2066\x7f"
 WORDS = ("\x1b", "\x07", "\r", "\x9b", "\u202e", "\u2066", "\x7f")
+
+_numbers = itertools.count()
 
 
 @pytest.mark.parametrize("text", ["web", "naïve 漢字 🙂", "", "a b"])
@@ -100,7 +103,7 @@ def test_the_log_has_no_escapes(written: io.StringIO) -> None:
 
 
 def test_what_libraries_log_is_bounded(written: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = getLogger(f"library.{id(written)}")
+    library = getLogger(f"library.{next(_numbers)}")  # a kind of its own
     clock = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     for i in range(1000):

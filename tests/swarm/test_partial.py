@@ -159,8 +159,12 @@ def test_where_the_tunnel_is_blocked_flows_go_by_the_peer_port_and_where_both_ar
             tasks = cluster.agree("web", 6)
             assert called(cluster, first) == tasks
             assert paths(cluster.daemons[0]) == {"here", "peer"}
-            down = [line for line in cluster.daemons[0].state()["problems"] if "tunnel UDP 6084" in line]
-            assert len(down) == 2 and all("let UDP 6084 through" in line for line in down)
+
+            def named() -> bool:
+                down = [line for line in cluster.daemons[0].state()["problems"] if "tunnel UDP 6084" in line]
+                return len(down) == 2 and all("let UDP 6084 through" in line for line in down)
+
+            wait_for(named, "both tunnels are named")  # the peer port's datagrams too, until the agents share a key
             with cluster.load(*BUSY, nodes=[first]) as loads:
                 loads.wait_more(300)
                 with blocked(swarm, "tcp dport 9552", "udp dport 9552", table="more"):

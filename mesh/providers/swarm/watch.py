@@ -113,7 +113,7 @@ class _Call:
     async def data(self) -> AsyncGenerator[bytes, None]:
         """Empty when the server accepts the call, then gRPC frames as they arrive, in pieces of any size."""
         while data := await self._reader.read(65536):
-            ring, body = False, b""
+            ring, ended, body = False, False, b""
             for event in self._http.receive_data(data):
                 if isinstance(event, h2.events.ResponseReceived):
                     _check_status({str(k): str(v) for k, v in event.headers})
@@ -124,10 +124,12 @@ class _Call:
                 elif isinstance(event, h2.events.TrailersReceived):
                     _check_status({str(k): str(v) for k, v in event.headers})
                 elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset | h2.events.ConnectionTerminated):
-                    raise ProviderError("the manager has ended the stream")
+                    ended = True  # after what came with it
             await self._flush()
             if ring:
                 yield body
+            if ended:
+                raise ProviderError("the manager has ended the stream")
         raise ProviderError("the manager has closed the connection")
 
 
