@@ -30,6 +30,8 @@ MODULES = [
     "nft_chain_nat",
     "nft_fib_inet",
     "nf_conntrack",
+    "nf_conntrack_netlink",
+    "udp_diag",
     "ip_vs",
     "ip_vs_rr",
     "xt_ipvs",
