@@ -136,6 +136,7 @@ def test_listening_sockets_are_opened_again(node: Namespace, outside: Namespace,
         with socket.socket(fileno=os.dup(listener)) as copy:
             port = copy.getsockname()[1]  # in nft mode another one than the published
         node.run("ss", "-K", "-l", "-t", f"sport = :{port}")
+        back(lambda: losses(mesh) == 1, "noticed")  # other threads' sockets may answer meanwhile
         back(lambda: answers(outside, node, PORT) and answers(outside, node, PORT + 1), "served again")
         back(lambda: not mesh.datapath.missing(), "found in order")
         assert losses(mesh) == 1
