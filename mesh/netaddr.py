@@ -110,14 +110,17 @@ def usable(address: Address) -> Address | None:
     return None if bad else address
 
 
-def is_mine(address: Address) -> bool:
-    """Whether an address is this host's own: the kernel itself takes it as a source, without any traffic."""
-    if address.is_loopback:
-        return True
+def source_towards(address: Address) -> Address | None:
+    """This host's address by which it calls another one, without any traffic; None: there is no route."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((str(address), 9))
         except OSError:
-            return False
-        return bool(probe.getsockname()[0] == str(address))
+            return None
+        return ipaddress.ip_address(probe.getsockname()[0])
+
+
+def is_mine(address: Address) -> bool:
+    """Whether an address is this host's own: the kernel itself takes it as a source, without any traffic."""
+    return address.is_loopback or source_towards(address) == address

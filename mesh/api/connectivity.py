@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import os
 import random
 import socket
@@ -21,8 +20,9 @@ from typing import Any, Final
 
 from mesh import netaddr
 from mesh._abi import OWNER_FIRST
-from mesh._maglev import SlotTable, backend_seed, hash_client, hash_flow, slot_of
+from mesh._maglev import SlotTable, hash_client, hash_flow, slot_of
 from mesh.api.explain import is_denied
+from mesh.api.services import built, numbered
 from mesh.api.view import Json
 from mesh.errors import MeshError
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, FrontendState, Node, Protocol
@@ -193,14 +193,13 @@ def _service(name: str, things: Mapping[str, str]) -> str:
 
 def _table(state: FrontendState) -> SlotTable:
     """The table that all nodes have agreed upon; owners are numbers of targets."""
-    rows = [(backend_seed(t.backend), OWNER_FIRST + i, t.weight) for i, t in enumerate(state.targets) if t.weight]
-    return SlotTable.build(state.options.table_size, rows)
+    return built(state, {number: target.weight for number, target in numbered(state).items()})[0]
 
 
 def _planned(state: FrontendState, table: SlotTable, node: Node, *, own: bool, most: int, row: _Row) -> Sequence[_Call]:
     """The calls through a node; what is left out is noted in `row`."""
     assert node.address is not None
-    source, to = _source_towards(node.address), state.frontend.port
+    source, to = netaddr.source_towards(node.address), state.frontend.port
     if source is None:
         row.count("", "no route to it")
         return ()
@@ -244,17 +243,6 @@ def _is_free(source: Address, port: int) -> bool:
         trial.bind((str(source), port))
         return True
     return False
-
-
-def _source_towards(address: Address) -> Address | None:
-    """This node's address by which it calls another; None: there is no route."""
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((str(address), 9))
-        except OSError:
-            return None
-        return ipaddress.ip_address(sock.getsockname()[0])
 
 
 async def _called(call: _Call) -> str:

@@ -295,7 +295,7 @@ def _summary(entry: FrontendEntry, backends: Mapping[int, BackendEntry]) -> _Sum
     names: Mapping[int, str] = {owner: backends[owner].key.backend for owner in entry.backends if owner in backends}
     table = entry.table
     if entry.state.proxied:  # the programs' table passes all flows on
-        table, names = _built(entry, {number: t.weight for number, t in _numbered(entry).items()})
+        table, names = built(entry.state, {number: t.weight for number, t in numbered(entry.state).items()})
     shares: dict[str, int] = {}
     for owner, slots in table.shares().items():
         if owner in names:
@@ -307,18 +307,18 @@ def _digest(entry: FrontendEntry, names: Mapping[int, str]) -> str:
     """Of the table that all nodes agree upon: this node's, but for what it masks, or leaves to its fallback proxy."""
     if not entry.state.proxied and not any(target.masked for target in entry.state.targets):
         return entry.table.digest(names)
-    weights = {number: target.agreed or target.weight for number, target in _numbered(entry).items()}
-    table, numbered = _built(entry, weights)
-    return table.digest(numbered)
+    weights = {number: target.agreed or target.weight for number, target in numbered(entry.state).items()}
+    table, owners = built(entry.state, weights)
+    return table.digest(owners)
 
 
-def _numbered(entry: FrontendEntry) -> Mapping[int, Target]:
-    return {OWNER_FIRST + number: target for number, target in enumerate(entry.state.targets)}
+def numbered(state: FrontendState) -> Mapping[int, Target]:
+    """A frontend's backends by the owners that stand for them in a table of `built`."""
+    return {OWNER_FIRST + number: target for number, target in enumerate(state.targets)}
 
 
-def _built(entry: FrontendEntry, weights: Mapping[int, int]) -> tuple[SlotTable, Mapping[int, str]]:
+def built(state: FrontendState, weights: Mapping[int, int]) -> tuple[SlotTable, Mapping[int, str]]:
     """A frontend's table with these weights, and the backends of its owners."""
-    numbered = _numbered(entry)
-    rows = [(backend_seed(t.backend), number, weights[number]) for number, t in numbered.items() if weights[number]]
-    table = SlotTable.build(entry.state.options.table_size, rows)
-    return table, {number: target.backend for number, target in numbered.items()}
+    owners = numbered(state)
+    rows = [(backend_seed(t.backend), number, weights[number]) for number, t in owners.items() if weights[number]]
+    return SlotTable.build(state.options.table_size, rows), {number: t.backend for number, t in owners.items()}

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node whose kernel engine the attack meets."""
+"""What attacks meet: a node with the kernel engine, or two nodes with either."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.attacks.two_nodes import TwoNodes
 from tests.engines.kernel_plane import Plane
 from tests.support.lab.netns import Lab
 
@@ -16,3 +18,12 @@ def plane() -> Iterator[Plane]:
     """Client, node with two tasks; the test drives the kernel engine itself."""
     with Lab() as lab:
         yield Plane(lab, backends=2)
+
+
+@pytest.fixture(scope="module", params=["kernel", "proxy"])
+def two_nodes(request: pytest.FixtureRequest) -> Iterator[TwoNodes]:
+    """The picture, once for each engine."""
+    if os.geteuid():
+        pytest.skip("network namespaces need root")
+    with Lab() as lab:
+        yield TwoNodes(lab, str(request.param))

@@ -21,12 +21,9 @@ from tests.attacks.two_nodes import (
     send,
     syn_through_tunnel,
     through_tunnel,
-    two_nodes,
 )
 from tests.support.lab.netns import Namespace
 from tests.support.polling import wait_for
-
-__all__ = ["two_nodes"]
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -15,6 +15,7 @@ import pytest
 from mesh.listener import HTTP
 from tests.support.lab.demo import Demo, get
 from tests.support.polling import PATIENCE, wait_for
+from tests.support.sockets import closed
 
 REQUESTS = 200
 MALFORMED = (
@@ -57,15 +58,6 @@ def test_malformed_requests_are_refused_and_not_logged(demo: Demo) -> None:
     assert "Traceback" not in said
     assert len(said) < 2000
     assert get(f"http://{demo.http}/readyz")[0] == 200
-
-
-def closed(sock: socket.socket) -> bool:
-    try:
-        return sock.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 def test_idle_connections_of_one_address_are_bounded(demo: Demo) -> None:

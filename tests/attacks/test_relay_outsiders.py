@@ -26,6 +26,7 @@ from mesh.datapath.proxy.engine import reserved_descriptors
 from mesh.listener import Bounds, descriptor_pool
 from tests.support.polling import until
 from tests.support.relay import Authority, calling, context_of, serving
+from tests.support.sockets import closed
 
 MOST = Bounds().most_waiting
 
@@ -46,15 +47,6 @@ def silent(port: int, number: int, addresses: int) -> Iterator[list[socket.socke
             sock.connect_ex(("127.0.0.1", port))
             socks.append(sock)
         yield socks
-
-
-def closed(sock: socket.socket) -> bool:
-    try:
-        return sock.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 @pytest.mark.parametrize(

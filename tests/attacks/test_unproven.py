@@ -15,9 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from mesh.datapath import proof
-from tests.attacks.two_nodes import ALLOWED, NODES, PEER, TwoNodes, ask_peer, head, header, send, two_nodes
-
-__all__ = ["two_nodes"]
+from tests.attacks.two_nodes import ALLOWED, NODES, PEER, TwoNodes, ask_peer, head, header, send
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 

@@ -13,12 +13,8 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
-import os
 import socket
-from collections.abc import Iterator
 from typing import Final
-
-import pytest
 
 from mesh.datapath.base import BackendKey
 from mesh.datapath.proxy.peers import tag_of
@@ -117,15 +113,6 @@ class TwoNodes:
     def total(self, node: Namespace, name: str) -> int:
         """A counter of the proxy engine, or of the kernel engine's fallback proxy."""
         return int(self.drivers[node.short].stats()["totals"].get(name, 0))
-
-
-@pytest.fixture(scope="module", params=["kernel", "proxy"])
-def two_nodes(request: pytest.FixtureRequest) -> Iterator[TwoNodes]:
-    """The picture, once for each engine."""
-    if os.geteuid():
-        pytest.skip("network namespaces need root")
-    with Lab() as lab:
-        yield TwoNodes(lab, str(request.param))
 
 
 def header(source: str = ALLOWED, target: str = "task") -> bytes:
