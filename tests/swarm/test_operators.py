@@ -219,7 +219,7 @@ def test_every_node_calls_every_task_through_every_node(cluster: Cluster) -> Non
     swarm.create("web", replicas=3, publish=[f"{WEB}:8080"])
     cluster.agree("web", 3)
     wait_for(lambda: mesh(worker, "connectivity-test", "web")[0] == 0, "all calls are answered", interval=0.5)
-    answer = json.loads(mesh(worker, "connectivity-test", "--json")[1])
+    answer = json.loads(mesh(worker, "connectivity-test", "web", "--json")[1])
     rows = [(n["id"], row["through"], row["asked"], row["answered"]) for n in answer["nodes"] for row in n["rows"]]
     ids = [node["id"] for node in answer["nodes"]]
     assert sorted(rows) == sorted((one, other, 3, 3) for one in ids for other in ids)
