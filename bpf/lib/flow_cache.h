@@ -92,7 +92,7 @@ INLINE void flow_cache_update(const struct mesh_flow *flow, const struct lb_choi
 /* The flow cache has no note of a flow, for want of room or because the flow began on another node: whether reverse
  * NAT knows it as a flow of `owner`, a backend of this node. KNOWN_LIVE comes from entries that a flood of starts
  * cannot evict. 0: no. */
-static __noinline int revnat_knows(const struct mesh_flow *flow, __u32 owner)
+RARE int revnat_knows(const struct mesh_flow *flow, __u32 owner)
 {
 	struct mesh_backend *backend = find_backend(owner);
 	struct mesh_config *node = config();

@@ -11,27 +11,41 @@
 #include "encap.h"
 #include "lb.h"
 
+#define SECOND_CHANCE_KNOWN 1 /* the slot's current owner is a backend of this node, which knows the flow */
+#define SECOND_CHANCE_ASK   2 /* its node is to be asked */
+
+/* Whether the current owner gets the packet of a flow that lb_choose has given, for want of a note, to the previous
+ * one. 0: no. */
+RARE int second_chance(const struct packet *p, __u32 owner, __u32 other)
+{
+	struct mesh_backend *current = find_backend(other);
+	struct mesh_addr called;
+	__u32 *kind;
+
+	if (!p || p->flow.protocol != IPPROTO_TCP || !current || current->state == MESH_BACKEND_FREE)
+		return 0;
+	called = p->flow.destination; /* of the stack, as map keys must be (bpf.h) */
+	kind = bpf_map_lookup_elem(&mesh_addresses, &called);
+	if (!kind || *kind != MESH_ADDRESS_FLOATING)
+		return 0;
+	if (!is_remote(current))
+		return revnat_knows(&p->flow, other) ? SECOND_CHANCE_KNOWN : 0;
+	if (current->version != p->version || !tunnel_mtu(&current->address) || revnat_knows(&p->flow, owner))
+		return 0;
+	return SECOND_CHANCE_ASK;
+}
+
 /* A flow without a note that does not start now, and that lb_choose has given to its slot's previous owner: give it to
  * the current one, if that one knows it or its node can be asked. */
-static __noinline void second_chance_ask(const struct packet *p, struct lb_choice *c)
+INLINE void second_chance_ask(const struct packet *p, struct lb_choice *c)
 {
-	struct mesh_backend *current = find_backend(c->other);
-	__u32 *kind = bpf_map_lookup_elem(&mesh_addresses, &p->flow.destination), asked = 0;
+	int chance = second_chance(p, c->owner, c->other);
 
-	if (p->flow.protocol != IPPROTO_TCP || !kind || *kind != MESH_ADDRESS_FLOATING || !current ||
-	    current->state == MESH_BACKEND_FREE)
+	if (!chance)
 		return;
-	if (is_remote(current)) {
-		if (current->version != p->version || !tunnel_mtu(&current->address) ||
-		    revnat_knows(&p->flow, c->owner))
-			return;
-		asked = MESH_NOTE_ASKED;
-	} else if (!revnat_knows(&p->flow, c->other)) {
-		return;
-	}
 	c->owner = c->other;
-	c->backend = current;
-	c->asked = asked;
+	c->backend = find_backend(c->other);
+	c->asked = chance == SECOND_CHANCE_ASK ? MESH_NOTE_ASKED : 0;
 	c->verdict = MESH_VERDICT_NOTED;
 }
 
