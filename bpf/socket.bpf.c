@@ -102,39 +102,53 @@ INLINE __u32 verdict_of(const struct mesh_sk_revnat *to)
 	return is_named(&to->backend) ? MESH_VERDICT_SOCKET_HANDED : MESH_VERDICT_SOCKET;
 }
 
+/* Draw an owner for a call to a frontend, the same one for each flow and `again`. MESH_OWNER_NONE: nobody is to answer.
+ */
+RARE __u32 draw(const struct mesh_flow *called, __u32 frontend, __u32 again)
+{
+	struct lb_choice c = {.frontend = frontend, .start = 1, .trusted = 1, .again = again};
+	struct mesh_flow flow;
+
+	if (!called)
+		return MESH_OWNER_PASS;
+	flow = *called;
+	lb_choose(&flow, &c);
+	return c.verdict == MESH_VERDICT_NO_BACKEND ? MESH_OWNER_PASS : c.owner;
+}
+
 /* Choose a task for a call; fills `to`. Returns a verdict: SOCKET, SOCKET_HANDED, or why neither. */
 INLINE __u32 choose_task(struct mesh_flow *flow, __u32 frontend, int any, struct mesh_sk_revnat *to)
 {
-	struct lb_choice c = {.frontend = frontend, .start = 1, .trusted = 1};
+	struct mesh_backend *backend = NULL;
+	__u32 owner = MESH_OWNER_NONE;
 	int i;
 
 	/* With affinity all of a node's processes are one client. */
 	flow->source = flow->destination;
 	flow->source_port = (__be16)bpf_get_prandom_u32();
 	for (i = 0; i < DRAWS; i++) {
-		c.backend = NULL;
-		c.again = i;
-		lb_choose(flow, &c);
-		if (!c.backend || is_reached(c.backend))
+		owner = draw(flow, frontend, i);
+		if (owner == MESH_OWNER_PASS)
+			return MESH_VERDICT_SOCKET_PASS;
+		backend = find_backend(owner);
+		if (!backend || is_reached(backend))
 			break;
 	}
-	if (c.owner == MESH_OWNER_PASS)
-		return MESH_VERDICT_SOCKET_PASS;
-	if (!c.backend)
-		return c.verdict == MESH_VERDICT_REJECTED ? MESH_VERDICT_SOCKET_REJECTED : MESH_VERDICT_SOCKET_PASS;
+	if (!backend)
+		return MESH_VERDICT_SOCKET_REJECTED;
 	to->called = flow->destination;
 	to->called_port = flow->destination_port;
-	to->owner = c.owner;
-	to->epoch = c.backend->epoch;
+	to->owner = owner;
+	to->epoch = backend->epoch;
 	to->frontend = frontend;
-	if (!is_remote(c.backend)) {
-		to->backend = c.backend->address;
-		to->backend_port = c.backend->port;
+	if (!is_remote(backend)) {
+		to->backend = backend->address;
+		to->backend_port = backend->port;
 		return MESH_VERDICT_SOCKET;
 	}
-	if (!any || !is_reached(c.backend)) /* the fallback proxy listens for the frontend's own address alone */
+	if (!any || !is_reached(backend)) /* the fallback proxy listens for the frontend's own address alone */
 		return MESH_VERDICT_SOCKET_PASS;
-	address_v4(&to->backend, bpf_htonl(MESH_NAMED | (c.owner & ~MESH_NAMED_MASK)));
+	address_v4(&to->backend, bpf_htonl(MESH_NAMED | (owner & ~MESH_NAMED_MASK)));
 	to->backend_port = flow->destination_port;
 	return MESH_VERDICT_SOCKET_HANDED;
 }
