@@ -28,6 +28,7 @@
 #include <linux/netfilter/nfnetlink_conntrack.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
+#include <linux/sched.h>
 #include <linux/sock_diag.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
@@ -317,6 +318,7 @@ static const struct mesh_constant linux_constants[] = {
 	CONSTANT(ARPHRD_IPGRE),
 	CONSTANT(SO_ATTACH_FILTER),
 	CONSTANT(SO_NETNS_COOKIE),
+	CONSTANT(CLONE_NEWNET),
 	CONSTANT(ETH_P_ALL),
 	CONSTANT(ETH_P_IP),
 	CONSTANT(ETH_P_IPV6),

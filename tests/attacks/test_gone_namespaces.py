@@ -5,6 +5,8 @@ item 21).
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,12 @@ def test_pins_go_with_their_namespace_and_no_sooner(sees_processes: bool, monkey
         assert wait_for(lambda: collect_gone(config), "the kernel has removed the namespace") == [home]
         assert list((plane.bpffs / "mesh").iterdir()) == []
         assert collect_gone(config) == []
+
+
+def test_a_process_from_which_others_are_hidden_cannot_tell() -> None:
+    """As with ProtectProc=ptraceable of systemd: the namespaces of all that it does not see would count as gone."""
+    ask = "from mesh.datapath.kernel.namespaces import living_cookies; print(living_cookies())"
+    script = 'mount -t proc -o hidepid=ptraceable proc /proc && exec setpriv --bounding-set=-sys_ptrace "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", ask]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"

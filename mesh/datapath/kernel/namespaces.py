@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from mesh._linux import CLONE_NEWNET
 from mesh.datapath.kernel.pins import netns_cookie
+from mesh.datapath.kernel.preflight import CAP_SYS_PTRACE, capabilities
 
 INITIAL_PIDS: Final = 0xEFFFFFFC  # inode of the first process namespace (PROC_PID_INIT_INO): it sees all processes
 
@@ -23,7 +25,7 @@ def living_cookies() -> frozenset[int] | None:
     come and go. Takes some milliseconds for a hundred processes; any thread.
     """
     try:
-        if Path("/proc/self/ns/pid").stat().st_ino != INITIAL_PIDS:
+        if Path("/proc/self/ns/pid").stat().st_ino != INITIAL_PIDS or _hides_processes():
             return None
         handles: defaultdict[int, list[str]] = defaultdict(list)
         for inode, path in _handles():
@@ -32,6 +34,14 @@ def living_cookies() -> frozenset[int] | None:
         return None if 0 in found else found
     except PermissionError:
         return None
+
+
+def _hides_processes() -> bool:
+    """Whether /proc may leave out processes without a word (mount option hidepid; ProtectProc= of systemd)."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    options = [fields[3] for fields in mounts if fields[1] == "/proc"]
+    visible = options[-1:]  # it covers the others
+    return any("hidepid=" in each for each in visible) and CAP_SYS_PTRACE not in capabilities()
 
 
 def _handles() -> Iterator[tuple[int, str]]:
@@ -74,7 +84,7 @@ def _cookie_in(handle: str) -> int:
             fd = os.open(handle, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 libc = ctypes.CDLL(None, use_errno=True)
-                if libc.setns(fd, 0):  # whatever kind it is: it is a network namespace
+                if libc.setns(fd, CLONE_NEWNET):
                     number = ctypes.get_errno()
                     raise OSError(number, os.strerror(number))
                 answer.append(netns_cookie())

@@ -13,7 +13,7 @@ from mesh.datapath.kernel.pins import is_bpf_fs
 from mesh.errors import DatapathError
 
 KERNEL: Final = (5, 15)
-CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 21, 38, 39
+CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 19, 21, 38, 39
 CAPABILITIES: Final = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON"}
 
 
