@@ -24,6 +24,7 @@ from mesh.cluster.ask import Answer
 from mesh.cluster.provider import ClusterProvider, DrainHooks, Tables
 from mesh.config.keys import Config
 from mesh.datapath.base import Applied, Datapath
+from mesh.datapath.losses import Losses
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.datapath.proof import Proof
 from mesh.datapath.stop_rules import StopRules
@@ -201,10 +202,15 @@ async def open_engine(chosen: Engine, config: Config, inherited: Listeners | Non
     Raises:
         DatapathError: it cannot run here.
     """
-    datapath = _make_engine(chosen, config, inherited)
-    stop_rules = StopRules(config)
+    losses = Losses()
+    datapath = _make_engine(chosen, config, inherited, losses)
+    stop_rules = StopRules(config, losses)
     reconciler = Reconciler(
-        datapath, config, on_applied=lambda applied: stop_rules.apply(applied.frontends), on_change=on_change
+        datapath,
+        config,
+        on_applied=lambda applied: stop_rules.apply(applied.frontends),
+        on_close=stop_rules.close,
+        on_change=on_change,
     )
     try:
         return Opened(chosen, datapath, reconciler, await reconciler.open())
@@ -216,13 +222,13 @@ async def open_engine(chosen: Engine, config: Config, inherited: Listeners | Non
         return await open_engine(proxy, config, None, on_change)
 
 
-def _make_engine(engine: Engine, config: Config, inherited: Listeners | None) -> Datapath:
+def _make_engine(engine: Engine, config: Config, inherited: Listeners | None, losses: Losses) -> Datapath:
     make: Callable[..., Datapath]
     if engine.name == EngineKind.KERNEL:
         make = importlib.import_module("mesh.datapath.kernel.engine").KernelDatapath
     else:
         make = importlib.import_module("mesh.datapath.proxy.engine").ProxyDatapath
-    return make(config, inherited=inherited, docker_host=is_docker_host(config))
+    return make(config, inherited=inherited, docker_host=is_docker_host(config), losses=losses)
 
 
 def is_docker_host(config: Config) -> bool:

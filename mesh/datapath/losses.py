@@ -25,7 +25,7 @@ log = structlog.get_logger("mesh")
 
 
 class Losses:
-    """The losses of one engine; any thread may read them.
+    """The losses of one engine and of what stands beside it; any thread may read them.
 
     Attributes:
         count: how many things were found removed, since the engine was opened.

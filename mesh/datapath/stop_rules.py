@@ -2,18 +2,23 @@
 """What stays closed while no agent enforces it: mesh.allow and mesh.deny as an nftables table of their own.
 
 While the agent runs, the table says what the engine says. It stays when the agent ends, whatever ends it, so that
-Docker's own mesh, which knows no rules, gets no packet of who is not admitted. It does not survive a reboot.
+Docker's own mesh, which knows no rules, gets no packet of who is not admitted. It does not survive a reboot, and what
+somebody else removes of it while no agent runs is put back by the next one only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from mesh.config.keys import Config
 from mesh.datapath.base import FrontendEntry
-from mesh.datapath.proxy.nft import NftTable, table_name
+from mesh.datapath.losses import Losses, Watch
+from mesh.datapath.netlink import Monitor
+from mesh.datapath.proxy.nft import NftTable, monitor, table_name
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Network
 from mesh.rules import compact
@@ -27,8 +32,13 @@ def closed_table(state_dir: str) -> str:
     return f"{table_name(state_dir)}_closed"
 
 
-def rules(states: Iterable[FrontendState]) -> str:
-    """The table's content that drops who is not admitted to these frontends; processes of the node are. Pure."""
+def rules(states: Iterable[FrontendState], writer: str = "") -> tuple[str, tuple[str, ...]]:
+    """The table's content that drops who is not admitted to these frontends, and the names of its sets; processes of
+    the node are admitted. Pure.
+
+    Args:
+        writer: is named in a comment.
+    """
     sets: dict[tuple[Network, ...], str] = {}
     lines = [line for state in states for line in _of_frontend(state, sets)]
     text = "".join(
@@ -36,10 +46,11 @@ def rules(states: Iterable[FrontendState]) -> str:
         f"elements = {{ {', '.join(map(str, networks))} }} }}\n"
         for networks, name in sets.items()
     )
-    return (
+    content = (
         f"{text}  chain prerouting {{\n    type filter hook prerouting priority {PRIORITY}; policy accept;\n"
-        '    iifname "lo" accept\n' + "".join(f"    {line}\n" for line in lines) + "  }\n"
+        f'    iifname "lo" accept comment "{writer}"\n' + "".join(f"    {line}\n" for line in lines) + "  }\n"
     )
+    return content, tuple(sets.values())
 
 
 def _of_frontend(state: FrontendState, sets: dict[tuple[Network, ...], str]) -> Iterator[str]:
@@ -62,12 +73,20 @@ def _of_frontend(state: FrontendState, sets: dict[tuple[Network, ...], str]) -> 
 
 
 class StopRules:
-    """Keeps the table in line with what is served. Not thread-safe."""
+    """Keeps the table in line with what is served, and puts it back when somebody else removes it. `apply` is called by
+    one thread.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        losses: is told when somebody else removes the table.
+    """
+
+    def __init__(self, config: Config, losses: Losses | None = None) -> None:
         self._all = config.on_stop == "closed"
-        self._name = closed_table(config.state_dir)
+        self._table = NftTable(closed_table(config.state_dir))
         self._states: tuple[FrontendState, ...] | None = None  # as the table has them; None: not known
+        self._losses = losses or Losses()
+        self._lock = threading.Lock()
+        self._watch: Watch | None = None
 
     def apply(self, frontends: Mapping[Frontend, FrontendEntry]) -> str:
         """Have the table say what these frontends admit: with on_stop = closed all that have rules, else those of
@@ -82,22 +101,44 @@ class StopRules:
             if (entry.state.options.allow or entry.state.options.deny)
             and (self._all or entry.state.options.fail_closed)
         )
-        if self._states is not None and _same(self._states, states):
-            return ""
-        table = NftTable(self._name)
-        if not states and (shutil.which("nft") is None or not table.exists()):
+        with self._lock:
+            if self._states is not None and _same(self._states, states):
+                return ""
+            if not states and (shutil.which("nft") is None or not self._table.exists()):
+                self._states = states
+                return ""
+            try:
+                if states:
+                    self._load(states)
+                else:
+                    self._table.delete()
+            except DatapathError as error:
+                self._states = None
+                return f"rules of services are not kept for the time after a stop (on_stop, mesh.fail-closed): {error}"
             self._states = states
-            return ""
-        try:
-            if states:
-                table.load(rules(states))
-            else:
-                table.delete()
-        except DatapathError as error:
-            self._states = None
-            return f"rules of services are not kept for the time after a stop (on_stop, mesh.fail-closed): {error}"
-        self._states = states
+        if states and self._watch is None:
+            told: Monitor | None = None
+            with contextlib.suppress(DatapathError):  # then it is looked at now and again
+                told = monitor()
+            self._watch = Watch("mesh-stop-rules", self._look, told)
         return ""
+
+    def _load(self, states: tuple[FrontendState, ...]) -> None:
+        self._table.load(*rules(states, self._table.writer))
+
+    def _look(self) -> None:
+        with self._lock:
+            states = self._states
+            if states:
+                self._losses.check("stop rules", self._lost, lambda: self._load(states))
+
+    def _lost(self) -> list[str]:
+        return [f"nftables table inet {self._table.name}"] if self._table.lost() else []
+
+    def close(self) -> None:
+        """Leave the table as it is."""
+        if self._watch is not None:
+            self._watch.close()
 
 
 def _same(before: tuple[FrontendState, ...], now: tuple[FrontendState, ...]) -> bool:

@@ -93,6 +93,7 @@ class Reconciler:
     Args:
         datapath: opened by `open`, and used from one worker thread only.
         on_applied: called on the worker thread with what the engine holds, after each apply; says what is wrong.
+        on_close: called on the worker thread before the engine is closed.
         on_change: called on the event loop with the picture before and after, whenever what should be served, or why,
             has changed; must not block.
         clock: monotonic seconds.
@@ -104,6 +105,7 @@ class Reconciler:
         config: Config,
         *,
         on_applied: OnApplied = lambda applied: "",
+        on_close: Callable[[], None] = lambda: None,
         on_change: OnChange = lambda before, after: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -120,6 +122,7 @@ class Reconciler:
         self._drained = Drained()
         self._paths = PathView()
         self._on_applied = on_applied
+        self._on_close = on_close
         self._on_change = on_change
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mesh-apply")
@@ -362,5 +365,6 @@ class Reconciler:
 
     async def close(self, *, release: bool) -> None:
         """Close the engine, after `run` was cancelled."""
+        await self.on_worker(self._on_close)
         await self.on_worker(lambda: self.datapath.close(release=release))
         self._worker.shutdown(wait=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import FrontendEntry
+from mesh.datapath.losses import Losses
 from mesh.datapath.stop_rules import StopRules, closed_table, rules
 from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions
 from tests.support.lab.netns import Lab, Namespace
+from tests.support.polling import wait_for
 
 PORTS = {"open": 8000, "deny": 8001, "allow": 8002, "nobody": 8003, "closed": 8004, "one": 8005, "six": 8006}
 
@@ -45,7 +48,9 @@ def entries(client: Namespace, node: Namespace) -> dict[Frontend, FrontendEntry]
 
 
 def test_without_rules_there_is_nothing_but_a_chain() -> None:
-    assert "drop" not in rules([FrontendState(Frontend(ANY_ADDRESS, 80, Protocol.TCP), "s", "s", ServiceOptions())])
+    state = FrontendState(Frontend(ANY_ADDRESS, 80, Protocol.TCP), "s", "s", ServiceOptions())
+    content, sets = rules([state])
+    assert "drop" not in content and not sets
 
 
 @contextlib.contextmanager
@@ -98,6 +103,7 @@ def test_rules_stay_in_nftables_while_nobody_runs(tmp_path: Path) -> None:
             assert reached(client, node.address6) == {"open", "allow", "one", "six"}
             for address in (node.address, node.address6, "127.0.0.1"):
                 assert reached(node, address) == set(PORTS), "processes of the node are admitted"
+            closing.close()
             again = StopRules(Config(state_dir=config.state_dir))  # on_stop = open now: only who asks for it
             assert again.apply(everything) == ""
             assert reached(client, node.address) == set(PORTS)
@@ -105,3 +111,54 @@ def test_rules_stay_in_nftables_while_nobody_runs(tmp_path: Path) -> None:
             assert again.apply({}) == ""
             assert closed_table(config.state_dir) not in node.run("nft", "list", "tables").stdout
             assert reached(client, node.address6) == set(PORTS)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "command",
+    ["flush ruleset", "delete table inet NAME", "flush chain inet NAME prerouting", "flush set inet NAME n0"],
+)
+def test_what_somebody_removes_is_put_back(tmp_path: Path, command: str) -> None:
+    """`systemctl restart nftables` does, while the agent runs; and while none runs, for the next one."""
+    with Lab() as lab:
+        client, node = lab.host("client"), lab.host("node")
+        config = Config(state_dir=str(tmp_path / "state"), on_stop="closed")
+        name = closed_table(config.state_dir)
+
+        def table() -> str:
+            return node.run("nft", "-s", "list", "table", "inet", name, check=False).stdout
+
+        with node.entered():
+            losses = Losses()
+            closing = StopRules(config, losses)
+            assert closing.apply(entries(client, node)) == ""
+            whole = table()
+            node.run("nft", *command.replace("NAME", name).split())
+            wait_for(lambda: table() == whole)
+            wait_for(lambda: (losses.count, losses.missing) == (1, []))
+            closing.close()
+            node.run("nft", *command.replace("NAME", name).split())
+            later = StopRules(config)
+            assert later.apply(entries(client, node)) == ""
+            assert re.sub("comment.*", "", table()) == re.sub("comment.*", "", whole)
+            later.close()
+
+
+@pytest.mark.root
+def test_a_process_that_takes_over_has_its_own_table(tmp_path: Path) -> None:
+    """The process before does not put back what its successor has changed."""
+    with Lab() as lab:
+        client, node = lab.host("client"), lab.host("node")
+        config = Config(state_dir=str(tmp_path / "state"), on_stop="closed")
+        with node.entered():
+            before, after = Losses(), Losses()
+            first, second = StopRules(config, before), StopRules(config, after)
+            everything = entries(client, node)
+            assert first.apply(everything) == ""
+            some = {f: entry for f, entry in everything.items() if f.port == PORTS["nobody"]}
+            assert second.apply(some) == ""
+            first._look()
+            assert (before.count, after.count) == (0, 0)
+            assert str(PORTS["deny"]) not in node.run("nft", "list", "ruleset").stdout
+            first.close()
+            second.close()

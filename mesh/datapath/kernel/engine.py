@@ -73,11 +73,19 @@ class KernelDatapath:
         inherited: listening sockets of an earlier process' fallback proxy, by frontend; None: there was no such
             process.
         docker_host: dockerd runs on this host.
+        losses: where it counts what somebody else removes of ours; None: its own.
     """
 
     name = EngineKind.KERNEL
 
-    def __init__(self, config: Config, *, inherited: Listeners | None = None, docker_host: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        inherited: Listeners | None = None,
+        docker_host: bool = False,
+        losses: Losses | None = None,
+    ) -> None:
         self._config = config
         self._state_dir = Path(config.state_dir)
         self._fallback = Fallback(config, inherited, docker_host=docker_host)
@@ -88,7 +96,7 @@ class KernelDatapath:
         self._threads = contextlib.ExitStack()  # and what changes maps by itself, which ends first
         self._parts: Parts | None = None
         self._applied = Applied()
-        self._losses = Losses()
+        self._losses = losses or Losses()
         self._order: kernel_stats.Order | None = None  # of what `stats` last read
         self._others: list[Path] = []  # pins of builds with another contract, which serve until `_switch`
         self._taking_over = False  # until the first plan: whoever served the ports before may have flows under way

@@ -72,6 +72,7 @@ class ProxyDatapath:
         docker_host: dockerd runs on this host (matters for `intercept = "auto"`).
         guard: keep the containers of a Docker host from the ports by which nodes hand flows to each other; else
             something else does.
+        losses: where it counts what somebody else removes of ours; None: its own.
     """
 
     name = EngineKind.PROXY
@@ -83,6 +84,7 @@ class ProxyDatapath:
         inherited: Mapping[Frontend, Sequence[int]] | None = None,
         docker_host: bool = False,
         guard: bool = True,
+        losses: Losses | None = None,
     ) -> None:
         self._config = config
         self._guards = guard and docker_host
@@ -99,7 +101,7 @@ class ProxyDatapath:
         self._general: tuple[str, ...] = ()
         self._engine: Engine | None = None
         self._intercept: Interceptor | None = None
-        self._losses = Losses()
+        self._losses = losses or Losses()
         self._lock = threading.RLock()  # of the listening sockets
         self._watch: Watch | None = None
         self._first = True

@@ -108,10 +108,11 @@ class NftTable:
         self._rules: tuple[str, ...] | None = None
         self._guard: Guard | None = None
         self._redirects = False  # it has redirected at some time
-        self._count = 0  # rules of all chains
+        self._count = 0  # rules of all chains; 0: this process has not written it
+        self._filled: tuple[str, ...] = ()  # sets that always have elements
         self._lifetime = lifetime
         self._expires = 0.0  # when it stops redirecting by itself, monotonic
-        self._writer = f"{os.getpid()}-{time.monotonic_ns():x}"  # marks the rules as this process'
+        self.writer = f"{os.getpid()}-{time.monotonic_ns():x}"  # in a comment: the rules are this process'
 
     @staticmethod
     def usable() -> bool:
@@ -156,34 +157,34 @@ class NftTable:
         own = {"prerouting": "", "output": f"    meta mark {PASS_MARK} return\n"}
         chains = "".join(
             f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n{passed}"
-            f'    meta l4proto != @{ALIVE} return comment "{self._writer}"\n'
+            f'    meta l4proto != @{ALIVE} return comment "{self.writer}"\n'
             + "".join(f"    {rule}\n" for rule in rules)
             + "  }\n"
             for hook, passed in own.items()
         )
         self._redirects = self._redirects or bool(rules)
         alive = f"  set {ALIVE} {{ type inet_proto; flags timeout; elements = {{ {self._elements} }} }}\n"
-        guards = "".join(guard.chains(self._writer)) if guard is not None else ""
+        guards = "".join(guard.chains(self.writer)) if guard is not None else ""
         nat = f"{alive}{chains}" if self._redirects or guard is None else ""  # their hooks make the kernel track flows
-        self.load(nat + guards)
-        self._rules, self._guard, self._count = rules, guard, count_of(nat + guards)
+        self.load(nat + guards, guard.sets() if guard is not None else ())
+        self._rules, self._guard = rules, guard
         self._expires = time.monotonic() + self._lifetime
 
     def lost(self) -> bool:
-        """Whether somebody else has deleted the table or part of it, since it was last replaced.
+        """Whether somebody else has deleted the table or part of it, since this process has written it.
 
         The table of another process, which takes over from this one, is not lost.
 
         Raises:
             OSError: the kernel does not say.
         """
-        if self._rules is None:
+        if not self._count:
             return False
         netlink = Netlink(nl.NETLINK_NETFILTER)
         try:
             rules = list(self._dump(netlink, nl.NFT_MSG_GETRULE, {nl.NFTA_RULE_TABLE: self.name}))
             marks = [rule.get(nl.NFTA_RULE_USERDATA, b"") for rule in rules]
-            if any(marks) and not any(self._writer.encode() in mark for mark in marks):
+            if any(marks) and not any(self.writer.encode() in mark for mark in marks):
                 return False
             return len(rules) != self._count or any(self._is_empty(netlink, name) for name in self._sets())
         finally:
@@ -191,7 +192,7 @@ class NftTable:
 
     def _sets(self) -> list[str]:
         """The sets that are never empty now."""
-        found = list(self._guard.sets()) if self._guard is not None else []
+        found = list(self._filled)
         if self._rules and time.monotonic() < self._expires - MARGIN:  # later it may have expired by itself
             found.append(ALIVE)
         return found
@@ -232,19 +233,24 @@ class NftTable:
         self._run(f"add {element}delete {protocols}add {element}")  # the first: an element may have expired
         self._expires = time.monotonic() + self._lifetime
 
-    def load(self, content: str) -> None:
+    def load(self, content: str, filled: Iterable[str] = ()) -> None:
         """Replace the table by one with this content.
+
+        Args:
+            filled: names of the sets in it that always have elements; for `lost`.
 
         Raises:
             DatapathError: nft rejected it; the former one stays.
         """
         table = f"table inet {self.name}"
         self._run(f"{table}\ndelete {table}\n{table} {{\n{content}}}\n")
+        self._count, self._filled = count_of(content), tuple(filled)
 
     def delete(self) -> None:
         """Delete the table. The flows that it redirected end, unless something else uses NAT on this host."""
         self._run(f"table inet {self.name}\ndelete table inet {self.name}\n")
         self._rules = self._guard = None
+        self._count = 0
 
     @staticmethod
     def _rules_of(ports: Mapping[Frontend, int]) -> Iterable[str]:
