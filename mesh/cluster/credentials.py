@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from mesh.config.keys import Config
 from mesh.errors import MeshError, plain
+from mesh.providers.swarm.roots import trusted
 
 MANAGER: Final = "swarm-manager"
 _REMEDY_AUTOLOCK: Final = (
@@ -48,6 +49,11 @@ class Identity:
     @property
     def is_manager(self) -> bool:
         return self.role == MANAGER
+
+
+def is_same(one: Identity, other: Identity) -> bool:
+    """Whether both are one node of one swarm, in whatever role."""
+    return (one.node, one.cluster) == (other.node, other.cluster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ def load(files: Files) -> Credentials:
     """
     try:
         certificate, key = files.certificate.read_bytes(), files.key.read_bytes()
-        ca = files.ca.read_text("ascii", errors="ignore")
+        roots = files.ca.read_bytes()
     except OSError as error:
         raise CredentialsError(
             f"cannot be read: {error.strerror}",
@@ -117,7 +123,7 @@ def load(files: Files) -> Credentials:
     if b" PRIVATE KEY-----" not in key:
         raise CredentialsError("is no private key in PEM", where=str(files.key), remedy=_REMEDY_BROKEN)
     try:
-        parsed = x509.load_pem_x509_certificate(certificate)
+        parsed, *behind = x509.load_pem_x509_certificates(certificate)
     except ValueError:
         raise CredentialsError(
             "is no certificate in PEM", where=str(files.certificate), remedy=_REMEDY_BROKEN
@@ -131,6 +137,10 @@ def load(files: Files) -> Credentials:
     except (ValueError, IndexError):
         said = "is not a node's certificate: it lacks the node, its role or the cluster"
         raise CredentialsError(said, where=str(files.certificate), remedy=_REMEDY_BROKEN) from None
+    try:
+        ca = trusted(roots, behind)
+    except ValueError:
+        raise CredentialsError("is no certificate in PEM", where=str(files.ca), remedy=_REMEDY_BROKEN) from None
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.verify_mode = ssl.CERT_REQUIRED
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the name, which is the role: see Relay's client
@@ -139,9 +149,6 @@ def load(files: Files) -> Credentials:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_verify_locations(cadata=ca)
-        except (ssl.SSLError, ValueError):
-            raise CredentialsError("is no certificate in PEM", where=str(files.ca), remedy=_REMEDY_BROKEN) from None
-        try:
             _load_chain(context, chain)
         except (ssl.SSLError, ValueError) as error:
             said = f"OpenSSL cannot use it: {plain(error)}"

@@ -392,6 +392,8 @@ class ClusterProvider:
     def _on_look(self) -> None:
         self._roles.look_again()
         self._relay.look_again()
+        if self._roles.listener is not None:
+            self._roles.listener.look_again()
         self._changed.set()
         self._pass_on()
 

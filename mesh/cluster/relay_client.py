@@ -18,7 +18,7 @@ import structlog
 
 from mesh import __version__
 from mesh.cluster import wire
-from mesh.cluster.credentials import CredentialsError, CredentialsWatch, peer_identity
+from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, is_same, peer_identity
 from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.relay_server import CLOSED
 from mesh.cluster.translate import Incoming
@@ -57,6 +57,7 @@ class _Link:
         self.address = (host, port)
         self.said = ""  # why it failed last
         self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._own: Identity | None = None  # this node's, by which it was made
         self._version = wire.OLDEST  # the manager's
         self._told: dict[str, str] | None = None  # digests, on this connection
         self._told_drains: dict[str, wire.Drain] | None = None  # likewise
@@ -66,6 +67,12 @@ class _Link:
     @property
     def connected(self) -> bool:
         return self._socket is not None and not self._socket.closed
+
+    @property
+    def outdated(self) -> bool:
+        """Whether this node is another one by now than the manager believes: it has left the swarm and joined one."""
+        own = self._relay.own()
+        return own is not None and self._own is not None and not is_same(own, self._own)
 
     async def send(self, message: wire.Message) -> None:
         """Send if connected; a lost connection is `_run`'s business."""
@@ -116,6 +123,7 @@ class _Link:
         host, _ = self.address
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
         async with aiohttp.ClientSession(timeout=timeout) as session, contextlib.AsyncExitStack() as stack:
+            self._own = self._relay.own()
             async with asyncio.timeout(OPEN_TIMEOUT):
                 socket = await stack.enter_async_context(self._call(session))
                 hello = await self._greet(socket)
@@ -244,14 +252,21 @@ class RelayProvider:
             await asyncio.gather(*(link.task for link in self._links.values()), return_exceptions=True)
 
     def _follow(self, managers: Sequence[tuple[str, int]]) -> None:
+        """Have a link to each of them, made by who this node is now; to others none, unless it is not known which."""
+        for address, link in list(self._links.items()):
+            if link.outdated or (managers and address not in managers):
+                del self._links[address]
+                link.task.cancel()
+                self.lost(link)
         for address in managers:
             if address not in self._links:
                 self._links[address] = _Link(self, *address)
-        if managers:
-            for address in self._links.keys() - set(managers):
-                link = self._links.pop(address)
-                link.task.cancel()
-                self.lost(link)
+
+    def own(self) -> Identity | None:
+        """Who this node is; None: it has no certificate yet."""
+        with contextlib.suppress(CredentialsError):
+            return self.credentials.current().identity
+        return None
 
     def listen(self, wanted: bool) -> None:
         """Whether to take the inventory from a manager, from the beginning, or from none. On the event loop."""

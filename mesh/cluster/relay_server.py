@@ -17,7 +17,7 @@ from aiohttp import WSMsgType, web
 from mesh import __version__
 from mesh.cluster import wire
 from mesh.cluster.ask import NODE, PATH, Answer, Query
-from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, peer_identity
+from mesh.cluster.credentials import CredentialsError, CredentialsWatch, Identity, is_same, peer_identity
 from mesh.cluster.heartbeat import Heartbeats
 from mesh.cluster.reports import Texts
 from mesh.cluster.translate import Outgoing
@@ -124,6 +124,7 @@ class RelayServer:
         self._own: dict[str, set[str]] = {}  # node -> its backends
         self._members: frozenset[str] | None = None  # nodes of the swarm; None: not known yet
         self._blocked: frozenset[str] = frozenset()  # nodes whose certificates the swarm has revoked
+        self._own_identity: Identity | None = None  # as connections were let in by it
         self._listener: Listener | None = None
         self._outgoing = Outgoing()
         self._known: object = None  # the backends that are in `_owners`
@@ -271,6 +272,7 @@ class RelayServer:
             said = Counter[str]()
             while True:
                 self._listen(listener)
+                self.look_again()
                 await asyncio.sleep(_ROTATION_CHECK)
                 now = Counter({reason: count for reason, count in listener.refused.items() if reason != "handshake"})
                 if more := now - said:
@@ -288,6 +290,20 @@ class RelayServer:
                     leaving = [peer.socket.close(code=1001, message=b"it ends") for peer in self._peers]
                     await asyncio.gather(*leaving, return_exceptions=True)
             await runner.cleanup()
+
+    def look_again(self) -> None:
+        """End all connections if this node is another one by now than its peers believe: it has left the swarm and
+        joined one."""
+        with contextlib.suppress(CredentialsError):
+            now, before = self._credentials.current().identity, self._own_identity
+            self._own_identity = now
+            if before is None or is_same(now, before):
+                return
+            log.warning("this node has joined a swarm anew; connections to it end", node=now.node, was=before.node)
+            for peer in self._peers:
+                peer.ended = True
+            if self._listener is not None:
+                self._listener.end(lambda node: True)
 
     def _listen(self, listener: Listener) -> None:
         """Listen once there are credentials; what comes in later gets those of that time."""

@@ -21,8 +21,10 @@ import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
+from cryptography import x509
 
 from mesh.errors import ProviderError
+from mesh.providers.swarm.roots import trusted
 from mesh.providers.swarm.watch_message import WatchMessages
 
 KINDS: Final = ("task", "service", "node")
@@ -66,9 +68,13 @@ def tls_context(certificates: Path) -> ssl.SSLContext:
         ProviderError: the files are not there or cannot be used.
     """
     try:
-        context = ssl.create_default_context(cafile=str(certificates / "swarm-root-ca.crt"))
-        context.set_alpn_protocols(["h2"])
         certificate = (certificates / "swarm-node.crt").read_bytes()
+        chain = x509.load_pem_x509_certificates(certificate)
+        roots = trusted((certificates / "swarm-root-ca.crt").read_bytes(), chain)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not the default one, whose rules get stricter by the version
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_verify_locations(cadata=roots)
+        context.set_alpn_protocols(["h2"])
         key = plain_key((certificates / "swarm-node.key").read_bytes())
         memory = os.memfd_create("mesh-key", os.MFD_CLOEXEC)
         try:
