@@ -24,7 +24,7 @@ from mesh import listener
 from mesh.cluster import wire
 from mesh.datapath.proxy.engine import reserved_descriptors
 from mesh.listener import Bounds, descriptor_pool
-from tests.support.polling import until
+from tests.support.polling import PATIENCE, until
 from tests.support.relay import Authority, calling, context_of, serving
 from tests.support.sockets import closed
 
@@ -94,6 +94,21 @@ async def test_connections_of_one_certificate_are_bounded(tmp_path: Path) -> Non
             await until(lambda: set(server.nodes) == {"n1"}, "there is room again")
 
 
+async def test_all_connections_together_are_bounded() -> None:
+    """Whoever has many certificates."""
+    names = itertools.count()
+    bounds = Bounds(waiting=100, per_address=100, per_owner=100, total=10)
+    bounded = listener.Listener(lambda ended: asyncio.Protocol(), lambda transport: f"n{next(names)}", bounds=bounds)
+    port = bounded.start("127.0.0.1", 0)
+    try:
+        with silent(port, 25, 25) as socks:
+            await until(lambda: sum(map(closed, socks)) == 15, "the others are sent away")
+            assert (bounded.open, bounded.refused["total"]) == (10, 15)
+    finally:
+        bounded.end(lambda owner: True)
+        bounded.stop()
+
+
 async def longest_stop(server_busy: asyncio.Task[Any]) -> float:
     """Seconds for which the loop stood still at most until a task has ended."""
     loop, stops = asyncio.get_running_loop(), [0.0]
@@ -159,9 +174,10 @@ async def test_many_digests_are_not_kept(tmp_path: Path) -> None:
         digests = {f"{i}": "x" for i in range(wire.MAX_DIGESTS // 2 + 1)}
         await socket.send_bytes(wire.encode(wire.Report({}, digests)))
         await socket.send_bytes(wire.encode(wire.Report({}, {f"y{key}": "x" for key in digests}, changes=True)))
-        while (message := await socket.receive()).type is aiohttp.WSMsgType.BINARY:
-            pass
-        assert message.type is aiohttp.WSMsgType.CLOSE and message.data == 1002
+        async with asyncio.timeout(PATIENCE):
+            while (message := await socket.receive()).type is not aiohttp.WSMsgType.CLOSE:
+                assert message.type is aiohttp.WSMsgType.BINARY
+        assert message.data == 1002
         await until(lambda: not server.nodes)
         assert server.refused["message"] == 1
 
