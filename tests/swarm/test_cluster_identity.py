@@ -74,7 +74,8 @@ def certificates(node: Node) -> int:
 def test_agents_start_while_a_rotation_of_the_root_is_pending(cluster: Cluster) -> None:
     """As it stays while one node is down."""
     swarm, down = cluster.swarm, cluster.swarm.nodes[1]
-    swarm.create("web", "--stop-grace-period=1s", "--constraint=node.role==manager", replicas=2, publish=[f"{WEB}:8080"])
+    here = "--constraint=node.role==manager"
+    swarm.create("web", "--stop-grace-period=1s", here, replicas=2, publish=[f"{WEB}:8080"])
     cluster.agree("web", 2)
     down.stop()
     up = [(node, daemon) for node, daemon in zip(swarm.nodes, cluster.daemons, strict=True) if node is not down]

@@ -71,7 +71,7 @@ def tls_context(certificates: Path) -> ssl.SSLContext:
         certificate = (certificates / "swarm-node.crt").read_bytes()
         chain = x509.load_pem_x509_certificates(certificate)
         roots = trusted((certificates / "swarm-root-ca.crt").read_bytes(), chain)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not the default one, whose rules get stricter by the version
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default one gets stricter by the version
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_verify_locations(cadata=roots)
         context.set_alpn_protocols(["h2"])
