@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where clients' packets come in: tc ingress of every Ethernet interface that faces clients. */
+#define MESH_PROVES
 #include "lib/tunnel_rx.h"
 #include "lib/tunnel_tx.h"
 
@@ -211,6 +212,7 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 {
 	struct tunnel_peer from = {};
 	struct packet p = {};
+	struct mesh_node *path;
 	int result, action;
 
 	result = parse(skb, &p);
@@ -220,9 +222,13 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (result == PARSE_ICMP)
 		return learn_path_mtu(skb, &p);
-	if (!bpf_map_lookup_elem(&mesh_nodes, &p.flow.source))
+	path = bpf_map_lookup_elem(&mesh_nodes, &p.flow.source);
+	if (!path)
 		return verdict(MESH_VERDICT_TUNNEL_FOREIGN, TC_ACT_SHOT);
-	result = decap(skb, &p, &from);
+	from.number = path->id;
+	result = decap(skb, &p, &from, path);
+	if (unlikely(result == DECAP_UNPROVEN))
+		return verdict(MESH_VERDICT_TUNNEL_UNPROVEN, TC_ACT_SHOT);
 	if (from.id.flags & MESH_TUNNEL_REPLY)
 		return tunnel_rx_reply(skb, &p, &from, result);
 	if (result == PARSE_ICMP && !from.id.flags)

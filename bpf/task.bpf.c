@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where tasks' packets come out: tc ingress of the host side of every local container's interface. A reply gets the
  * called address back as its source; anything else may be a call of a port of this node. */
+#define MESH_PROVES
 #include "lib/tunnel_reply.h"
 
 #define MTU_SAFE 1280u /* every interface that carries IPv6 takes this much: a smaller packet needs no check */

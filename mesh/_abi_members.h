@@ -67,6 +67,7 @@ static const struct mesh_member mesh_failures_members[] = {
 static const struct mesh_member mesh_config_members[] = {
 	HOST(mesh_config, netns_cookie), ADDRESS(mesh_config, hairpin),     ADDRESS(mesh_config, hairpin6),
 	HOST(mesh_config, settings),     NETWORK(mesh_config, tunnel_port), HOST(mesh_config, error_rate),
+	HOST(mesh_config, clock),
 };
 static const struct mesh_member mesh_fragment_key_members[] = {
 	ADDRESS(mesh_fragment_key, source),
@@ -95,9 +96,25 @@ static const struct mesh_member mesh_geneve_members[] = {
 	NETWORK(mesh_geneve, vni),       NETWORK(mesh_geneve, option_class), HOST(mesh_geneve, option_type),
 	HOST(mesh_geneve, option_words), STRUCT(mesh_geneve, id, mesh_id),
 };
+static const struct mesh_member mesh_proof_members[] = {
+	NETWORK(mesh_proof, key),
+	NETWORK(mesh_proof, epoch),
+	RAW(mesh_proof, mac),
+};
+static const struct mesh_member mesh_sip_key_members[] = {
+	HOST(mesh_sip_key, first),
+	HOST(mesh_sip_key, second),
+};
+static const struct mesh_member mesh_node_key_members[] = {
+	NETWORK(mesh_node_key, name),
+	HOST(mesh_node_key, valid),
+	STRUCT(mesh_node_key, sent, mesh_sip_key),
+	STRUCT(mesh_node_key, taken, mesh_sip_key),
+};
 static const struct mesh_member mesh_node_members[] = {
 	ADDRESS(mesh_node, source), HOST(mesh_node, ifindex),    HOST(mesh_node, mtu),  HOST(mesh_node, id),
-	HOST(mesh_node, path_mtu),  HOST(mesh_node, path_stamp), HOST(mesh_node, hint),
+	HOST(mesh_node, path_mtu),  HOST(mesh_node, path_stamp), HOST(mesh_node, hint), HOST(mesh_node, flags),
+	HOST(mesh_node, heard),     HOST(mesh_node, unproven),   RAW(mesh_node, keys),
 };
 
 /* A struct comes after those that are within it. */
@@ -119,6 +136,9 @@ static const struct mesh_layout mesh_layouts[] = {
 	LAYOUT(SkRevnat, mesh_sk_revnat),
 	LAYOUT(Id, mesh_id),
 	LAYOUT(Geneve, mesh_geneve),
+	LAYOUT(Proof, mesh_proof),
+	LAYOUT(SipKey, mesh_sip_key),
+	LAYOUT(NodeKey, mesh_node_key),
 	LAYOUT(Node, mesh_node),
 	{NULL, NULL, 0, NULL, 0},
 };
@@ -223,6 +243,13 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(GENEVE_CLASS),
 	CONSTANT(GENEVE_TYPE),
 	CONSTANT(GENEVE_OPTION),
+	CONSTANT(PROOF_WORDS),
+	CONSTANT(EPOCH_SHIFT),
+	CONSTANT(EPOCH_WINDOW),
+	CONSTANT(HEARD_LIFE),
+	CONSTANT(NODE_KEYS),
+	CONSTANT(NODE_PROVE),
+	CONSTANT(NODE_DEMAND),
 	CONSTANT(TUNNEL_PORT),
 	CONSTANT(TUNNEL_SOURCE),
 	CONSTANT(PATH_LIFE),

@@ -105,6 +105,7 @@ class ProofLevel(enum.IntEnum):
     NONE = 0  # its build does not know proofs, or its agent has not called yet
     KNOWS = 1  # its build does, and it has no key in use yet
     PROVES = 2  # whatever it sends to the peer port is proven
+    TUNNEL = 3  # and whatever it sends through the tunnel; and its programs check what comes from there
 
     @classmethod
     def told(cls, value: int) -> ProofLevel:

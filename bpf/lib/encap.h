@@ -8,8 +8,10 @@
 #include "fib.h"
 #include "metrics.h"
 #include "scratch.h"
+#include "tunnel_proof.h"
 
-#define TUNNEL_HEADERS ((__u32)(sizeof(struct udphdr) + sizeof(struct mesh_geneve)))
+#define TUNNEL_HEADERS ((__u32)(sizeof(struct udphdr) + sizeof(struct mesh_geneve))) /* without a proof */
+#define PROOF_SIZE     ((__u32)sizeof(struct mesh_proof))
 #define MSS_OPTION     2u
 #define MSS_ROOM       40u /* of all TCP options */
 #define MTU_LEAST      128u
@@ -17,16 +19,10 @@
 #define IP_LENGTH      65535u
 #define PROTO_DIFF     ((__s32)(V6_HEADER - V4_HEADER))
 
-/* The node at the other end, and the option of the header. */
-struct tunnel_peer {
-	struct mesh_addr node;
-	struct mesh_id id;
-	__u32 entropy; /* of the flow: becomes the source port, by which routers balance flows */
-};
-
 struct tunnel_header {
 	struct udphdr udp;
 	struct mesh_geneve geneve;
+	struct mesh_proof proof; /* not always: TUNNEL_HEADERS */
 };
 
 /* Hand a packet to mesh_tunnel_tx. `frontend` 0: nothing to count. `flags`: MESH_TUNNEL_*. */
@@ -39,17 +35,17 @@ INLINE int tunnel_tx_call(struct __sk_buff *skb, __u32 owner, __u32 frontend, __
 	return TAIL_CALL(CALL_TUNNEL_TX);
 }
 
-/* Bytes that the tunnel adds to a packet. */
-INLINE __u32 encap_overhead(int v4)
+/* Bytes that the tunnel adds to a packet that is proven, or not. */
+INLINE __u32 encap_overhead(int v4, int proven)
 {
-	return (v4 ? V4_HEADER : V6_HEADER) + TUNNEL_HEADERS;
+	return (v4 ? V4_HEADER : V6_HEADER) + TUNNEL_HEADERS + (proven ? PROOF_SIZE : 0);
 }
 
-/* How large a packet to a node may be; 0: there is no path. */
-INLINE __u32 tunnel_mtu(const struct mesh_addr *node)
+/* How large a packet to a node may be, with a proof whether the node knows proofs or not: so nothing grows too large
+ * on the day it does. 0: there is no path. */
+INLINE __u32 path_takes(const struct mesh_node *path, int v4)
 {
-	struct mesh_node *path = bpf_map_lookup_elem(&mesh_nodes, node);
-	__u32 room = encap_overhead(is_v4(node)), mtu;
+	__u32 room = encap_overhead(v4, 1), mtu;
 
 	if (!path)
 		return 0;
@@ -61,6 +57,11 @@ INLINE __u32 tunnel_mtu(const struct mesh_addr *node)
 	return mtu > room + MTU_LEAST ? mtu - room : 0;
 }
 
+INLINE __u32 tunnel_mtu(const struct mesh_addr *node)
+{
+	return path_takes(bpf_map_lookup_elem(&mesh_nodes, node), is_v4(node));
+}
+
 /* Whether a frame's packet, or one of the segments it will be cut into, is larger than p->mtu. */
 INLINE int exceeds_mtu(struct __sk_buff *skb, const struct packet *p)
 {
@@ -69,7 +70,7 @@ INLINE int exceeds_mtu(struct __sk_buff *skb, const struct packet *p)
 
 	if (likely(length <= p->mtu))
 		return 0;
-	if (!skb->gso_size || length > IP_LENGTH - encap_overhead(0))
+	if (!skb->gso_size || length > IP_LENGTH - encap_overhead(0, 1))
 		return 1;
 	if (p->flow.protocol != IPPROTO_TCP)
 		header += (__u32)sizeof(struct udphdr);
@@ -147,10 +148,8 @@ INLINE int decrement_ttl(struct __sk_buff *skb, const struct packet *p)
 
 /* Make room for the outer headers, and set the marks by which the kernel segments and checksums inside. Virtual links
  * leave the marks of an earlier tunnel on a packet; the kernel then refuses to set them again, and they still hold. */
-INLINE int encap_room(struct __sk_buff *skb, int v4, int inner_v4)
+INLINE int encap_room(struct __sk_buff *skb, __s32 room, int v4, int inner_v4)
 {
-	__s32 room = (__s32)encap_overhead(v4);
-
 	if (likely(!bpf_skb_adjust_room(skb, room, BPF_ADJ_ROOM_MAC,
 					BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
 						(v4 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))))
@@ -165,9 +164,8 @@ INLINE int encap_room(struct __sk_buff *skb, int v4, int inner_v4)
 
 /* Remove the outer headers. The kernel learns another IP version by bpf_skb_change_proto, which inserts or removes the
  * difference of two headers: before Linux 6.3 there is no other way. */
-INLINE int decap_room(struct __sk_buff *skb, int v4, int inner_v4)
+INLINE int decap_room(struct __sk_buff *skb, __s32 room, int v4, int inner_v4)
 {
-	__s32 room = (__s32)encap_overhead(v4);
 	__be16 type = inner_v4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 
 	if (v4 == inner_v4)
@@ -215,33 +213,47 @@ INLINE int outer_v6(struct __sk_buff *skb, const struct tunnel_peer *to, const s
 	       bpf_skb_store_bytes(skb, L3, &ip, sizeof(ip), BPF_F_RECOMPUTE_CSUM);
 }
 
-/* Encapsulate a packet of this IP version and send it to a node. Returns an action, and counts failures only. */
-static __noinline int encap_send(struct __sk_buff *skb, struct tunnel_peer *to, __u32 version)
+/* Write UDP, Geneve and the proof, behind the room for the outer IP header. */
+INLINE int encap_store(struct __sk_buff *skb, const struct tunnel_header *head, __u32 at, int proven)
+{
+	return (int)(likely(proven)
+			     ? bpf_skb_store_bytes(skb, at, head, sizeof(*head), BPF_F_RECOMPUTE_CSUM)
+			     : bpf_skb_store_bytes(skb, at, head, sizeof(*head) - PROOF_SIZE, BPF_F_RECOMPUTE_CSUM));
+}
+
+/* Encapsulate a packet and send it to a node. Returns an action, and counts failures only.
+ * `p`: the packet as it is now; its flow is changed. `path`: to the node, if the caller has it. */
+static __noinline int encap_send(struct __sk_buff *skb, struct tunnel_peer *to, struct packet *p,
+				 struct mesh_node *path)
 {
 	struct fib_query by = {.protocol = IPPROTO_UDP};
 	struct tunnel_header head = {};
 	struct mesh_config *node = config();
-	struct mesh_node *path = to ? bpf_map_lookup_elem(&mesh_nodes, &to->node) : NULL;
 	__u32 length, room;
-	int v4;
+	int v4, proven;
 
+	if (!path)
+		path = bpf_map_lookup_elem(&mesh_nodes, &to->node);
 	if (!path || !node)
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	v4 = is_v4(&to->node);
-	room = encap_overhead(v4);
+	proven = is_to_prove(path);
+	if (likely(proven) && proof_make(skb, p, to, path->keys, &head.proof))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	room = encap_overhead(v4, proven);
 	length = skb->len - L3 + room;
 	head.udp.source = bpf_htons((__u16)(MESH_TUNNEL_SOURCE | (to->entropy & 0x3fff)));
 	head.udp.dest = node->tunnel_port;
 	head.udp.len = bpf_htons((__u16)(length - (v4 ? V4_HEADER : V6_HEADER)));
-	head.geneve.words = MESH_GENEVE_WORDS;
+	head.geneve.words = (__u8)(MESH_GENEVE_WORDS + (proven ? MESH_PROOF_WORDS : 0));
 	head.geneve.flags = MESH_GENEVE_CRITICAL;
-	head.geneve.inner = version == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	head.geneve.inner = p->version == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 	head.geneve.option_class = bpf_htons(MESH_GENEVE_CLASS);
 	head.geneve.option_type = MESH_GENEVE_TYPE;
-	head.geneve.option_words = MESH_GENEVE_OPTION;
+	head.geneve.option_words = (__u8)(MESH_GENEVE_OPTION + (proven ? MESH_PROOF_WORDS : 0));
 	head.geneve.id = to->id;
-	if (encap_room(skb, v4, version == 4) ||
-	    bpf_skb_store_bytes(skb, L3 + room - TUNNEL_HEADERS, &head, sizeof(head), BPF_F_RECOMPUTE_CSUM) ||
+	if (encap_room(skb, (__s32)room, v4, p->version == 4) ||
+	    encap_store(skb, &head, L3 + (v4 ? V4_HEADER : V6_HEADER), proven) ||
 	    (v4 ? outer_v4(skb, to, path, length) : outer_v6(skb, to, path, length)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	if (!v4)

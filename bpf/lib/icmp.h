@@ -8,38 +8,9 @@
 #define MESH_ICMP_H
 
 #include "forward.h"
+#include "quoted.h"
 
 #define ICMP_CHECK 2u
-
-INLINE int load_quoted(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
-{
-	struct quoted *q = &w->quoted;
-
-	q->pad = 0;
-	q->ip = (__u16)(p->l4 + sizeof(struct icmp));
-	if (p->version == 4) {
-		if (bpf_skb_load_bytes(skb, q->ip, &w->ip.v4, sizeof(w->ip.v4)) || w->ip.v4.version != 4 ||
-		    w->ip.v4.ihl < 5 || (bpf_ntohs(w->ip.v4.frag_off) & IP_OFFSET))
-			return -1;
-		address_v4(&q->flow.source, w->ip.v4.saddr);
-		address_v4(&q->flow.destination, w->ip.v4.daddr);
-		q->flow.protocol = w->ip.v4.protocol;
-		q->check = w->ip.v4.check;
-		q->l4 = (__u16)(q->ip + w->ip.v4.ihl * 4u);
-	} else {
-		if (bpf_skb_load_bytes(skb, q->ip, &w->ip.v6, sizeof(w->ip.v6)) || w->ip.v6.version != 6)
-			return -1;
-		__builtin_memcpy(&q->flow.source, &w->ip.v6.saddr, 16);
-		__builtin_memcpy(&q->flow.destination, &w->ip.v6.daddr, 16);
-		q->flow.protocol = w->ip.v6.nexthdr;
-		q->l4 = (__u16)(q->ip + sizeof(w->ip.v6));
-	}
-	if (q->flow.protocol != IPPROTO_TCP && q->flow.protocol != IPPROTO_UDP)
-		return -1;
-	if (q->l4 + 8u > L3 + p->length)
-		return -1;
-	return (int)bpf_skb_load_bytes(skb, q->l4, &q->flow.source_port, 4);
-}
 
 /* Give the quoted packet `to`'s addresses and ports, and the error's checksum the difference. In IPv4 the quoted
  * header's own checksum cancels the addresses. */

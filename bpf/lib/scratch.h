@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Working space that the stack has no room for: one element per CPU, which runs one program at a time. Private to each
- * object. */
+/* Working space that the stack has no room for: one element per CPU, which runs one program at a time; and what
+ * programs remember of proofs. Private to each object. */
 #ifndef MESH_SCRATCH_H
 #define MESH_SCRATCH_H
 
 #include "maps.h"
 #include "parse.h"
+
+#define PROOF_MEMO_BITS 11
 
 /* Working space: the key of a look-up in the flow tables. */
 struct {
@@ -88,5 +90,28 @@ INLINE struct mesh_revnat *revnat_work(void)
 		__builtin_memset(work, 0, sizeof(*work));
 	return work;
 }
+
+#ifdef MESH_PROVES /* the object sends or takes packets of the tunnel */
+/* A proof, and what it is of. */
+struct proof {
+	__u64 key; /* first half of the key: says which key, nodes and direction */
+	struct mesh_flow flow;
+	struct mesh_id id;
+	__u32 epoch;
+	__u64 mac;
+	__u32 since; /* jiffies, when the epoch was last compared with the clock */
+	__u32 pad;
+};
+
+/* Proofs of recent flows, by the flow's hash, of what is sent and of what is received. Written by programs.
+ *
+ * Private to each object, since other builds may prove other things. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << PROOF_MEMO_BITS);
+	__type(key, __u32);
+	__type(value, struct proof);
+} proof_memo SEC(".maps");
+#endif
 
 #endif /* MESH_SCRATCH_H */

@@ -50,12 +50,12 @@ INLINE void second_chance_ask(const struct packet *p, struct lb_choice *c)
 }
 
 /* The node that is asked, for a flow that it does not know: return the packet as it came. */
-INLINE int second_chance_return(struct __sk_buff *skb, const struct packet *p, struct tunnel_peer *from)
+INLINE int second_chance_return(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from)
 {
 	int action;
 
 	from->id.flags = MESH_TUNNEL_BACK;
-	action = encap_send(skb, from, p->version);
+	action = encap_send(skb, from, p, NULL);
 	if (action == TC_ACT_REDIRECT)
 		count_verdict(MESH_VERDICT_TUNNEL_BACK);
 	return action;

@@ -57,6 +57,7 @@ struct reply_path {
 	struct tunnel_peer to;
 	__u32 ifindex; /* not 0: straight to the client */
 	__u32 pad;
+	struct mesh_node *path; /* to the node */
 };
 
 /* Find it. p->mtu becomes the tunnel's, 0 for none. Returns -1 where there is no path at all. */
@@ -72,7 +73,8 @@ static __noinline int find_reply_path(struct __sk_buff *skb, struct packet *p, s
 	d->to.node = *node;
 	d->to.id.flags = MESH_TUNNEL_REPLY;
 	d->to.entropy = (__u32)mesh_hash_flow_wide(&p->flow);
-	p->mtu = (__u16)tunnel_mtu(&d->to.node);
+	d->path = bpf_map_lookup_elem(&mesh_nodes, &d->to.node);
+	p->mtu = (__u16)path_takes(d->path, is_v4(&d->to.node));
 	if (p->mtu && !(own->settings & MESH_SETTING_DIRECT))
 		return 0;
 	d->ifindex = fib_output(skb, &reply->called, &reply->client);
@@ -87,7 +89,7 @@ INLINE int send_reply(struct __sk_buff *skb, struct packet *p, struct reply_path
 		count_verdict(name == MESH_VERDICT_TUNNEL_REPLY_TX ? MESH_VERDICT_TUNNEL_DIRECT : name);
 		return (int)bpf_redirect_neigh(d->ifindex, NULL, 0, 0);
 	}
-	action = encap_send(skb, &d->to, p->version);
+	action = encap_send(skb, &d->to, p, d->path);
 	if (action == TC_ACT_REDIRECT)
 		count_verdict(name);
 	return action;
@@ -121,6 +123,10 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 	count_out(reply->frontend, reply->owner, p->length);
 	if ((p->mtu && (p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, p->mtu)) || rewrite(skb, p, &to))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	p->flow.source = to.source;
+	p->flow.destination = to.destination;
+	p->flow.source_port = to.source_port;
+	p->flow.destination_port = to.destination_port;
 	return 0;
 }
 

@@ -13,17 +13,25 @@ INLINE int is_one_flag(__u8 flags)
 
 INLINE int is_geneve(const struct mesh_geneve *geneve)
 {
-	return geneve->words == MESH_GENEVE_WORDS && geneve->flags == MESH_GENEVE_CRITICAL && !geneve->vni &&
+	__u32 more = geneve->option_words - MESH_GENEVE_OPTION;
+
+	return (!more || more == MESH_PROOF_WORDS) && geneve->words == MESH_GENEVE_WORDS + more &&
+	       geneve->flags == MESH_GENEVE_CRITICAL && !geneve->vni &&
 	       (geneve->inner == bpf_htons(ETH_P_IP) || geneve->inner == bpf_htons(ETH_P_IPV6)) &&
 	       geneve->option_class == bpf_htons(MESH_GENEVE_CLASS) && geneve->option_type == MESH_GENEVE_TYPE &&
-	       geneve->option_words == MESH_GENEVE_OPTION && is_one_flag(geneve->id.flags);
+	       is_one_flag(geneve->id.flags);
+}
+
+INLINE int is_with_proof(const struct mesh_geneve *geneve)
+{
+	return geneve->option_words != MESH_GENEVE_OPTION;
 }
 
 /* Whether the headers are what encap_send writes. */
 INLINE int is_tunnel_header(const struct tunnel_header *head, const struct packet *p)
 {
 	return is_geneve(&head->geneve) && !p->fragment && p->l4 == L3 + header_length(p) &&
-	       p->length >= p->l4 - L3 + TUNNEL_HEADERS;
+	       p->length >= p->l4 - L3 + TUNNEL_HEADERS + (is_with_proof(&head->geneve) ? PROOF_SIZE : 0);
 }
 
 /* The task of this node that an id names. */
@@ -63,7 +71,6 @@ INLINE int is_denied_here(const struct mesh_backend *backend, const struct mesh_
 /* A client's packet that another node has given to a backend of this one. Returns an action or a REJECT. */
 static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from)
 {
-	struct mesh_node *node = bpf_map_lookup_elem(&mesh_nodes, &from->node);
 	__u8 flags = from->id.flags;
 	struct lb_choice c = {};
 	struct tuple to;
@@ -71,7 +78,7 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 	int taken;
 
 	word = port_word(p->flow.protocol, p->flow.destination_port);
-	if (!node || p->flow.protocol != from->id.protocol || (word & MESH_PORT_TUNNEL))
+	if (p->flow.protocol != from->id.protocol || (word & MESH_PORT_TUNNEL))
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
 	from->id.flags = 0;
 	c.backend = find_backend_by_id(&from->id, &c.owner);
@@ -89,7 +96,7 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 		return verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT);
 	}
 	task_tuple(&to, p, c.backend, 0);
-	taken = revnat_update(skb, p, &c, &to, MESH_REVNAT_NODE | node->id);
+	taken = revnat_update(skb, p, &c, &to, MESH_REVNAT_NODE | from->number);
 	if (taken)
 		return collide(p, c.frontend, taken);
 	recent_forget(&c);
@@ -238,33 +245,60 @@ static __noinline int reject_through_tunnel(struct __sk_buff *skb, struct packet
 		return TC_ACT_SHOT;
 	__builtin_memset(&from->id, 0, sizeof(from->id));
 	from->id.flags = MESH_TUNNEL_REPLY;
-	return encap_send(skb, from, p->version);
+	return parse(skb, p) == PARSE_OTHER ? verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT) : encap_send(skb, from, p, NULL);
+}
+
+#define DECAP_UNPROVEN (-1)
+
+/* Whether a packet comes from the node that it says, as far as that node gives a proof. */
+INLINE int is_from_node(struct __sk_buff *skb, const struct packet *p, const struct tunnel_peer *from,
+			struct mesh_node *path, const struct mesh_proof *got)
+{
+	const struct mesh_flow *flow = &p->flow;
+	struct icmp_work *w;
+
+	if (!got)
+		return is_believed(path, PROOF_NONE);
+	if (unlikely(flow->protocol != IPPROTO_TCP && flow->protocol != IPPROTO_UDP)) {
+		w = icmp_work();
+		if (!w || load_quoted(skb, p, w))
+			return is_believed(path, PROOF_NONE);
+		w->quoted.flow.pad[0] = PROOF_ERROR;
+		flow = &w->quoted.flow;
+	}
+	return is_believed(path, proof_check(flow, from, path, got));
 }
 
 /* Remove the headers of the tunnel from a packet whose outer headers are parsed; `p` and `from` then describe the
  * inner packet. TCP segments are cut by the inner lengths; datagrams that an interface has merged
  * (rx-udp-gro-forwarding) are not. */
-static __noinline int decap(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from)
+static __noinline int decap(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from, struct mesh_node *path)
 {
 	struct tunnel_header head;
-	int result;
+	int result, proven;
 
 	from->node = p->flow.source;
+	/* Without a proof the last of these bytes are of the inner packet, which is longer. */
 	if (bpf_skb_load_bytes(skb, p->l4, &head, sizeof(head)) || !is_tunnel_header(&head, p))
 		return PARSE_MALFORMED;
 	from->id = head.geneve.id;
-	if (decap_room(skb, p->version == 4, head.geneve.inner == bpf_htons(ETH_P_IP)))
+	proven = is_with_proof(&head.geneve);
+	if (decap_room(skb, (__s32)encap_overhead(p->version == 4, proven), p->version == 4,
+		       head.geneve.inner == bpf_htons(ETH_P_IP)))
 		return PARSE_MALFORMED;
 	result = parse(skb, p);
 	if (skb->gso_size && p->length != skb->len - L3)
 		return PARSE_MALFORMED;
+	from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
+	if (!is_from_node(skb, p, from, path, proven ? &head.proof : NULL))
+		return DECAP_UNPROVEN;
 	if (result == PARSE_FRAGMENT) {
 		if (p->fragment == 1)
 			fragment_store(p);
 		if (p->fragment == 1 || !fragment_ports(p))
 			result = PARSE_FLOW;
+		from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
 	}
-	from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
 	return result;
 }
 

@@ -31,13 +31,14 @@ static __noinline int tunnel_tx(struct __sk_buff *skb, struct packet *p, struct 
 				__u32 flags)
 {
 	struct tunnel_peer to = {.node = backend->address, .entropy = entropy};
+	struct mesh_node *path = bpf_map_lookup_elem(&mesh_nodes, &backend->address);
 
 	to.id.seed[0] = ((__be32 *)&backend->seed)[0];
 	to.id.seed[1] = ((__be32 *)&backend->seed)[1];
 	to.id.port = backend->port;
 	to.id.protocol = backend->protocol;
 	to.id.flags = (__u8)flags;
-	p->mtu = (__u16)tunnel_mtu(&to.node);
+	p->mtu = (__u16)path_takes(path, is_v4(&to.node));
 	if (unlikely(!p->mtu))
 		return verdict(MESH_VERDICT_TUNNEL_NO_PATH, TC_ACT_UNSPEC);
 	if (unlikely(p->ttl <= 1))
@@ -46,7 +47,7 @@ static __noinline int tunnel_tx(struct __sk_buff *skb, struct packet *p, struct 
 		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
 	if ((unlikely(p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, p->mtu)) || decrement_ttl(skb, p))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
-	return encap_send(skb, &to, p->version);
+	return encap_send(skb, &to, p, path);
 }
 
 #endif /* MESH_TUNNEL_TX_H */

@@ -35,6 +35,7 @@ INDEX: Final = """mesh
 /state     the daemon's whole state, JSON
 /cluster   all nodes compared, on a manager
 /nodes     the cluster's nodes, on any node
+/keys      the swarm's keys by which nodes prove themselves, without their secrets
 /drains    what is drained, how the nodes follow, and connections left
 /explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   which backend a connection gets, and why
 """
@@ -44,8 +45,8 @@ def make_app(view: AgentView, *, control: bool, hosts: Iterable[str] = ()) -> we
     """The HTTP application for a view.
 
     Args:
-        control: also serve POST /drain, /undrain, /probe, /connectivity and /stop. For the control socket only, which
-            only root can open.
+        control: also serve POST /drain, /undrain, /probe, /connectivity, /keys/rotate and /stop. For the control
+            socket only, which only root can open.
         hosts: names and addresses by which it may be called besides the node's own. Not for the control socket.
     """
     app = web.Application(middlewares=[_errors] if control else [_errors, _own_name])
@@ -62,12 +63,14 @@ def make_app(view: AgentView, *, control: bool, hosts: Iterable[str] = ()) -> we
     app.router.add_get("/cluster", _cluster)
     app.router.add_get("/nodes", _nodes)
     app.router.add_get("/drains", _drains)
+    app.router.add_get("/keys", _keys)
     app.router.add_get("/explain", _explain)
     if control:
         app.router.add_post("/drain", _drain)
         app.router.add_post("/undrain", _undrain)
         app.router.add_post("/probe", _probe)
         app.router.add_post("/connectivity", _connectivity)
+        app.router.add_post("/keys/rotate", _rotate_keys)
         app.router.add_post("/stop", _stop)
     return app
 
@@ -165,6 +168,14 @@ async def _nodes(request: web.Request) -> web.Response:
 
 async def _drains(request: web.Request) -> web.Response:
     return _json(await request.app[VIEW].drains())
+
+
+async def _keys(request: web.Request) -> web.Response:
+    return _json(request.app[VIEW].keys())
+
+
+async def _rotate_keys(request: web.Request) -> web.Response:
+    return _json(request.app[VIEW].rotate_keys())
 
 
 async def _explain(request: web.Request) -> web.Response:

@@ -246,6 +246,17 @@ class View:
         followers = dict(self._cluster.followers()) if self._cluster is not None else {}
         return {"nodes": follow_rows(self._nodes(), followers), "drained": self._drained_things(own, followers)}
 
+    def keys(self) -> Json:
+        return dict(self._swarm().keys())
+
+    def rotate_keys(self) -> Json:
+        return dict(self._swarm().rotate_keys())
+
+    def _swarm(self) -> ClusterView:
+        if self._cluster is None:
+            raise MeshError("this daemon serves one node only: there are no keys", remedy="provider = swarm")
+        return self._cluster
+
     def _drained_things(self, own: Mapping[str, int], followers: Mapping[str, Follower]) -> list[Json]:
         status, now, inventory = self._provider.status(), self._drained.now, self._reconciler.picture.inventory
         up = {node.id: node.name or node.id for node in inventory.nodes if node.up and node.engine}

@@ -123,5 +123,21 @@ class AgentView(Protocol):
         tell, with scope "node" on this one), untold [names of nodes that do not tell]}], nodes (see `set_drained`).
         """
 
+    def keys(self) -> Json:
+        """The swarm's keys, the newest first, without their secrets: keys [{id, state ("in use": nodes prove by it,
+        "accepted": as before, "waiting": not in use until all agents have it), age_seconds, missing [ids of nodes whose
+        agents do not have it, on a manager]}], manager (bool: whether `rotate_keys` can be asked here).
+
+        Raises:
+            mesh.errors.MeshError: this daemon serves one node only.
+        """
+
+    def rotate_keys(self) -> Json:
+        """Make another key of the swarm now; answers as `keys`. The one in use stays accepted until the next.
+
+        Raises:
+            mesh.errors.MeshError: this node is no manager, or the last new key is not in use yet.
+        """
+
     async def stop(self, *, release: bool) -> None:
         """Stop as SIGTERM does; `release` also hands the ports back."""

@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "connectivity-test": ("connectivity", "Every node calls every task through every node."),
     "drain": ("drain", "Stop new connections to a backend or a node."),
     "undrain": ("drain", "Resume new connections to a backend or a node."),
+    "keys": ("keys", "The swarm's keys by which nodes prove themselves; a new one."),
     "stop": ("stop", "Stop the daemon; hand the ports back if asked to."),
 }
 """The module below `mesh.cli` that has the command, and what `mesh --help` says of it: in the order of that list. Only

@@ -87,8 +87,14 @@ def _lines(found: Json) -> Iterator[str]:
         ((rule["acl"], rule["source"], rule["action"]) for rule in found["acl"]), "ACL", "SOURCE", "ACTION"
     )
     yield from ("", "nodes")
-    nodes = ((n["id"], n["address"], n["source"], n["interface"], n["mtu"] or "no tunnel") for n in found["nodes"])
-    yield from _table(nodes, "ID", "ADDRESS", "SOURCE", "INTERFACE", "MTU")
+    nodes = (
+        (
+            *(n["id"], n["address"], n["source"], n["interface"], n["mtu"] or "no tunnel"),
+            *(" ".join(n["keys"]) or "none", "sent" * n["proves"], "demanded" * n["demands"]),
+        )
+        for n in found["nodes"]
+    )
+    yield from _table(nodes, "ID", "ADDRESS", "SOURCE", "INTERFACE", "MTU", "KEYS", "PROOF SENT", "DEMANDED")
 
 
 def _frontend(frontend: Json) -> Iterator[str]:

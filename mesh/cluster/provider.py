@@ -331,12 +331,49 @@ class ClusterProvider:
             return
         alone = len(self._local.look.managers) < 2
         waited = alone or time.monotonic() - self._manages_since >= GATHER_KEYS
-        if waited and not self._keys.waiting() and self._keys.age() >= self._key_period:
+        if waited and not self._keys.waiting() and self._keys.next_in(self._key_period) <= 0 and self._may_renew():
             self._keys.make()
             self._keys_changed()
         if name := self._proofs.ready(server.nodes, self._verdicts.reports.of):
             self._keys.activate(name)
             self._keys_changed()
+
+    def _may_renew(self) -> bool:
+        """Whether two new keys in a row cut off no node that has the keys and whose agent is away. What is due by
+        `key_period` is made in any case."""
+        if self._keys.age() >= self._key_period:
+            return True
+        server, own = self._roles.server, self._local.look.node
+        nodes = self._published.nodes if self._published is not None else ()
+        return server is not None and all(
+            n.id in server.nodes or n.id == own for n in nodes if n.up and n.proof >= ProofLevel.PROVES
+        )
+
+    def _reports(self) -> dict[str, wire.Report]:
+        server, own = self._roles.server, self._local.look.node
+        others = {node: self._verdicts.reports.of(node) for node in (server.nodes if server is not None else ())}
+        return {**others, own: wire.Report({}, proof=int(self._proofs.own), holds=self._proofs.holds)}
+
+    def keys(self) -> Mapping[str, Any]:
+        """See ClusterView.keys."""
+        return {"keys": self._proofs.rows(self._reports()), "manager": self._manages}
+
+    @property
+    def _manages(self) -> bool:
+        return self._roles.server is not None and self._roles.reads
+
+    def rotate_keys(self) -> Mapping[str, Any]:
+        """See ClusterView.rotate_keys."""
+        if not self._manages:
+            managers = ", ".join(sorted(self._local.look.managers.values())) or "none is known"
+            raise MeshError("this node is no manager: managers make the swarm's keys", remedy=f"ask one: {managers}")
+        if waiting := self._keys.waiting():
+            missing = next((row["missing"] for row in self.keys()["keys"] if row["id"] == waiting), ())
+            of = f", of {len(missing)} nodes" if missing else ""
+            raise MeshError(f"key {waiting} is not in use yet: agents have still to get it{of}", remedy="mesh keys")
+        self._keys.make()
+        self._keys_changed()
+        return self.keys()
 
     # ---- what is drained on all nodes ----
 

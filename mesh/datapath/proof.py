@@ -36,12 +36,18 @@ class Proof:
         proving: addresses of nodes from which nothing unproven is accepted.
         checking: of nodes that understand proofs, and answer with them.
         require: nothing unproven is accepted from any node.
+        tunnel_proving: as `proving`, of the tunnel.
+        tunnel_checking: as `checking`, of the tunnel.
+        known: the nodes are known; if not, what was demanded of them is, and they are sent what they were.
     """
 
     keys: tuple[tuple[int, bytes], ...] = ()
     proving: frozenset[Address] = frozenset()
     checking: frozenset[Address] = frozenset()
     require: bool = False
+    tunnel_proving: frozenset[Address] = frozenset()
+    tunnel_checking: frozenset[Address] = frozenset()
+    known: bool = True
 
     def of(self, kind: int, body: bytes, now: int) -> bytes:
         """A proof of `body`; one that nobody believes where this node has no key."""

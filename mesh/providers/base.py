@@ -90,6 +90,16 @@ class ClusterView(Protocol):
             MeshError: it cannot be asked within so many seconds, or refused; the message says why.
         """
 
+    def keys(self) -> Mapping[str, Any]:
+        """The swarm's keys, without their secrets: see mesh.api.view.AgentView.keys. On the event loop."""
+
+    def rotate_keys(self) -> Mapping[str, Any]:
+        """Make another key of the swarm now, and say what `keys` does. On the event loop.
+
+        Raises:
+            MeshError: this node is no manager, or the last new key is not in use yet.
+        """
+
     def cluster(self) -> Mapping[str, Any]:
         """All nodes side by side, and where they differ: see mesh.api.view.AgentView.cluster.
 

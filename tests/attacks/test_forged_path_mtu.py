@@ -77,8 +77,8 @@ def test_a_path_that_takes_less_is_found(plane: Plane, asked: list[Address]) -> 
     forge(plane, 1280)
     agent(plane, PathMtu(1400, 1500, told=True), asked)
     assert not sent(plane, 1400)
-    assert sent(plane, 1400 - 52 - 28)
-    assert not sent(plane, 1400 - 52 - 28 + 1)
+    assert sent(plane, 1400 - 64 - 28)
+    assert not sent(plane, 1400 - 64 - 28 + 1)
 
 
 def test_what_cannot_be_asked_is_believed() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bpf.plane import UDP, Plane
+from tests.bpf.tunnel import KEY
 from tests.bpf.wires import inside
 from tests.support.frames import NODE4, NODE6, TASK4, TASK6
 
@@ -29,6 +30,14 @@ def plane() -> Plane:
     p.frontend(4, 56, [(5, 5)], protocol=UDP)
     p.frontend(5, 8080, [(2, 2)])
     return p
+
+
+@pytest.fixture(params=["plain", "proven"])
+def plain_and_proven(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once in a swarm whose nodes prove nothing in the tunnel, once in one where they do and demand it."""
+    Plane.proofs = (3, (KEY,)) if request.param == "proven" else (0, ())
+    yield
+    Plane.proofs = (0, ())
 
 
 @pytest.fixture(scope="module")

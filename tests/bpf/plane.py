@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from mesh import _abi, _bpf
+from tests.oracle.tunnel_proof import key_between
 
 ROOT: Final = Path(__file__).parents[2]
 OBJECTS: Final = ROOT / "mesh/datapath/kernel/objects"
@@ -131,6 +132,8 @@ class Plane:
         self.used: set[tuple[str, int]] = set()
         self.configure()
 
+    # Of all nodes: 1, what is sent there is proven; 2, proofs are demanded; (number, secret) of the swarm's keys.
+    proofs: ClassVar[tuple[int, Sequence[tuple[int, bytes]]]] = (0, ())
     _loaded: ClassVar[dict[tuple[str, ...], Plane]] = {}
 
     @classmethod
@@ -167,9 +170,12 @@ class Plane:
         assert held
         self.maps["mesh_fib_gen"].update(u32(0), u32(struct.unpack("=I", held)[0] + 1))
 
-    def configure(self, cookie: int = 0, *, settings: int = 0, error_rate: int = 0) -> None:
+    def configure(self, cookie: int = 0, *, settings: int = 0, error_rate: int = 0, clock: int | None = None) -> None:
+        """`clock`: Unix time less CLOCK_MONOTONIC, in nanoseconds; None: as it is."""
+        clock = time.time_ns() - time.monotonic_ns() if clock is None else clock
         value = struct.pack("=Q16s16sI", cookie, packed(HAIRPIN), packed(HAIRPIN6), settings)
-        self.maps["mesh_config"].update(u32(0), value + struct.pack("!H", TUNNEL_PORT) + struct.pack("=H", error_rate))
+        value += struct.pack("!H", TUNNEL_PORT) + struct.pack("=HQ", error_rate, clock)
+        self.maps["mesh_config"].update(u32(0), value)
 
     def orphan(self, stamps: int = 0) -> None:
         """The tables have been orphaned for so many stamps; negative: they will be after so many."""
@@ -177,10 +183,25 @@ class Plane:
         now = time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) >> 30  # the programs' clock
         self.maps["mesh_heartbeat"].update(u32(0), u32((now - stamps) % (1 << 32) or 1))
 
-    def tunnel(self, number: int, node: str, own: str, *, mtu: int = 1500, ifindex: int = 1) -> None:
-        """Another node, and this one's address by which it is known there."""
+    def tunnel(
+        self,
+        number: int,
+        node: str,
+        own: str,
+        *,
+        mtu: int = 1500,
+        ifindex: int = 1,
+        flags: int | None = None,
+        keys: Sequence[tuple[int, bytes]] | None = None,
+    ) -> None:
+        """Another node, and this one's address by which it is known there. `flags` and `keys`: see `proofs`."""
+        flags, keys = self.proofs[0] if flags is None else flags, self.proofs[1] if keys is None else keys
         self.maps["mesh_node_addrs"].update(u32(number), packed(node))
-        self.maps["mesh_nodes"].update(packed(node), packed(own) + struct.pack("=6I", ifindex, mtu, number, 0, 0, 0))
+        value = packed(own) + struct.pack("=10I", ifindex, mtu, number, 0, 0, 0, flags, 0, 0, 0)
+        for name, secret in keys:
+            ways = key_between(secret, own, node) + key_between(secret, node, own)
+            value += struct.pack("!H", name % 65536) + struct.pack("=HI32s", 1, 0, ways)
+        self.maps["mesh_nodes"].update(packed(node), value.ljust(self.maps["mesh_nodes"].value_size, b"\0"))
         self.maps["mesh_ports"].update(u32(65536 + TUNNEL_PORT), u32(0x40000000))
         self.used |= {("mesh_node_addrs", number), ("mesh_ports", 65536 + TUNNEL_PORT)}
 

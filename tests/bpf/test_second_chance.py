@@ -16,7 +16,7 @@ from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.tunnel import PEER4, REPLY, SEED, VERSIONS, identity, unwrapped, wrapped
 from tests.support.frames import CLIENT4, CLIENT6, NODE4, NODE6, OTHER4, TASK4, TASK6, Ether, become, datagram, segment
 
-pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere")]
+pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere", "plain_and_proven")]
 
 VIP = {4: "192.0.2.200", 6: "2001:db8::200"}
 CLIENT = {4: CLIENT4, 6: CLIENT6}
@@ -244,8 +244,8 @@ def test_segments_of_a_flow_that_needed_no_tunnel_before_are_told_their_size(loa
     """Its task is on the node that had the address: nobody has clamped them."""
     pair = Pair(loaded, previous=PASS)
     error = Ether(pair.here.run("mesh_ingress", bytes(pair.call(data=bytes(1440)))).data)
-    assert (error["ICMP"].type, error["ICMP"].code, error["ICMP"].nexthopmtu) == (3, 4, 1448)
-    assert pair.leaves(bytes(pair.call(data=bytes(1400))))[0] == ASKED
+    assert (error["ICMP"].type, error["ICMP"].code, error["ICMP"].nexthopmtu) == (3, 4, 1436)
+    assert pair.leaves(bytes(pair.call(data=bytes(1390))))[0] == ASKED
 
 
 def test_an_owner_that_was_asked_keeps_its_flow_through_further_changes(loaded: tuple[Plane, Plane]) -> None:

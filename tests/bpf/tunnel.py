@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bpf.plane import Plane, u32
+from tests.oracle import tunnel_proof as oracle
 from tests.support.frames import (
     CLIENT4,
     CLIENT6,
@@ -26,6 +27,7 @@ from tests.support.frames import (
 PEER4 = "192.0.2.2"
 PORT = 6084
 SEED = bytes(range(1, 9))
+KEY = (0xC0FFEE42, bytes(range(16)))  # of the swarm
 
 
 def identity(port: int = 8080, protocol: int = 6, seed: bytes = SEED, flags: int = 0) -> bytes:
@@ -41,28 +43,42 @@ REPLY = identity(0, 0, bytes(8), 1)
 VERSIONS = pytest.mark.parametrize(("inner", "outer"), [(4, 4), (6, 4), (4, 6), (6, 6)])
 
 
-def wrapped(inner: bytes, source: str, destination: str, ident: bytes, **changes: Any) -> bytes:
-    """An inner frame's IP packet in the tunnel, as it arrives. `changes`: of the Geneve header's fields."""
-    fields = {"words": 4, "flags": 0x40, "type": struct.unpack("!H", inner[12:14])[0], "vni": 0}
-    fields |= {"class": 0xFF6D, "option": 0x81, "length": 3, "sport": 50000, "dport": PORT} | changes
-    geneve = struct.pack("!BBHIHBB", *list(fields.values())[:7]) + ident
+def wrapped(inner: bytes, source: str, destination: str, ident: bytes, proof: bytes = b"", **changes: Any) -> bytes:
+    """An inner frame's IP packet in the tunnel, as it arrives, with a proof where nodes give one (Plane.proofs).
+
+    `changes`: of the Geneve header's fields.
+    """
+    if Plane.proofs[0] and not proof:
+        proof = oracle.proof(KEY, source, destination, inner[14:], ident, oracle.now())
+    more = len(proof) // 4
+    fields = {"words": 4 + more, "flags": 0x40, "type": struct.unpack("!H", inner[12:14])[0], "vni": 0}
+    fields |= {"class": 0xFF6D, "option": 0x81, "length": 3 + more, "sport": 50000, "dport": PORT} | changes
+    geneve = struct.pack("!BBHIHBB", *list(fields.values())[:7]) + ident + proof
     ip = IPv6(src=source, dst=destination) if ":" in source else IP(src=source, dst=destination, flags="DF")
     udp = UDP(sport=fields["sport"], dport=fields["dport"], chksum=0)
     return bytes(ETHER / ip / udp / (geneve + inner[14:]))
 
 
 def unwrapped(frame: bytes, outer: int) -> tuple[bytes, bytes]:
-    """(the option's value, the inner packet) of a frame that left."""
+    """(the option's value, the inner packet) of a frame that left; a proof must be right, and there if nodes give one
+    (Plane.proofs)."""
     parsed = Ether(frame)
     network = parsed[IP] if outer == 4 else parsed[IPv6]
     assert parsed.type == (0x0800 if outer == 4 else 0x86DD)
     at = 14 + (20 if outer == 4 else 40)
     assert (parsed[UDP].dport, parsed[UDP].chksum, parsed[UDP].len) == (PORT, 0, len(frame) - at)
     assert (network.ttl if outer == 4 else network.hlim) == 64
-    assert frame[at + 8 : at + 20] == bytes.fromhex("0440") + frame[at + 10 : at + 12] + bytes(4) + b"\xff\x6d\x81\x03"
-    inner = frame[at + 32 :]
+    more = 3 if Plane.proofs[0] & 1 else 0
+    head = bytes([4 + more, 0x40]) + frame[at + 10 : at + 12] + bytes(4) + b"\xff\x6d\x81" + bytes([3 + more])
+    assert frame[at + 8 : at + 20] == head
+    inner, ident = frame[at + 32 + 4 * more :], frame[at + 20 : at + 32]
+    if more:
+        epoch = oracle.now()
+        epoch -= (epoch - int.from_bytes(frame[at + 34 : at + 36], "big")) % 65536
+        assert oracle.now() - epoch <= 1
+        assert frame[at + 32 : at + 44] == oracle.proof(KEY, network.src, network.dst, inner, ident, epoch)
     assert frame[at + 10 : at + 12] == (b"\x08\0" if inner[0] >> 4 == 4 else b"\x86\xdd")
-    return frame[at + 20 : at + 32], inner
+    return ident, inner
 
 
 def near(inner: int = 4, outer: int = 4, protocol: int = 6, *, mtu: int = 1500) -> Plane:

@@ -165,13 +165,21 @@ class Served:
         self.applied = self.engine.apply(step)
         return {"ids": {key.backend: entry.id for key, entry in self.applied.backends.items()}}
 
-    def prove(self, keys: Sequence[tuple[int, str]], nodes: Sequence[str]) -> None:
-        """Prove by these keys (number, secret in hexadecimal), and demand proofs of these nodes."""
+    def prove(
+        self,
+        keys: Sequence[tuple[int, str]],
+        nodes: Sequence[str],
+        checking: Sequence[str] | None = None,
+        known: bool = True,
+    ) -> None:
+        """Prove by these keys (number, secret in hexadecimal), and demand proofs of these nodes; through the tunnel
+        prove to `checking`, by default the same."""
         from mesh.datapath.proof import Proof
 
-        known = frozenset(ipaddress.ip_address(node) for node in nodes)
+        of = frozenset(ipaddress.ip_address(node) for node in nodes)
+        to = of if checking is None else frozenset(ipaddress.ip_address(node) for node in checking)
         secrets = tuple((number, bytes.fromhex(secret)) for number, secret in keys)
-        self.engine.prove(Proof(secrets, proving=known, checking=known))
+        self.engine.prove(Proof(secrets, of, of, tunnel_proving=of, tunnel_checking=to, known=known))
 
     def work(self, services: list[dict[str, Any]]) -> dict[str, int]:
         """As `serve`; says what that did to maps: system calls, stores to mapped arrays, bytes of these."""

@@ -298,6 +298,17 @@ async def test_check_asks_a_docker_engine(tmp_path: Path) -> None:
     await runner.cleanup()
 
 
+async def test_keys(daemon: Daemon) -> None:
+    _, run = daemon
+    done = await run("keys")
+    assert done.code == Exit.OK and "00c0ffee  in use" in done.out and "2 h" in done.out
+    done = await run("keys", "rotate")
+    assert done.code == Exit.OK and "0000beef  waiting" in done.out and "n2" in done.out
+    assert [key["id"] for key in (await run("keys", "--json")).json()["keys"]] == ["0000beef", "00c0ffee"]
+    done = await run("keys", "rotate")
+    assert done.code == Exit.REFUSED and "is not in use yet" in done.err
+
+
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 async def test_help_teaches(command: str | None) -> None:
     done = await mesh(*([command] if command else []), "--help")
@@ -313,7 +324,7 @@ async def test_wrong_usage() -> None:
 
 async def test_commands_that_ask_the_daemon_import_neither_agent_nor_server() -> None:
     """Imports are most of what a command costs."""
-    commands = ["status", "nodes", "services", "backends", "explain", "maps", "drain", "undrain", "stop"]
+    commands = ["status", "nodes", "services", "backends", "explain", "maps", "drain", "undrain", "keys", "stop"]
     code = (
         "import sys; from mesh.cli.main import main\n"
         f"for command in {commands}: main([command, '--help'], standalone_mode=False)\n"

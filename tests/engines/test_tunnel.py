@@ -327,7 +327,7 @@ def test_a_smaller_way_is_followed(pair: Pair) -> None:
         sock.send(bytes(1260))
 
         def told() -> bool:
-            return sock.getsockopt(socket.IPPROTO_IP, 14) == 1300 - 52  # IP_MTU
+            return sock.getsockopt(socket.IPPROTO_IP, 14) == 1300 - 64  # IP_MTU
 
         wait_for(told, "the client is told how much fits")
     connection.echo(100_000)

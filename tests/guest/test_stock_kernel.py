@@ -23,6 +23,7 @@ TABLES = (
     "tests/bpf/test_transition.py::test_known_answers_where_no_frontend_is",
     "tests/bpf/test_second_chance.py::test_what_nobody_knows_is_a_local_previous_owners",
     "tests/bpf/test_tunnel.py::test_there_and_back_through_the_owners_node",
+    "tests/bpf/test_tunnel_proof.py::test_what_is_proven_is_delivered",
     "tests/bpf/test_next_hop.py::test_without_an_agent_an_answer_counts_for_a_moment_only",
     "tests/bpf/test_next_hop.py::test_rules_by_type_of_service_are_obeyed",
     "tests/bpf/test_next_hop.py::test_where_no_neighbour_is_named_the_kernel_finds_the_way",

@@ -16,6 +16,7 @@ from tests.oracle.packets import ACK, CLIENT, FIRST, FREE, OK, REDIRECT, RST, SH
 from tests.oracle.state import Outcome, Reply
 
 ROOM, HEAD = 52, 32
+TAKES = 64  # of a path, with a proof, whether there is one or not
 REPLY = bytes(11) + b"\x01"
 ASK, BACK = b"\x02", b"\x04"
 
@@ -90,7 +91,7 @@ class Spanning(Model):
             return Outcome(OK, "TUNNEL_NO_PATH", frame)
         if p.ttl <= 1:
             return self._refuse(p, frame, "EXPIRED")
-        if len(frame) - ETHER > self.nodes[node] - ROOM:
+        if len(frame) - ETHER > self.nodes[node] - TAKES:
             self.failed(p, number, "TOO_BIG")
             return Outcome(SHOT, "TUNNEL_TOO_BIG")
         return self._wrapped(self._hop(p, frame), "TUNNEL_TX", node, ident)
@@ -204,7 +205,7 @@ class Spanning(Model):
         node = self.ways.get((p.destination, p.dport, p.source, p.sport, p.protocol), b"")
         if not node:
             return super()._reply(p, frame, reply)
-        if p.ttl > 1 and len(frame) - ETHER > self.nodes[node] - ROOM:
+        if p.ttl > 1 and len(frame) - ETHER > self.nodes[node] - TAKES:
             self.failed(p, reply.frontend, "TOO_BIG")
             return Outcome(SHOT, "TUNNEL_TOO_BIG")
         out = super()._reply(p, frame, reply)

@@ -163,6 +163,7 @@ class SampleView:
         self.local: list[bool] = []  # of each change
         self.follow = [{"node": "one", "state": "follows"}]
         self.notes: list[str] = []
+        self.held: list[Json] = [{"id": "00c0ffee", "state": "in use", "age_seconds": 7200.0, "missing": []}]
         self.left: list[Json] = [{"drained": [], "nodes": []}]  # answers, in turn
         self.probed: Json = {}
         self.connected: Json = {}
@@ -218,6 +219,15 @@ class SampleView:
         self.local.append(local)
         answer = {"kind": kind, "id": name, "name": name, "drained": drained, "scope": "node" if local else "cluster"}
         return answer | {"nodes": [] if local else self.follow, "notes": self.notes}
+
+    def keys(self) -> Json:
+        return {"keys": self.held, "manager": True}
+
+    def rotate_keys(self) -> Json:
+        if self.held[:1] and self.held[0]["state"] == "waiting":
+            raise MeshError(f"key {self.held[0]['id']} is not in use yet", remedy="mesh keys")
+        self.held.insert(0, {"id": "0000beef", "state": "waiting", "age_seconds": 0.1, "missing": ["n2"]})
+        return self.keys()
 
     async def drains(self) -> Json:
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]

@@ -21,6 +21,10 @@ def agreed(cluster: Cluster) -> str:
     found = kept(cluster)
     active = {tuple(name for name, (_, _, active) in held["keys"].items() if active) for held in found}
     others = len(cluster.daemons) - 1
-    if len(found) != others + 1 or len(active) != 1 or any(len(held["proving"]) != others for held in found):
+    if (
+        len(found) != others + 1
+        or len(active) != 1
+        or any(len(held[level]) != others for held in found for level in ("proving", "tunnel"))
+    ):
         return ""
     return "".join(active.pop()[:1])

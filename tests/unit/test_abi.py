@@ -27,7 +27,7 @@ TEXT = re.sub(r"/\*.*?\*/", "", "\n".join(path.read_text() for path in HEADERS),
 NUMBERS = {f"__u{8 * n}": getattr(ctypes, f"c_uint{8 * n}") for n in (1, 2, 4, 8)}
 NUMBERS |= {f"__be{8 * n}": getattr(ctypes, f"c_uint{8 * n}").__ctype_be__ for n in (2, 4, 8)}
 STRUCTS = {
-    name: re.findall(r"(struct mesh_\w+|__\w+)\s+(\w+)(?:\[(\d+)\])?;", body)
+    name: re.findall(r"(struct mesh_\w+|__\w+)\s+(\w+)(?:\[(\w+)\])?;", body)
     for name, body in re.findall(r"^struct (mesh_\w+) \{\n(.*?)^\};", TEXT, re.DOTALL | re.MULTILINE)
     if name != "mesh_addr"
 }
@@ -43,7 +43,7 @@ def c_type(name: str, count: str) -> Any:
     if name == "struct mesh_addr":
         return ctypes.c_uint8 * 16
     one = c_struct(name.removeprefix("struct ")) if name.startswith("struct") else NUMBERS[name]
-    return one * int(count) if count else one
+    return one * int(DEFINES.get(count, count).split()[0]) if count else one
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def sample(name: str, random_: random.Random) -> tuple[Any, ctypes.Structure]:
         if kind == "struct mesh_addr":
             values[member] = ipaddress.ip_address(raw[12:] if raw[0] & 1 else raw)
             raw = netaddr.pack(values[member])
-        elif kind.startswith("struct"):
+        elif kind.startswith("struct") and not count:
             values[member], inner = sample(kind.removeprefix("struct "), random_)
             raw = bytes(inner)
         elif count or isinstance(getattr(layout.record(), member), bytes):

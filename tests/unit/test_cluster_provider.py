@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
 from mesh.cluster import roles
-from mesh.cluster.wire import HealthReport, Report
+from mesh.cluster.wire import HealthReport, Key, Report
 from mesh.config.keys import Config
-from mesh.errors import ConfigError
-from mesh.model import Backend, EngineKind, Health, HealthView, Inventory, Node
+from mesh.errors import ConfigError, MeshError
+from mesh.model import Backend, EngineKind, Health, HealthView, Inventory, Node, ProofLevel
 from mesh.providers.base import ProviderStatus
 from mesh.providers.swarm.decode import decode
 from mesh.providers.swarm.local_node import LocalView
@@ -36,6 +38,17 @@ def test_a_manager_tells_the_others_what_its_own_engine_knows() -> None:
 
 NODES = tuple(Node(n, n, ipaddress.ip_address(f"10.0.0.{i}"), engine=EngineKind.PROXY) for i, n in enumerate("abc", 1))
 BACKENDS = tuple(Backend(f"t-{n}", "s", n, None, local=False) for n in "abc")
+
+
+class KeyServer(Server):
+    """One that is told keys."""
+
+    def __init__(self, *nodes: str) -> None:
+        super().__init__(*nodes)
+        self.shared: Mapping[str, Key] = {}
+
+    def share_keys(self, keys: Mapping[str, Key]) -> None:
+        self.shared = keys
 
 
 class Clock:
@@ -126,3 +139,42 @@ async def test_a_node_says_where_others_reach_it() -> None:
 def test_a_node_address_that_cannot_be_one_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="node_address"):
         _ = Config(node_address=wrong).own_address
+
+
+async def test_a_manager_makes_another_key_when_it_is_told_to(tmp_path: Path) -> None:
+    """And no second one before all have that; a worker says whom to ask."""
+    provider = make_provider(Config(state_dir=str(tmp_path)))
+    provider._local.look = LocalView("a", managers={"a": "10.0.0.1", "b": "10.0.0.2"})
+    with pytest.raises(MeshError, match="no manager") as refused:
+        provider.rotate_keys()
+    assert "10.0.0.2" in refused.value.remedy
+    server = provider._roles.server = KeyServer("b")
+    provider._roles.reads = True
+    first = provider.rotate_keys()["keys"]
+    assert [row["state"] for row in first] == ["waiting"] and list(server.shared) == [first[0]["id"]]
+    provider._verdicts.reports.take("b", Report({}, proof=3))
+    assert provider.keys()["keys"][0]["missing"] == ["a", "b"]
+    with pytest.raises(MeshError, match="not in use yet: agents have still to get it, of 2 nodes"):
+        provider.rotate_keys()
+    provider._keys.activate(first[0]["id"])
+    second = provider.rotate_keys()
+    assert [row["state"] for row in second["keys"]] == ["waiting", "in use"] and second["manager"]
+
+
+async def test_a_key_is_renewed_early_only_if_all_agents_get_it(tmp_path: Path) -> None:
+    """A node was removed: two new keys in a row end all flows of a node whose agent is away."""
+    provider = make_provider(Config(state_dir=str(tmp_path)))
+    provider._local.look = LocalView("a", managers={"a": "10.0.0.1"})
+    server = provider._roles.server = KeyServer("b")
+    provider._roles.reads = True
+    proving = tuple(replace(node, proof=ProofLevel.TUNNEL) for node in NODES)
+    provider._published = Inventory((), (), proving, source="swarm")
+    provider._keys.make()
+    name = provider._keys.waiting()
+    provider._keys.activate(name)
+    provider._keys.node_removed()
+    provider._tend_keys()
+    assert list(provider._keys.entries) == [name]  # c is up, has the keys, and does not call
+    server.nodes["c"] = ""
+    provider._tend_keys()
+    assert len(provider._keys.entries) == 2

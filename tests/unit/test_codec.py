@@ -105,14 +105,14 @@ def test_config(cookie: int, hairpin: ipaddress.IPv4Address, settings: int, port
         error_rate=1000,
     )
     data = _abi.CONFIG.pack(config)
-    assert len(data) == 48
+    assert len(data) == 56
     assert _abi.CONFIG.unpack(data) == config
 
 
 @given(st.builds(_abi.Node, source=addresses, ifindex=u32, mtu=u32, id=u32))
 def test_nodes(node: _abi.Node) -> None:
     data = _abi.NODE.pack(node)
-    assert len(data) == 40
+    assert len(data) == 176
     assert _abi.NODE.unpack(data) == node
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.cluster.keys import VALID, Keys, current, merged
+from mesh.cluster.keys import RENEWED, VALID, Keys, current, merged, ring_of
 from mesh.cluster.wire import Key
 
 NAMES = [f"{n:08x}" for n in range(6)]
@@ -80,10 +80,11 @@ def test_the_file_is_roots_alone_and_survives(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     keys = Keys(file)
     keys.make()
-    keys.remember(frozenset({"n2", "n1"}))
+    keys.remember(proving=frozenset({"n2", "n1"}), tunnel=frozenset({"n3"}))
+    keys.remember(tunnel=frozenset({"n2"}))
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     again = Keys(file)
-    assert (again.entries, again.proving) == (keys.entries, {"n1", "n2"})
+    assert (again.entries, again.proving, again.tunnel) == (keys.entries, {"n1", "n2"}, {"n2"})
     file.write_text("garbage")
     assert Keys(file).entries == {}
 
@@ -99,3 +100,38 @@ def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     keys = Keys(tmp_path / "missing" / "keys.json")
     keys.make()
     assert keys.waiting()
+
+
+def test_what_a_removed_node_knows_ends(tmp_path: Path) -> None:
+    """By a new key at once, and by another one once that has been in use for a while."""
+    clock = Clock()
+    keys = Keys(tmp_path / "keys.json", clock=clock)
+    assert keys.next_in(1000) <= 0  # the first
+    for _ in range(2):
+        keys.make()
+        keys.activate(keys.waiting())
+    known = set(keys.entries)
+    clock.now += 10
+    assert round(keys.next_in(1000)) == 990
+    keys.node_removed()
+    keys = Keys(tmp_path / "keys.json", clock=clock)  # also for the next process
+    assert keys.next_in(1000) <= 0
+    clock.now += 1
+    keys.make()
+    keys.activate(keys.waiting())
+    assert (set(keys.entries) & known, keys.next_in(1000)) == (set(list(keys.entries)[1:]), RENEWED)
+    clock.now += RENEWED
+    assert keys.next_in(1000) <= 0
+    keys.make()
+    keys.activate(keys.waiting())
+    assert not set(keys.entries) & known
+    assert keys.next_in(1000) == 1000
+
+
+def test_the_file_tells_other_processes_the_keys(tmp_path: Path) -> None:
+    assert ring_of(tmp_path) == ()
+    keys = Keys(tmp_path / "keys.json")
+    for _ in range(2):
+        keys.make()
+        keys.activate(keys.waiting())
+    assert ring_of(tmp_path) == keys.ring()

@@ -132,7 +132,9 @@ async def test_a_question_that_is_open_when_its_socket_is_closed_ends() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind((str(address), 0))
         port = silent.getsockname()[1]
-        asks = Questions(4, address, port, peer_probe.question, lambda data: peer_probe.nonce_of(data, 4))
+        asks = Questions(
+            4, address, port, lambda nonce, _: peer_probe.question(nonce), lambda data: peer_probe.nonce_of(data, 4)
+        )
         question = asyncio.create_task(asks.ask(address, 0.05, 1))
         await asyncio.sleep(0)  # it is sent, and waits
         asks.close()

@@ -235,8 +235,9 @@ struct mesh_config {
 	__u32 settings;     /* MESH_SETTING_* */
 	__be16 tunnel_port; /* of all nodes; the same one has MESH_PORT_TUNNEL in mesh_ports */
 	__u16 error_rate;   /* rate limit for generated ICMP errors, per CPU and second; 0: unlimited */
+	__u64 clock;        /* Unix time less CLOCK_MONOTONIC, in nanoseconds */
 };
-_Static_assert(sizeof(struct mesh_config) == 48, "mesh_config is 48 bytes");
+_Static_assert(sizeof(struct mesh_config) == 56, "mesh_config is 56 bytes");
 
 /* Value of mesh_heartbeat: the stamp (MESH_STAMP_SHIFT) from which the tables are orphaned, unless the agent puts it
  * off before. Compared as a signed difference, so that it may wrap. */
@@ -328,6 +329,8 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(TUNNEL_TOO_BIG, "larger than the path to the other node: the sender was told its MTU")                       \
 	X(TUNNEL_BACK,                                                                                                 \
 	  "received through the tunnel for a task that does not know the flow: returned for another owner")            \
+	X(TUNNEL_UNPROVEN,                                                                                             \
+	  "dropped: received through the tunnel from a node's address, without the proof that the node gives")         \
 	X(TUNNEL_PMTU, "ICMP error: the path MTU to another node is said to be lower than was known; the agent looks") \
 	X(RESET_HELD,                                                                                                  \
 	  "dropped: a task's first reset of a connection; the client's kernel sends its SYN again after a second")     \

@@ -32,6 +32,15 @@ static inline __attribute__((always_inline)) __u64 mesh_sip_word(const __u8 *dat
 	return word;
 }
 
+/* The state that a key begins with, by its two halves. */
+static inline __attribute__((always_inline)) void mesh_sip_begin(__u64 v[4], __u64 k0, __u64 k1)
+{
+	v[0] = k0 ^ 0x736f6d6570736575ull;
+	v[1] = k1 ^ 0x646f72616e646f6dull;
+	v[2] = k0 ^ 0x6c7967656e657261ull;
+	v[3] = k1 ^ 0x7465646279746573ull;
+}
+
 static inline __attribute__((always_inline)) void mesh_sip_absorb(__u64 v[4], __u64 word)
 {
 	v[3] ^= word;
@@ -40,21 +49,26 @@ static inline __attribute__((always_inline)) void mesh_sip_absorb(__u64 v[4], __
 	v[0] ^= word;
 }
 
-/* The hash of `length` bytes under a key of 16 bytes. */
-static inline __u64 mesh_siphash24(const __u8 *key, const __u8 *data, __u32 length)
+/* The hash, once all words are absorbed, the last of them with the message's length in its highest byte. */
+static inline __attribute__((always_inline)) __u64 mesh_sip_end(__u64 v[4])
 {
-	__u64 k0 = mesh_sip_word(key, 8), k1 = mesh_sip_word(key + 8, 8);
-	__u64 v[4] = {k0 ^ 0x736f6d6570736575ull, k1 ^ 0x646f72616e646f6dull, k0 ^ 0x6c7967656e657261ull,
-		      k1 ^ 0x7465646279746573ull};
-	__u32 whole = length & ~7u;
-
-	for (__u32 at = 0; at < whole; at += 8)
-		mesh_sip_absorb(v, mesh_sip_word(data + at, 8));
-	mesh_sip_absorb(v, (__u64)length << 56 | mesh_sip_word(data + whole, length & 7));
 	v[2] ^= 0xff;
 	for (int i = 0; i < 4; i++)
 		mesh_sip_round(v);
 	return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* The hash of `length` bytes under a key of 16 bytes. */
+static inline __u64 mesh_siphash24(const __u8 *key, const __u8 *data, __u32 length)
+{
+	__u32 whole = length & ~7u;
+	__u64 v[4];
+
+	mesh_sip_begin(v, mesh_sip_word(key, 8), mesh_sip_word(key + 8, 8));
+	for (__u32 at = 0; at < whole; at += 8)
+		mesh_sip_absorb(v, mesh_sip_word(data + at, 8));
+	mesh_sip_absorb(v, (__u64)length << 56 | mesh_sip_word(data + whole, length & 7));
+	return mesh_sip_end(v);
 }
 
 #endif /* MESH_SIPHASH24_H */

@@ -19,10 +19,11 @@ from mesh import __version__
 from mesh.cli.check.finding import Finding, Level
 from mesh.cli.client import call
 from mesh.cluster.credentials import CredentialsError, Files, load
+from mesh.cluster.keys import ring_of
 from mesh.config.keys import Config
 from mesh.datapath.netlink import Netlink
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, PathMtu, ask_stream, path_mtu
-from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
+from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel_either_way
 from mesh.errors import MeshError
 from mesh.model import Address, EngineKind
 
@@ -30,7 +31,9 @@ TIMEOUT: Final = 3.0  # seconds for a handshake and an answer
 EXPIRY_WARN: Final = 0.2  # share of a certificate's life: swarm renews it long before
 AT_ONCE: Final = 32
 _MTU_UNKNOWN: Final = 1500
-CLOCK: Final = "not needed: nothing between nodes goes by the time of day, but for the validity of certificates"
+CLOCK: Final = (
+    "may be 30 s off that of other nodes: managers name nodes whose clock is further off (proofs between nodes)"
+)
 
 
 Findings = Iterator[Finding]
@@ -132,7 +135,8 @@ async def _one(
         answer.remedy = "first the path MTU: packets of the handshake may be too large"
     findings = [*control(peer, config.cluster_port, answer), *peer_port(peer, config.peer_port, refusal, mtu)]
     if own.engine == (answer.about.get("engine") or peer.engine) == EngineKind.KERNEL and own.address is not None:
-        obstacle = await asyncio.to_thread(ask_tunnel, peer.address, own.address, config.tunnel_port)
+        keys = ring_of(Path(config.state_dir))
+        obstacle = await asyncio.to_thread(ask_tunnel_either_way, peer.address, own.address, config.tunnel_port, keys)
         findings.append(tunnel(peer, config.tunnel_port, obstacle))
     return findings
 

@@ -24,8 +24,8 @@ from mesh.netaddr import split_host_port
 from mesh.providers.static import read_static
 
 FILES_WANTED: Final = 65536
-TUNNEL_ROOM: Final = 52  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option
-LEAST_MTU: Final = 1228  # what a path with an MTU of 1280 leaves
+TUNNEL_ROOM: Final = 64  # bytes of outer headers between two nodes: IPv4, UDP, Geneve with one option and a proof
+LEAST_MTU: Final = 1216  # what a path with an MTU of 1280 leaves
 
 
 def check_host(config: Config) -> Iterator[Finding]:

@@ -12,14 +12,16 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from mesh.cli.check.finding import Finding, Level
+from mesh.cluster.keys import ring_of
 from mesh.config.keys import Config
 from mesh.datapath.kernel.preflight import preflight
 from mesh.datapath.paths import peer_probe
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, answered, ask_stream
-from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel
+from mesh.datapath.paths.tunnel_probe import NO_RIGHT, ask_tunnel_either_way
 from mesh.model import Address, EngineKind
 
 AT_ONCE: Final = 32  # nodes
@@ -77,7 +79,7 @@ async def _one(config: Config, own: Address | None, other: Other) -> list[Findin
         _connects(address, config.cluster_port),
         ask_stream(address, config.peer_port, WAIT, WAIT),
         asyncio.to_thread(_datagram, address, config.peer_port),
-        _tunnel(address, own, config.tunnel_port),
+        _tunnel(config, address, own),
     )
     agent = not peer  # one answers there that takes this node for one of the swarm
     ports = [
@@ -90,10 +92,11 @@ async def _one(config: Config, own: Address | None, other: Other) -> list[Findin
     return [finding(other, port, agent=agent) for port in ports]
 
 
-async def _tunnel(address: Address, own: Address | None, port: int) -> str:
+async def _tunnel(config: Config, address: Address, own: Address | None) -> str:
     if own is None or own.version != address.version:
         return ""
-    return await asyncio.to_thread(ask_tunnel, address, own, port)
+    keys = ring_of(Path(config.state_dir))
+    return await asyncio.to_thread(ask_tunnel_either_way, address, own, config.tunnel_port, keys)
 
 
 async def _connects(address: Address, port: int) -> str:

@@ -272,6 +272,10 @@ def _node(address: Address, slot: _abi.Node) -> Json:
         "interface": _interface(slot.ifindex),
         "mtu": slot.mtu,
         "id": slot.id,
+        "proves": bool(slot.flags & _abi.NODE_PROVE),
+        "demands": bool(slot.flags & _abi.NODE_DEMAND),
+        "keys": [f"{key.name:04x}" for key in _abi.NODE_KEY.unpack_rows(slot.keys) if key.valid],
+        "unproven": slot.unproven,
     }
 
 

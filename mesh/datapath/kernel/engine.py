@@ -38,7 +38,7 @@ from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, ensure_bpf_fs, net
 from mesh.datapath.kernel.publisher import Publisher
 from mesh.datapath.kernel.route_monitor import RouteMonitor
 from mesh.datapath.kernel.stale_sockets import StaleSockets
-from mesh.datapath.kernel.tunnel import Ids, Nodes, node_config
+from mesh.datapath.kernel.tunnel import Ids, Nodes, clock, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.losses import Losses
 from mesh.datapath.netlink import Netlink
@@ -97,6 +97,7 @@ class KernelDatapath:
         self._parts: Parts | None = None
         self._applied = Applied()
         self._losses = losses or Losses()
+        self._proof: Proof | None = None  # None: not told yet
         self._order: kernel_stats.Order | None = None  # of what `stats` last read
         self._others: list[Path] = []  # pins of builds with another contract, which serve until `_switch`
         self._taking_over = False  # until the first plan: whoever served the ports before may have flows under way
@@ -112,6 +113,8 @@ class KernelDatapath:
         try:
             names = self._journal.read()
             parts = self._parts = self._build(home / CONTRACT, names)
+            if self._proof is not None:
+                parts.nodes.prove(self._proof)
             if self._others:
                 self._rebuild(parts, restore.from_journal(names))
             self._resume(parts)
@@ -248,8 +251,11 @@ class KernelDatapath:
         return True
 
     def prove(self, proof: Proof) -> None:
-        """See Datapath.prove: the fallback proxy hands over and is handed over to; the tunnel carries no proof."""
+        """See Datapath.prove: in the tunnel by the programs, at the peer port by the fallback proxy."""
         with self._lock:
+            self._proof = proof
+            if self._parts is not None:
+                self._parts.nodes.prove(proof)
             self._fallback.prove(proof)
 
     def _check(self) -> bool:
@@ -274,6 +280,7 @@ class KernelDatapath:
         if parts.heartbeat.orphaned:
             return False
         parts.heartbeat.beat()
+        parts.maps.set_clock(clock())
         self._fallback.heartbeat()
         return True
 

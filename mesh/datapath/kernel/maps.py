@@ -69,6 +69,7 @@ class KernelMaps:
         self._ruled: set[Frontend] = set()  # frontends with source rules
         self._guarding: set[Frontend] = set()  # frontends with source rules, or UDP
         self._settings = _abi.CONFIG.unpack(self._config.read(0, _abi.CONFIG.size))
+        self._clock = 0  # Unix time less CLOCK_MONOTONIC; 0: that of the settings
         self._restore()
         for frontend, entry in self.served.items():
             self._guard(frontend, rules=bool(entry.acl or entry.flags & _abi.FRONTEND_DENY))
@@ -133,13 +134,18 @@ class KernelMaps:
 
     def configure(self, config: _abi.Config) -> None:
         """Write the settings of the whole node."""
-        self._settings = config
+        self._settings, self._clock = config, self._clock or config.clock
         self._write_settings()
 
     def _write_settings(self) -> None:
         guard = _abi.SETTING_GUARD if self._guarding else 0
         settings = self._settings.settings & ~_abi.SETTING_GUARD | guard
-        self._config.write(0, _abi.CONFIG.pack(self._settings._replace(settings=settings)))
+        self._config.write(0, _abi.CONFIG.pack(self._settings._replace(settings=settings, clock=self._clock)))
+
+    def set_clock(self, clock: int) -> None:
+        """Have the programs follow a change of the time of day. Any thread."""
+        self._clock = clock
+        self._config.store64(_abi.CONFIG.offsets["clock"], clock)
 
     def _guard(self, frontend: Frontend, *, rules: bool, served: bool = True) -> None:
         """Note whether a frontend has source rules, and whether packets with unknown ports may be meant for it and must

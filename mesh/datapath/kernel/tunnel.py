@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from mesh import _abi, _bpf, netaddr
@@ -14,9 +14,12 @@ from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.kernel import codec
 from mesh.datapath.netlink import Netlink, Topology
+from mesh.datapath.proof import Proof
+from mesh.datapath.tunnel_proof import pack_keys
 from mesh.model import Address, EngineKind, Frontend, Protocol
 
 AGAIN: Final = 4.0  # seconds until routes are read again: they change without interfaces or addresses changing
+UNPROVEN_LATELY: Final = 60.0  # seconds for which packets without a proof are named
 # What a task that calls itself sees as its peer: addresses that no host has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
 HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
@@ -33,7 +36,13 @@ def node_config(config: Config, cookie: int) -> _abi.Config:
         settings=settings,
         tunnel_port=config.tunnel_port,
         error_rate=config.error_rate,
+        clock=clock(),
     )
+
+
+def clock() -> int:
+    """Unix time less CLOCK_MONOTONIC, in nanoseconds: mesh_config.clock."""
+    return time.time_ns() - time.monotonic_ns()
 
 
 def seed_of(key: BackendKey) -> bytes:
@@ -43,7 +52,7 @@ def seed_of(key: BackendKey) -> bytes:
 
 def _known(value: bytes) -> _abi.Node:
     """A mesh_node, but for what the programs write."""
-    return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0, hint=0)
+    return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0, hint=0, heard=0, unproven=0)
 
 
 class Nodes:
@@ -57,6 +66,8 @@ class Nodes:
         self._seen: tuple[object, ...] = ()
         self._again = 0.0
         self._next = 0
+        self._proof: Proof | None = None  # None: not given yet, what the maps say holds
+        self._unproven: dict[Address, tuple[int, float]] = {}  # packets without a proof, and when they last grew
         self.held: dict[Address, _abi.Node] = {}
         self.all: tuple[Address, ...] = ()
         self.restore()
@@ -81,6 +92,38 @@ class Nodes:
         """Learn from backends which engines their nodes run. A node that no backend names keeps its known engine."""
         told = {e.target.via: e.target.engine for e in backends if e.target.via is not None and e.target.engine}
         self._engines |= told
+
+    def prove(self, proof: Proof) -> None:
+        """Prove to nodes, and demand proofs of them, from now on."""
+        if proof != self._proof:
+            self._proof = proof
+            for address, slot in list(self.held.items()):
+                self._put(address, slot)
+
+    def _proving(self, address: Address, slot: _abi.Node) -> _abi.Node:
+        """A slot with the keys, and what holds of this node's proofs."""
+        proof = self._proof
+        if proof is None:
+            return slot
+        proves, demanded = address in proof.tunnel_checking, address in proof.tunnel_proving
+        if not proof.known:
+            proves, demanded = bool(slot.flags & _abi.NODE_PROVE), bool(slot.flags & _abi.NODE_DEMAND)
+        flags = _abi.NODE_PROVE * bool(proves and proof.keys) | _abi.NODE_DEMAND * bool(demanded or proof.require)
+        return slot._replace(flags=flags, keys=pack_keys(proof.keys, slot.source, address))
+
+    def unproven(self) -> Iterator[tuple[Address, int]]:
+        """Nodes' addresses from which packets without a proof came lately, and how many in all. For one thread."""
+        now = time.monotonic()
+        found = {netaddr.unpack(key): _abi.NODE.unpack(value).unproven for key, value in self._nodes.rows()}
+        before = self._unproven
+        self._unproven = {
+            address: before[address] if address in before and before[address][0] == count else (count, now)
+            for address, count in found.items()
+            if count
+        }
+        for address, (count, since) in sorted(self._unproven.items(), key=lambda row: str(row[0])):
+            if now - since < UNPROVEN_LATELY:
+                yield address, count
 
     def refresh(self, topology: Topology) -> None:
         """Bring the maps in line with the cluster and with this node's routes."""
@@ -108,7 +151,7 @@ class Nodes:
         source = next((a for a in own if a.version == address.version), route.source) or NOWHERE
         takes = self._engines.get(address) != EngineKind.PROXY and interface.ethernet
         mtu = min(route.mtu or interface.mtu, interface.mtu) * takes
-        return _abi.Node(source=source, ifindex=interface.index, mtu=mtu, id=number)
+        return (held or _abi.Node())._replace(source=source, ifindex=interface.index, mtu=mtu, id=number)
 
     def _number(self) -> int:
         """A free node id. Ids of nodes that are gone come last, because replies to them may still be on their way."""
@@ -119,10 +162,15 @@ class Nodes:
         return number
 
     def _put(self, address: Address, slot: _abi.Node) -> None:
-        if self.held.get(address) == slot:
+        slot, before = self._proving(address, slot), self.held.get(address)
+        if before == slot:
             return
-        self._paths.update(codec.pack_u32(slot.id), netaddr.pack(address))
-        self._nodes.update(netaddr.pack(address), _abi.NODE.pack(slot))
+        key = netaddr.pack(address)
+        written = _abi.NODE.unpack(now) if (now := self._nodes.lookup(key)) is not None else slot
+        self._paths.update(codec.pack_u32(slot.id), key)
+        ends = before is not None and before.flags & ~slot.flags & _abi.NODE_PROVE  # an earlier build is back there
+        heard = 0 if ends else written.heard
+        self._nodes.update(key, _abi.NODE.pack(slot._replace(heard=heard, unproven=written.unproven)))
         self.held[address] = slot
 
     @property
@@ -133,6 +181,11 @@ class Nodes:
     def problems(self, frontends: Iterable[Frontend], tunnel_port: int) -> list[str]:
         """Nodes without a route, and frontends whose port the tunnel has."""
         found = [f"node {address}: no route to it" for address, slot in self.held.items() if not slot.ifindex]
+        found += [
+            f"node {address}: packets through the tunnel have its address and not its proof, {count} so far; they are "
+            "dropped (does another host use its address? are the clocks of both nodes right?)"
+            for address, count in self.unproven()
+        ]
         hidden = {f for f in frontends if (f.port, f.protocol) == (tunnel_port, Protocol.UDP)} if self.held else ()
         why = "not served, its port is that of the tunnel between nodes; publish another one, or set tunnel_port"
         return found + [f"{frontend}: {why}" for frontend in sorted(hidden, key=str)]

@@ -30,7 +30,7 @@ class Questions:
         version: of IP.
         source: this node's address as others know it; None: any.
         port: that is asked, the same on all nodes.
-        question: the datagram for a nonce of 4 bytes.
+        question: the datagram for a nonce of 4 bytes, to an address.
         nonce_of: the nonce that an answer repeats; None: no answer of ours.
         listener: a socket by which answers come in, where that is another than they are asked by; None: that one.
     """
@@ -40,7 +40,7 @@ class Questions:
         version: int,
         source: Address | None,
         port: int,
-        question: Callable[[bytes], bytes],
+        question: Callable[[bytes, Address], bytes],
         nonce_of: Callable[[bytes], bytes | None],
         listener: socket.socket | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class Questions:
         try:
             for _ in range(tries):
                 try:
-                    self._sock.sendto(self._question(nonce), (name, self._port))
+                    self._sock.sendto(self._question(nonce, address), (name, self._port))
                 except BlockingIOError:
                     pass  # the next try
                 except OSError as error:

@@ -18,7 +18,7 @@ from mesh.config.keys import Config
 from mesh.datapath.paths import peer_probe, tunnel_probe
 from mesh.datapath.paths.datagrams import Questions
 from mesh.datapath.paths.peer_probe import NOBODY, ask_stream
-from mesh.datapath.proof import Proof
+from mesh.datapath.proof import NONE, Proof
 from mesh.model import Address, EngineKind, Node, Path, PathState, PathView, Problem
 from mesh.supervisor import recorded
 
@@ -82,7 +82,7 @@ class PathMonitor:
         nodes: this node's id, and all nodes.
         on_change: called on the event loop with what is known now, when a path has come up or gone down.
         pause: factor of all waits between trials.
-        proof: what this node proves by, where nodes prove: then so do the trials of peer ports.
+        proof: what this node proves by, where nodes prove: then so do the trials.
     """
 
     def __init__(
@@ -247,7 +247,8 @@ class PathMonitor:
     async def _ask(self, here: Node, address: Address, path: Path) -> str:
         """By datagram."""
         source = here.address if path is Path.TUNNEL else None
-        proven = self._proof is not None and path is Path.PEER_UDP and address in self._proof().checking
+        proof = self._proof() if self._proof is not None else NONE
+        proven = address in (proof.tunnel_checking if path is Path.TUNNEL else proof.checking)
         key = path, source, address.version, proven
         try:
             questions = self._questions.get(key) or self._make(*key)
@@ -269,17 +270,23 @@ class PathMonitor:
                 version,
                 None,
                 port,
-                lambda nonce: peer_probe.question(nonce, prove),
+                lambda nonce, _: peer_probe.question(nonce, prove),
                 lambda data: peer_probe.nonce_of(data, 4),
             )
         inner = 1024 + secrets.randbelow(64512)
+
+        def question(nonce: bytes, address: Address) -> bytes:
+            keys = self._proof().keys if proven and self._proof is not None and source is not None else ()
+            between = tunnel_probe.Between(keys[0], source, address) if keys and source is not None else None
+            return tunnel_probe.question(inner, int.from_bytes(nonce, "big"), between)
+
         listener = tunnel_probe.listen(version, self._config.tunnel_port, inner)
         try:
             return Questions(
                 version,
                 source,
                 self._config.tunnel_port,
-                lambda nonce: tunnel_probe.question(inner, int.from_bytes(nonce, "big")),
+                question,
                 lambda data: tunnel_probe.nonce_of(version, data),
                 listener,
             )

@@ -13,11 +13,14 @@ import ipaddress
 import os
 import secrets
 import socket
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Final
 
 from mesh import _abi, _linux
-from mesh.datapath import packets
+from mesh.datapath import packets, tunnel_proof
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, answered
 from mesh.model import Address, Protocol
 
@@ -26,7 +29,7 @@ WAIT: Final = 0.5  # seconds for one answer
 NO_RIGHT: Final = "not permitted"
 _NOBODY: Final = ipaddress.IPv4Address("192.0.0.8")  # an address that nothing has (RFC 7600), inside
 _ID: Final = _abi.GENEVE.offsets["id"]
-_INNER: Final = _abi.GENEVE.size  # where the inner packet begins, after the outer UDP header
+_INNER: Final = _abi.GENEVE.size  # where the inner packet begins, after the outer UDP header, if there is no proof
 _SEGMENT: Final = _INNER + packets.IP_SIZE[4]
 _LOAD_HALF: Final = _linux.BPF_LD | _linux.BPF_H | _linux.BPF_ABS
 _LOAD_BYTE: Final = _linux.BPF_LD | _linux.BPF_B | _linux.BPF_ABS
@@ -34,31 +37,57 @@ _IF_EQUAL: Final = _linux.BPF_JMP | _linux.BPF_JEQ | _linux.BPF_K
 _RETURN: Final = _linux.BPF_RET | _linux.BPF_K
 
 
-def question(port: int, nonce: int) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What a question is proven by.
+
+    Attributes:
+        key: number and secret of the swarm's.
+        own: this node's address, as the other one knows it.
+        other: that of the other one.
+    """
+
+    key: tuple[int, bytes]
+    own: Address
+    other: Address
+
+
+def question(port: int, nonce: int, between: Between | None = None) -> bytes:
     """The datagram's payload: from the inner port `port`, acknowledging `nonce`, which a reset repeats."""
     segment = packets.tcp(port, 0, packets.ACK, acknowledged=nonce)  # to port 0, where nobody can publish
+    ident = _abi.Id(seed=secrets.token_bytes(8), protocol=Protocol.TCP)
+    proof = b""
+    if between is not None:
+        flow = _abi.Flow(source=_NOBODY, destination=_NOBODY, source_port=port, protocol=Protocol.TCP)
+        proof = tunnel_proof.write(between.key, between.own, between.other, flow, _abi.ID.pack(ident), time.time_ns())
+    more = _abi.PROOF_WORDS * bool(proof)
     header = _abi.Geneve(
-        words=_abi.GENEVE_WORDS,
+        words=_abi.GENEVE_WORDS + more,
         flags=_abi.GENEVE_CRITICAL,
         inner=packets.ETHER_TYPE[4],
         option_class=_abi.GENEVE_CLASS,
         option_type=_abi.GENEVE_TYPE,
-        option_words=_abi.GENEVE_OPTION,
-        id=_abi.Id(seed=secrets.token_bytes(8), protocol=Protocol.TCP),
+        option_words=_abi.GENEVE_OPTION + more,
+        id=ident,
     )
-    return _abi.GENEVE.pack(header) + packets.ip(_NOBODY, _NOBODY, Protocol.TCP, segment)
+    return _abi.GENEVE.pack(header) + proof + packets.ip(_NOBODY, _NOBODY, Protocol.TCP, segment)
 
 
 def _filter(version: int, tunnel_port: int, port: int) -> bytes:
     """Classic BPF (linux/filter.h), from the IP header on: replies in the tunnel to the inner port `port`."""
     udp = packets.IP_SIZE[version]
     geneve = udp + _linux.UDP.size
+    destination = geneve + _SEGMENT + _linux.TCP.offsets["destination"]
     program = [
         (_LOAD_HALF, 0, 0, udp + _linux.UDP.offsets["dest"]),
-        (_IF_EQUAL, 0, 5, tunnel_port),  # go on if equal, else past the next five
+        (_IF_EQUAL, 0, 8, tunnel_port),  # go on if equal, else past the next eight
         (_LOAD_BYTE, 0, 0, geneve + _ID + _abi.ID.offsets["flags"]),
-        (_IF_EQUAL, 0, 3, _abi.TUNNEL_REPLY),
-        (_LOAD_HALF, 0, 0, geneve + _SEGMENT + _linux.TCP.offsets["destination"]),
+        (_IF_EQUAL, 0, 6, _abi.TUNNEL_REPLY),
+        (_LOAD_BYTE, 0, 0, geneve + _abi.GENEVE.offsets["words"]),
+        (_IF_EQUAL, 2, 0, _abi.GENEVE_WORDS),  # without a proof: past the next two
+        (_LOAD_HALF, 0, 0, destination + _abi.PROOF.size),
+        (_IF_EQUAL, 1, 2, port),
+        (_LOAD_HALF, 0, 0, destination),
         (_IF_EQUAL, 0, 1, port),
         (_RETURN, 0, 0, 0xFFFF),
         (_RETURN, 0, 0, 0),
@@ -69,6 +98,8 @@ def _filter(version: int, tunnel_port: int, port: int) -> bytes:
 def nonce_of(version: int, answer: bytes) -> bytes:
     """What an answer, from the outer IP header on, repeats of its question."""
     outer = packets.IP_SIZE[version] + _linux.UDP.size
+    if answer[outer : outer + 1] != bytes([_abi.GENEVE_WORDS]):
+        outer += _abi.PROOF.size
     sequence = outer + _SEGMENT + _linux.TCP.offsets["sequence"]
     return answer[sequence : sequence + 4]
 
@@ -88,7 +119,7 @@ def listen(version: int, tunnel_port: int, port: int) -> socket.socket:
     return sock
 
 
-def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
+def ask_tunnel(address: Address, source: Address, tunnel_port: int, key: tuple[int, bytes] | None = None) -> str:
     """Whether a node takes tunnel packets from this one; empty: it does, and the answer came; else why not, in words.
 
     One of NO_RIGHT (it takes CAP_NET_RAW), NO_ANSWER, NOBODY or what the system says. Takes up to
@@ -96,9 +127,11 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
 
     Args:
         source: this node's address as the others know it, of the same IP version.
+        key: number and secret of the swarm's, to prove the question by; a node of an earlier build does not take that.
     """
     version, port, nonce = address.version, 1024 + secrets.randbelow(64512), secrets.randbits(32)
-    data, wanted = question(port, nonce), nonce.to_bytes(4, "big")
+    between = Between(key, source, address) if key is not None else None
+    data, wanted = question(port, nonce, between), nonce.to_bytes(4, "big")
     with ExitStack() as stack:
         try:
             answers = stack.enter_context(listen(version, tunnel_port, port))
@@ -119,3 +152,11 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int) -> str:
         except OSError as failed:
             return failed.strerror or str(failed)
     return os.strerror(error) if error else NO_ANSWER
+
+
+def ask_tunnel_either_way(
+    address: Address, source: Address, tunnel_port: int, keys: Sequence[tuple[int, bytes]]
+) -> str:
+    """As `ask_tunnel`, proven by the first of the swarm's keys; if nobody answers that, as earlier builds want it."""
+    obstacle = ask_tunnel(address, source, tunnel_port, keys[0]) if keys else NO_ANSWER
+    return ask_tunnel(address, source, tunnel_port) if obstacle == NO_ANSWER else obstacle
