@@ -20,6 +20,7 @@ from typing import Final
 
 from tabulate import tabulate
 
+from bench import prog_tunnel
 from bench.lab import OUT
 from bench.report import PROGRAM_HEADERS, program_rows
 from mesh import _bpf
@@ -181,6 +182,7 @@ def measure() -> list[Cost]:
         costs.append(starting(bench, CHANGING_PORT, "new flow, slot in transition", 8192))
         bench.once("mesh_ingress", inbound(STABLE_PORT, SYN, MANY, SAMPLES + 1))
         costs.append(starting(bench, STABLE_PORT, "new flow, table of starts full (flood)", 8192))
+        costs += [Cost(**row) for row in prog_tunnel.measure(SIZES)]  # type: ignore[arg-type]
     finally:
         os.sched_setaffinity(0, cores)
     return costs
