@@ -19,7 +19,7 @@ from mesh.supervisor import recorded
 
 PERIOD: Final = 0.1  # seconds between looks
 QUIET: Final = 1.1  # seconds without a word after which the other end is asked; agents report every second
-DEAD: Final = 0.5  # seconds after that in which its kernel has to acknowledge the question
+DEAD: Final = 0.35  # seconds after that in which its kernel has to acknowledge the question
 HUNG: Final = 5.0  # seconds without a word although its kernel acknowledges
 _ROUNDING: Final = 0.02  # seconds by which the kernel's clock is coarser
 

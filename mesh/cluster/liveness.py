@@ -13,7 +13,7 @@ import structlog
 from mesh.model import Address
 from mesh.supervisor import recorded
 
-CONFIRM: Final = 0.5  # seconds that a silent node has to answer at all
+CONFIRM: Final = 0.4  # seconds that a silent node has to answer at all
 STALL: Final = 0.2  # seconds over CONFIRM after which it is this process that did not get to run
 
 log = structlog.get_logger("mesh.cluster")
