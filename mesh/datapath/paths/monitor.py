@@ -25,7 +25,7 @@ from mesh.supervisor import recorded
 EVERY: Final = 0.4  # seconds between two trials of a path that is up, where there are few nodes
 AGAIN: Final = 1.0  # likewise of one that is down; the other half of the proof of one that comes back takes EVERY
 SHARE: Final = {Path.TUNNEL: 0.02, Path.PEER_UDP: 0.02, Path.PEER: 0.06}  # and so many seconds for each node
-WAIT: Final = 0.4  # seconds for the answer to a datagram
+WAIT: Final = 0.35  # seconds for the answer to a datagram
 TRIES: Final = 4  # datagrams in a trial: a path is down when none of them is answered
 STREAM_WAIT: Final = 1.2  # seconds for a connection; the kernel sends its first packet again after one
 HUNG: Final = 5.0  # seconds for the answer of a process whose kernel took the connection: it may be busy
