@@ -19,7 +19,7 @@
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make annotate     HTML of what Cython made of each line of the proxy engine, in build/annotate/
 #   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-against: with another build, 10; bench-cluster: a swarm, 6;
-#                     bench-scale: a large swarm on paper, 5
+#                     bench-scale: a large swarm on paper, 5; bench-detection: from a fault to its name, 15
 #   make verifier     what the kernel's verifier says of each program, against bpf/verifier.tsv (root); UPDATE=1 writes the table
 #   make clean        remove everything that was built
 
@@ -39,7 +39,7 @@ TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables et
 C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock release sbom base-image sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock release sbom base-image sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-detection bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -152,6 +152,10 @@ bench-cluster: bench-deps
 bench-scale: bench-deps
 	$(BIN)/python -m bench.scale $(ARGS)
 	test ! -e bench/out/latest.json || $(BIN)/python -m bench.report
+
+# Three nodes: how long after a fault another one names it, and what the trials of paths cost (15 minutes; ARGS="--trials 5").
+bench-detection: bench-deps
+	$(BIN)/python -m bench.detection $(ARGS)
 
 # Is this build as fast as another? TREE=DIR: a checkout of that, built (`make build` there); 12 minutes.
 bench-against: bench-deps

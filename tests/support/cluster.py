@@ -14,7 +14,7 @@ import pytest
 from tests.support import peers
 from tests.support.daemon import Daemon, backends_of
 from tests.support.lab.dockerd import Node, Swarm, bpf_fs
-from tests.support.lab.netns import Namespace
+from tests.support.lab.netns import Namespace, run
 from tests.support.polling import PATIENCE, wait_for
 
 WEB = 8000
@@ -181,3 +181,15 @@ def failures(reports: dict[str, peers.Report]) -> dict[str, Any]:
     """What failed, by node; empty where all is well. Each node must have answered at all."""
     silent = {node: "no answer at all" for node, report in reports.items() if not report.ok}
     return silent | {node: report.failures for node, report in reports.items() if report.failures}
+
+
+@contextlib.contextmanager
+def blocked(swarm: Swarm, *rules: str, table: str = "blocked") -> Iterator[None]:
+    """What the network between the nodes drops."""
+    text = "\n".join(f"{rule} drop;" for rule in rules)
+    filters = f"table bridge {table} {{\nchain f {{ type filter hook forward priority 0; {text}\n}}\n}}"
+    run(*swarm.lab.switch.command("nft", "-f", "-"), input=filters)
+    try:
+        yield
+    finally:
+        swarm.lab.switch.run("nft", "delete", "table", "bridge", table)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import peers
-from tests.support.cluster import ENGINES, WEB, Cluster, failures
+from tests.support.cluster import ENGINES, WEB, Cluster, blocked, failures
 from tests.support.daemon import Daemon
 from tests.support.lab.dockerd import Node, Swarm
 from tests.support.lab.netns import Lab, run
@@ -50,18 +50,6 @@ def alone(request: pytest.FixtureRequest, swarm: Swarm) -> Iterator[Cluster]:
     yield cluster
     request.node.add_report_section("teardown", "daemons", cluster.tails())
     cluster.close()
-
-
-@contextlib.contextmanager
-def blocked(swarm: Swarm, *rules: str, table: str = "blocked") -> Iterator[None]:
-    """What the network between the nodes drops."""
-    text = "\n".join(f"{rule} drop;" for rule in rules)
-    filters = f"table bridge {table} {{\nchain f {{ type filter hook forward priority 0; {text}\n}}\n}}"
-    run(*swarm.lab.switch.command("nft", "-f", "-"), input=filters)
-    try:
-        yield
-    finally:
-        swarm.lab.switch.run("nft", "delete", "table", "bridge", table)
 
 
 def on(swarm: Swarm, *nodes: Node) -> set[str]:
