@@ -44,6 +44,7 @@ FAULTS: Final = {
     "tunnel": "UDP 6084 is blocked",
     "peer": "TCP 9552 is blocked",
     "node": "a node is cut off",
+    "down": "the same, until it counts as down",
     "task": "a task dies",
     "none": "the only task dies",
 }
@@ -99,6 +100,9 @@ class Scene:
             wait_for(lambda: named(self.observer.state()), FAULTS[fault], timeout=30, interval=0.02)
             return time.monotonic() - began
 
+    def is_down(self) -> bool:
+        return self.observer.total("mesh_node_up", node=self.node.hostname) == 0
+
     @contextlib.contextmanager
     def _agent(self) -> Iterator[tuple[Named, float]]:
         began = time.monotonic()
@@ -121,11 +125,17 @@ class Scene:
 
     @contextlib.contextmanager
     def _node(self) -> Iterator[tuple[Named, float]]:
-        port, name = f"p{self.node.address.rpartition('.')[2]}", self.node.hostname
+        port = f"p{self.node.address.rpartition('.')[2]}"
         began = time.monotonic()
         self.swarm.lab.switch.ip("link", "set", port, "down")
-        yield lambda state: self.observer.total("mesh_node_up", node=name) == 0, began
+        named = self._problem(f"node {self.node.hostname} ")
+        yield lambda state: named(state) or self.is_down(), began
         self.swarm.lab.switch.ip("link", "set", port, "up")
+
+    @contextlib.contextmanager
+    def _down(self) -> Iterator[tuple[Named, float]]:
+        with self._node() as (_, began):
+            yield lambda state: self.is_down(), began
 
     @contextlib.contextmanager
     def _task(self) -> Iterator[tuple[Named, float]]:
@@ -227,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
             result["faults"] += rows
             for row in rows:
                 late = "" if row["p99"] <= TARGET else f"  above {TARGET:g} s"
-                what = f"{engine:7} {FAULTS[row['fault']]:22} {row['trials']:3} trials"
+                what = f"{engine:7} {FAULTS[row['fault']]:34} {row['trials']:3} trials"
                 print(f"{what}, s: p50 {row['p50']:.2f} p99 {row['p99']:.2f}{late}", flush=True)
             cost = result["idle"][engine]
             print(f"{engine:7} idle: {cost['cpu_percent']:.2f} % of a core, {cost['packets_per_second']:.0f} packets/s")

@@ -42,12 +42,12 @@ class AgentView(Protocol):
 
         Keys: version, abi, pid, started (Unix seconds), engine, engine_reason,
         provider {kind, connected, age_seconds,
-        error, doorbell, certificate_expires (Unix seconds; null: none is used)},
+        error, doorbell, certificate_expires (Unix seconds; null: none is used), left (this node has left the cluster)},
         generation {desired, applied}, apply {count, failed, last_seconds, last_error},
         node {id, name},
         guard {holds, held} (mass removals held back so far; backends held now), probes {ok, failed},
         problems [str], critical [str] (those of the problems that keep clients out, or leave a rule unapplied),
-        paths_down (problems with paths to other nodes),
+        paths_down (problems with paths to other nodes), paths_refused (those with nodes that refuse the peer port),
         paths [{node, node_name, path, state}], traffic {verdict (ok, degraded, failing), reasons [str]},
         services [{id, name, ports [str], options, replicas (asked for; null: not known, or one for each
         node), frontends (none where mesh.enable is false)

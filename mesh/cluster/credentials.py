@@ -31,6 +31,7 @@ _REMEDY_AUTOLOCK: Final = (
 )
 _REMEDY_BROKEN: Final = "restore the file; a node that has lost it has to leave the swarm and join again"
 _REMEDY_EXPIRED: Final = "swarm should have renewed it: is dockerd here in reach of a manager, TCP 2377?"
+_REMEDY_LEFT: Final = "the certificate is gone: stop mesh here (`mesh stop --release`), or join the node again"
 _REMEDY_EARLY: Final = "is this node's clock right?"
 
 
@@ -216,10 +217,20 @@ class CredentialsWatch:
         """When the certificate that is used expires, in Unix seconds; None: none is used yet."""
         return self._current.expires.timestamp() if self._current is not None else None
 
+    def left(self) -> bool:
+        """Whether this node has left its swarm: Swarm has removed the certificate that is used."""
+        return self._current is not None and not self._files.certificate.exists()
+
     def problem(self) -> str:
         """What is wrong with the certificate that is used, or why newer ones are not; empty: nothing."""
         if self._current is None:  # who needs them says so
             return ""
+        if self.left():
+            return str(
+                CredentialsError(
+                    "this node has left the swarm", where=str(self._files.certificate), remedy=_REMEDY_LEFT
+                )
+            )
         if self.error:
             return self.error
         now, where = datetime.now(UTC), str(self._files.certificate)

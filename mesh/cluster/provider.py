@@ -233,7 +233,9 @@ class ClusterProvider:
         node = self._local.look.node or self._swarm.status().node_id
         expires, problems = self._credentials.expires(), tuple(self._problems())
         status = self._roles.source.status()
-        return replace(status, node_id=node, problems=problems, certificate_expires=expires)
+        return replace(
+            status, node_id=node, problems=problems, certificate_expires=expires, left=self._credentials.left()
+        )
 
     def _problems(self) -> Iterator[str]:
         if (listener := self._roles.listener) and listener.problem:

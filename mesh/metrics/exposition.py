@@ -164,6 +164,7 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
     put(f.STOPPING, int(state["stopping"]))
     put(f.PROBLEMS, len(state["problems"]))
     put(f.PATHS_DOWN, state["paths_down"])
+    put(f.PATHS_REFUSED, state["paths_refused"])
     _traffic(lines, state)
     provider = state["provider"]
     put(f.PROVIDER_CONNECTED, int(provider["connected"]), provider=provider["kind"])
@@ -171,6 +172,7 @@ def _agent(lines: Rows, state: Json, ready: bool) -> None:
         put(f.PROVIDER_AGE, provider["age_seconds"], provider=provider["kind"])
     if provider["certificate_expires"] is not None:
         put(f.CERTIFICATE_EXPIRES, provider["certificate_expires"])
+    put(f.NODE_LEFT, int(provider["left"]))
     put(f.GENERATION_DESIRED, state["generation"]["desired"])
     put(f.GENERATION_APPLIED, state["generation"]["applied"])
     apply = state["apply"]

@@ -49,6 +49,12 @@ PROBLEMS: Final = Family(
     "Invalid settings, ports that cannot be served, paths that are down, and other problems; see mesh status.",
 )
 PATHS_DOWN: Final = Family("mesh_paths_down", Kind.GAUGE, (), "Problems with paths to other nodes; see mesh status.")
+PATHS_REFUSED: Final = Family(
+    "mesh_paths_refused",
+    Kind.GAUGE,
+    (),
+    "Those of mesh_paths_down whose node refuses the peer port: no agent runs there.",
+)
 PATH_UP: Final = Family(
     "mesh_path_up",
     Kind.GAUGE,
@@ -81,6 +87,9 @@ CERTIFICATE_EXPIRES: Final = Family(
     Kind.GAUGE,
     (),
     "When this node's certificate in the cluster expires, in seconds since the epoch; absent where none is used.",
+)
+NODE_LEFT: Final = Family(
+    "mesh_node_left", Kind.GAUGE, (), "1 once this node has left the swarm; what it serves is the last state it knew."
 )
 NODE_UP: Final = Family(
     "mesh_node_up",
@@ -250,9 +259,9 @@ VERDICTS: Final = Family(
 )
 
 FAMILIES: Final = (
-    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PATHS_DOWN, PATH_UP, TRAFFIC, BACKENDS_MASKED,
+    BUILD_INFO, START_TIME, READY, STOPPING, PROBLEMS, PATHS_DOWN, PATHS_REFUSED, PATH_UP, TRAFFIC, BACKENDS_MASKED,
     PROVIDER_CONNECTED, PROVIDER_AGE,
-    CERTIFICATE_EXPIRES, NODE_UP,
+    CERTIFICATE_EXPIRES, NODE_LEFT, NODE_UP,
     GENERATION_DESIRED, GENERATION_APPLIED, APPLIES, APPLY_SECONDS, PROBES, GUARD_HOLDS, GUARD_HELD, DRAINED,
     OPENED, CLOSED, ACTIVE, RETRIED, FAILED, UNANSWERED, BYTES, PACKETS, CONNECT,
     REPLICAS, SERVED, PANIC, TARGETS, ELIGIBLE, TABLE, TRACKED,

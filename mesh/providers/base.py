@@ -24,6 +24,7 @@ class ProviderStatus:
     doorbell: str = ""  # what announces changes: "watch" | "events" | "poll"
     problems: tuple[str, ...] = ()  # what else is wrong around it, with place and remedy; what was read stands
     certificate_expires: float | None = None  # Unix seconds: of this node's in the cluster; None: it uses none
+    left: bool = False  # this node has left the cluster: what was read is not its own any more
     node_id: str = ""  # this node, by the inventory's id of it; empty while unknown, or where there are no nodes
 
 

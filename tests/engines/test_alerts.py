@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.engines.topology import Spec, Topology
+from tests.support.callers import Callers
 from tests.support.daemon import HTTP_PORT as DAEMON_PORT
 from tests.support.lab.images import HTTP_PORT
-from tests.support.lab.netns import Namespace
 from tests.support.polling import wait_for
 from tests.support.prometheus import Prometheus
 
@@ -31,36 +29,6 @@ SERVICES = (
     Spec("empty", (f"{EMPTY}:{HTTP_PORT}/tcp",), (), options=OFF),
 )
 PORTS = {WELL: "well", DENIED: "denied", CLOSED: "closed", EMPTY: "empty"}
-KEPT = 4.0  # seconds: a refusal is told when the client's kernel asks a second time
-
-
-class Callers:
-    """Clients that call all services, five times a second each, until closed."""
-
-    def __init__(self, client: Namespace, address: str) -> None:
-        self.client, self.address = client, address
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-
-    def run(self) -> None:
-        calls: list[tuple[float, socket.socket]] = []
-        with self.client.entered():
-            while not self.stop.wait(0.2):
-                for port in PORTS:
-                    call = socket.socket()
-                    call.setblocking(False)
-                    call.connect_ex((self.address, port))
-                    calls.append((time.monotonic() + KEPT, call))
-                for _, call in [row for row in calls if row[0] < time.monotonic()]:
-                    call.close()
-                calls = [row for row in calls if row[0] >= time.monotonic()]
-        for _, call in calls:
-            call.close()
-
-    def close(self) -> None:
-        self.stop.set()
-        self.thread.join()
 
 
 @pytest.fixture
@@ -72,7 +40,7 @@ def scene(make_topology: Callable[..., Topology]) -> Iterator[tuple[Topology, Pr
         directory.mkdir()
         prometheus = Prometheus(directory, f"127.0.0.1:{DAEMON_PORT}", topology.node)
         stack.callback(prometheus.close)
-        callers = Callers(topology.client, topology.node.address)
+        callers = Callers(topology.client, [(topology.node.address, port) for port in PORTS])
         stack.callback(callers.close)
         yield topology, prometheus
 

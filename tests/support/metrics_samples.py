@@ -73,6 +73,7 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
             "error": "",
             "doorbell": "poll",
             "certificate_expires": 1800000000.0,
+            "left": False,
         },
         "generation": {"desired": 7, "applied": 7},
         "apply": {"count": 7, "failed": 1, "last_seconds": 0.002, "last_error": ""},
@@ -81,6 +82,7 @@ def state(services: int = 2, backends: int = 3) -> dict[str, Any]:
         "node": {"id": "n1", "name": "node-a"},
         "problems": [],
         "paths_down": 0,
+        "paths_refused": 0,
         "paths": [{"node": "node-b", "node_name": "b", "path": "tunnel", "state": "up"}],
         "traffic": {"verdict": "ok", "reasons": []},
         "services": [

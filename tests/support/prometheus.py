@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Prometheus with our alerts, that scrapes one daemon."""
+"""A real Prometheus with our alerts, that scrapes one daemon or several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,33 @@ global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: [{rules}]
 scrape_configs:
   - job_name: mesh
-    static_configs: [{{targets: ["{target}"]}}]
+    static_configs: {targets}
 """
 
 
 class Prometheus:
-    """A Prometheus of our own, on the loopback of a namespace (None: of the host). Its data goes with its directory."""
+    """A Prometheus of our own, on the loopback of a namespace (None: of the host). Its data goes with its directory.
 
-    def __init__(self, directory: Path, target: str, namespace: Namespace | None = None) -> None:
+    Args:
+        target: an address, or addresses by what the label `instance` shall say.
+        rules: the alerts, as they are on the disk.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        target: str | Mapping[str, str],
+        namespace: Namespace | None = None,
+        *,
+        rules: Path = ROOT / "deploy/alerts.yml",
+    ) -> None:
         self.namespace = namespace
         self.address = f"127.0.0.1:{free_port()}"
         config = directory / "prometheus.yml"
-        config.write_text(CONFIG.format(rules=ROOT / "deploy/alerts.yml", target=target))
+        targets: list[dict[str, Any]] = [{"targets": [target]}]
+        if not isinstance(target, str):
+            targets = [{"targets": [address], "labels": {"instance": name}} for name, address in target.items()]
+        config.write_text(CONFIG.format(rules=rules, targets=json.dumps(targets)))
         self.log = directory / "log"
         with self.log.open("wb") as log:
             popen = subprocess.Popen if namespace is None else lambda args, **how: namespace.popen(*args, **how)

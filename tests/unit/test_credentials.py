@@ -79,6 +79,17 @@ def test_files_that_break_later_are_a_problem_and_the_old_ones_serve_on(authorit
     assert not watch.problem()
 
 
+def test_a_node_whose_certificate_is_removed_has_left_the_swarm(authority: Authority) -> None:
+    files = authority.node("n1")
+    watch = CredentialsWatch(files)
+    assert not watch.left()  # none was ever used
+    good = watch.current()
+    assert not watch.left()
+    files.certificate.unlink()
+    assert watch.current() is good and watch.left()
+    assert "has left the swarm" in watch.problem()
+
+
 @contextlib.asynccontextmanager
 async def running(*parts: object) -> AsyncIterator[None]:
     tasks = [asyncio.ensure_future(part) for part in parts]  # type: ignore[call-overload]

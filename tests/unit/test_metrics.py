@@ -120,6 +120,7 @@ def test_nodes_and_the_certificate() -> None:
     assert up == {"node-a": 1, "node-b": 0}
     family = "mesh_certificate_expiry_timestamp_seconds"
     assert value(metrics, family, family) == 1800000000
+    assert value(metrics, "mesh_node_left", "mesh_node_left") == 0
 
 
 def test_a_node_that_left_and_joined_again_is_one_node() -> None:

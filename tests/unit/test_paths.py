@@ -78,8 +78,10 @@ async def test_a_path_that_fails_is_named_until_it_works() -> None:
         (problem,) = map(str, monitor.problems)
         assert problem.startswith("node two (127.0.0.1): no path to it works")
         assert f"peer port TCP {port}: nobody listens" in problem and "mesh check" in problem
+        assert monitor.refused == 1
         async with peer_port(port):
             await until(lambda: state(monitor, "n2") == UP and not monitor.problems)
+            assert monitor.refused == 0
         await until(lambda: state(monitor, "n2") == DOWN)
         nodes[1] = replace(THERE, up=False)  # told by others, who name it
         await until(lambda: not monitor.problems)

@@ -124,6 +124,11 @@ class PathMonitor:
         """What does not work now, sorted."""
         return sorted((p for node in list(self._others.values()) for p in self._problems(node)), key=str)
 
+    @property
+    def refused(self) -> int:
+        """How many of the problems are with nodes that refuse the peer port: their agents are gone, not the network."""
+        return sum(1 for n in list(self._others.values()) if self._refuses(n) for _ in self._problems(n))
+
     def states(self) -> list[tuple[Node, Path, PathState]]:
         """Every path that is tried, by node and path."""
         found = [(self._others[node], path, trial.state) for (node, path), trial in list(self._trials.items())]
@@ -309,6 +314,10 @@ class PathMonitor:
         found = ((path, self._trials.get((node.id, path))) for path in SHARE)
         return {path: trial.obstacle for path, trial in found if trial and trial.state is PathState.DOWN}
 
+    def _refuses(self, node: Node) -> bool:
+        trial = self._trials.get((node.id, Path.PEER))
+        return trial is not None and trial.state is PathState.DOWN and trial.obstacle == NOBODY
+
     def _problems(self, node: Node) -> Iterator[Problem]:
         down, where = self._down(node), f"node {node.name} ({node.address})"
         tunnel = self._trials.get((node.id, Path.TUNNEL))
@@ -329,8 +338,7 @@ class PathMonitor:
         return f"peer port {'TCP' if path is Path.PEER else 'UDP'} {self._config.peer_port}"
 
     def _cure(self, node: Node, down: Iterable[Path]) -> str:
-        refused = Path.PEER in down and self._trials[node.id, Path.PEER].obstacle == NOBODY
-        if refused or (not node.engine and Path.PEER in down):
+        if self._refuses(node) or (not node.engine and Path.PEER in down):
             return "is mesh running there, with the same ports? `mesh check --cluster` here, `mesh status` there"
         names = ", ".join(self._port(path).split(" ", 1 if path is Path.TUNNEL else 2)[-1] for path in down)
         return f"let {names} through between all nodes, both ways; `mesh check --cluster` tries each path"
