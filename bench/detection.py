@@ -75,7 +75,13 @@ class Scene:
         self.cluster.wait_ready()
         self.swarm.wait_running("web", REPLICAS)
         self.swarm.wait_running("solo", 1)
+        wait_for(self.is_heard, "the observer hears all agents", interval=0.1)
         wait_for(lambda: all(self.is_well(daemon) for daemon in self.cluster.daemons), "all is well", interval=0.1)
+
+    def is_heard(self) -> bool:
+        """Whether all agents have called the observer's new process: who has not is watched by Swarm alone."""
+        ages = [row["age"] for row in json.loads(self.observer.get("/cluster")[1])["nodes"]]
+        return all(age is not None and age < 2 for age in ages)
 
     def is_well(self, daemon: Daemon) -> bool:
         state = daemon.state()
