@@ -14,28 +14,38 @@ from mesh.model import Address
 from mesh.supervisor import recorded
 
 CONFIRM: Final = 0.4  # seconds that a silent node has to answer at all
+TWICE: Final = 0.2  # seconds after which it is called again: the kernel repeats a first packet that is lost after one
 STALL: Final = 0.2  # seconds over CONFIRM after which it is this process that did not get to run
 
 log = structlog.get_logger("mesh.cluster")
 
 
-async def answers(address: Address, port: int) -> bool:
-    """Whether a host is alive: it accepts a connection or refuses it."""
-    while True:
-        begun = time.monotonic()
-        try:
-            async with asyncio.timeout(CONFIRM):
-                _, writer = await asyncio.open_connection(str(address), port)
-        except ConnectionRefusedError:
-            return True
-        except TimeoutError:
-            if time.monotonic() - begun > CONFIRM + STALL:  # the answer may be here already
-                continue
-            return False
-        except OSError:
-            return False
-        writer.close()
+async def _call(address: Address, port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(str(address), port)
+    except ConnectionRefusedError:
         return True
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def answers(address: Address, port: int) -> bool:
+    """Whether a host is alive: it accepts a connection or refuses it. One packet that is lost makes no difference."""
+    while True:
+        begun, calls = time.monotonic(), list[asyncio.Task[bool]]()
+        try:
+            for wait in (TWICE, CONFIRM - TWICE):
+                calls.append(asyncio.create_task(_call(address, port)))
+                done, _ = await asyncio.wait(calls, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    return any(call.result() for call in done)
+        finally:
+            for call in calls:
+                call.cancel()
+        if time.monotonic() - begun <= CONFIRM + STALL:  # else the answer may be here already
+            return False
 
 
 class FailureDetector:
