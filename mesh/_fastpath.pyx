@@ -19,12 +19,21 @@ from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
 from mesh.fastpath.tables cimport backend_new, is_same_backend, route_free, route_index, rules_fill
 from mesh.fastpath.types cimport (
-    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_ENFORCE, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC, OP_UNLISTEN,
-    OP_YIELD, TAG_SIZE, TRIES_MAX, backend, counters, engine, frontend, listener, pair, peer_acl, route, target, totals,
-    worker)
+    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_ENFORCE, OP_FIND, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC,
+    OP_UNLISTEN, OP_YIELD, TAG_SIZE, TRIES_MAX, backend, caller, counters, engine, frontend, inquiry, listener, pair,
+    peer_acl, route, target, totals, worker)
 from mesh.fastpath.worker cimport await_done, call, poke, post, worker_free, worker_new, worker_start
 
 RETRIES_MOST = TRIES_MAX - 1
+cdef enum:
+    LOOKS = 100000  # connections of each thread that `Engine.find` looks at
+
+
+cdef uint16_t in_network_order(uint16_t port) noexcept:
+    cdef uint8_t[2] wire = [port >> 8, port & 0xff]
+    cdef uint16_t there
+    memcpy(&there, wire, sizeof(there))
+    return there
 
 
 def read_columns(tuple things not None, tuple rows=None):
@@ -102,15 +111,12 @@ cdef class Front:
     cdef list pairs  # those of the published route: they live as long as it does
 
     def __cinit__(self, Engine owner not None, bytes address not None, uint16_t port, bint any):
-        cdef uint8_t wire[2]
         if len(address) != 16:
             raise ValueError("an address is 16 bytes, IPv4 as IPv4-mapped")
         self.threads = owner.e.threads
         self.c.counts = counters_new(self.threads)
         memcpy(self.c.address.bytes, <const uint8_t *>address, 16)
-        wire[0] = port >> 8
-        wire[1] = port & 0xff
-        memcpy(&self.c.port, wire, 2)
+        self.c.port = in_network_order(port)
         self.c.any = any
         self.pairs = []
 
@@ -402,6 +408,46 @@ cdef class Engine:
     def enforce(self):
         """End the connections and sessions whose clients the published routes do not admit; costs a look at each."""
         self.tell(OP_ENFORCE, NULL)
+
+    def find(self, list callers not None):
+        """How accepted connections stand, looking at the newest 100,000 of each thread.
+
+        Args:
+            callers: of each the client's address (16 bytes), its port, and the port that it called.
+
+        Returns:
+            for each None (no such connection is open), or (the owners that it was given to, in this order, whether the
+            last one has taken it, whether it was handed to whoever else serves the port instead).
+        """
+        cdef inquiry asked
+        cdef caller *one
+        cdef uint32_t i
+        cdef bytes address
+        asked.looks = LOOKS
+        asked.callers = <caller *>calloc(len(callers) + 1, sizeof(caller))
+        asked.by_port = <uint32_t *>calloc(65536, sizeof(uint32_t))
+        try:
+            if asked.callers is NULL or asked.by_port is NULL:
+                raise MemoryError
+            for i, (address, port, called) in enumerate(callers):
+                if len(address) != sizeof(one.address):
+                    raise ValueError("an address is 16 bytes")
+                one = &asked.callers[i]
+                memcpy(&one.address, <const char *>address, sizeof(one.address))
+                one.port = in_network_order(port)
+                one.called = in_network_order(called)
+                one.next = asked.by_port[one.port]
+                asked.by_port[one.port] = i + 1
+            self.tell(OP_FIND, &asked)
+            found = []
+            for i in range(<uint32_t>len(callers)):
+                one = &asked.callers[i]
+                tried = tuple([one.tried[k] for k in range(min(one.tries, <uint32_t>TRIES_MAX))])
+                found.append((tried, bool(one.open), bool(one.passed)) if one.found else None)
+            return found
+        finally:
+            free(asked.callers)
+            free(asked.by_port)
 
     def collect(self):
         """Free what was replaced, once every thread has passed through its loop: one wait for all of it."""

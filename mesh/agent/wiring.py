@@ -19,6 +19,8 @@ from mesh.api.probing import QUESTION as PROBE
 from mesh.api.probing import Probing
 from mesh.api.server import Servers
 from mesh.api.services import Services
+from mesh.api.standing import QUESTION as STANDING
+from mesh.api.standing import Standing
 from mesh.api.state import Facts, View
 from mesh.cluster.ask import Answer
 from mesh.cluster.provider import ClusterProvider, DrainHooks, Tables
@@ -28,7 +30,7 @@ from mesh.datapath.losses import Losses
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.datapath.proof import Proof
 from mesh.datapath.stop_rules import StopRules
-from mesh.errors import ConfigError, DatapathError
+from mesh.errors import ConfigError, DatapathError, MeshError
 from mesh.health.monitor import Monitor
 from mesh.model import EngineKind, Frontend, HealthView
 from mesh.providers.base import ClusterView, Provider
@@ -263,8 +265,15 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
     state_dir = Path(config.state_dir)
     drained = DrainedState(state_dir / DRAINED_FILE, reconciler.set_drained)
     hooks_of_drains = DrainHooks(drained.set_shared, lambda: reconciler.picture.drained.shared, held)
-    connectivity = Connectivity(reconciler)
-    answers = {PROBE: Probing(reconciler, name).answer, CALLS: connectivity.answer}
+
+    async def ask(node: str, question: str, query: Mapping[str, str], seconds: float) -> Mapping[str, Any]:
+        if source.cluster is None:
+            raise MeshError("this daemon serves one node only")
+        return await source.cluster.ask(node, question, query, seconds)
+
+    standing = Standing(reconciler, ask)
+    connectivity = Connectivity(reconciler, standing)
+    answers = {PROBE: Probing(reconciler, name).answer, CALLS: connectivity.answer, STANDING: standing.answer}
     source = make_source(name, reconciler, tables, hooks_of_drains, answers)
     provider = source.provider
     monitor = Monitor(source.own_health)

@@ -4,6 +4,9 @@
 The tables are equal on all nodes and a function of the 5-tuple, so the caller chooses its source port such that the
 called node gives the connection to the task that is meant. A node's calls of its own ports are drawn by the socket
 hook; of those there are as many as tasks, and it is not known which answers which.
+
+A proxy accepts a connection before a task has. So the calls stay open for a moment, and then their node is asked how
+those stand that its proxy has (`standing`).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
 import random
 import socket
@@ -23,7 +27,11 @@ from mesh._abi import OWNER_FIRST
 from mesh._maglev import SlotTable, hash_client, hash_flow, slot_of
 from mesh.api.explain import is_denied
 from mesh.api.services import built, numbered
+from mesh.api.standing import MOST as STANDING_MOST
+from mesh.api.standing import WAIT as STANDING_WAIT
+from mesh.api.standing import Standing
 from mesh.api.view import Json
+from mesh.datapath.base import Accepted, Caller
 from mesh.errors import MeshError
 from mesh.model import ANY_ADDRESS, Address, Affinity, Flow, FrontendState, Node, Protocol
 from mesh.providers.base import ClusterView, EarlierBuildError
@@ -33,9 +41,10 @@ QUESTION: Final = "calls"
 MOST: Final = 600  # calls that one node makes; tasks beyond are drawn by lot
 AT_ONCE: Final = 32
 CONNECT: Final = 3.0  # seconds for a call: the kernel sends its first packet again after one
-SETTLE: Final = 0.2  # seconds in which a proxy that reached no task resets what it has accepted
+ROUND: Final = STANDING_MOST  # calls that are open at the same time
+SETTLE: Final = 1.0  # seconds that a task has to take what a proxy has accepted for it
 SECONDS: Final = 25.0  # for all calls of a node
-WAIT: Final = SECONDS + 5.0  # for another node's answer
+WAIT: Final = SECONDS + SETTLE + STANDING_WAIT + 1.0  # for another node's answer
 PORTS: Final = (20000, 60999)  # source ports
 DRAWS: Final = 60  # source ports that are tried for each task
 
@@ -54,6 +63,21 @@ class _Call:
     address: Address
     to: int
     backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A call that was made."""
+
+    call: _Call
+    sock: socket.socket
+    is_open: bool = False
+    said: str = ""  # how it failed; empty and not open: nothing was shown
+
+    @property
+    def caller(self) -> Caller:
+        name = self.sock.getsockname()
+        return Caller(ipaddress.ip_address(name[0]), name[1], self.call.to)
 
 
 @dataclass(slots=True)
@@ -99,8 +123,9 @@ class _Row:
 class Connectivity:
     """Makes this node's calls for whoever asks, and asks all nodes for theirs."""
 
-    def __init__(self, reconciler: Reconciler) -> None:
+    def __init__(self, reconciler: Reconciler, standing: Standing | None = None) -> None:
         self._reconciler = reconciler
+        self._standing = standing or Standing(reconciler)
         self._free = asyncio.Semaphore(AT_ONCE)
         self._busy = False
 
@@ -135,26 +160,46 @@ class Connectivity:
         ]
         nodes = [node for node in picture.inventory.nodes if node.up and node.engine and node.address is not None]
         most = max(1, MOST // max(1, len(states) * len(nodes)))
-        rows, tasks = [], []
+        rows, planned = list[_Row](), list[tuple[_Call, _Row]]()
         for state in states:
             table = await asyncio.to_thread(_table, state)
             for node in nodes:
                 row = _Row(node.id, state.service_name, str(state.frontend))
                 rows.append(row)
-                planned = _planned(state, table, node, own=node.id == own, most=most, row=row)
-                tasks += [asyncio.create_task(self._make(call, row)) for call in planned]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+                calls = _planned(state, table, node, own=node.id == own, most=most, row=row)
+                planned += [(call, row) for call in calls]
+        ends = asyncio.get_running_loop().time() + SECONDS
+        for first in range(0, len(planned), ROUND):
+            await self._round(planned[first : first + ROUND], ends, own)
         names = {backend.id: backend.name for backend in picture.inventory.backends}
         return {"rows": [row.shown(names) for row in rows]}
 
-    async def _make(self, call: _Call, row: _Row) -> None:
+    async def _round(self, planned: Sequence[tuple[_Call, _Row]], ends: float, own: str) -> None:
+        """Make some calls, and count what became of those that are made in time."""
+        with contextlib.ExitStack() as stack:
+            tasks = {asyncio.create_task(self._make(call, stack)): row for call, row in planned}
+            timeout = max(0.0, ends - asyncio.get_running_loop().time())
+            made, late = await asyncio.wait(tasks, timeout=timeout)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+            if any(task.result().is_open for task in made):
+                await asyncio.sleep(SETTLE)
+            nodes = {tasks[task].through for task in made}
+            through = {node: [(t.result(), tasks[t]) for t in made if tasks[t].through == node] for node in nodes}
+            await asyncio.gather(*(self._settle(node, calls, own=node == own) for node, calls in through.items()))
+
+    async def _make(self, call: _Call, stack: contextlib.ExitStack) -> _Made:
         async with self._free:
-            said = await _called(call)
-        row.count(call.backend, said)
+            return await _connect(call, stack.enter_context(_socket(call.address)))
+
+    async def _settle(self, node: str, calls: Sequence[tuple[_Made, _Row]], *, own: bool) -> None:
+        """Count calls through a node, which are still open, once it has said how they stand."""
+        opened = [made for made, _ in calls if made.is_open]
+        found = await self._standing.of(node, [made.caller for made in opened], own=own)
+        stands = {id(made): how for made, how in zip(opened, found, strict=True)}
+        for made, row in calls:
+            row.count(*_outcome(made, stands.get(id(made))))
 
     async def test(self, own: str, services: Sequence[str], cluster: ClusterView) -> Json:
         """See AgentView.connectivity."""
@@ -245,24 +290,53 @@ def _is_free(source: Address, port: int) -> bool:
     return False
 
 
-async def _called(call: _Call) -> str:
-    """Make a call, and close it. Empty: somebody took it; else why not, in words."""
-    loop = asyncio.get_running_loop()
-    with _socket(call.address) as sock:
-        try:
-            if call.port:
-                sock.bind((str(call.source), call.port))
-            async with asyncio.timeout(CONNECT):
-                await loop.sock_connect(sock, (str(call.address), call.to))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SETTLE):
-                    await loop.sock_recv(sock, 1)
-        except TimeoutError:
-            return "timed out"
-        except ConnectionRefusedError:
-            return "refused"
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:  # taken since it was chosen: nothing was shown
-                return ""
-            return "reset" if isinstance(error, ConnectionError) else os.strerror(error.errno or 0).lower()
+async def _connect(call: _Call, sock: socket.socket) -> _Made:
+    """Make a call."""
+    try:
+        if call.port:
+            sock.bind((str(call.source), call.port))
+        async with asyncio.timeout(CONNECT):
+            await asyncio.get_running_loop().sock_connect(sock, (str(call.address), call.to))
+    except TimeoutError:
+        return _Made(call, sock, said="timed out")
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE  # its port, since it was chosen
+        return _Made(call, sock, said="" if taken else _words(error))
+    return _Made(call, sock, is_open=True)
+
+
+def _outcome(made: _Made, stands: Accepted | None) -> tuple[str, str]:
+    """The backend that a call failed at, and how, in words; empty: it was answered.
+
+    Args:
+        stands: what the called node's proxy has made of it; None: it has none, or cannot be asked.
+    """
+    meant = made.call.backend
+    if not made.is_open:
+        return meant, made.said
+    if stands is None:  # a task has taken it, or a proxy that has given it up since
+        return meant, _reset(made.sock)
+    first, *others = stands.tried or (meant,)
+    if not stands.is_taken:
+        return first, f"not taken within {SETTLE:g} s"
+    if others:
+        return first, "not taken; " + ("another task took it" if others[-1] else "Docker's own mesh took it")
+    return meant, ""
+
+
+def _reset(sock: socket.socket) -> str:
+    """How a connection has failed since it was made; empty: it has not."""
+    try:
+        sock.recv(1)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        return _words(error)
     return ""
+
+
+def _words(error: OSError) -> str:
+    """What a caller sees of an error."""
+    if isinstance(error, ConnectionRefusedError):
+        return "refused"
+    return "reset" if isinstance(error, ConnectionError) else os.strerror(error.errno or 0).lower()

@@ -27,8 +27,9 @@ def connectivity_test(services: tuple[str, ...], state_dir: Path, as_json: bool)
     Prints a matrix: a row for each calling node, a column for each called one, calls that were answered of those that
     were made. Then each failure, with the task that the tables give the call to. A node makes 600 calls at most, 32 at
     a time, in 25 seconds; where there are more tasks they are chosen by lot. A call is a TCP connection that is closed
-    at once; the tasks see them. UDP ports are not tried. Where the called node has the proxy engine, another task may
-    have taken the call after a refusal. A node's calls of itself are drawn anew, so no task is named.
+    a second later; the tasks see them. UDP ports are not tried. A call that the task has not taken within a second, or
+    that a proxy gave to another task instead, is a failure. A node's calls of itself are drawn anew, so no task is
+    named, unless a proxy gave the call to it.
 
     Nodes without an agent, and of builds that do not know the test, are named and do not count as failures.
 

@@ -148,6 +148,21 @@ class Explanation:
     owner: int
 
 
+class Caller(NamedTuple):
+    """A client's end of a TCP connection, and the published port that it called."""
+
+    address: Address
+    port: int
+    called: int
+
+
+class Accepted(NamedTuple):
+    """How a connection stands that a proxy has accepted."""
+
+    tried: tuple[str, ...]  # backends that it was given to, by id, in this order; last "": whoever else has the port
+    is_taken: bool  # by the last of them
+
+
 class Datapath(Protocol):
     """An engine. Implementations: proxy.ProxyDatapath, kernel.KernelDatapath.
 
@@ -199,6 +214,13 @@ class Datapath(Protocol):
 
         None: this engine has nothing but the tables of `lookup`.
         """
+
+    def accepted(self, callers: Sequence[Caller]) -> Sequence[Accepted | None]:
+        """How the connections of these callers stand that are open at a proxy of this engine; in the same order.
+
+        None: no proxy has it. The default is an engine without one.
+        """
+        return [None] * len(callers)
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """Slots in which a flow of an owner other than the current one was seen in the last `seconds`.

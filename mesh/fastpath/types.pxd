@@ -104,6 +104,7 @@ cdef enum:  # command.op
     OP_ABORT = 5  # reset all connections, end all sessions
     OP_QUIT = 6
     OP_ENFORCE = 7  # end the connections and sessions of clients that are not admitted any more
+    OP_FIND = 8  # argument: inquiry
 
 cdef struct counters:  # of one pair or frontend in one thread
     uint64_t begun  # attempts to reach the backend, UDP sessions included
@@ -288,6 +289,22 @@ cdef struct datagrams:  # of one recvmmsg or sendmmsg
     iovec doubles[BATCH][2]
     sockaddr_in6 names[BATCH]
     char control[BATCH][CONTROL]
+
+cdef struct caller:  # a client's end of a connection, and how that stands
+    mesh_addr address
+    uint16_t port  # network order
+    uint16_t called  # likewise: the frontend's
+    uint32_t next  # the next caller with this port, from 1; 0: none
+    uint8_t found
+    uint8_t open  # the last backend of `tried`, or whoever it was passed to, has taken it
+    uint8_t passed
+    uint8_t tries
+    uint32_t tried[TRIES_MAX]
+
+cdef struct inquiry:
+    caller *callers
+    uint32_t *by_port  # 65536: the first caller with this port (as it lies in memory), from 1; 0: none
+    uint32_t looks  # at so many connections, the newest first
 
 cdef struct command:
     int op

@@ -4,6 +4,7 @@
 
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy
 
 from mesh.fastpath.accept cimport accept_one, on_client, on_listener
 from mesh.fastpath.choose cimport permitted
@@ -20,8 +21,8 @@ from mesh.fastpath.sys cimport (
 from mesh.fastpath.tcp cimport conn_end, on_backend, on_timers, resume, service
 from mesh.fastpath.types cimport (
     BATCH, DATAGRAM, DEAD, EVENTS, FAIL_DENIED, KIND_BACKEND, KIND_CLIENT, KIND_DATAGRAMS, KIND_LISTENER,
-    KIND_SESSION, KIND_WAKE, OP_ABORT, OP_ENFORCE, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD, SCRATCH, conn,
-    frontend, listener, pipe, route, session, side)
+    KIND_SESSION, KIND_WAKE, OPEN, OP_ABORT, OP_ENFORCE, OP_FIND, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD,
+    SCRATCH, caller, conn, frontend, inquiry, listener, pipe, route, session, side)
 from mesh.fastpath.udp cimport (
     on_datagrams, on_session, sessions_enforce, sessions_expire, sessions_forget, sessions_leave)
 
@@ -113,6 +114,27 @@ cdef void do_enforce(worker *w) noexcept nogil:
     sessions_enforce(w)
 
 
+cdef void do_find(worker *w, inquiry *asked) noexcept nogil:
+    """Say how the connections of some callers stand, those that this thread has."""
+    cdef conn *c = w.all
+    cdef caller *one
+    cdef uint32_t at, left = asked.looks
+    while c is not NULL and left:
+        at = asked.by_port[c.flow.source_port]
+        while at:
+            one = &asked.callers[at - 1]
+            if (not one.found and one.called == c.frontend.port
+                    and memcmp(&one.address, &c.flow.source, sizeof(one.address)) == 0):
+                one.open = c.state == OPEN
+                one.passed = c.passed
+                one.tries = c.tries
+                memcpy(one.tried, c.tried, sizeof(one.tried))
+                one.found = 1
+            at = one.next
+        c = c.next
+        left -= 1
+
+
 cdef void listeners_free(worker *w) noexcept nogil:
     while w.listeners is not NULL:
         disarm(w, w.listeners)
@@ -141,6 +163,8 @@ cdef void run_command(worker *w) noexcept nogil:
             do_abort(w)
         elif op == OP_ENFORCE:
             do_enforce(w)
+        elif op == OP_FIND:
+            do_find(w, <inquiry *>argument)
         elif op == OP_QUIT:
             do_abort(w)
             listeners_free(w)

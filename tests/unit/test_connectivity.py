@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import socket
 import struct
@@ -14,10 +13,11 @@ from typing import Any, cast
 import pytest
 
 from mesh._maglev import SlotTable, backend_seed
-from mesh.api.connectivity import ASKED, EARLIER, Connectivity, _Call, _called, _planned, _Row, _table
+from mesh.api.connectivity import ASKED, EARLIER, Connectivity, _Call, _connect, _outcome, _planned, _Row, _table
 from mesh.api.probing import Probing
+from mesh.api.standing import Standing
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, BackendEntry, FrontendEntry, key_of
+from mesh.datapath.base import Accepted, Applied, BackendEntry, Caller, FrontendEntry, key_of
 from mesh.datapath.lookup import lookup
 from mesh.errors import MeshError
 from mesh.model import (
@@ -88,25 +88,64 @@ def test_nodes_that_source_rules_keep_out_are_not_let_fail() -> None:
     assert len(_planned(asked, _table(asked), OTHER, own=True, most=9, row=row())) == 2  # own calls are let in
 
 
+async def called(port: int, source: int = 0, stands: Accepted | None = None, backend: str = "meant") -> tuple[str, str]:
+    """What is counted of a call, once its node has said how it stands."""
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        return _outcome(await _connect(_Call(HOME, source, HOME, port, backend), sock), stands)
+
+
 async def test_what_becomes_of_a_call() -> None:
     with socket.create_server((str(HOME), 0)) as server:
         port = server.getsockname()[1]
-        assert await _called(_Call(HOME, 0, HOME, port, "")) == ""
-        assert await _called(_Call(HOME, free_port(), HOME, port, "")) == ""
-    assert await _called(_Call(HOME, 0, HOME, port, "")) == "refused"
+        assert await called(port) == ("meant", "")
+        assert await called(port, free_port()) == ("meant", "")
+        assert await called(port, port) == ("meant", "")  # taken: nothing was shown
+    assert await called(port) == ("meant", "refused")
+
+
+async def test_what_a_proxy_has_made_of_a_call() -> None:
+    with socket.create_server((str(HOME), 0)) as server:
+        port = server.getsockname()[1]
+        assert await called(port, stands=Accepted(("meant",), True)) == ("meant", "")
+        assert await called(port, stands=Accepted(("a",), True), backend="") == ("", "")
+        assert await called(port, stands=Accepted(("meant",), False)) == ("meant", "not taken within 1 s")
+        assert await called(port, stands=Accepted(("a",), False), backend="") == ("a", "not taken within 1 s")
+        assert await called(port, stands=Accepted(("a", "b"), False)) == ("a", "not taken within 1 s")
+        assert await called(port, stands=Accepted(("a", "b"), True)) == ("a", "not taken; another task took it")
+        assert await called(port, stands=Accepted(("a", ""), True)) == ("a", "not taken; Docker's own mesh took it")
 
 
 async def test_a_proxy_that_reaches_no_task_resets_what_it_has_accepted() -> None:
-    with socket.create_server((str(HOME), 0)) as server:
+    with socket.create_server((str(HOME), 0)) as server, socket.socket() as sock:
+        sock.setblocking(False)
+        made = await _connect(_Call(HOME, 0, HOME, server.getsockname()[1], ""), sock)
+        accepted, _ = server.accept()
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted.close()
+        assert _outcome(made, None) == ("", "reset")
 
-        def reset() -> None:
-            accepted, _ = server.accept()
-            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            accepted.close()
 
-        resetting = asyncio.create_task(asyncio.to_thread(reset))
-        assert await _called(_Call(HOME, 0, HOME, server.getsockname()[1], "")) == "reset"
-        await resetting
+async def test_who_asks_how_connections_stand_is_answered_or_told_what_is_wrong() -> None:
+    standing = Standing(Reconciler(MemoryDatapath(), Config()))
+    assert await standing.answer({"address": "192.0.2.1", "calls": "40000:80,40001:80"}) == {"calls": [None, None]}
+    for query in (
+        {},
+        {"address": "here", "calls": "1:2"},
+        {"address": "192.0.2.1", "calls": "1:2:3"},
+        {"address": "192.0.2.1", "calls": "1:65536"},
+        {"address": "192.0.2.1", "calls": ",".join(["1:2"] * 201)},
+    ):
+        with pytest.raises(MeshError):
+            await standing.answer(query)
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"calls": [None]}, {"calls": [["a", True], None]}, {"calls": 1}, EarlierBuildError("")]
+)
+async def test_a_node_that_does_not_say_it_is_not_believed_to(told: Any) -> None:
+    standing = Standing(Reconciler(MemoryDatapath(), Config()), Others({"n2": told}).ask)
+    assert await standing.of("n2", [Caller(HOME, 1, 80), Caller(HOME, 2, 80)], own=False) == [None, None]
 
 
 class Others:

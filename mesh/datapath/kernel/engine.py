@@ -19,7 +19,7 @@ from typing import Final
 from mesh import _bpf
 from mesh._abi import ABI_VERSION
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, Choice, Explanation, Plan, Signal, Stats
+from mesh.datapath.base import Accepted, Applied, Caller, Choice, Explanation, Plan, Signal, Stats
 from mesh.datapath.kernel import loader, restore, xdp
 from mesh.datapath.kernel import stats as kernel_stats
 from mesh.datapath.kernel.cleanup import hand_back, take_off
@@ -342,6 +342,10 @@ class KernelDatapath:
     def explain(self, flow: Flow) -> Explanation:
         """See Datapath.explain: a test run of mesh_explain."""
         return kernel_stats.explain(self._opened().programs["mesh_explain"], flow)
+
+    def accepted(self, callers: Sequence[Caller]) -> Sequence[Accepted | None]:
+        """See Datapath.accepted: by the fallback proxy. What the programs forward was accepted by the task itself."""
+        return self._fallback.accepted(callers)
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """See Datapath.live_slots."""

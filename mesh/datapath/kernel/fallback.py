@@ -20,7 +20,19 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
-from mesh.datapath.base import Applied, BackendEntry, BackendKey, Choice, FrontendEntry, Plan, Signal, Stats, key_of
+from mesh.datapath.base import (
+    Accepted,
+    Applied,
+    BackendEntry,
+    BackendKey,
+    Caller,
+    Choice,
+    FrontendEntry,
+    Plan,
+    Signal,
+    Stats,
+    key_of,
+)
 from mesh.datapath.counters import COLUMNS, CounterTable
 from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.nft import NftTable, table_name
@@ -241,6 +253,10 @@ class Fallback:
     def lookup(self, flow: Flow) -> Choice | None:
         """See Datapath.lookup."""
         return self._proxy.lookup(flow) if self._proxy else None
+
+    def accepted(self, callers: Sequence[Caller]) -> Sequence[Accepted | None]:
+        """See Datapath.accepted."""
+        return self._proxy.accepted(callers) if self._proxy else [None] * len(callers)
 
     def missing(self) -> Sequence[str]:
         """See Datapath.missing."""

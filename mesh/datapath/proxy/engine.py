@@ -19,8 +19,10 @@ from mesh._fastpath import RETRIES_MOST, Engine
 from mesh._maglev import SlotTable
 from mesh.config.keys import Config
 from mesh.datapath.base import (
+    Accepted,
     Applied,
     BackendEntry,
+    Caller,
     Choice,
     FrontendEntry,
     Plan,
@@ -383,6 +385,17 @@ class ProxyDatapath:
 
     def signals(self) -> Sequence[Signal]:
         return self._accounting.signals()
+
+    def accepted(self, callers: Sequence[Caller]) -> Sequence[Accepted | None]:
+        """See Datapath.accepted."""
+        engine, _ = self._opened()
+        with self._lock:
+            rows = engine.find([(netaddr.pack(caller.address), caller.port, caller.called) for caller in callers])
+            names = {owner: entry.key.backend for owner, entry in self._backends.items()}
+        return [
+            Accepted((*(names.get(owner, "?") for owner in row[0]), *([""] if row[2] else [])), row[1]) if row else None
+            for row in rows
+        ]
 
     def live_slots(self, seconds: float) -> Mapping[Frontend, frozenset[int]]:
         """Empty: a connection's socket, or a session, remembers its backend."""
