@@ -20,7 +20,8 @@ from bench import bars
 from bench.lab import OUT, LabError
 from bench.peers.docker_mesh import DockerMesh
 from bench.scenarios import BY_NAME
-from tests.guest.guest import GuestError, debian_kernel, run_in_guest
+from tests.guest.guest import GuestError, run_in_guest
+from tests.guest.kernels import debian_kernel
 
 SIDES: Final = (DockerMesh.name, "mesh-kernel")
 SCENARIOS: Final = ("connections", "requests", "pingpong")

@@ -115,6 +115,10 @@ def xdp(namespace: Namespace, device: str) -> str:
 
 
 def dropped_by_driver(namespace: Namespace, device: str) -> int:
-    """Packets that the card's driver has dropped because an XDP program said so."""
+    """Packets that the card's driver has dropped because an XDP program said so.
+
+    Of its queues: since Linux 6.10 virtio_net shows their sum beside them (virtnet_fill_total_fields,
+    drivers/net/virtio_net.c).
+    """
     shown = namespace.run("ethtool", "-S", device).stdout
-    return sum(int(count) for count in re.findall(r"xdp_drops: (\d+)", shown))
+    return sum(int(count) for count in re.findall(r"rx(?:_queue_)?\d+_xdp_drops: (\d+)", shown))

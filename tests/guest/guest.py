@@ -14,6 +14,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.guest.kernels import Kernel, copy_module, module_files
+
 MODULES = [
     "virtio_pci",
     "9pnet_virtio",
@@ -85,72 +87,22 @@ class Result:
     output: str
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """An unpacked Debian kernel package: `image` to boot, `modules` under `root`/lib/modules/`version`."""
-
-    image: Path
-    root: Path
-    version: str
-
-
-def debian_kernel(cache: Path) -> Kernel:
-    """Fetch Debian's stock kernel with apt into `cache` and unpack it there, once. Nothing is installed."""
-    root = cache / "root"
-    if not root.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        depends = subprocess.run(
-            ["apt-cache", "depends", "linux-image-amd64"], check=True, capture_output=True, text=True
-        ).stdout
-        package = next(line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends:"))
-        fetch = ["apt-get", "-o", "Acquire::Retries=5", "download", package]
-        subprocess.run(fetch, cwd=cache, check=True, capture_output=True)
-        archive = next(cache.glob("linux-image-*.deb"))
-        partial = cache / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        subprocess.run(["dpkg-deb", "-x", archive, partial], check=True)
-        archive.unlink()
-        version = next((partial / "lib/modules").iterdir()).name
-        subprocess.run(["/sbin/depmod", "-b", partial, version], check=True)
-        partial.rename(root)
-    version = next((root / "lib/modules").iterdir()).name
-    return Kernel(root / f"boot/vmlinuz-{version}", root, version)
-
-
-def _module_files(kernel: Kernel) -> list[Path]:
-    """Files of MODULES and all they depend on, each before those that need it."""
-    files: dict[Path, None] = {}
-    for module in MODULES:
-        shown = subprocess.run(
-            ["/sbin/modprobe", "-d", kernel.root, "-S", kernel.version, "--show-depends", module],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-        for line in shown.splitlines():
-            if line.startswith("insmod"):
-                files[Path(line.split()[1])] = None
-    return list(files)
-
-
 def _initramfs(kernel: Kernel, command: str, directory: Path) -> Path:
     tree = directory / "initramfs"
     shutil.rmtree(tree, ignore_errors=True)
     for sub in ("bin", "proc", "sys", "dev", "lib/modules"):
         (tree / sub).mkdir(parents=True)
     shutil.copy("/bin/busybox", tree / "bin/busybox")
-    files = _module_files(kernel)
-    for file in files:
-        shutil.copy(file, tree / "lib/modules" / file.name)
-    (tree / "modules").write_text("\n".join(file.name for file in files))
+    names = [copy_module(file, tree / "lib/modules") for file in module_files(kernel, MODULES)]
+    (tree / "modules").write_text("\n".join(names))
     (tree / "command").write_text(command)
     init = tree / "init"
     init.write_text(INIT)
     init.chmod(0o755)
     archive = directory / "initramfs.cpio"
-    names = subprocess.run(["find", "."], cwd=tree, check=True, capture_output=True).stdout
+    inside = subprocess.run(["find", "."], cwd=tree, check=True, capture_output=True).stdout
     with archive.open("wb") as out:
-        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names, stdout=out, check=True)
+        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=inside, stdout=out, check=True)
     return archive
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel engine on Debian's stock 6.1 kernel: the objects load, translate and forward there as they do here.
+"""The kernel engine on the stock kernels of Debian 12 (6.1), 13 (6.12) and unstable (7.2): the objects load, translate
+and forward there as they do here.
 
-And what that kernel has and this machine's has not: VLANs, and network cards, of which one kind has native XDP.
+And what these kernels have and this machine's has not: VLANs, and network cards, of which one kind has native XDP.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.guest import debian_kernel, run_in_guest
+from tests.guest.guest import run_in_guest
+from tests.guest.kernels import debian_kernel
 
 ROOT = Path(__file__).parents[2]
 TABLES = (
@@ -37,13 +39,15 @@ PYTEST = f"{sys.executable} -m pytest -q --color=no -p no:cacheprovider --timeou
 @pytest.mark.root
 @pytest.mark.bpf
 @pytest.mark.timeout(2000)
-def test_objects_load_and_forward_on_debians_kernel(tmp_path: Path) -> None:
+@pytest.mark.later("trixie", "sid")
+@pytest.mark.parametrize("release", ["bookworm", "trixie", "sid"])
+def test_objects_load_and_forward_on_debians_kernel(tmp_path: Path, release: str) -> None:
     if os.geteuid():
         pytest.skip("the guest shares the root file system, which needs root")
     missing = [name for name in ("qemu-system-x86_64", "busybox", "cpio") if not shutil.which(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (make packages-test)")
-    kernel = debian_kernel(ROOT / "build" / "guest" / "kernel")
+    kernel = debian_kernel(ROOT / "build" / "guest" / release, release)
     # Beside each other: the guest has two processors.
     tables = f"{PYTEST} {' '.join(TABLES)} > /run/tables 2>&1"
     command = (
