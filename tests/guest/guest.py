@@ -123,7 +123,7 @@ def run_in_guest(
     archive = _initramfs(kernel, script, directory)
     argv = [
         *("nice", "-n", "10"),  # what runs beside it has deadlines of its own
-        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory)),
+        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2", "-m", str(memory)),
         *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
         *("-kernel", str(kernel.image), "-initrd", str(archive)),
         *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
