@@ -27,15 +27,14 @@ def connected(cluster: Cluster) -> dict[str, str]:
     return {row["id"]: row["mesh"] for row in rows if row["mesh"]}
 
 
-def join_anew(swarm: Swarm, node: Node) -> str:
-    """Leave the swarm and join it again, as the same host. Returns the new id."""
+def join_anew(swarm: Swarm, node: Node) -> tuple[str, str]:
+    """Leave the swarm and join it again, as the same host. Returns the former id, which is down, and the new one."""
     before = identity(node)
     node.docker("swarm", "leave")
     swarm._join(node, "worker")
-    swarm.docker("node", "rm", "--force", before)
     now = identity(node)
     assert now != before
-    return now
+    return before, now
 
 
 @pytest.mark.only("kernel")
@@ -47,8 +46,12 @@ def test_a_node_that_joins_anew_is_known_by_its_new_name(cluster: Cluster) -> No
     cluster.agree("web", 3)
     wait_for(lambda: len(connected(cluster)) == 3, "all agents are known")
     logged = len(cluster.daemons[0].tail(1 << 30))
-    now = join_anew(swarm, node)
-    wait_for(lambda: now in connected(cluster), "the manager knows it by its new name", timeout=15)  # seen: 2 s
+    before, now = join_anew(swarm, node)
+    try:
+        wait_for(lambda: now in connected(cluster), "the manager knows it by its new name", timeout=15)  # seen: 2 s
+        assert before not in connected(cluster)
+    finally:
+        swarm.docker("node", "rm", "--force", before)
     tasks = cluster.agree("web", 3)
     for each in swarm.nodes:
         report = peers.load(cluster.client, each.address, WEB, "-n", "60", "-c", "4")
