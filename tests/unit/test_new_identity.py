@@ -163,10 +163,12 @@ async def test_a_node_that_has_joined_anew_calls_by_its_new_name(
     monkeypatch.setattr(relay_client, "_REFRESH", 0.05)
     authority = Authority(tmp_path)
     files = authority.node("n1", role="swarm-worker")
-    async with serving(authority.node("m1"), "m1", "n1", "n2") as server, told_by(server, files):
+    async with serving(authority.node("m1"), "m1", "n1", "n2") as server, told_by(server, files) as agent:
         assert set(server.nodes) == {"n1"}
         become(files, authority.node("n2", role="swarm-worker"))
         await until(lambda: set(server.nodes) == {"n2"}, "it is known by its new identity")
+        links = agent._links.values()  # one that was made while the files changed is made again
+        await until(lambda: all(not link.outdated and link.connected for link in links) and len(server._peers) == 1)
         renewed = authority.certificate("n2", "swarm-worker")  # of the same node: nothing happens
         (peer,) = server._peers
         files.certificate.write_bytes(renewed)
