@@ -241,6 +241,21 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 	return IS_REJECT(action) ? reject_through_tunnel(skb, &p, &from, action) : action;
 }
 
+/* The verdict of a flow to a task of this node, where the task sees another source than the client's own. */
+INLINE void explain_source(struct packet *p, struct lb_choice *c)
+{
+	struct tuple to;
+	int port;
+
+	if (!c->backend || is_remote(c->backend) || is_host_backend(c->backend) ||
+	    is_v4(&c->backend->address) != (p->version == 4))
+		return;
+	task_tuple(&to, p, c->backend, FROM_CLIENT);
+	port = snat_foretell(p, c, &to);
+	if (port != SNAT_NONE)
+		c->verdict = port > 0 ? MESH_VERDICT_TRANSLATED : MESH_VERDICT_COLLISION;
+}
+
 /* Test run only: answers what would become of a packet, and changes nothing (MESH_EXPLAIN_VERDICT in abi.h). */
 SEC("tc")
 int mesh_explain(struct __sk_buff *skb)
@@ -256,6 +271,7 @@ int mesh_explain(struct __sk_buff *skb)
 	c.start = p.flow.protocol == IPPROTO_TCP && (p.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	if (c.frontend) {
 		lb_choose(&p.flow, &c);
+		explain_source(&p, &c);
 	} else {
 		c.hash = mesh_hash_flow(&p.flow);
 		c.slot = mesh_hash_client(&p.flow.source);

@@ -36,7 +36,7 @@ static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, str
 		.source = reply->called,
 		.destination = reply->client,
 		.source_port = reply->called_port,
-		.destination_port = p->flow.destination_port,
+		.destination_port = client_port(reply, p->flow.destination_port),
 	};
 	__u32 ifindex = reply->ifindex, peer = reply->flags & MESH_REVNAT_PEER;
 

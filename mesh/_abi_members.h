@@ -37,6 +37,12 @@ static const struct mesh_member mesh_backend_members[] = {
 	HOST(mesh_backend, state),      HOST(mesh_backend, epoch),   HOST(mesh_backend, ifindex),
 	HOST(mesh_backend, bridge),     RAW(mesh_backend, mac),      HOST(mesh_backend, version),
 	HOST(mesh_backend, handed),     RAW(mesh_backend, seed),     HOST(mesh_backend, frontend),
+	HOST(mesh_backend, networks),
+};
+static const struct mesh_member mesh_network_key_members[] = {
+	HOST(mesh_network_key, bits),
+	HOST(mesh_network_key, owner),
+	ADDRESS(mesh_network_key, client),
 };
 static const struct mesh_member mesh_acl_key_members[] = {
 	HOST(mesh_acl_key, bits),
@@ -50,10 +56,10 @@ static const struct mesh_member mesh_note_members[] = {
 	HOST(mesh_note, frontend),
 };
 static const struct mesh_member mesh_revnat_members[] = {
-	ADDRESS(mesh_revnat, called), ADDRESS(mesh_revnat, client), NETWORK(mesh_revnat, called_port),
-	HOST(mesh_revnat, flags),     HOST(mesh_revnat, ifindex),   HOST(mesh_revnat, frontend),
-	HOST(mesh_revnat, owner),     HOST(mesh_revnat, epoch),     HOST(mesh_revnat, stamp),
-	HOST(mesh_revnat, sequence),  HOST(mesh_revnat, veth),
+	ADDRESS(mesh_revnat, called),      ADDRESS(mesh_revnat, client), NETWORK(mesh_revnat, called_port),
+	HOST(mesh_revnat, flags),          HOST(mesh_revnat, ifindex),   HOST(mesh_revnat, frontend),
+	NETWORK(mesh_revnat, client_port), HOST(mesh_revnat, owner),     HOST(mesh_revnat, epoch),
+	HOST(mesh_revnat, stamp),          HOST(mesh_revnat, sequence),  HOST(mesh_revnat, veth),
 };
 static const struct mesh_member mesh_counts_members[] = {
 	HOST(mesh_counts, packets_in), HOST(mesh_counts, bytes_in), HOST(mesh_counts, packets_out),
@@ -125,6 +131,7 @@ static const struct mesh_layout mesh_layouts[] = {
 	LAYOUT(Frontend, mesh_frontend),
 	LAYOUT(FrontendKey, mesh_frontend_key),
 	LAYOUT(Backend, mesh_backend),
+	LAYOUT(NetworkKey, mesh_network_key),
 	LAYOUT(AclKey, mesh_acl_key),
 	LAYOUT(Note, mesh_note),
 	LAYOUT(Revnat, mesh_revnat),
@@ -170,6 +177,9 @@ _Static_assert(offsetof(struct mesh_acl_key, bits) == 0 && offsetof(struct mesh_
 		       offsetof(struct mesh_acl_key, source) == 8,
 	       "mesh_acl_key is a key of BPF_MAP_TYPE_LPM_TRIE");
 #define MESH_ACL_KEY_RULE_BITS (8 * (offsetof(struct mesh_acl_key, source) - offsetof(struct mesh_acl_key, acl)))
+_Static_assert(offsetof(struct mesh_network_key, bits) == 0 && offsetof(struct mesh_network_key, owner) == 4 &&
+		       offsetof(struct mesh_network_key, client) == 8,
+	       "mesh_network_key is one, too, and counts alike");
 
 #define CONSTANT(name)                                                                                                 \
 	{                                                                                                              \
@@ -233,6 +243,7 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(REVNAT_REFUSED),
 	CONSTANT(REVNAT_ANSWERED),
 	CONSTANT(REVNAT_UNANSWERED),
+	CONSTANT(REVNAT_TRANSLATED),
 	CONSTANT(REVNAT_NODE),
 	/* the tunnel */
 	CONSTANT(TUNNEL_REPLY),

@@ -4,7 +4,7 @@
 #ifndef MESH_FLOW_CACHE_H
 #define MESH_FLOW_CACHE_H
 
-#include "scratch.h"
+#include "snat.h"
 
 #define NOTE_FIRST   1 /* the flow's first packet: its note may be evicted by a flood */
 #define NOTE_KEEP    2 /* the flow is known to continue */
@@ -89,6 +89,21 @@ INLINE void flow_cache_update(const struct mesh_flow *flow, const struct lb_choi
 #define KNOWN_LIVE 1
 #define KNOWN_EDGE 2 /* it has just begun, or it has ended */
 
+/* Whether the entry with this key is of a flow of this owner, as revnat_knows answers. */
+INLINE int revnat_knows_by(const struct mesh_flow *key, const struct mesh_flow *flow, __u32 owner, __u32 epoch)
+{
+	struct mesh_revnat *reply = revnat_proven(key);
+	int known = KNOWN_LIVE;
+
+	if (!reply) {
+		reply = bpf_map_lookup_elem(&mesh_revnat_new, key);
+		known = KNOWN_EDGE;
+	}
+	if (!reply || reply->owner != owner || reply->epoch != epoch || !revnat_is_of(reply, key->source_port, flow))
+		return 0;
+	return (reply->flags & REVNAT_CLOSED) == REVNAT_CLOSED ? KNOWN_EDGE : known;
+}
+
 /* The flow cache has no note of a flow, for want of room or because the flow began on another node: whether reverse
  * NAT knows it as a flow of `owner`, a backend of this node. KNOWN_LIVE comes from entries that a flood of starts
  * cannot evict. 0: no. */
@@ -96,10 +111,9 @@ RARE int revnat_knows(const struct mesh_flow *flow, __u32 owner)
 {
 	struct mesh_backend *backend = find_backend(owner);
 	struct mesh_config *node = config();
-	struct mesh_revnat *reply;
 	struct mesh_flow *key;
-	int known = KNOWN_LIVE;
 	__u32 zero = 0;
+	int known;
 
 	key = bpf_map_lookup_elem(&scratch_flow, &zero);
 	if (!flow || !key || !node || !backend || backend->state == MESH_BACKEND_FREE)
@@ -109,15 +123,10 @@ RARE int revnat_knows(const struct mesh_flow *flow, __u32 owner)
 	key->destination_port = backend->port;
 	if (same_address(&key->source, &key->destination)) /* hairpin: see task_tuple */
 		key->source = is_v4(&key->destination) ? node->hairpin : node->hairpin6;
-	reply = revnat_proven(key);
-	if (!reply) {
-		reply = bpf_map_lookup_elem(&mesh_revnat_new, key);
-		known = KNOWN_EDGE;
-	}
-	if (!reply || reply->owner != owner || reply->epoch != backend->epoch ||
-	    reply->called_port != flow->destination_port || !same_address(&reply->called, &flow->destination))
-		return 0;
-	return (reply->flags & REVNAT_CLOSED) == REVNAT_CLOSED ? KNOWN_EDGE : known;
+	known = revnat_knows_by(key, flow, owner, backend->epoch);
+	if (likely(known || !snat_may_know(mesh_hash_flow_wide(flow), mesh_now)))
+		return known;
+	return snat_find(flow, key, backend, owner) ? revnat_knows_by(key, flow, owner, backend->epoch) : 0;
 }
 
 #endif /* MESH_FLOW_CACHE_H */

@@ -172,6 +172,7 @@ INLINE int collide(const struct packet *p, __u32 frontend, int taken)
 /* A packet whose owner is a backend. */
 INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, int from)
 {
+	struct mesh_flow key;
 	struct tuple to;
 	int taken;
 
@@ -185,7 +186,7 @@ INLINE int forward_to_backend(struct __sk_buff *skb, struct packet *p, struct lb
 		return REJECT(MESH_VERDICT_EXPIRED);
 	task_tuple(&to, p, c->backend, from);
 	if (!c->recent) {
-		taken = revnat_update(skb, p, c, &to, skb->ifindex);
+		taken = revnat_update(skb, p, c, &to, skb->ifindex, &key);
 		if (unlikely(taken))
 			return collide(p, c->frontend, taken);
 	}

@@ -54,21 +54,28 @@ INLINE int rewrite_outer(struct __sk_buff *skb, const struct packet *p, const st
 }
 
 /* The reverse NAT entry of the flow with a backend that an error from the client's side quotes (called -> client). */
-INLINE struct mesh_revnat *revnat_of_backend(struct icmp_work *w, const struct mesh_backend *backend)
+INLINE struct mesh_revnat *revnat_of_backend(struct icmp_work *w, const struct mesh_backend *backend, __u32 owner)
 {
-	struct mesh_flow *key = &w->key;
+	struct mesh_flow *key = &w->key, *flow = &w->client;
 	struct mesh_revnat *reply;
 
+	flow->source = w->quoted.flow.destination;
+	flow->destination = w->quoted.flow.source;
+	flow->source_port = w->quoted.flow.destination_port;
+	flow->destination_port = w->quoted.flow.source_port;
+	flow->protocol = w->quoted.flow.protocol;
 	key->source = w->quoted.flow.destination;
 	key->source_port = w->quoted.flow.destination_port;
 	key->destination = backend->address;
 	key->destination_port = backend->port;
 	key->protocol = w->quoted.flow.protocol;
 	reply = revnat_find(key);
-	if (!reply || !same_address(&reply->called, &w->quoted.flow.source) ||
-	    reply->called_port != w->quoted.flow.source_port)
+	if (likely(reply && revnat_is_of(reply, key->source_port, flow)))
+		return reply;
+	if (!snat_may_know(mesh_hash_flow_wide(flow), stamp_now()))
 		return NULL;
-	return reply;
+	reply = snat_find(flow, key, backend, owner);
+	return reply && revnat_is_of(reply, key->source_port, flow) ? reply : NULL;
 }
 
 /* Likewise, of the backend that the table names. */
@@ -85,18 +92,19 @@ INLINE struct mesh_revnat *revnat_of_client_error(struct icmp_work *w, struct lb
 	if (!c->frontend)
 		return NULL;
 	lb_choose(key, c);
-	return c->backend && !is_remote(c->backend) ? revnat_of_backend(w, c->backend) : NULL;
+	return c->backend && !is_remote(c->backend) ? revnat_of_backend(w, c->backend, c->owner) : NULL;
 }
 
 /* Translate an error about a flow whose entry revnat_of_backend has found: the quoted packet becomes the one that the
- * task sent. */
-INLINE int translate_to_task(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w)
+ * task sent, and its client, if it is the sender, what the task sees. */
+INLINE int translate_to_task(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w,
+			     const struct mesh_revnat *reply)
 {
 	w->inner.source = w->key.destination;
 	w->inner.source_port = w->key.destination_port;
 	w->inner.destination = w->key.source;
 	w->inner.destination_port = w->key.source_port;
-	w->outer.source = p->flow.source;
+	w->outer.source = same_address(&p->flow.source, &reply->client) ? w->key.source : p->flow.source;
 	w->outer.destination = w->key.destination;
 	return rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer);
 }
@@ -131,12 +139,12 @@ INLINE int translate_to_client(struct __sk_buff *skb, const struct packet *p, st
 			       const struct mesh_revnat *reply)
 {
 	count_refused_datagram(skb, p, w, reply->frontend);
-	w->inner.source = w->key.source;
-	w->inner.source_port = w->key.source_port;
+	w->inner.source = reply->client;
+	w->inner.source_port = client_port(reply, w->key.source_port);
 	w->inner.destination = reply->called;
 	w->inner.destination_port = reply->called_port;
 	w->outer.source = reply->called;
-	w->outer.destination = p->flow.destination;
+	w->outer.destination = reply->client;
 	return rewrite_quoted(skb, p, &w->quoted, &w->inner) || rewrite_outer(skb, p, &w->outer);
 }
 
@@ -151,6 +159,7 @@ INLINE int is_tunnel(const struct mesh_flow *quoted)
 RARE int forward_icmp(struct __sk_buff *skb, struct packet *p, int from)
 {
 	struct icmp_work *w = icmp_work();
+	struct mesh_revnat *reply;
 	struct lb_choice c = {};
 	__u32 word;
 
@@ -161,13 +170,14 @@ RARE int forward_icmp(struct __sk_buff *skb, struct packet *p, int from)
 	word = port_word(w->quoted.flow.protocol, w->quoted.flow.source_port);
 	if (likely(!word) || p->ttl <= 1 || (from != FROM_TASK && skb->pkt_type != PACKET_HOST))
 		return TC_ACT_UNSPEC;
-	if (!revnat_of_client_error(w, &c, word))
+	reply = revnat_of_client_error(w, &c, word);
+	if (!reply)
 		return c.backend && is_remote(c.backend) && c.backend->version == p->version && from == FROM_CLIENT
 			       ? tunnel_tx_call(skb, c.owner, 0, (__u32)c.wide, 0)
 			       : TC_ACT_UNSPEC;
 	if (!c.backend || is_v4(&w->key.destination) != (p->version == 4))
 		return TC_ACT_UNSPEC;
-	if (translate_to_task(skb, p, w))
+	if (translate_to_task(skb, p, w, reply))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_ICMP_IN);
 	return deliver(skb, c.backend);

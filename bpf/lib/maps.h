@@ -27,6 +27,7 @@
 
 #define MESH_RECENT_BITS 17
 #define FIB_CACHE_BITS   10
+#define SNAT_BITS        16
 
 /* Frontend id and MESH_PORT_* flags by protocol and port; 0: the packet passes. Written by the agent (mmap). */
 struct {
@@ -216,6 +217,26 @@ struct {
 	__type(key, struct mesh_fragment_key);
 	__type(value, __u32); /* source port, destination port, both in network order */
 } mesh_fragments SEC(".maps");
+
+/* Networks that tasks of this node have themselves, by owner and prefix, and this node's address by which such a task
+ * sees clients with addresses in them. Written by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct mesh_network_key);
+	__type(value, struct mesh_addr);
+} mesh_networks SEC(".maps");
+
+/* When a flow whose source is translated was last heard (MESH_STAMP_SHIFT), by bits of its hash: other flows need not
+ * be looked for among them. Written by programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE); /* tests empty it */
+	__uint(max_entries, 1 << SNAT_BITS);
+	__type(key, __u32);
+	__type(value, __u32);
+} mesh_translated SEC(".maps");
 
 /* Packets by verdict. Written by programs; the agent sums over CPUs. */
 struct {

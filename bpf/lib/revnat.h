@@ -11,12 +11,6 @@
 #include "flow_cache.h"
 #include "metrics.h"
 
-/* How long, in stamps, a client must have been silent before another flow of its address and port may take the entry.
- */
-#define REUSE_TCP 8192u
-#define REUSE_UDP 64u
-#define OVERDUE   2u /* how long, at least, a TCP flow that is not proven keeps its entry from others */
-
 /* How far behind the start of the task's answer a client's acknowledgement may be to prove that it got that: what a
  * task sends before it has heard from the client, ten segments (RFC 6928) of jumbo frames. A guess is right once in
  * 32,768 times. */
@@ -37,14 +31,16 @@ INLINE void revnat_key(struct mesh_flow *key, const struct packet *p, const stru
 	key->pad[0] = key->pad[1] = key->pad[2] = 0;
 }
 
-INLINE int is_current(const struct mesh_revnat *reply, const struct lb_choice *c)
+INLINE int is_current(const struct mesh_revnat *reply, __u32 owner, const struct mesh_backend *backend)
 {
-	return reply->owner == c->owner && reply->epoch == c->backend->epoch;
+	return reply->owner == owner && reply->epoch == backend->epoch;
 }
 
-INLINE int calls_same(const struct mesh_revnat *reply, const struct packet *p)
+/* Whether the entry at the client's own address and port is that of its flow. */
+INLINE int is_untranslated(const struct mesh_revnat *reply, const struct packet *p)
 {
-	return same_address(&reply->called, &p->flow.destination) && reply->called_port == p->flow.destination_port;
+	return same_address(&reply->called, &p->flow.destination) && reply->called_port == p->flow.destination_port &&
+	       likely(!(reply->flags & MESH_REVNAT_TRANSLATED));
 }
 
 /* Set flags atomically, since both ends may close at the same moment on two CPUs. Returns the flags from before. eBPF
@@ -78,21 +74,6 @@ INLINE __u16 closed_by(const struct packet *p, __u16 direction)
 	if (likely(!(p->tcp_flags & (TCP_FIN | TCP_RST))))
 		return 0;
 	return p->tcp_flags & TCP_RST ? REVNAT_CLOSED : direction;
-}
-
-/* Whether this flow may take another flow's entry. */
-INLINE int revnat_is_reusable(const struct mesh_revnat *reply, const struct packet *p, const struct lb_choice *c,
-			      __u32 now)
-{
-	__u32 limit = p->flow.protocol == IPPROTO_TCP ? REUSE_TCP : REUSE_UDP;
-
-	return !is_current(reply, c) || (reply->flags & REVNAT_CLOSED) == REVNAT_CLOSED || now - reply->stamp >= limit;
-}
-
-/* Whether a TCP flow is not proven in time. Anybody can have forged its start. */
-INLINE int is_overdue(const struct mesh_revnat *opening, const struct packet *p, __u32 now)
-{
-	return p->flow.protocol == IPPROTO_TCP && now - opening->stamp >= OVERDUE;
 }
 
 INLINE struct recent *recent_of(const struct lb_choice *c)
@@ -204,103 +185,246 @@ INLINE void revnat_wait(const struct mesh_flow *key, const struct mesh_revnat *m
 		revnat_add_flags(opening, made->flags & REVNAT_CLOSED);
 }
 
-/* The first packet of a flow, or the first since its entry was lost: create one. Returns -1 on collision, 1 where the
- * other flow is not proven: the client is to try again. */
-static __noinline int revnat_create(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, struct tuple *to,
-				    __u32 ifindex)
+/* What becomes of an entry that is about to make room: of this flow's former life, or of another that has ended. */
+INLINE void revnat_remove(const struct mesh_flow *key, struct mesh_revnat *reply)
 {
-	struct mesh_revnat *made = revnat_work(), *opening;
-	struct mesh_flow key;
-	int known = 0;
+	revnat_close(reply, REVNAT_CLOSED);
+	if (key->protocol == IPPROTO_UDP)
+		bpf_map_delete_elem(&mesh_revnat_udp, key);
+	else
+		bpf_map_delete_elem(&mesh_revnat, key);
+}
 
-	if (!p || !c || !to || !c->backend || !made)
+/* The client was heard. */
+INLINE void revnat_refresh(struct mesh_revnat *reply, const struct packet *p, const struct mesh_backend *backend,
+			   __u32 ifindex, __u32 now)
+{
+	if (reply->stamp != now)
+		reply->stamp = now;
+	if (reply->ifindex != ifindex)
+		reply->ifindex = ifindex;
+	if (reply->veth != backend->ifindex)
+		reply->veth = backend->ifindex;
+	if (unlikely(p->tcp_flags & (TCP_FIN | TCP_RST)))
+		revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_IN));
+}
+
+#define PLACE_LOOK   1 /* to->pad: there may be a proven entry */
+#define PLACE_CHOSEN 2 /* to->pad: the source is chosen */
+
+/* What revnat_begin answers besides what revnat_update does. */
+#define REVNAT_LOOK   2 /* the flow may have had another source before: look */
+#define REVNAT_MUST   3 /* it needs another source; `to` has the address that it can have */
+#define REVNAT_PROVEN 4 /* its entry is proven */
+
+/* What revnat_begin is told of a packet's flow. */
+struct beginning {
+	__u64 wide; /* lb_choice.wide */
+	__u32 owner;
+	__u32 frontend;
+	__u32 ifindex; /* of the entry */
+	__u32 start;
+};
+
+/* The entries of a flow that has `to`'s source towards the task, and what they are to it. */
+struct revnat_place {
+	const struct mesh_backend *backend;
+	struct mesh_flow *key;
+	struct mesh_revnat *reply;   /* proven */
+	struct mesh_revnat *opening; /* not proven; NULL also where `reply` is the flow's own */
+	struct mesh_revnat *proven;  /* `reply`, if it is of this flow, with its present owner */
+	struct mesh_revnat *known;   /* likewise `opening` */
+};
+
+INLINE struct mesh_revnat *if_its_own(struct mesh_revnat *entry, const struct packet *p, const struct tuple *to,
+				      __u32 owner, const struct mesh_backend *backend)
+{
+	if (entry && !(revnat_is_of(entry, to->source_port, &p->flow) && is_current(entry, owner, backend)))
+		entry = NULL;
+	barrier_var(entry); /* the verifier sees a pointer that is tested, not what the compiler knows of it */
+	return entry;
+}
+
+/* Not 0: a map has failed. */
+INLINE int revnat_place(struct revnat_place *at, const struct packet *p, const struct tuple *to, __u32 owner, int look)
+{
+	struct snat_keys *keys = snat_keys();
+
+	at->backend = find_backend(owner);
+	if (!keys || !at->backend)
 		return -1;
-	revnat_key(&key, p, to);
-	made->called = p->flow.destination;
-	made->client = p->flow.source;
-	made->called_port = p->flow.destination_port;
-	made->flags = to->flags;
-	made->ifindex = ifindex;
-	made->frontend = c->frontend;
-	made->owner = c->owner;
-	made->epoch = c->backend->epoch;
-	made->veth = c->backend->ifindex;
-	made->stamp = stamp_now();
-	opening = bpf_map_lookup_elem(&mesh_revnat_new, &key);
-	if (opening) {
-		known = calls_same(opening, p) && is_current(opening, c);
-		if (!known && !revnat_is_reusable(opening, p, c, made->stamp) && !is_overdue(opening, p, made->stamp))
-			return p->flow.protocol == IPPROTO_TCP ? 1 : -1;
+	at->key = &keys->place;
+	revnat_key(at->key, p, to);
+	at->reply = look ? revnat_proven(at->key) : NULL;
+	at->proven = if_its_own(at->reply, p, to, owner, at->backend);
+	at->opening = at->proven ? NULL : bpf_map_lookup_elem(&mesh_revnat_new, at->key);
+	at->known = if_its_own(at->opening, p, to, owner, at->backend);
+	return 0;
+}
+
+/* Whether the flow needs another source towards the task (REVNAT_MUST), may have had one before (REVNAT_LOOK), or
+ * neither (0). */
+INLINE int snat_wanted(const struct revnat_place *at, const struct packet *p, const struct beginning *b,
+		       struct tuple *to, __u32 now)
+{
+	__u32 limit = p->flow.protocol == IPPROTO_TCP ? REUSE_TCP : REUSE_UDP, epoch = at->backend->epoch;
+	int held = !at->proven && revnat_holds(at->reply, b->owner, epoch, now, limit);
+	const struct mesh_addr *gateway;
+
+	if (likely(at->proven || (at->known && !held)))
+		return 0;
+	if (!(to->flags & MESH_REVNAT_PEER) && b->ifindex != at->backend->bridge) {
+		gateway = snat_gateway(at->backend, b->owner, &p->flow.source);
+		if (unlikely(gateway)) {
+			to->source = *gateway;
+			return REVNAT_MUST;
+		}
 	}
-	if (c->start || (!known && p->flow.protocol == IPPROTO_UDP)) {
+	if (unlikely(held || revnat_holds(at->opening, b->owner, epoch, now, limit)))
+		return REVNAT_MUST;
+	return snat_may_know(b->wide, now) ? REVNAT_LOOK : 0;
+}
+
+/* Give such a flow its other source. Returns as revnat_update. */
+INLINE int snat_choose(struct packet *p, struct lb_choice *c, struct tuple *to, int wanted)
+{
+	int port = snat_port(&p->flow, &to->source, c->owner, wanted == REVNAT_MUST);
+	__u32 *seen, now = mesh_now;
+
+	to->pad = PLACE_LOOK | PLACE_CHOSEN;
+	if (port < 0)
+		return port == SNAT_WAIT && p->flow.protocol == IPPROTO_TCP ? 1 : -1;
+	if (port == SNAT_NONE)
+		return 0;
+	to->source_port = (__be16)port;
+	to->flags |= MESH_REVNAT_TRANSLATED;
+	c->verdict = MESH_VERDICT_TRANSLATED;
+	seen = snat_seen(c->wide);
+	if (seen && *seen != now)
+		*seen = now;
+	return 0;
+}
+
+/* As snat_port, of a client's packet that comes now; changes nothing. */
+INLINE __maybe_unused int snat_foretell(struct packet *p, const struct lb_choice *c, struct tuple *to)
+{
+	struct beginning b = {.wide = c->wide, .owner = c->owner};
+	struct revnat_place at;
+	int wanted;
+
+	if (revnat_place(&at, p, to, c->owner, 1))
+		return SNAT_NONE;
+	wanted = snat_wanted(&at, p, &b, to, stamp_now());
+	return wanted ? snat_port(&p->flow, &to->source, c->owner, wanted == REVNAT_MUST) : SNAT_NONE;
+}
+
+/* Create an entry, or prove the one that waits. Returns as revnat_begin. */
+INLINE int revnat_create(struct __sk_buff *skb, const struct packet *p, const struct beginning *b,
+			 const struct revnat_place *at, struct mesh_revnat *made)
+{
+	struct mesh_revnat *opening = at->known;
+
+	if (b->start || (!opening && p->flow.protocol == IPPROTO_UDP)) {
 		if (p->flow.protocol == IPPROTO_UDP) {
 			made->flags |= MESH_REVNAT_OPENED;
-			count_flow(c->frontend, c->owner, 1, 0);
+			count_flow(b->frontend, b->owner, 1, 0);
 		}
-		if (known) {
-			made->flags |= flags_sent_again(opening, c->frontend, ifindex);
+		if (opening) {
+			made->flags |= flags_sent_again(opening, b->frontend, made->ifindex);
 			made->sequence = opening->sequence;
 			if (p->flow.protocol == IPPROTO_TCP)
-				made->stamp = opening->stamp; /* for is_overdue */
+				made->stamp = opening->stamp; /* for OVERDUE */
 		}
-		bpf_map_update_elem(&mesh_revnat_new, &key, made, BPF_ANY);
+		bpf_map_update_elem(&mesh_revnat_new, at->key, made, BPF_ANY);
 		return 0;
 	}
 	made->flags |= closed_by(p, MESH_REVNAT_FIN_IN);
 	if (p->tcp_flags & TCP_RST) {
-		if (opening)
-			bpf_map_delete_elem(&mesh_revnat_new, &key);
+		if (at->opening)
+			bpf_map_delete_elem(&mesh_revnat_new, at->key);
 		return 0;
 	}
-	if (p->flow.protocol == IPPROTO_TCP && !(known && acknowledges_answer(skb, p, opening))) {
-		revnat_wait(&key, made, known ? opening : NULL);
+	if (p->flow.protocol == IPPROTO_TCP && !(opening && acknowledges_answer(skb, p, opening))) {
+		revnat_wait(at->key, made, opening);
 		return 0;
 	}
 	if (!(made->flags & MESH_REVNAT_FIN_IN)) {
 		made->flags |= MESH_REVNAT_OPENED;
 		if (p->flow.protocol == IPPROTO_TCP)
-			count_flow(c->frontend, c->owner, 1, 0);
+			count_flow(b->frontend, b->owner, 1, 0);
 	}
-	revnat_store(&key, made);
-	c->recent = 1;
-	return 0;
+	revnat_store(at->key, made);
+	return REVNAT_PROVEN;
 }
 
-/* The client's packet of a flow that goes to `c->backend` as `to`: see that replies find their way back. Returns -1
- * where the task would mistake the flow for another one of the same client, 1 where it might. */
-INLINE int revnat_update(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, struct tuple *to, __u32 ifindex)
+/* The first packet of a flow, the first since its entry was lost, or any whose source is translated. to->pad says what
+ * is known of it (PLACE_*). Nothing is done where the answer is REVNAT_LOOK or REVNAT_MUST. */
+RARE int revnat_begin(struct __sk_buff *skb, const struct packet *p, struct tuple *to, const struct beginning *b)
 {
-	struct mesh_revnat *reply;
-	struct mesh_flow key;
-	__u32 now = stamp_tick();
+	__u32 now = stamp_now();
+	struct mesh_revnat *made;
+	struct revnat_place at;
+	int wanted;
 
-	revnat_key(&key, p, to);
-	reply = revnat_proven(&key);
-	if (likely(reply && !c->start && calls_same(reply, p) && is_current(reply, c))) {
-		if (reply->stamp != now)
-			reply->stamp = now;
-		if (reply->ifindex != ifindex)
-			reply->ifindex = ifindex;
-		if (reply->veth != c->backend->ifindex)
-			reply->veth = c->backend->ifindex;
+	if (!p || !to || !b || revnat_place(&at, p, to, b->owner, to->pad & PLACE_LOOK))
+		return -1;
+	wanted = to->pad & PLACE_CHOSEN ? 0 : snat_wanted(&at, p, b, to, now);
+	if (unlikely(wanted))
+		return wanted;
+	if (at.proven && !b->start) {
+		revnat_refresh(at.proven, p, at.backend, b->ifindex, now);
+		return REVNAT_PROVEN;
+	}
+	if (at.reply)
+		revnat_remove(at.key, at.reply);
+	made = revnat_work();
+	if (!made)
+		return -1;
+	made->called = p->flow.destination;
+	made->client = p->flow.source;
+	made->called_port = p->flow.destination_port;
+	made->client_port = p->flow.source_port;
+	made->flags = to->flags;
+	made->ifindex = b->ifindex;
+	made->frontend = (__u16)b->frontend;
+	made->owner = b->owner;
+	made->epoch = at.backend->epoch;
+	made->veth = at.backend->ifindex;
+	made->stamp = now;
+	return revnat_create(skb, p, b, &at, made);
+}
+
+/* The client's packet of a flow that goes to `c->backend` as `to`: see that replies find their way back, and that the
+ * task can tell the flow from others. `key`: working space. Returns -1 where it cannot, 1 where it cannot now. */
+INLINE int revnat_update(struct __sk_buff *skb, struct packet *p, struct lb_choice *c, struct tuple *to, __u32 ifindex,
+			 struct mesh_flow *key)
+{
+	struct beginning b = {c->wide, c->owner, c->frontend, ifindex, c->start};
+	struct mesh_revnat *reply;
+	__u32 now = stamp_tick();
+	int begun;
+
+	revnat_key(key, p, to);
+	reply = revnat_proven(key);
+	if (likely(reply && !c->start && is_untranslated(reply, p) && is_current(reply, c->owner, c->backend))) {
+		revnat_refresh(reply, p, c->backend, ifindex, now);
 		recent_set(c, now);
 		c->recent = 1;
-		if (p->tcp_flags & (TCP_FIN | TCP_RST))
-			revnat_close(reply, closed_by(p, MESH_REVNAT_FIN_IN));
 		return 0;
 	}
 	if (c->start)
 		recent_set(c, now);
-	if (reply) {
-		if (!calls_same(reply, p) && !revnat_is_reusable(reply, p, c, now))
-			return -1;
-		revnat_close(reply, REVNAT_CLOSED);
-		if (p->flow.protocol == IPPROTO_UDP)
-			bpf_map_delete_elem(&mesh_revnat_udp, &key);
-		else
-			bpf_map_delete_elem(&mesh_revnat, &key);
+	to->pad = reply ? PLACE_LOOK : 0;
+	begun = revnat_begin(skb, p, to, &b);
+	if (unlikely(begun == REVNAT_MUST || begun == REVNAT_LOOK)) {
+		begun = snat_choose(p, c, to, begun);
+		if (!begun)
+			begun = revnat_begin(skb, p, to, &b);
 	}
-	return revnat_create(skb, p, c, to, ifindex);
+	if (begun != REVNAT_PROVEN)
+		return begun;
+	c->recent = 1;
+	return 0;
 }
 
 /* Another node has answered the start of a flow. */

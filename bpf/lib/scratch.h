@@ -32,6 +32,7 @@ struct icmp_work {
 	struct tuple outer;
 	struct quoted quoted;
 	struct mesh_flow key;
+	struct mesh_flow client; /* the flow as its client sends it */
 	union {
 		struct iphdr v4;
 		struct ipv6hdr v6;
@@ -113,5 +114,42 @@ struct {
 	__type(value, struct proof);
 } proof_memo SEC(".maps");
 #endif
+
+/* By what an entry keeps its place at a task, as of revnat_holds. */
+struct snat_holder {
+	__u32 owner;
+	__u32 epoch;
+	__u32 now;
+	__u32 proven;  /* how many stamps are lately */
+	__u32 waiting; /* likewise, for flows that are not proven */
+	__s32 chosen;  /* what snat_port answers: here, for the verifier to follow one path for all its values */
+	__u32 hash;
+	__u32 make;
+	__u32 taken;
+	__u32 pad;
+};
+
+/* Keys of look-ups, and what the stack has no room for either. */
+struct snat_keys {
+	struct mesh_flow place; /* where a flow's entry is, or will be */
+	struct mesh_flow other; /* where it may be */
+	struct mesh_network_key network;
+	struct snat_holder holder;
+};
+
+/* Working space: keys of reverse NAT, and of a task's networks. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct snat_keys);
+} scratch_snat SEC(".maps");
+
+INLINE struct snat_keys *snat_keys(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch_snat, &zero);
+}
 
 #endif /* MESH_SCRATCH_H */

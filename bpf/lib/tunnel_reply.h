@@ -103,7 +103,7 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 		.source = reply->called,
 		.destination = reply->client,
 		.source_port = reply->called_port,
-		.destination_port = p->flow.destination_port,
+		.destination_port = client_port(reply, p->flow.destination_port),
 	};
 
 	if (p->ttl <= 1)

@@ -72,13 +72,14 @@ INLINE int is_denied_here(const struct mesh_backend *backend, const struct mesh_
 static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from)
 {
 	__u8 flags = from->id.flags;
+	struct snat_keys *keys = snat_keys();
 	struct lb_choice c = {};
 	struct tuple to;
 	__u32 word;
 	int taken;
 
 	word = port_word(p->flow.protocol, p->flow.destination_port);
-	if (p->flow.protocol != from->id.protocol || (word & MESH_PORT_TUNNEL))
+	if (!keys || p->flow.protocol != from->id.protocol || (word & MESH_PORT_TUNNEL))
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
 	from->id.flags = 0;
 	c.backend = find_backend_by_id(&from->id, &c.owner);
@@ -95,15 +96,16 @@ static __noinline int tunnel_rx_flow(struct __sk_buff *skb, struct packet *p, st
 		count_failed_start(p, c.backend->frontend, FAILURE(denied));
 		return verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT);
 	}
+	c.verdict = MESH_VERDICT_TUNNEL_RX;
 	task_tuple(&to, p, c.backend, 0);
-	taken = revnat_update(skb, p, &c, &to, MESH_REVNAT_NODE | from->number);
+	taken = revnat_update(skb, p, &c, &to, MESH_REVNAT_NODE | from->number, &keys->place);
 	if (taken)
 		return collide(p, c.frontend, taken);
 	recent_forget(&c);
 	if ((c.start && clamp_mss(skb, p, tunnel_mtu(&from->node))) || rewrite(skb, p, &to))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_in(c.frontend, c.owner, p->length);
-	count_verdict(MESH_VERDICT_TUNNEL_RX);
+	count_verdict(c.verdict);
 	return deliver(skb, c.backend);
 }
 
@@ -120,10 +122,10 @@ static __noinline int tunnel_rx_icmp(struct __sk_buff *skb, struct packet *p, st
 	backend = find_backend_by_id(&from->id, &owner);
 	if (!backend || is_v4(&backend->address) != (p->version == 4))
 		return verdict(MESH_VERDICT_TUNNEL_NO_BACKEND, TC_ACT_SHOT);
-	reply = revnat_of_backend(w, backend);
+	reply = revnat_of_backend(w, backend, owner);
 	if (!reply)
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);
-	if (translate_to_task(skb, p, w))
+	if (translate_to_task(skb, p, w, reply))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_TUNNEL_ICMP);
 	return deliver(skb, backend);

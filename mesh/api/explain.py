@@ -58,6 +58,7 @@ class Explainer:
         denied = entry is not None and is_denied(flow, entry.state.options)
         names = {e.id: e for e in applied.backends.values()}
         agree = None if program is None else agrees(flow, choice, program, tracked=tracked, denied=denied)
+        reasons = self._reasons(flow, choice, entry, tracked=tracked, denied=denied)
         return {
             "frontend": str(choice.frontend),
             "service": entry.state.service_name if entry else "",
@@ -69,7 +70,7 @@ class Explainer:
             "tracked": tracked,
             "previous_backend": self._described(names[choice.previous]) if choice.previous in names else None,
             "backend": self._described(choice.backend) if choice.backend and not denied else None,
-            "reasons": self._reasons(flow, choice, entry, tracked=tracked, denied=denied),
+            "reasons": [*reasons, *_of_source(program)],
             "next": [] if denied else [self._described(backend) for backend in choice.next],
             "program": None if program is None else self._told(program, names),
             "agree": agree,
@@ -190,6 +191,18 @@ class Explainer:
                 does = "is used, though" if used else "takes no new connections:"
                 reasons.append(f"{backend.name or backend.id} {does} {why}" + (f" ({told})" if told else ""))
         return [*reasons[:MOST], *([f"and {len(reasons) - MOST} more like these"] if len(reasons) > MOST else [])]
+
+
+def _of_source(program: Explanation | None) -> list[str]:
+    """What the program says of the source that the backend sees, if that is not the client's own."""
+    if program is not None and program.verdict == "translated":
+        return [
+            "the backend sees it by another source: it has a connection of this client address and port, or a network "
+            "of its own that has the address"
+        ]
+    if program is not None and program.verdict == "collision":
+        return ["it is refused: the backend has connections of this client's address from all ports that it could get"]
+    return []
 
 
 def _is_here(address: Address) -> bool:

@@ -34,6 +34,8 @@ def maps(bpf_fs: str | None, state_dir: Path, as_json: bool) -> None:
     backends    WAY: here (a task's interface), own (an address of this node), tunnel, peer (another node's peer port),
                 nowhere (no route)
     ids         backends of this node as other nodes call them in the tunnel
+    networks    networks that a backend has itself: it sees clients with addresses there by SOURCE
+    translated  flows whose client has another source than its task sees
     Example:    mesh maps
                 mesh maps --json | jq '.frontends[] | select(.tracked_slots > 0)'
     """
@@ -86,6 +88,13 @@ def _lines(found: Json) -> Iterator[str]:
     yield from _table(
         ((rule["acl"], rule["source"], rule["action"]) for rule in found["acl"]), "ACL", "SOURCE", "ACTION"
     )
+    if found["networks"]:
+        yield from ("", "networks")
+        networks = ((f"{n['owner']} {n['name']}", n["network"], n["source"]) for n in found["networks"])
+        yield from _table(networks, "BACKEND", "NETWORK", "SOURCE")
+    if found["translated"]:
+        yield from ("", "translated")
+        yield from _table(map(_translated, found["translated"]), "CLIENT", "CALLED", "SOURCE", "BACKEND")
     yield from ("", "nodes")
     nodes = (
         (
@@ -117,6 +126,11 @@ def _backend(row: Json) -> tuple[object, ...]:
     who = (row["id"], row["name"], row["node"], where, row["state"], row["epoch"])
     path = row["path"] + ("" if row["handed"] else ", not for own calls")
     return (*who, path, row["interface"], row["bridge"], row["mac"], row["seed"])
+
+
+def _translated(row: Json) -> tuple[object, ...]:
+    backend = f"{row['owner']} {row['name']}" + (", closed" if row["closed"] else "")
+    return f"{row['client']}/{row['protocol']}", row["called"], row["source"], backend
 
 
 def _table(rows: Iterable[tuple[object, ...]], *headers: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Failure(enum.Enum):
     OTHER = "other"
     TOO_BIG = "too_big"  # a datagram larger than the path
     NO_PATH = "no_path"  # the backend's answer has no way back
-    COLLISION = "collision"  # the backend has a flow of the same client address and port
+    COLLISION = "collision"  # no source is free by which the backend could tell the flow from others
     UNANSWERED = "unanswered"  # the client sent its SYN again; mesh_connections_unanswered_total
 
 

@@ -19,7 +19,7 @@ from typing import Final
 
 from mesh import _linux as nl
 from mesh.errors import DatapathError
-from mesh.model import Address
+from mesh.model import Address, Network
 
 AF_BRIDGE: Final = 7  # not in the socket module on every build
 NUD_USABLE: Final = nl.NUD_REACHABLE | nl.NUD_STALE | nl.NUD_DELAY | nl.NUD_PROBE | nl.NUD_NOARP | nl.NUD_PERMANENT
@@ -35,6 +35,7 @@ BARE: Final = frozenset(  # link types whose packets begin with the IP header
     }
 )
 ALIGNMENT: Final = 4  # of messages and attributes
+SOL_NETLINK: Final = 270  # linux/socket.h, which is not for user space
 
 
 def groups(*numbers: int) -> int:
@@ -58,6 +59,7 @@ class Interface:
 
     `bare`: its packets begin with the IP header (WireGuard, tun, PPP, tunnels of IP in IP).
     `keeps_tags`: a VLAN interface that leaves the tags in received frames (reorder_hdr off).
+    `elsewhere`: the network namespace of a veth's other end, as this one numbers it; -1: this one, or not known.
     """
 
     index: int
@@ -70,6 +72,7 @@ class Interface:
     keeps_tags: bool = False
     bare: bool = False
     loopback: bool = False
+    elsewhere: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,11 @@ def attribute(kind: int, data: bytes) -> bytes:
 def number(data: bytes) -> int:
     """The number that an attribute is, in host order."""
     return int.from_bytes(data, sys.byteorder)
+
+
+def signed(data: bytes) -> int:
+    """Likewise a number with a sign."""
+    return int.from_bytes(data, sys.byteorder, signed=True)
 
 
 def word(value: int) -> bytes:
@@ -212,6 +220,7 @@ class Netlink:
                 mtu=number(attrs[nl.IFLA_MTU]),
                 bare=head.ifi_type in BARE,
                 loopback=bool(head.ifi_flags & nl.IFF_LOOPBACK),
+                elsewhere=signed(attrs.get(nl.IFLA_LINK_NETNSID, b"\xff" * 4)) if kind == "veth" else -1,
                 keeps_tags=kind == "vlan" and not nl.VLANFLAGS.load("flags", flags) & nl.VLAN_FLAG_REORDER_HDR,
             )
 
@@ -261,6 +270,42 @@ class Netlink:
             head = nl.NdMsg(ndm_family=family, ndm_ifindex=interface, ndm_flags=neighbour)
             for _ in self.request(kind, flags | nl.NLM_F_ACK, nl.NDMSG.pack(head) + attrs):
                 pass
+
+
+class Networks(Netlink):
+    """Reads which networks other network namespaces have. As Netlink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket.setsockopt(SOL_NETLINK, nl.NETLINK_GET_STRICT_CHK, 1)  # else the namespace is not looked at
+
+    def of(self, elsewhere: int, version: int) -> frozenset[Network]:
+        """The networks of a namespace's own addresses, but for those of loopback and of one link.
+
+        Args:
+            elsewhere: Interface.elsewhere.
+            version: of IP, 4 or 6.
+
+        Returns:
+            None of a namespace that is gone, or that this process may not look into.
+        """
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        target = attribute(nl.IFA_TARGET_NETNSID, elsewhere.to_bytes(4, sys.byteorder, signed=True))
+        payload = nl.IFADDRMSG.pack(nl.IfAddrMsg(ifa_family=family)) + target
+        found = set()
+        try:
+            for body in self.request(nl.RTM_GETADDR, nl.NLM_F_DUMP, payload):
+                attrs = attributes(body, nl.IFADDRMSG.size)
+                raw = attrs.get(nl.IFA_LOCAL) or attrs.get(nl.IFA_ADDRESS)
+                if raw is None or nl.IFA_TARGET_NETNSID not in attrs:
+                    continue  # a kernel that does not know the question answers for this namespace
+                bits = nl.IFADDRMSG.load("ifa_prefixlen", body)
+                network = ipaddress.ip_network((raw, bits), strict=False)
+                if not (network.is_loopback or network.is_link_local):
+                    found.add(network)
+        except OSError:
+            return frozenset()
+        return frozenset(found)
 
 
 class Monitor:

@@ -7,7 +7,8 @@ import pytest
 
 from mesh._abi import REVNAT
 from tests.bpf.plane import REDIRECT, SHOT, Plane
-from tests.support.frames import CLIENT4, NODE4, TASK4, datagram, segment
+from tests.oracle import selection
+from tests.support.frames import CLIENT4, NODE4, TASK4, become, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -16,7 +17,7 @@ VETH = 99
 
 @pytest.fixture
 def plane() -> Plane:
-    """Ports 80 and 81 lead to one port of one task, so that a client's port can call it once only."""
+    """Ports 80 and 81 lead to one port of one task, which sees a client's own port once only."""
     p = Plane.fresh()
     p.local(NODE4)
     p.backend(2, TASK4, 8080)
@@ -36,21 +37,39 @@ def age(p: Plane, stamps: int) -> None:
         p.maps["mesh_revnat_new"].update(key, REVNAT.pack(entry._replace(stamp=entry.stamp - stamps)))
 
 
+def others() -> list[int]:
+    """The ports that the victim's call of port 80 may get instead of its own."""
+    return list(selection.source_ports((selection.address(CLIENT4), 40000, selection.address(NODE4), 80, 6)))
+
+
 @pytest.mark.parametrize("forged", ["S", "A", "PA", "FA"])
-def test_a_forged_packet_delays_the_victim_and_no_more(plane: Plane, forged: str) -> None:
-    """It is not refused: its kernel sends the SYN again after a second, and after three."""
+def test_a_forged_packet_costs_the_victim_its_port_and_no_more(plane: Plane, forged: str) -> None:
     assert call(plane, 81, forged) == REDIRECT
+    assert call(plane, 80) == REDIRECT
+    seen = others()[0]
+    assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, seen, "SA"))).retval == REDIRECT
+    assert call(plane, 80, "A") == REDIRECT
+    assert call(plane, 81, forged) == REDIRECT
+    assert call(plane, 80, "PA") == REDIRECT
+    answer = segment(TASK4, 8080, CLIENT4, seen, "PA")
+    assert plane.run("mesh_task", bytes(answer)).data == become(answer, src=NODE4, sport=80, dport=40000)
+    assert "COLLISION" not in plane.verdicts()
+
+
+def test_who_forges_all_ports_delays_the_victim(plane: Plane) -> None:
+    """It is not refused: its kernel sends the SYN again after a second, and after three."""
+
+    def forge() -> None:
+        for port in (40000, *others()):
+            assert plane.run("mesh_ingress", bytes(segment(CLIENT4, port, NODE4, 81))).retval == REDIRECT
+
+    forge()
     assert call(plane, 80) == SHOT
     age(plane, 1)
-    if forged == "S":
-        assert call(plane, 81) == REDIRECT  # sent again, which makes it no younger
+    forge()  # sent again, which makes it no younger
     age(plane, 1)
     assert call(plane, 80) == REDIRECT
-    assert plane.run("mesh_task", bytes(segment(TASK4, 8080, CLIENT4, 40000, "SA"))).retval == REDIRECT
-    assert call(plane, 80, "A") == REDIRECT
-    assert call(plane, 81, forged) == REDIRECT  # answered: a reset to whoever it was, and the victim goes on
-    assert plane.verdicts()["COLLISION"] == 2
-    assert call(plane, 80, "PA") == REDIRECT
+    assert plane.verdicts()["COLLISION"] == 1
 
 
 @pytest.mark.parametrize("flags", ["SA", "A", "PA", "R", "RA", "FA"])

@@ -36,7 +36,7 @@ class Packets:
         return program, frame
 
     def remember(self, outcome: Outcome) -> None:
-        if outcome.verdict in ("FORWARD", "STARTED", "NOTED", "KEPT", "MOVED") and outcome.frame:
+        if outcome.verdict in ("FORWARD", "STARTED", "NOTED", "KEPT", "MOVED", "TRANSLATED") and outcome.frame:
             self.forwarded.append(outcome.frame)
             if len(self.forwarded) > 500:
                 del self.forwarded[:250]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from mesh import _abi, _bpf
+from mesh.datapath.kernel import codec
 from tests.oracle.tunnel_proof import key_between
 
 ROOT: Final = Path(__file__).parents[2]
@@ -38,6 +39,8 @@ SHARED: Final = (
     "mesh_arenas",
     "mesh_backends",
     "mesh_acl",
+    "mesh_networks",
+    "mesh_translated",
     "mesh_flows",
     "mesh_flows_new",
     "mesh_revnat",
@@ -74,6 +77,7 @@ HASHES: Final = (
     "mesh_exact",
     "mesh_addresses",
     "mesh_acl",
+    "mesh_networks",
     "mesh_flows",
     "mesh_flows_new",
     "mesh_revnat",
@@ -160,6 +164,9 @@ class Plane:
                 self.maps[name].delete_batch(keys)
         for recent in self.recent:
             recent.write(0, bytes(recent.size))
+        if "mesh_translated" in self.maps:
+            translated = _bpf.Mapping(self.maps["mesh_translated"])
+            translated.write(0, bytes(translated.size))
         self.free = 0
         self.reroute()
         self.configure()
@@ -281,9 +288,16 @@ class Plane:
         ifindex: int = 1,
         bridge: int = 1,
         frontend: int = 0,
+        networks: Sequence[str] = (),
+        source: str = "",
     ) -> None:
+        """A backend of this node. `networks`: those that it has itself, whose clients it sees by `source`."""
+        own = [ipaddress.ip_network(network) for network in networks]
+        for network in own:
+            key = codec.pack_network_key(owner, network)
+            self.maps["mesh_networks"].update(key, packed(source))
         value = packed(address) + struct.pack("!HBB", port, protocol, state)
-        value += struct.pack("=III6s10xI12x", epoch, ifindex, bridge, bytes(6), frontend)
+        value += struct.pack("=III6s10xI4xQ", epoch, ifindex, bridge, bytes(6), frontend, codec.network_bits(own))
         self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
         self.maps["mesh_backends"].update(u32(owner), value)
 

@@ -15,6 +15,7 @@ from scapy.layers.inet6 import ICMPv6DestUnreach
 from tests.bpf.plane import DENY, DENY_RULE, OK, PASS_IF_NONE, REDIRECT, SHOT, UDP, Plane, u32
 from tests.bpf.tunnel import PEER4, caller, identity, owner, wrapped
 from tests.bpf.wires import inside
+from tests.oracle import selection
 from tests.support.frames import (
     CLIENT4,
     CLIENT6,
@@ -145,10 +146,12 @@ def test_an_answer_that_the_client_did_not_get_is_an_answer(plane: Plane) -> Non
     assert plane.failures() == {}
 
 
-def test_a_client_port_that_calls_two_ports_of_a_task(plane: Plane) -> None:
+def test_a_client_port_that_calls_two_ports_of_a_task_while_no_other_is_free(plane: Plane) -> None:
     plane.frontend(9, 8080, [(2, 2)])
-    send(plane, "mesh_ingress", [segment(CLIENT4, 40000, NODE4, port) for port in (80, 8080)])
-    send(plane, "mesh_ingress", [segment(CLIENT4, 40000, NODE4, 8080, "A")])
+    others = selection.source_ports((selection.address(CLIENT4), 40000, selection.address(NODE4), 8080, 6))
+    send(plane, "mesh_ingress", [segment(CLIENT4, port, NODE4, 80) for port in (40000, *others)])
+    assert plane.failures() == {}
+    send(plane, "mesh_ingress", [segment(CLIENT4, 40000, NODE4, 8080, flags) for flags in ("S", "A")])
     assert plane.failures() == {(9, "COLLISION"): 1}
 
 

@@ -163,7 +163,7 @@ def test_calls_with_the_same_client_port_to_two_ports_of_a_task_do_not_mix(plane
     second = segment(CLIENT4, 40000, NODE4, 8080)
     assert plane.run("mesh_ingress", bytes(first)).retval == REDIRECT
     plane.run("mesh_ingress", bytes(second))
-    assert plane.verdicts() == {"FORWARD": 1, "COLLISION": 1}
+    assert plane.verdicts() == {"FORWARD": 1, "TRANSLATED": 1}
     reply = segment(TASK4, 8080, CLIENT4, 40000, "SA")
     assert plane.run("mesh_task", bytes(reply)).data == become(reply, src=NODE4, sport=80)
 

@@ -6,13 +6,16 @@ MESH_FUZZ_PACKETS sets how many (a sample by default, `make fuzz` takes a millio
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from mesh._abi import SETTING_GUARD
+from mesh.netaddr import prefix_length
 from tests.bpf.packets import BACKENDS, EXACT, NODE4, NODE6, Packets
 from tests.bpf.plane import (
     ACTIVE,
@@ -80,8 +83,13 @@ class Twin:
 
     def backend(self, owner: int, state: int, epoch: int) -> None:
         address, port, protocol = BACKENDS[owner]
-        self.plane.backend(owner, address, port, protocol=protocol, state=state, epoch=epoch)
-        self.model.backends[owner] = model.Backend(packed(address), port, state, epoch)
+        own, gateway = ("fd00::99/128", "fd00::1") if ":" in address else ("203.0.113.0/28", "172.18.0.1")
+        networks = [own] if owner % 3 == 0 else []
+        more: dict[str, Any] = {"networks": networks, "source": gateway, "bridge": 2}
+        self.plane.backend(owner, address, port, protocol=protocol, state=state, epoch=epoch, **more)
+        net = [ipaddress.ip_network(network) for network in networks]
+        has = [(prefix_length(n), packed(str(n.network_address))) for n in net]
+        self.model.backends[owner] = model.Backend(packed(address), port, state, epoch, has, packed(gateway))
 
     def frontend(self, number: int) -> None:
         _, port, protocol, owners, flags, acl = next(f for f in FRONTENDS if f[0] == number)
@@ -144,7 +152,7 @@ def test_random_packets_meet_what_the_model_says() -> None:
     if PACKETS >= 40000:
         expected = {"FORWARD", "NOTED", "STARTED", "KEPT", "MOVED", "PASS", "REPLY", "ICMP_IN", "ICMP_OUT", "DENIED",
                     "REJECTED", "NO_BACKEND", "FRAGMENT", "NO_PORTS", "FAMILY", "EXTENSION", "MALFORMED", "EXPIRED",
-                    "RESET_HELD"}  # fmt: skip
+                    "RESET_HELD", "TRANSLATED"}  # fmt: skip
         assert expected <= set(twin.seen), twin.seen
         causes = {"DENIED", "NO_BACKEND", "REFUSED", "UNANSWERED"}
         assert causes <= {cause for _, cause in twin.model.failures}, twin.model.failures

@@ -13,15 +13,15 @@ from tests.bpf.plane import OK, REDIRECT, Plane
 from tests.support.frames import (
     CLIENT4,
     CLIENT6,
-    ETHER,
     IP,
     NODE4,
     NODE6,
     TASK4,
     TASK6,
     Ether,
-    IPv6,
     datagram,
+    error,
+    l3,
     requoted,
     segment,
 )
@@ -37,16 +37,6 @@ CASES = [
     pytest.param(CLIENT6, NODE6, TASK6, ROUTER6, segment, 86, 8080, ERRORS6, id="tcp6"),
     pytest.param(CLIENT6, NODE6, TASK6, ROUTER6, datagram, 56, 5353, ERRORS6, id="udp6"),
 ]
-
-
-def l3(frame: Any) -> Any:
-    return frame[IP] if IP in frame else frame[IPv6]
-
-
-def error(source: str, destination: str, icmp: Any, quoted: bytes, ttl: int = 60) -> bytes:
-    if ":" in source:
-        return bytes(ETHER / IPv6(src=source, dst=destination, hlim=ttl) / icmp / quoted)
-    return bytes(ETHER / IP(src=source, dst=destination, ttl=ttl) / icmp / quoted)
 
 
 @pytest.mark.parametrize(("client", "node", "task", "router", "build", "port", "target", "errors"), CASES)

@@ -208,6 +208,15 @@ class Served:
             for name in ("flows", "flows_new", "revnat", "revnat_udp", "revnat_new")
         }
 
+    def networks(self) -> dict[str, list[str]]:
+        """The networks that backends have themselves, as published; of those of one address the same."""
+        maps = self.engine._opened().maps
+        names = {entry.id: key.backend for key, entry in self.applied.backends.items()}
+        found: dict[str, set[str]] = {}
+        for owner, networks in maps._networks_of.items():
+            found.setdefault(names[owner], set()).update(map(str, networks))
+        return {name: sorted(networks) for name, networks in found.items()}
+
     def rule_entries(self) -> int:
         """Source rules in the map, of all frontends."""
         return sum(1 for _ in self.engine._opened().maps._maps["mesh_acl"].rows())

@@ -37,7 +37,7 @@ NONE, PASS, FIRST = 0, 1, 2
 TRACKED = 0x80000000
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 NEVER, UDP_GRACE = 0, 64  # MESH_ORPHAN_*
-OVERDUE = 2  # stamps for which a TCP flow that is not proven keeps its entry
+OVERDUE = 2  # stamps for which a TCP flow that is not proven keeps a port that was chosen for it
 LOST, GONE = (0, 0), (0xFFFF, 0xFFFF)  # of fragments: a later one was dropped; then the first one, too
 PROOF_WINDOW = 1 << 17  # how far behind a task's first sequence number an acknowledgement may be
 
@@ -106,16 +106,33 @@ class Model:
         backend = self.backends.get(owner)
         if backend is None or backend.state == FREE:
             return False
-        source, sport, called, called_port, protocol = flow
+        source, sport, _, _, protocol = flow
         if source == backend.address:  # the task calls itself
             source = self.hairpin if source[:12] == MAPPED else self.hairpin6
         key = (source, sport, backend.address, backend.port, protocol)
-        reply = self.replies.get(key) or (self.openings.get(key) if edge else None)
-        return (
-            reply is not None
-            and (reply.owner, reply.epoch) == (owner, backend.epoch)
-            and (reply.called, reply.called_port) == (called, called_port)
-            and (edge or reply.closed != 3)
+        sources = [key, *self._translated_keys(flow, key, backend)]
+        for each in sources:
+            reply = self.replies.get(each) or (self.openings.get(each) if edge else None)
+            if reply is not None and self._is_of(reply, flow) and (reply.owner, reply.epoch) == (owner, backend.epoch):
+                return edge or reply.closed != 3
+        return False
+
+    @staticmethod
+    def _is_of(reply: Reply, flow: Flow) -> bool:
+        same = (reply.client_port, reply.called, reply.called_port) == flow[1:4]
+        return same and (reply.client == flow[0] or not reply.translated)
+
+    def _translated_keys(self, flow: Flow, key: Flow, backend: Backend) -> list[Flow]:
+        """The reverse entries that a flow may have with another source than its own."""
+        sources = [key[0], *([backend.gateway] if self._is_neighbour(flow[0], backend) else [])]
+        return [(source, port, *key[2:]) for source in sources for port in selection.source_ports(flow)]
+
+    @staticmethod
+    def _is_neighbour(client: bytes, backend: Backend) -> bool:
+        """Whether the task has the client's network itself."""
+        value = int.from_bytes(client, "big")
+        return any(
+            value >> (128 - bits) == int.from_bytes(prefix, "big") >> (128 - bits) for bits, prefix in backend.networks
         )
 
     def good(self, note: tuple[int, int, int], number: int) -> bool:
@@ -282,45 +299,72 @@ class Model:
         source = (self.hairpin if p.version == 4 else self.hairpin6) if hairpin else p.source
         key = (source, p.sport, backend.address, backend.port, p.protocol)
         reply = Reply(p.destination, p.dport, p.source, owner, backend.epoch, hairpin, frontend=number)
-        if not self._keep(p, key, reply, start):
+        kept = self._keep(p, key, reply, start, inside=from_task)
+        if kept is None:
             self.failed(p, number, "COLLISION")
             return Outcome(SHOT, "COLLISION") if self.silent else self._refuse(p, frame, "COLLISION")
         if note:
             self.notes[p.flow] = (owner, backend.epoch, number)
-        return self._rewritten(p, frame, verdict, source, p.sport, backend.address, backend.port)
+        verdict = verdict if kept == key else "TRANSLATED"
+        return self._rewritten(p, frame, verdict, kept[0], kept[1], backend.address, backend.port)
 
-    def _keep(self, p: Packet, key: Flow, made: Reply, start: bool) -> bool:
-        """The reverse entry; False on a collision with a live flow."""
+    def _source(self, p: Packet, key: Flow, made: Reply, *, inside: bool) -> Flow | None:
+        """The key of the flow's reverse entry: with another source than its own where the task would mistake it. None:
+        all are taken. `inside`: the client is a container of this node."""
+        backend = self.backends[made.owner]
 
-        def same(reply: Reply) -> bool:
-            return (reply.called, reply.called_port) == (made.called, made.called_port)
+        def current(reply: Reply | None) -> bool:
+            return reply is not None and (reply.owner, reply.epoch) == (made.owner, made.epoch)
 
-        def current(reply: Reply) -> bool:
-            return (reply.owner, reply.epoch) == (made.owner, made.epoch)
+        def holds(reply: Reply | None) -> bool:
+            return reply is not None and current(reply) and reply.closed != 3
 
+        def mine(reply: Reply | None) -> bool:
+            return reply is not None and self._is_of(reply, p.flow)
+
+        reply, opening = self.replies.get(key), self.openings.get(key)
+        if (mine(reply) and current(reply)) or (mine(opening) and current(opening) and not holds(reply)):
+            return key
+        hidden = not inside and self._is_neighbour(p.source, backend)
+        source = backend.gateway if hidden else key[0]
+        free: Flow | None = None
+        for port in selection.source_ports(p.flow):
+            place = (source, port, *key[2:])
+            proven, waiting = self.replies.get(place), self.openings.get(place)
+            if any(each is not None and each.translated and mine(each) for each in (proven, waiting)):
+                return place
+            young = waiting is not None and (p.protocol == UDP or made.stamp - waiting.stamp < OVERDUE)
+            taken = young and holds(waiting)
+            self.silent |= taken and p.protocol == TCP
+            if free is None and not taken and not holds(proven):
+                free = place
+        return free if hidden or holds(reply) or holds(opening) else key
+
+    def _keep(self, p: Packet, key: Flow, made: Reply, start: bool, *, inside: bool = False) -> Flow | None:
+        """Store the reverse entry. Returns its key, None where the task could not tell the flow from others."""
         closed = 3 if p.flags & RST else p.flags & FIN
         self.silent = False
+        made.stamp, made.client_port = self.clock(), p.sport
+        found = self._source(p, key, made, inside=inside)
+        if found is None:
+            return None
+        made.translated = found != key
+        key = found
         old = self.replies.get(key)
-        if old and not start and same(old) and current(old):
+        if old and not start and self._is_of(old, p.flow) and (old.owner, old.epoch) == (made.owner, made.epoch):
             old.closed |= closed
-            return True
+            return key
         if old:
-            if not same(old) and current(old) and old.closed != 3:
-                return False
             del self.replies[key]
         opening = self.openings.get(key)
-        known = opening is not None and same(opening) and current(opening)
-        made.stamp = self.clock()
-        if opening and not known and current(opening) and opening.closed != 3:
-            self.silent = p.protocol == TCP  # the other flow is not proven: try again
-            if p.protocol == UDP or made.stamp - opening.stamp < OVERDUE:
-                return False
+        known = opening is not None and self._is_of(opening, p.flow)
+        known = known and opening is not None and (opening.owner, opening.epoch) == (made.owner, made.epoch)
         if start or (not known and p.protocol == UDP):
             if known and opening is not None:
                 self._sent_again(opening, made)
                 made.stamp = opening.stamp
             self.openings[key] = made
-            return True
+            return key
         made.closed = closed
         if p.flags & RST:
             self.openings.pop(key, None)
@@ -333,7 +377,7 @@ class Model:
             self.openings.pop(key, None)
             made.opened = not closed & 1
             self.replies[key] = made
-        return True
+        return key
 
     @staticmethod
     def _is_proof(p: Packet, opening: Reply) -> bool:
@@ -359,7 +403,7 @@ class Model:
         if self._is_first_refusal(p, frame, reply):
             return Outcome(SHOT, "RESET_HELD")
         reply.closed |= 3 if p.flags & RST else 2 if p.flags & FIN else 0
-        return self._rewritten(p, frame, "REPLY", reply.called, reply.called_port, reply.client, p.dport)
+        return self._rewritten(p, frame, "REPLY", reply.called, reply.called_port, reply.client, reply.client_port)
 
     def _is_first_refusal(self, p: Packet, frame: bytes, reply: Reply) -> bool:
         """A reset with sequence number 0 before the client has answered the task."""
@@ -476,11 +520,14 @@ class Model:
             return None
         backend = self.backends[owner]
         key = (client, client_port, backend.address, backend.port, protocol)
-        reply = self.replies.get(key) or self.openings.get(key)
-        if not reply or (reply.called, reply.called_port) != (called, called_port):
-            return None
-        inner = (backend.address, backend.port, client, client_port, protocol)
-        return self._translated(p, frame, "ICMP_IN", at, l4, inner, p.source, backend.address)
+        flow = (client, client_port, called, called_port, protocol)
+        for place in (key, *self._translated_keys(flow, key, backend)):
+            reply = self.replies.get(place) or self.openings.get(place)
+            if reply and self._is_of(reply, flow):
+                inner = (backend.address, backend.port, place[0], place[1], protocol)
+                source = place[0] if p.source == client else p.source
+                return self._translated(p, frame, "ICMP_IN", at, l4, inner, source, backend.address)
+        return None
 
     def _error_of_task(self, p: Packet, frame: bytes) -> Outcome | None:
         quoted = self._quoted(p, frame)
@@ -492,8 +539,8 @@ class Model:
             return None
         if flow[4] == UDP and tuple(frame[p.l4 : p.l4 + 2]) == ((3, 3) if p.version == 4 else (1, 4)):
             self.failures[reply.frontend, "REFUSED"] += 1
-        inner = (flow[0], flow[1], reply.called, reply.called_port, flow[4])
-        return self._translated(p, frame, "ICMP_OUT", at, l4, inner, reply.called, p.destination)
+        inner = (reply.client, reply.client_port, reply.called, reply.called_port, flow[4])
+        return self._translated(p, frame, "ICMP_OUT", at, l4, inner, reply.called, reply.client)
 
     def _translated(
         self, p: Packet, frame: bytes, verdict: str, at: int, l4: int, inner: Flow, source: bytes, destination: bytes

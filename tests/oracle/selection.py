@@ -48,13 +48,24 @@ def address_word(addr: bytes, high_key: int, low_key: int) -> int:
 
 def flow_hash(source: bytes, source_port: int, destination: bytes, destination_port: int, protocol: int) -> int:
     """32-bit hash of a 5-tuple."""
+    return flow_word(source, source_port, destination, destination_port, protocol) >> 32
+
+
+def flow_word(source: bytes, source_port: int, destination: bytes, destination_port: int, protocol: int) -> int:
+    """The 64 bits of which the hash of a 5-tuple is the upper half."""
     ports = source_port * 2**32 | destination_port * 2**16 | protocol
     words = (
         address_word(source, PI_WORDS[0], PI_WORDS[1]),
         address_word(destination, PI_WORDS[2], PI_WORDS[3]),
         ((ports ^ SEED) * PI_WORDS[4]) & MASK64,
     )
-    return murmur_finaliser(SEED ^ words[0] ^ words[1] ^ words[2]) >> 32
+    return murmur_finaliser(SEED ^ words[0] ^ words[1] ^ words[2])
+
+
+def source_ports(flow: tuple[bytes, int, bytes, int, int]) -> Iterator[int]:
+    """The ports that a flow may get towards its task instead of its own, in order (docs/DATAPATH.md)."""
+    for n in range(1, 9):
+        yield 1024 + slot_for(further_hash(flow_word(*flow) & MASK32, n), 31744)
 
 
 def client_hash(source: bytes) -> int:

@@ -12,6 +12,8 @@ class Backend:
     port: int
     state: int
     epoch: int
+    networks: list[tuple[int, bytes]] = field(default_factory=list)  # bits and prefix of those that it has itself
+    gateway: bytes = b""  # by which it sees clients there
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Reply:
     stamp: int = 0  # when it began
     unanswered: bool = False  # counted as such
     frontend: int = 0
+    client_port: int = 0
+    translated: bool = False  # the task sees another source
 
 
 @dataclass

@@ -147,7 +147,7 @@ class Spanning(Model):
         if ident[-1:] == BACK:
             return self._back(q, inner, p.source, ident)
         out = self._deliver(q, inner, p.source, ident)
-        if out.action != REDIRECT or out.verdict in ("TUNNEL_RX", "TUNNEL_BACK"):
+        if out.action != REDIRECT or out.verdict in ("TUNNEL_RX", "TRANSLATED", "TUNNEL_BACK"):
             return out
         assert out.frame is not None
         return self._wrapped(out.frame, out.verdict, p.source, REPLY, tuple(out.checks))
@@ -190,15 +190,16 @@ class Spanning(Model):
         made = Reply(q.destination, q.dport, q.source, owner, backend.epoch, False, frontend=number)
         kept = self._keep(q, key, made, start)
         self.source = b""
-        if not kept:
+        if kept is None:
             self.failed(q, number, "COLLISION")
             return Outcome(SHOT, "COLLISION") if self.silent else self._refuse(q, inner, "COLLISION")
-        return self._rewritten(q, inner, "TUNNEL_RX", q.source, q.sport, backend.address, backend.port)
+        verdict = "TUNNEL_RX" if kept == key else "TRANSLATED"
+        return self._rewritten(q, inner, verdict, kept[0], kept[1], backend.address, backend.port)
 
-    def _keep(self, p: Packet, key: Flow, made: Reply, start: bool) -> bool:
-        kept = super()._keep(p, key, made, start)
-        if kept:
-            self.ways[key] = self.source
+    def _keep(self, p: Packet, key: Flow, made: Reply, start: bool, *, inside: bool = False) -> Flow | None:
+        kept = super()._keep(p, key, made, start, inside=inside)
+        if kept is not None:
+            self.ways[kept] = self.source
         return kept
 
     def _reply(self, p: Packet, frame: bytes, reply: Reply) -> Outcome:

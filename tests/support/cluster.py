@@ -110,8 +110,7 @@ class Cluster:
     def load(self, *options: str, port: int = WEB, nodes: Sequence[Node] = ()) -> Iterator[Loads]:
         """New connections all the time at each of these nodes (default: all).
 
-        From an address of its own for each: to a task two connections that a client makes from one port to two nodes
-        are the same, and the kernel engine refuses the second (docs/DATAPATH.md, collision).
+        From an address of its own for each.
         """
         loads = Loads()
         with contextlib.ExitStack() as stack:

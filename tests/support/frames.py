@@ -30,6 +30,8 @@ __all__ = [
     "Raw",
     "become",
     "datagram",
+    "error",
+    "l3",
     "requoted",
     "segment",
 ]
@@ -97,3 +99,15 @@ def requoted(quoted: Any, **changes: Any) -> bytes:
     if isinstance(out, IP):
         del out.chksum
     return bytes(out)
+
+
+def l3(frame: Any) -> Any:
+    """A frame's IP packet."""
+    return frame[IP] if IP in frame else frame[IPv6]
+
+
+def error(source: str, destination: str, icmp: Any, quoted: bytes, ttl: int = 60) -> bytes:
+    """An ICMP error in a frame, as it arrives."""
+    if ":" in source:
+        return bytes(ETHER / IPv6(src=source, dst=destination, hlim=ttl) / icmp / quoted)
+    return bytes(ETHER / IP(src=source, dst=destination, ttl=ttl) / icmp / quoted)

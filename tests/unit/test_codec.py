@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import struct
 
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mesh import _abi
 from mesh.datapath.kernel import codec
-from mesh.model import Frontend, Protocol
+from mesh.model import Frontend, Network, Protocol
 
 u32 = st.integers(0, 2**32 - 1)
 ports = st.integers(0, 65535)
@@ -130,3 +131,38 @@ def test_plain_numbers(words: list[int], longs: list[int]) -> None:
     assert codec.unpack_u32s(b"".join(map(codec.pack_u32, words))) == words
     assert [codec.unpack_u32(codec.pack_u32(word)) for word in words] == words
     assert codec.unpack_u64s(struct.pack(f"={len(longs)}Q", *longs)) == longs
+
+
+networks = st.one_of(
+    st.builds(lambda a, n: ipaddress.ip_network((a, n), strict=False), st.ip_addresses(v=4), st.integers(1, 32)),
+    st.builds(
+        lambda a, n: ipaddress.ip_network((a, n), strict=False),
+        st.ip_addresses(v=6).filter(lambda a: a.ipv4_mapped is None),  # type: ignore[arg-type]
+        st.integers(97, 128),
+    ),
+)
+
+
+@given(u32, networks)
+def test_network_keys(owner: int, network: Network) -> None:
+    data = codec.pack_network_key(owner, network)
+    assert len(data) == 24
+    assert codec.unpack_network_key(data) == (owner, network)
+
+
+@given(st.lists(networks, max_size=4), st.randoms(use_true_random=False))
+def test_every_address_of_a_network_has_its_bit(found: list[Network], chance: random.Random) -> None:
+    """mesh_backend.networks may say yes of others, never no of these."""
+    bits = codec.network_bits(found)
+    for network in found:
+        address = network[chance.randrange(min(network.num_addresses, 2**63))]
+        first, second = address.packed[:2]
+        assert bits >> ((first ^ second) & 63) & 1
+
+
+def test_bits_of_networks() -> None:
+    assert codec.network_bits([]) == 0
+    assert codec.network_bits([ipaddress.ip_network("10.0.1.0/24")]) == 1 << 10
+    assert codec.network_bits([ipaddress.ip_network("fd00:18::/64")]) == 1 << (0xFD & 63)
+    assert codec.network_bits([ipaddress.ip_network("10.0.0.0/15")]) == 1 << 10 | 1 << 11
+    assert codec.network_bits([ipaddress.ip_network("0.0.0.0/0")]) == 2**64 - 1

@@ -35,6 +35,7 @@ from mesh.datapath.kernel.locator import (
     BRIDGE_GUARD,
     GUARD,
     INGRESS,
+    READ_AGAIN,
     TASK,
     Location,
     Locator,
@@ -44,7 +45,7 @@ from mesh.datapath.kernel.locator import (
 )
 from mesh.datapath.kernel.pins import OWNER, Owner, instance
 from mesh.datapath.kernel.preflight import preflight
-from mesh.datapath.netlink import Interface, Netlink, Route, Topology
+from mesh.datapath.netlink import Interface, Netlink, Networks, Route, Topology
 from mesh.errors import MeshError
 from mesh.model import (
     ANY_ADDRESS,
@@ -371,6 +372,45 @@ def test_what_has_not_changed_is_not_looked_for_again() -> None:
     network.tables = Topology({2: bridge}, neighbours={(2, silent): b"\x02abcde"})
     assert places.refresh()
     assert places.find(silent) == Location(via=2, mac=b"\x02abcde")
+
+
+class _Namespaces:
+    """What `Locator` asks of Networks."""
+
+    def __init__(self) -> None:
+        self.of_each = {7: frozenset({ipaddress.ip_network("10.0.1.0/24")})}
+        self.asked = list[tuple[int, int]]()
+
+    def of(self, elsewhere: int, version: int) -> frozenset[Network]:
+        self.asked.append((elsewhere, version))
+        return self.of_each.get(elsewhere, frozenset())
+
+
+def test_the_networks_of_a_task_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing announces a network that a container gets while it runs. Of one behind no veth nobody knows."""
+    clock = [1000.0]
+    monkeypatch.setattr("mesh.datapath.kernel.locator.time.monotonic", lambda: clock[0])
+    one, other, here = (ipaddress.ip_address(f"172.18.0.{i}") for i in (3, 4, 1))
+    bridge = Interface(2, "docker_gwbridge", "bridge", True, True, 0)
+    port = Interface(3, "veth1", "veth", True, True, 2, elsewhere=7)
+    macs = {(2, one): b"\x02abcde", (2, other): b"\x02abcdf"}
+    topology = Topology({2: bridge, 3: port}, neighbours=macs, ports={(2, b"\x02abcde"): 3})
+    network, namespaces = _Network(topology, {str(a): Route(2, None, False, here) for a in (one, other)}), _Namespaces()
+    places = Locator(cast(Netlink, network), networks=cast(Networks, namespaces))
+    places.refresh()
+    found = Location(3, 2, b"\x02abcde", networks=namespaces.of_each[7], source=here)
+    assert [places.find(one), places.find(one)] == [found, found]
+    assert places.find(other) == Location(0, 2, b"\x02abcdf")
+    assert namespaces.asked == [(7, 4)]
+    clock[0] += READ_AGAIN / 2
+    assert one not in places.open()
+    clock[0] += READ_AGAIN / 2
+    namespaces.of_each[7] |= {ipaddress.ip_network("10.0.2.0/24")}
+    assert one in places.open()
+    assert places.find(one).networks == namespaces.of_each[7]
+    places.forget([one])
+    clock[0] += READ_AGAIN
+    assert one not in places.open()
 
 
 def test_questions_that_nobody_answers_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,12 +142,24 @@ struct mesh_backend {
 			 there */
 	__be64 seed;  /* not 0: on another node */
 	__u32 frontend; /* of this node; 0: not known, or on another node */
-	__u8 pad2[12];
+	__u32 pad2;
+	__u64 networks; /* of mesh_networks: bit (first byte ^ second byte) & 63 of every address in one, as on the wire
+			 */
 };
 _Static_assert(sizeof(struct mesh_backend) == 64, "mesh_backend is 64 bytes");
 _Static_assert(__builtin_offsetof(struct mesh_backend, epoch) == 20, "mesh_backend.epoch");
 _Static_assert(__builtin_offsetof(struct mesh_backend, mac) == 32, "mesh_backend.mac");
 _Static_assert(__builtin_offsetof(struct mesh_backend, seed) == 40, "mesh_backend.seed");
+_Static_assert(__builtin_offsetof(struct mesh_backend, networks) == 56, "mesh_backend.networks");
+
+/* Key of mesh_networks: longest prefix of (owner, client). `bits` is 32 + the prefix' length on the 16-byte address.
+ * The value is the address of this node by which the task sees such a client. */
+struct mesh_network_key {
+	__u32 bits;
+	__u32 owner;
+	struct mesh_addr client;
+};
+_Static_assert(sizeof(struct mesh_network_key) == 24, "mesh_network_key is 24 bytes");
 
 /* Key of mesh_acl: longest prefix of (rule set, source). `bits` is 32 + the prefix' length on the 16-byte address. */
 struct mesh_acl_key {
@@ -182,6 +194,7 @@ _Static_assert(sizeof(struct mesh_note) == 16, "mesh_note is 16 bytes");
 #define MESH_REVNAT_REFUSED    0x20u       /* the task has refused the connection, and the client was not told */
 #define MESH_REVNAT_ANSWERED   0x40u       /* the task has answered the start of the flow */
 #define MESH_REVNAT_UNANSWERED 0x80u       /* counted as unanswered */
+#define MESH_REVNAT_TRANSLATED 0x100u      /* the client has another source than the task sees */
 #define MESH_REVNAT_NODE       0x80000000u /* in `ifindex`: the client called another node, the rest is its mesh_node.id */
 
 /* Value of mesh_revnat, mesh_revnat_udp and mesh_revnat_new. */
@@ -191,7 +204,8 @@ struct mesh_revnat {
 	__be16 called_port;
 	__u16 flags;
 	__u32 ifindex; /* where the client's packets come in, so where replies leave; or MESH_REVNAT_NODE */
-	__u32 frontend;
+	__u16 frontend;
+	__be16 client_port; /* the client's own, if MESH_REVNAT_TRANSLATED */
 	__u32 owner;
 	__u32 epoch;
 	__u32 stamp;    /* when the client was last heard, MESH_STAMP_SHIFT */
@@ -199,6 +213,7 @@ struct mesh_revnat {
 	__u32 veth;     /* host side of the task's interface, where its replies come out; 0: any */
 };
 _Static_assert(sizeof(struct mesh_revnat) == 64, "mesh_revnat is 64 bytes");
+_Static_assert(MESH_MAX_FRONTENDS <= 65536, "mesh_revnat.frontend holds every id");
 
 /* Per-CPU counters of one frontend or one backend. */
 struct mesh_counts {
@@ -221,7 +236,7 @@ struct mesh_failures {
 	__u64 refused;    /* the client was told that nobody listens */
 	__u64 too_big;    /* a datagram is larger than the path */
 	__u64 no_path;    /* a task's answer has no way back, neither to the node that was called nor to the client */
-	__u64 collision;  /* the task has a flow of this client address and port that called another address */
+	__u64 collision;  /* no source is free by which the task could tell the flow from others */
 	__u64 unanswered; /* the client sent its SYN again, and the task had not answered; once for each start */
 };
 _Static_assert(sizeof(struct mesh_failures) == 56, "mesh_failures is 56 bytes");
@@ -309,8 +324,10 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(FAMILY, "passed: the chosen task has no address of the client's IP version")                                 \
 	X(EXTENSION, "passed: IPv6 extension headers")                                                                 \
 	X(MALFORMED, "passed: truncated or contradictory headers on a frontend's port")                                \
-	X(COLLISION, "rejected: the task has a flow of this client address and port that called another address; "     \
-		     "dropped while that flow is not proven")                                                          \
+	X(COLLISION, "rejected: the task has a flow of this client address and port, and all other ports that the "    \
+		     "flow could get are taken; dropped while one of these flows is not proven")                       \
+	X(TRANSLATED, "forwarded to a task that sees another source: it has a flow of this client address and port, "  \
+		      "or a network of its own that has the client's address")                                         \
 	X(EXPIRED, "dropped: TTL or hop limit exceeded; time exceeded sent to the sender")                             \
 	X(TOO_BIG,                                                                                                     \
 	  "reply larger than the interface's MTU: passed for the kernel to tell the task, dropped without DF")         \

@@ -8,6 +8,7 @@ numbers the maps hold as they are, and how frontends, networks and flows become 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +16,7 @@ from mesh import _abi, netaddr
 from mesh.model import Frontend, Network, Protocol
 
 WORD: Final = 8  # bytes that are stored at once
+ALL_BITS: Final = (1 << 64) - 1  # of mesh_backend.networks
 
 
 def pack_u32(value: int) -> bytes:
@@ -95,6 +97,29 @@ def pack_acl_key(acl: int, network: Network) -> bytes:
 def unpack_acl_key(data: bytes) -> tuple[int, Network]:
     key = _abi.ACL_KEY.unpack(data)
     return key.acl, netaddr.network_of(key.source, key.bits - _abi.ACL_KEY_RULE_BITS)
+
+
+def pack_network_key(owner: int, network: Network) -> bytes:
+    """The key of one of a backend's own networks in mesh_networks."""
+    bits = _abi.ACL_KEY_RULE_BITS + netaddr.prefix_length(network)
+    return _abi.NETWORK_KEY.pack(_abi.NetworkKey(bits=bits, owner=owner, client=network.network_address))
+
+
+def unpack_network_key(data: bytes) -> tuple[int, Network]:
+    key = _abi.NETWORK_KEY.unpack(data)
+    return key.owner, netaddr.network_of(key.client, key.bits - _abi.ACL_KEY_RULE_BITS)
+
+
+def network_bits(networks: Iterable[Network]) -> int:
+    """mesh_backend.networks: a bit for each pair of first bytes that addresses in these networks may have."""
+    found = 0
+    for network in networks:
+        first = int.from_bytes(network.network_address.packed[:2], "big")
+        for pair in range(first, first + (1 << max(0, 16 - network.prefixlen))):
+            found |= 1 << ((pair >> 8 ^ pair) & 63)
+            if found == ALL_BITS:
+                return found
+    return found
 
 
 def pack_id(seed: bytes, port: int, protocol: int) -> bytes:

@@ -25,6 +25,7 @@ from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, netns_cookie, pin_home
 from mesh.errors import DatapathError
 from mesh.model import ANY_ADDRESS, Address, Frontend, Protocol
+from mesh.netaddr import join_host_port
 
 Json = dict[str, Any]
 
@@ -37,6 +38,8 @@ FLAGS: Final = (
 STATES: Final = {_abi.BACKEND_FREE: "free", _abi.BACKEND_ACTIVE: "active", _abi.BACKEND_DRAINING: "draining"}
 KINDS: Final = {_abi.ADDRESS_OWN: "own", _abi.ADDRESS_FLOATING: "floating"}
 ACTIONS: Final = {_abi.ACL_ALLOW: "allow", _abi.ACL_DENY: "deny"}
+REVERSE: Final = ("mesh_revnat", "mesh_revnat_udp", "mesh_revnat_new")
+CLOSED: Final = _abi.REVNAT_FIN_IN | _abi.REVNAT_FIN_OUT
 LOCAL: Final = _abi.Backend().seed  # mesh_backend.seed of a backend that runs here
 
 
@@ -52,6 +55,9 @@ def read(config: Config) -> Json:
         backends [{id, name, node, address, port, protocol, state, epoch, way, interface, bridge, mac, seed}] (way:
         here, own: an address of this node, nowhere: no route, tunnel, peer: handed over at that node's peer port),
         acl [{acl, source, action}],
+        networks [{owner, name, network, source}] (those that a backend has itself, and this node's address by which it
+        sees clients there),
+        translated [{protocol, client, called, source, owner, name, closed}] (flows that their task sees by `source`),
         nodes [{address, source, interface, mtu, id}] (mtu 0: takes no tunnel),
         ids [{seed, port, protocol, owner, name}] (this node's backends as other nodes call them),
         tunnel_ports [port]: each sorted, names and nodes empty where the journal in the state directory has none.
@@ -107,6 +113,8 @@ class _Reader:
             "frontends": [self._frontend(frontend, number) for frontend, number in sorted(self._published())],
             "backends": [self._backend(number, slot) for number, slot in sorted(self._backends.items())],
             "acl": self._acl(),
+            "networks": self._networks(),
+            "translated": self._translated(),
             "nodes": [_node(address, slot) for address, slot in sorted(self._nodes.items(), key=_by_address)],
             "ids": self._ids(),
             "tunnel_ports": [index % _abi.PORT_UDP for index, word in self._port_words() if word & _abi.PORT_TUNNEL],
@@ -263,6 +271,35 @@ class _Reader:
             {"acl": acl, "source": str(network), "action": ACTIONS.get(action, str(action))}
             for (acl, network), action in rows
         ]
+
+    def _networks(self) -> list[Json]:
+        held = self._maps["mesh_networks"].rows()
+        rows = [(*codec.unpack_network_key(key), netaddr.unpack(value)) for key, value in held]
+        rows.sort(key=lambda row: (row[0], row[1].version, row[1]))
+        return [
+            {"owner": owner, "name": self._name(owner), "network": str(network), "source": str(source)}
+            for owner, network, source in rows
+        ]
+
+    def _translated(self) -> list[Json]:
+        found = []
+        for name in REVERSE:
+            keys, values = self._maps[name].dump()
+            for at in _abi.REVNAT.rows_with("flags", _abi.REVNAT_TRANSLATED, values):
+                key = _abi.FLOW.unpack(keys[at * _abi.FLOW.size : (at + 1) * _abi.FLOW.size])
+                entry = _abi.REVNAT.unpack(values[at * _abi.REVNAT.size : (at + 1) * _abi.REVNAT.size])
+                found.append(
+                    {
+                        "protocol": str(Protocol(key.protocol)),
+                        "client": join_host_port(str(entry.client), entry.client_port),
+                        "called": join_host_port(str(entry.called), entry.called_port),
+                        "source": join_host_port(str(key.source), key.source_port),
+                        "owner": entry.owner,
+                        "name": self._name(entry.owner),
+                        "closed": entry.flags & CLOSED == CLOSED,
+                    }
+                )
+        return sorted(found, key=lambda row: (row["protocol"], row["client"], row["called"]))
 
 
 def _node(address: Address, slot: _abi.Node) -> Json:

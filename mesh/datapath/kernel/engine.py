@@ -41,7 +41,7 @@ from mesh.datapath.kernel.stale_sockets import StaleSockets
 from mesh.datapath.kernel.tunnel import Ids, Nodes, clock, node_config
 from mesh.datapath.lookup import lookup
 from mesh.datapath.losses import Losses
-from mesh.datapath.netlink import Netlink
+from mesh.datapath.netlink import Netlink, Networks
 from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend, Protocol
@@ -141,7 +141,8 @@ class KernelDatapath:
             self._resources.enter_context(contextlib.closing(_bpf.Statistics()))
         netlink = start(contextlib.closing(Netlink()))
         nodes = Nodes(loaded, netlink)
-        network = Network(config, Locator(netlink, config.floating), maps, nodes)
+        networks = start(contextlib.closing(Networks()))
+        network = Network(config, Locator(netlink, config.floating, networks), maps, nodes)
         maps.configure(node_config(config, netns_cookie()))
         heartbeat = Heartbeat(loaded[HEARTBEAT], config.orphan_timeout)
         self._applied = restore.from_maps(maps, names, nodes.all, pass_if_none=config.no_backend == "pass")

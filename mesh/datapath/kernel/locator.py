@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from mesh.datapath.base import BackendEntry
-from mesh.datapath.netlink import Interface, Netlink, Route, Topology
-from mesh.model import Address, Frontend, Protocol
+from mesh.datapath.netlink import Interface, Netlink, Networks, Route, Topology
+from mesh.model import Address, Frontend, Network, Protocol
 from mesh.netaddr import of_proc
 
 INGRESS: Final = "mesh_ingress"
@@ -29,6 +29,7 @@ NO_MAC: Final = bytes(6)
 ASK_AGAIN: Final = (0.5, 30.0)  # seconds between questions for one MAC: first pause, doubled up to the second
 ASK_MOST: Final = 32  # open questions at a time: each takes one of the 1,024 neighbour entries of all namespaces
 ASK_LASTS: Final = 3.5  # seconds until the kernel gives up a question
+READ_AGAIN: Final = 1.0  # seconds for which a task's networks are not read again: nothing announces that they change
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,16 @@ class Location:
     """How a packet gets to a backend.
 
     `veth`: host side of its veth, 0: unknown. `via`: interface through which this node reaches it, 0: no route.
+    `networks`: those that it has itself, of its address' IP version; empty: unknown. `source`: this node's address
+    towards it.
     """
 
     veth: int = 0
     via: int = 0
     mac: bytes = NO_MAC
     own: bool = False  # the backend is at an address of this node
+    networks: frozenset[Network] = frozenset()
+    source: Address | None = None
 
 
 class Locator:
@@ -52,14 +57,18 @@ class Locator:
             so that the first packet for them is already served.
     """
 
-    def __init__(self, netlink: Netlink, floating: frozenset[Address] = frozenset()) -> None:
+    def __init__(
+        self, netlink: Netlink, floating: frozenset[Address] = frozenset(), networks: Networks | None = None
+    ) -> None:
         self._netlink = netlink
+        self._reader = networks
         self.floating = floating
         self._routes: dict[Address, Route | None] = {}
         self._ports: dict[tuple[int, bytes], int] = {}  # topology.ports, and entries that aged out in the meantime
         self._asked: dict[Address, tuple[float, float]] = {}  # when to ask again (monotonic), and the pause after that
         self._waiting: dict[Address, float] = {}  # open questions: when the kernel gives up, monotonic
         self._unreached: set[Address] = set()  # without a route
+        self._networks: dict[Address, tuple[float, int, frozenset[Network]]] = {}  # when read, of which veth
         self.topology = Topology()
 
     def refresh(self) -> bool:
@@ -83,7 +92,13 @@ class Locator:
         now = time.monotonic()
         due = [(pause, when, address) for address, (when, pause) in self._asked.items() if now >= when]
         turn = heapq.nsmallest(self._room(now), due, key=lambda entry: entry[:2])
-        return frozenset(address for _, _, address in turn) | self._unreached
+        old = {address for address, (when, _, _) in self._networks.items() if now - when >= READ_AGAIN}
+        return frozenset(address for _, _, address in turn) | self._unreached | old
+
+    def forget(self, addresses: Iterable[Address]) -> None:
+        """No backend has these any more."""
+        for address in addresses:
+            self._networks.pop(address, None)
 
     def find(self, address: Address) -> Location:
         """Locate a backend's address. Asks for its MAC if unknown; a later `refresh` sees the answer."""
@@ -110,7 +125,20 @@ class Locator:
         else:
             self._asked.pop(address, None)
             self._waiting.pop(address, None)
-        return Location(veth=port.index if port is not None and port.kind == "veth" else 0, via=via.index, mac=mac)
+        if port is None or port.kind != "veth":
+            return Location(via=via.index, mac=mac)
+        networks = self._networks_of(address, port)
+        return Location(veth=port.index, via=via.index, mac=mac, networks=networks, source=route.source)
+
+    def _networks_of(self, address: Address, port: Interface) -> frozenset[Network]:
+        """The networks that the task behind a veth has itself."""
+        when, veth, networks = self._networks.get(address, (-READ_AGAIN, 0, frozenset[Network]()))
+        now = time.monotonic()
+        if self._reader is not None and (veth != port.index or now - when >= READ_AGAIN):
+            known = port.elsewhere >= 0
+            networks = self._reader.of(port.elsewhere, address.version) if known else frozenset()
+            self._networks[address] = now, port.index, networks
+        return networks
 
     def _room(self, now: float) -> int:
         """How many more questions may be asked."""

@@ -26,6 +26,7 @@ CARRIED: Final = {  # maps that are copied from the pins of another build: name 
     "mesh_revnat": "mesh_replies",  # with UDP flows, which have a map of their own now
     "mesh_revnat_udp": "mesh_revnat_udp",
     "mesh_revnat_new": "mesh_openings",
+    "mesh_translated": "mesh_translated",
 }
 BETWEEN: Final = _abi.PORT_TUNNEL | _abi.PORT_NODES
 
@@ -56,6 +57,8 @@ class KernelMaps:
         self._exact = maps["mesh_exact"]
         self._acl = maps["mesh_acl"]
         self._addresses = maps["mesh_addresses"]
+        self._networks = maps["mesh_networks"]
+        self._networks_of: dict[int, dict[Network, Address]] = {}  # by backend
         self.reverse = maps["mesh_revnat"]
         self.arenas = Arenas(maps["mesh_arenas"], directory)
         self.served: dict[Frontend, Served] = {}
@@ -88,6 +91,9 @@ class KernelMaps:
         taken = {s.id for s in self.served.values()}
         self._free = [n for n in self._free if n not in taken]
         self._restore_rules()
+        for key, source in self._networks.rows():
+            owner, network = codec.unpack_network_key(key)
+            self._networks_of.setdefault(owner, {})[network] = netaddr.unpack(source)
         data = self._backends.read(0, _abi.MAX_BACKENDS * BACKEND.size)
         empty = bytes(BACKEND.size)
         for number in range(_abi.OWNER_FIRST, _abi.MAX_BACKENDS):
@@ -221,6 +227,24 @@ class KernelMaps:
         if fresh:
             self._zero("mesh_be_metrics", fresh)
 
+    def put_networks(self, number: int, networks: Iterable[Network], source: Address | None) -> None:
+        """Make these the networks that a backend has itself: it sees clients with addresses there by `source`, which
+        is this node's; None: as they are.
+
+        Networks for which there is no room are left out.
+        """
+        wanted: dict[Network, Address] = dict.fromkeys(networks, source) if source is not None else {}
+        held = self._networks_of.pop(number, {})
+        for network in held.keys() - wanted.keys():
+            self._networks.delete(codec.pack_network_key(number, network))
+        kept = {network: address for network, address in held.items() if wanted.get(network) == address}
+        for network, address in wanted.items() - kept.items():
+            with contextlib.suppress(BpfError):
+                self._networks.update(codec.pack_network_key(number, network), netaddr.pack(address))
+                kept[network] = address
+        if kept:
+            self._networks_of[number] = kept
+
     def _write_backend(self, number: int, new: _abi.Backend, *, in_place: bool) -> None:
         offset, row = number * BACKEND.size, BACKEND.pack(new)
         word, rest = BACKEND_STATE_WORD, BACKEND_STATE_WORD + codec.WORD
@@ -254,6 +278,7 @@ class KernelMaps:
             held = self.backends.get(number)
             if held is not None and held.state != _abi.BACKEND_FREE:
                 self._write_backend(number, held._replace(state=_abi.BACKEND_FREE), in_place=True)
+                self.put_networks(number, (), None)
 
     # ---- frontends ----
 

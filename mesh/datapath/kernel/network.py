@@ -89,6 +89,7 @@ class Network:
         """These backends are gone."""
         for entry in backends:
             self._locations.pop(entry.id, None)
+            self._locator.forget([entry.target.address])
 
     def _find(self, backends: Iterable[BackendEntry]) -> dict[int, Location]:
         return {e.id: self._locator.find(e.target.address) for e in backends if e.target.via is None}

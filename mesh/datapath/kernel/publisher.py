@@ -14,6 +14,7 @@ from mesh.config.keys import Config
 from mesh.datapath.base import Applied, BackendEntry, FrontendEntry, Plan
 from mesh.datapath.conntrack import unanswered
 from mesh.datapath.kernel.acl import compile_rules
+from mesh.datapath.kernel.codec import network_bits
 from mesh.datapath.kernel.locator import Location, is_held
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.tunnel import Ids, seed_of
@@ -114,6 +115,9 @@ class Publisher:
         self._put_backends([e for e in backends if self._placed.get(e.id) != locations.get(e.id)], locations)
 
     def _put_backends(self, backends: Collection[BackendEntry], locations: Mapping[int, Location]) -> None:
+        for entry in backends:
+            location = locations.get(entry.id, Location())
+            self._maps.put_networks(entry.id, location.networks if entry.target.via is None else (), location.source)
         self._maps.put_backends({e.id: backend_slot(e, locations.get(e.id, Location())) for e in backends})
         self._placed |= {e.id: locations[e.id] for e in backends if e.id in locations}
 
@@ -194,4 +198,5 @@ def backend_slot(entry: BackendEntry, location: Location) -> _abi.Backend:
         version = AWAY_VERSION if tunnelled else 0
         return slot._replace(seed=seed_of(entry.key), version=version, handed=int(target.handed))
     bridge = _abi.LOOPBACK if location.own else location.via
-    return slot._replace(ifindex=location.veth, bridge=bridge, mac=location.mac)
+    networks = network_bits(location.networks) if location.source is not None else 0
+    return slot._replace(ifindex=location.veth, bridge=bridge, mac=location.mac, networks=networks)
