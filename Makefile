@@ -32,8 +32,8 @@ PYTEST ?= $(BIN)/python -m pytest
 # debugger wants it.
 WORKERS ?= 3
 
-BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16 llvm-16 libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
-TEST_PACKAGES  := $(BUILD_PACKAGES) clang-format-16 bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
+BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16/clang libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
+TEST_PACKAGES  := $(BUILD_PACKAGES) git bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
                   python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod openssh-client
 
 C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
@@ -84,13 +84,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	clang-format-16 --dry-run --Werror $(C_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	$(BIN)/codespell
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	clang-format-16 -i $(C_FILES)
+	$(BIN)/clang-format -i $(C_FILES)
 
 golden: packages-test build
 	$(PYTEST) -q tests/scenarios --update-golden $(ARGS)

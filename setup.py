@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build of the extensions and of the eBPF objects. Metadata is in pyproject.toml.
 
-CLANG names the compiler for eBPF (default: clang-16, then clang).
+CLANG names the compiler for eBPF (default: clang-16, which is Debian 12's newest, else clang).
 MESH_SANITIZE=address|thread|undefined builds the extensions with that sanitizer (tests run them so: `make sanitize`).
 """
 
@@ -52,7 +52,7 @@ def clang() -> str:
             return path
     raise SystemExit(
         f"setup.py: {' or '.join(names)} not found; it compiles the programs of the kernel engine: "
-        "install clang (Debian: clang-16), or name yours in CLANG"
+        "install clang (Debian 12: clang-16), or name yours in CLANG"
     )
 
 

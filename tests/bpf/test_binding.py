@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -77,7 +78,8 @@ def compile_bpf(directory: Path, source: str) -> str:
     text, out = directory / "t.bpf.c", directory / "t.bpf.o"
     text.write_text(source)
     include = f"-I/usr/include/{os.uname().machine}-linux-gnu"
-    subprocess.run(["clang-16", "-O2", "-g", "-target", "bpf", include, "-c", str(text), "-o", str(out)], check=True)
+    clang = os.environ.get("CLANG") or shutil.which("clang-16") or "clang"  # as setup.py
+    subprocess.run([clang, "-O2", "-g", "-target", "bpf", include, "-c", str(text), "-o", str(out)], check=True)
     return str(out)
 
 
