@@ -33,8 +33,8 @@ PYTEST ?= $(BIN)/python -m pytest
 WORKERS ?= 3
 
 BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16/clang libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
-TEST_PACKAGES  := $(BUILD_PACKAGES) git bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus docker.io \
-                  python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod openssh-client
+TEST_PACKAGES  := $(BUILD_PACKAGES) git bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus \
+                  docker.io docker-cli/docker.io python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod openssh-client
 
 C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
@@ -128,8 +128,8 @@ base-image:
 	docker buildx imagetools inspect debian:12-slim --format 'debian:12-slim@{{.Manifest.Digest}}'
 
 # Measurements need root, and a machine that does nothing else: bench/README.md.
-BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io procps util-linux \
-                  ipvsadm qemu-system-x86 busybox-static cpio kmod
+BENCH_PACKAGES := $(BUILD_PACKAGES) nftables nginx-light libnginx-mod-stream docker.io docker-cli/docker.io procps \
+                  util-linux ipvsadm qemu-system-x86 busybox-static cpio kmod
 
 packages-bench:
 	deploy/debian-packages $(BENCH_PACKAGES)
