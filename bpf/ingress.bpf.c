@@ -94,7 +94,7 @@ SEC("tc")
 int mesh_bridge_guard(struct __sk_buff *skb)
 {
 	enum parse_result result;
-	struct packet p;
+	struct packet p = {}; /* read, as compilers have it, whatever the result */
 	__u32 word;
 
 	result = parse(skb, &p);
