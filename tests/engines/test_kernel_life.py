@@ -170,6 +170,14 @@ def test_flows_under_way_keep_the_programs_after_hand_back(plane: Plane, engine:
     assert plane.pins()
     with pytest.raises(ConnectionRefusedError):
         Connection(plane.client, plane.node.address)
+    second = plane.driver()
+    second.open()
+    second.serve(services=[plane.web("b1", "b2", "b3")])  # as before: they were handed back all the same
+    assert set(plane.calls(60)) == {"b1", "b2", "b3"}
+    connection.echo()
+    connection.close()
+    second.close(release=True)
+    second.end()
 
 
 def test_xdp_stage_is_adopted_and_goes_with_the_engine(plane: Plane) -> None:

@@ -50,7 +50,11 @@ def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...], *, pas
         keys = (key_of(state, target) for target in state.targets)
         ids = {backends[key].id for key in keys if key in backends}
         ids |= {owner for owner in table.owners() if owner >= _abi.OWNER_FIRST}
-        doubtful = frontend in names.doubt.frontends or not _serves(maps, frontend, state, pass_if_none=pass_if_none)
+        doubtful = (
+            frontend in names.doubt.frontends
+            or not _serves(maps, frontend, state, pass_if_none=pass_if_none)
+            or (_is_handed_back(table) and not state.punted)
+        )
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)), doubtful)
     return Applied(names.generation, frontends, backends, nodes)
 
@@ -75,6 +79,11 @@ def _serves(maps: KernelMaps, frontend: Frontend, state: FrontendState, *, pass_
     options = state.options
     same = maps.served[frontend].flags == flags_of(options, pass_if_none=pass_if_none)
     return same and maps.rules_of(frontend) == frozenset(compile_rules(options.allow, options.deny))
+
+
+def _is_handed_back(table: SlotTable) -> bool:
+    """Whether all new flows are left to the kernel: `cleanup.hand_back` does so, and the journal does not tell."""
+    return table.shares().keys() == {_abi.OWNER_PASS}
 
 
 def joined(built: Applied, held: Applied) -> Applied:
