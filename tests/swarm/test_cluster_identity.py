@@ -73,6 +73,10 @@ def certificates(node: Node) -> int:
     return (Path(node.data_root) / "swarm" / "certificates" / "swarm-node.crt").read_text().count("BEGIN CERT")
 
 
+def is_served(cluster: Cluster, node: Node) -> bool:
+    return peers.load(cluster.client, node.address, WEB, "-n", "1", "-c", "1").ok == 1
+
+
 @pytest.mark.only("proxy")
 def test_agents_start_while_a_rotation_of_the_root_is_pending(cluster: Cluster) -> None:
     """As it stays while one node is down."""
@@ -91,6 +95,8 @@ def test_agents_start_while_a_rotation_of_the_root_is_pending(cluster: Cluster) 
         daemon.start(wait=False)
     for node, daemon in up:
         daemon.wait_ready()
+        # All agents were away: until the paths between them are proven again, ports are left to Docker's own mesh.
+        wait_for(lambda there=node: is_served(cluster, there), "the paths are proven")
         assert peers.load(cluster.client, node.address, WEB, "-n", "30", "-c", "4").ok == 30
     down.start()
     wait_for(lambda: not swarm.api("GET", "/swarm")["RootRotationInProgress"], "the rotation has ended")
