@@ -50,7 +50,7 @@ def nothing_passes(nodes: TwoNodes, sender: str, frame: bytes, ident: bytes, goo
     caller, victim = getattr(nodes, sender), getattr(nodes, other)
     source, destination = NODES[sender][0], NODES[other][0]
     before = nodes.verdict(victim, good), nodes.verdict(victim, "tunnel_unproven")
-    forged: list[tuple[tuple[int, bytes] | None, int]] = [(None, 0), (OTHER, 0), (KEY, 20)]
+    forged: list[tuple[tuple[int, bytes] | None, int]] = [(None, 0), (OTHER, 0), (KEY, 20)] * 6
     for key, late in forged:
         send(caller, destination, TUNNEL, packet(frame, ident, source, destination, key, late))
     wait_for(lambda: nodes.verdict(victim, "tunnel_unproven") == before[1] + len(forged), "all are counted")

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from mesh import _abi, _bpf, netaddr
@@ -20,6 +22,7 @@ from mesh.model import Address, EngineKind, Frontend, Protocol
 
 AGAIN: Final = 4.0  # seconds until routes are read again: they change without interfaces or addresses changing
 UNPROVEN_LATELY: Final = 60.0  # seconds for which packets without a proof are named
+UNPROVEN_FEW: Final = 16  # such packets are not: trials of an agent that starts and has no key yet
 # What a task that calls itself sees as its peer: addresses that no host has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
 HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
@@ -55,6 +58,26 @@ def _known(value: bytes) -> _abi.Node:
     return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0, hint=0, heard=0, unproven=0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Unproven:
+    """Packets of a node's address without a proof.
+
+    Attributes:
+        count: in all.
+        before: when they began to come, this time; what an earlier process has seen is not of now.
+        since: when `count` was last seen to grow, monotonic.
+    """
+
+    count: int
+    before: int
+    since: float = -math.inf
+
+    def grown(self, count: int, now: float) -> _Unproven:
+        if count == self.count:
+            return self
+        return _Unproven(count, self.before if now - self.since < UNPROVEN_LATELY else self.count, now)
+
+
 class Nodes:
     """Keeps mesh_nodes and mesh_node_addrs in line with the cluster and the routes. Not thread-safe."""
 
@@ -67,7 +90,7 @@ class Nodes:
         self._again = 0.0
         self._next = 0
         self._proof: Proof | None = None  # None: not given yet, what the maps say holds
-        self._unproven: dict[Address, tuple[int, float]] = {}  # packets without a proof, and when they last grew
+        self._unproven: dict[Address, _Unproven] = {}
         self.held: dict[Address, _abi.Node] = {}
         self.all: tuple[Address, ...] = ()
         self.restore()
@@ -77,6 +100,7 @@ class Nodes:
         held = self.held = {netaddr.unpack(key): _known(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():
             self._paths.update(codec.pack_u32(slot.id), netaddr.pack(address))
+        self._unproven = {address: _Unproven(count, count) for address, count in self._counts().items()}
         own = {slot.source for slot in held.values()} - {NOWHERE}
         self.all = tuple(sorted({*held, *own}, key=lambda a: (a.version, a.packed)))
         self._next = max((slot.id for slot in held.values()), default=-1) + 1
@@ -111,19 +135,20 @@ class Nodes:
         flags = _abi.NODE_PROVE * bool(proves and proof.keys) | _abi.NODE_DEMAND * bool(demanded or proof.require)
         return slot._replace(flags=flags, keys=pack_keys(proof.keys, slot.source, address))
 
+    def _counts(self) -> dict[Address, int]:
+        return {netaddr.unpack(key): _abi.NODE.unpack(value).unproven for key, value in self._nodes.rows()}
+
     def unproven(self) -> Iterator[tuple[Address, int]]:
-        """Nodes' addresses from which packets without a proof came lately, and how many in all. For one thread."""
+        """Nodes' addresses from which more than a few packets without a proof came lately, and how many in all. For one
+        thread."""
         now = time.monotonic()
-        found = {netaddr.unpack(key): _abi.NODE.unpack(value).unproven for key, value in self._nodes.rows()}
-        before = self._unproven
         self._unproven = {
-            address: before[address] if address in before and before[address][0] == count else (count, now)
-            for address, count in found.items()
-            if count
+            address: self._unproven.get(address, _Unproven(0, 0)).grown(count, now)
+            for address, count in self._counts().items()
         }
-        for address, (count, since) in sorted(self._unproven.items(), key=lambda row: str(row[0])):
-            if now - since < UNPROVEN_LATELY:
-                yield address, count
+        for address, seen in sorted(self._unproven.items(), key=lambda row: str(row[0])):
+            if seen.count - seen.before >= UNPROVEN_FEW and now - seen.since < UNPROVEN_LATELY:
+                yield address, seen.count
 
     def refresh(self, topology: Topology) -> None:
         """Bring the maps in line with the cluster and with this node's routes."""
