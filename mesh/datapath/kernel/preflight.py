@@ -12,7 +12,7 @@ from mesh.config.keys import Config
 from mesh.datapath.kernel.pins import is_bpf_fs
 from mesh.errors import DatapathError
 
-KERNEL: Final = (5, 15)
+KERNEL: Final = (6, 1)  # the oldest on which it is tested
 CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 19, 21, 38, 39
 CAPABILITIES: Final = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON"}
 
