@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.attacks.two_nodes import TwoNodes
+from tests.attacks.two_nodes import KEY, NODES, TwoNodes
 from tests.engines.kernel_plane import Plane
 from tests.support.lab.netns import Lab
 
@@ -27,3 +27,14 @@ def two_nodes(request: pytest.FixtureRequest) -> Iterator[TwoNodes]:
         pytest.skip("network namespaces need root")
     with Lab() as lab:
         yield TwoNodes(lab, str(request.param))
+
+
+@pytest.fixture
+def proving(two_nodes: TwoNodes) -> Iterator[TwoNodes]:
+    """Both nodes prove by KEY, and demand that of each other."""
+    every = [address for addresses in NODES.values() for address in addresses]
+    for driver in two_nodes.drivers.values():
+        driver.prove(keys=[[KEY[0], KEY[1].hex()]], nodes=every)
+    yield two_nodes
+    for driver in two_nodes.drivers.values():
+        driver.prove(keys=[], nodes=[])

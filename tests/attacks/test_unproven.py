@@ -10,27 +10,15 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from mesh.datapath import proof
-from tests.attacks.two_nodes import ALLOWED, NODES, PEER, TwoNodes, ask_peer, head, header, send
+from tests.attacks.two_nodes import ALLOWED, KEY, NODES, OTHER, PEER, TwoNodes, ask_peer, head, header, send
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
-KEY, OTHER = (7, b"k" * 16), (7, b"x" * 16)
 LATE = 2 * proof.WINDOW
-
-
-@pytest.fixture
-def proving(two_nodes: TwoNodes) -> Iterator[TwoNodes]:
-    every = [address for addresses in NODES.values() for address in addresses]
-    for driver in two_nodes.drivers.values():
-        driver.prove(keys=[[KEY[0], KEY[1].hex()]], nodes=every)
-    yield two_nodes
-    for driver in two_nodes.drivers.values():
-        driver.prove(keys=[], nodes=[])
 
 
 def mapped(address: str) -> bytes:

@@ -8,13 +8,12 @@ nodes can be at most. Packet by packet: tests/bpf/test_tunnel_proof.py.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 
 from mesh.datapath.base import BackendKey
 from mesh.datapath.proxy.peers import tag_of
-from tests.attacks.two_nodes import ALLOWED, NODES, TCP_PORT, TUNNEL, TwoNodes, send
+from tests.attacks.two_nodes import ALLOWED, KEY, NODES, OTHER, TCP_PORT, TUNNEL, TwoNodes, send
 from tests.bpf.tunnel import REPLY, identity, wrapped
 from tests.engines.kernel_plane import TARGET
 from tests.oracle import tunnel_proof as oracle
@@ -22,18 +21,6 @@ from tests.support.frames import segment
 from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.only("kernel")]  # the proxy engine has no tunnel
-
-KEY, OTHER = (7, b"k" * 16), (7, b"x" * 16)
-
-
-@pytest.fixture
-def proving(two_nodes: TwoNodes) -> Iterator[TwoNodes]:
-    every = [address for addresses in NODES.values() for address in addresses]
-    for driver in two_nodes.drivers.values():
-        driver.prove(keys=[[KEY[0], KEY[1].hex()]], nodes=every)
-    yield two_nodes
-    for driver in two_nodes.drivers.values():
-        driver.prove(keys=[], nodes=[])
 
 
 def packet(

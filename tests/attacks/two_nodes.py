@@ -27,6 +27,7 @@ from tests.support.lab.netns import Lab, Namespace, run, veth
 
 TCP_PORT, UDP_PORT = 8000, 8002
 TUNNEL, PEER = 6084, 9552
+KEY, OTHER = (7, b"k" * 16), (7, b"x" * 16)  # number and secret: the swarm's key, and one that is not
 NODES: Final = {"a": ("10.99.0.1", "2001:db8:99::1"), "b": ("10.99.0.2", "2001:db8:99::2")}
 TASK: Final = "172.31.0.12"
 ALLOWED: Final = "198.51.100.7"  # a client that the service admits

@@ -17,6 +17,7 @@ from mesh.model import Frontend, Network, Protocol
 
 WORD: Final = 8  # bytes that are stored at once
 ALL_BITS: Final = (1 << 64) - 1  # of mesh_backend.networks
+REVNAT_CLOSED: Final = _abi.REVNAT_FIN_IN | _abi.REVNAT_FIN_OUT  # of mesh_revnat.flags: both ends have closed
 
 
 def pack_u32(value: int) -> bytes:

@@ -39,7 +39,6 @@ STATES: Final = {_abi.BACKEND_FREE: "free", _abi.BACKEND_ACTIVE: "active", _abi.
 KINDS: Final = {_abi.ADDRESS_OWN: "own", _abi.ADDRESS_FLOATING: "floating"}
 ACTIONS: Final = {_abi.ACL_ALLOW: "allow", _abi.ACL_DENY: "deny"}
 REVERSE: Final = ("mesh_revnat", "mesh_revnat_udp", "mesh_revnat_new")
-CLOSED: Final = _abi.REVNAT_FIN_IN | _abi.REVNAT_FIN_OUT
 LOCAL: Final = _abi.Backend().seed  # mesh_backend.seed of a backend that runs here
 
 
@@ -296,7 +295,7 @@ class _Reader:
                         "source": join_host_port(str(key.source), key.source_port),
                         "owner": entry.owner,
                         "name": self._name(entry.owner),
-                        "closed": entry.flags & CLOSED == CLOSED,
+                        "closed": entry.flags & codec.REVNAT_CLOSED == codec.REVNAT_CLOSED,
                     }
                 )
         return sorted(found, key=lambda row: (row["protocol"], row["client"], row["called"]))

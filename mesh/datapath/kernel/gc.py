@@ -11,21 +11,21 @@ from typing import Final
 import structlog
 
 from mesh import _bpf
-from mesh._abi import REVNAT, REVNAT_FIN_IN, REVNAT_FIN_OUT, STAMP_SHIFT
+from mesh._abi import REVNAT, STAMP_SHIFT
+from mesh.datapath.kernel.codec import REVNAT_CLOSED
 from mesh.supervisor import FAULTS
 
 AGE: Final = 60.0  # seconds since the client was last heard
 INTERVAL: Final = 30.0  # seconds between two collections
 MOST: Final = 65536  # entries deleted in one collection; the LRU evicts the rest
 PAUSE: Final = 1024  # entries after which other threads get their turn
-CLOSED: Final = REVNAT_FIN_IN | REVNAT_FIN_OUT
 
 log = structlog.get_logger(__name__)
 
 
 def _is_over(value: bytes, now: int, age: int) -> bool:
     seen = REVNAT.load("stamp", value)
-    return REVNAT.load("flags", value) & CLOSED == CLOSED and (now - seen) & 0xFFFFFFFF >= age
+    return REVNAT.load("flags", value) & REVNAT_CLOSED == REVNAT_CLOSED and (now - seen) & 0xFFFFFFFF >= age
 
 
 def collect(replies: _bpf.Map, seconds: float = AGE) -> int:
@@ -40,7 +40,7 @@ def collect(replies: _bpf.Map, seconds: float = AGE) -> int:
     age, now = int(seconds * 1e9) >> STAMP_SHIFT, time.monotonic_ns() >> STAMP_SHIFT
     size, step = replies.key_size, REVNAT.size
     gone = 0
-    for looked, at in enumerate(REVNAT.rows_with("flags", CLOSED, values), start=1):
+    for looked, at in enumerate(REVNAT.rows_with("flags", REVNAT_CLOSED, values), start=1):
         if gone >= MOST:
             break
         key, value = keys[at * size : (at + 1) * size], values[at * step : (at + 1) * step]

@@ -53,7 +53,7 @@ def from_maps(maps: KernelMaps, names: Names, nodes: tuple[Address, ...], *, pas
         doubtful = (
             frontend in names.doubt.frontends
             or not _serves(maps, frontend, state, pass_if_none=pass_if_none)
-            or (_is_handed_back(table) and not state.punted)
+            or (not state.punted and _is_handed_back(table))
         )
         frontends[frontend] = FrontendEntry(state, table, tuple(sorted(ids)), doubtful)
     return Applied(names.generation, frontends, backends, nodes)

@@ -20,7 +20,6 @@ from mesh.model import Affinity, Flow, Frontend, Protocol
 VERDICTS: Final = tuple(name.lower() for name, _ in _abi.VERDICTS)
 CAUSES: Final = frozenset(map(Failure, _abi.Failures._fields))
 UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
-REPLY_CLOSED: Final = _abi.REVNAT_FIN_IN | _abi.REVNAT_FIN_OUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def live_flows(maps: KernelMaps) -> int:
     """How many flows are established: TCP until both ends have closed, UDP for a minute after the last datagram."""
     now = time.monotonic_ns() >> _abi.STAMP_SHIFT
     return sum(
-        flags & REPLY_CLOSED != REPLY_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
+        flags & codec.REVNAT_CLOSED != codec.REVNAT_CLOSED if protocol == Protocol.TCP else now - stamp < UDP_LIVE
         for protocol, flags, stamp in maps.replies()
     )
 
