@@ -13,6 +13,7 @@
 #include <linux/if_arp.h>
 #include <linux/if_ether.h>
 #include <linux/if_link.h>
+#include <linux/if_packet.h>
 #include <linux/if_vlan.h>
 #include <linux/in.h>
 #include <linux/in6.h>
@@ -32,6 +33,10 @@
 #include <linux/sock_diag.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
+
+#ifndef SOL_PACKET
+#define SOL_PACKET 263 /* include/linux/socket.h, which is no header for user space */
+#endif
 
 /* ---- rtnetlink ---- */
 
@@ -320,6 +325,8 @@ static const struct mesh_constant linux_constants[] = {
 	CONSTANT(ARPHRD_SIT),
 	CONSTANT(ARPHRD_IPGRE),
 	CONSTANT(SO_ATTACH_FILTER),
+	CONSTANT(SOL_PACKET),
+	CONSTANT(PACKET_IGNORE_OUTGOING),
 	CONSTANT(SO_NETNS_COOKIE),
 	CONSTANT(CLONE_NEWNET),
 	CONSTANT(ETH_P_ALL),

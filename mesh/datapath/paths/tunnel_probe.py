@@ -21,6 +21,7 @@ from typing import Final
 
 from mesh import _abi, _linux
 from mesh.datapath import packets, tunnel_proof
+from mesh.datapath.paths.datagrams import bind
 from mesh.datapath.paths.peer_probe import NO_ANSWER, NOBODY, answered
 from mesh.model import Address, Protocol
 
@@ -78,17 +79,23 @@ def _filter(version: int, tunnel_port: int, port: int) -> bytes:
     udp = packets.IP_SIZE[version]
     geneve = udp + _linux.UDP.size
     destination = geneve + _SEGMENT + _linux.TCP.offsets["destination"]
+    plain, inner, keep, drop = 8, 9, 10, 11  # places in the program
+
+    def only(at: int, value: int, *, then: int = 0, other: int = drop) -> tuple[int, int, int, int]:
+        """At a place: go on with `then` (0: the next one) if what was loaded is `value`, else with `other`."""
+        return _IF_EQUAL, max(then - at - 1, 0), other - at - 1, value
+
     program = [
         (_LOAD_HALF, 0, 0, udp + _linux.UDP.offsets["dest"]),
-        (_IF_EQUAL, 0, 8, tunnel_port),  # go on if equal, else past the next eight
+        only(1, tunnel_port),
         (_LOAD_BYTE, 0, 0, geneve + _ID + _abi.ID.offsets["flags"]),
-        (_IF_EQUAL, 0, 6, _abi.TUNNEL_REPLY),
+        only(3, _abi.TUNNEL_REPLY),
         (_LOAD_BYTE, 0, 0, geneve + _abi.GENEVE.offsets["words"]),
-        (_IF_EQUAL, 2, 0, _abi.GENEVE_WORDS),  # without a proof: past the next two
+        only(5, _abi.GENEVE_WORDS, then=plain, other=6),
         (_LOAD_HALF, 0, 0, destination + _abi.PROOF.size),
-        (_IF_EQUAL, 1, 2, port),
+        only(7, port, then=keep),
         (_LOAD_HALF, 0, 0, destination),
-        (_IF_EQUAL, 0, 1, port),
+        only(inner, port),
         (_RETURN, 0, 0, 0xFFFF),
         (_RETURN, 0, 0, 0),
     ]
@@ -112,6 +119,7 @@ def listen(version: int, tunnel_port: int, port: int) -> socket.socket:
     """
     # A socket for one protocol would come after the programs.
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_linux.ETH_P_ALL))
+    sock.setsockopt(_linux.SOL_PACKET, _linux.PACKET_IGNORE_OUTGOING, 1)  # else the kernel copies all that is sent
     code = _filter(version, tunnel_port, port)
     held = ctypes.create_string_buffer(code, len(code))
     program = _linux.SockFprog(len=len(code) // _linux.SOCKFILTER.size, filter=ctypes.addressof(held))
@@ -140,7 +148,7 @@ def ask_tunnel(address: Address, source: Address, tunnel_port: int, key: tuple[i
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         sock = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
         try:
-            sock.bind((str(source), 0))
+            bind(sock, source)
             sock.connect((str(address), tunnel_port))
             for _ in range(TRIES):
                 sock.send(data)
