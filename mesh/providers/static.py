@@ -36,7 +36,7 @@ import ipaddress
 import re
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -202,17 +202,21 @@ def _address(text: str, path: _Path) -> Address:
 def _nodes(file: _File, is_here: Callable[[Address], bool]) -> tuple[dict[str, Node], str]:
     """The nodes by name, and the name of the one that is this host; empty if the file has no nodes."""
     nodes: dict[str, Node] = {}
-    here = ""
     for number, entry in enumerate(file.nodes):
         path: _Path = ("nodes", number)
         if entry.name in nodes:
             raise _WrongError((*path, "name"), f"there is another node {entry.name}", "names are unique")
         address = _address(entry.address, (*path, "address"))
         nodes[entry.name] = Node(entry.name, entry.name, address=address, engine=entry.engine)
-        here = here or (entry.name if is_here(address) else "")
+    here = _own(nodes.values(), is_here)
     if nodes and not here:
         raise _WrongError(("nodes", 0), "none of the nodes has an address of this host", "add this host to the nodes")
     return nodes, here
+
+
+def _own(nodes: Iterable[Node], is_here: Callable[[Address], bool]) -> str:
+    """The id of the node that is this host, the first by id; empty: none is."""
+    return min((node.id for node in nodes if node.address is not None and is_here(node.address)), default="")
 
 
 def _inventory(file: _File, is_here: Callable[[Address], bool]) -> Inventory:
@@ -315,6 +319,7 @@ class StaticProvider:
         self._path = Path(config.static_file)
         self._stamp: tuple[int, ...] | None = None  # of the file as last read
         self._published: Told[Inventory] = Told()
+        self._own = ""  # id of the node that is this host
         self._last_good: float | None = None
         self._error = ""
         self._now = asyncio.Event()
@@ -340,13 +345,14 @@ class StaticProvider:
     async def _load(self, publish: Publish) -> None:
         try:
             inventory = await asyncio.to_thread(read_static, self._path)
+            own = await asyncio.to_thread(_own, inventory.nodes, is_mine)
         except ProviderError as error:
             if str(error) != self._error:
                 stays = "keeping the last known state" if self._last_good is not None else "nothing is served yet"
                 log.error(f"invalid services file; {stays}", error=str(error))
             self._error = str(error)
             return
-        self._error = ""
+        self._error, self._own = "", own
         self._last_good = time.monotonic()
         if inventory != self._published.value:
             log.info("services read", file=str(self._path), services=len(inventory.services))
@@ -364,6 +370,7 @@ class StaticProvider:
             age_seconds=None if self._last_good is None else time.monotonic() - self._last_good,
             error=self._error,
             doorbell="poll",
+            node_id=self._own,
         )
 
 
