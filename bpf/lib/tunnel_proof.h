@@ -142,12 +142,15 @@ INLINE int is_to_prove(const struct mesh_node *path)
 
 /* Prove a packet that is about to be sent. `p`: as it is parsed now; its flow becomes what the proof is of. Returns 0.
  */
-static __noinline int proof_make(struct __sk_buff *skb, struct packet *p, const struct tunnel_peer *to,
-				 const struct mesh_node_key *key, struct mesh_proof *made)
+RARE int proof_make(struct __sk_buff *skb, struct packet *p, const struct tunnel_peer *to,
+		    const struct mesh_node_key *key, struct mesh_proof *made)
 {
-	struct proof *proof = proof_of(to->entropy);
 	__u32 now = (__u32)bpf_jiffies64();
+	struct proof *proof;
 
+	if (!p || !to || !key || !made)
+		return -1;
+	proof = proof_of(to->entropy);
 	if (unlikely(!proof || (!is_plain(p) && proof_flow(skb, p))))
 		return -1;
 	if (unlikely(now - proof->since >= PROOF_FRESH || !is_proof_of(proof, key->sent.first, &p->flow, &to->id))) {
@@ -180,14 +183,18 @@ INLINE int is_mac(const struct proof *proof, const struct mesh_proof *got)
 }
 
 /* What a packet from another node proves. `flow`: what the proof is of, as proof_flow has it. */
-static __noinline __maybe_unused int proof_check(const struct mesh_flow *flow, const struct tunnel_peer *from,
-						 struct mesh_node *path, const struct mesh_proof *got)
+RARE int proof_check(const struct mesh_flow *flow, const struct tunnel_peer *from, struct mesh_node *path,
+		     const struct mesh_proof *got)
 {
-	const struct mesh_node_key *key = proof_key(path, got->key);
-	struct proof *proof = proof_of(from->entropy);
 	__u32 now = (__u32)bpf_jiffies64(), epoch;
+	const struct mesh_node_key *key;
+	struct proof *proof;
 	__s32 apart;
 
+	if (!flow || !from || !path || !got)
+		return PROOF_NONE;
+	key = proof_key(path, got->key);
+	proof = proof_of(from->entropy);
 	if (unlikely(!key || !proof))
 		return PROOF_NONE;
 	if (likely(now - proof->since < PROOF_FRESH && is_proof_of(proof, key->taken.first, flow, &from->id) &&

@@ -38,6 +38,7 @@ class Proof:
         require: nothing unproven is accepted from any node.
         tunnel_proving: as `proving`, of the tunnel.
         tunnel_checking: as `checking`, of the tunnel.
+        own: this node's address as the others know it; behind NAT none of its own interfaces has it. None: not known.
         known: the nodes are known; if not, what was demanded of them is, and they are sent what they were.
     """
 
@@ -48,6 +49,7 @@ class Proof:
     tunnel_proving: frozenset[Address] = frozenset()
     tunnel_checking: frozenset[Address] = frozenset()
     known: bool = True
+    own: Address | None = None
 
     def of(self, kind: int, body: bytes, now: int) -> bytes:
         """A proof of `body`; one that nobody believes where this node has no key."""

@@ -77,7 +77,7 @@ def test_who_is_told_believes_a_manager(tmp_path: Path) -> None:
     clock.now += GRACE
     assert proofs.proof(told, "a").proving == {B}
     wrong = [replace(told[0], proof=ProofLevel.KNOWS), told[1]]
-    assert proofs.proof(wrong, "a") == Proof(keys.ring())
+    assert proofs.proof(wrong, "a") == Proof(keys.ring(), own=NODES[0].address)
     assert proofs.proof(told, "a").proving == {B}  # at once
 
 
