@@ -19,8 +19,8 @@ from mesh.fastpath.peer_acl cimport peer_acl_free, peer_acl_new
 from mesh.fastpath.sys cimport fp_load, fp_peek, fp_store, pthread_join
 from mesh.fastpath.tables cimport backend_new, is_same_backend, route_free, route_index, rules_fill
 from mesh.fastpath.types cimport (
-    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, OP_ABORT, OP_ENFORCE, OP_FIND, OP_FORGET, OP_LISTEN, OP_QUIT, OP_SYNC,
-    OP_UNLISTEN, OP_YIELD, TAG_SIZE, TRIES_MAX, backend, caller, counters, engine, frontend, inquiry, listener, pair,
+    BACKENDS, KIND_DATAGRAMS, KIND_LISTENER, LEFT, MOVED, OP_ABORT, OP_ENFORCE, OP_FIND, OP_FORGET, OP_LISTEN, OP_QUIT,
+    OP_SYNC, OP_UNLISTEN, OP_YIELD, TAG_SIZE, TRIES_MAX, backend, caller, counters, engine, frontend, inquiry, listener, pair,
     peer_acl, route, target, totals, worker)
 from mesh.fastpath.worker cimport await_done, call, poke, post, worker_free, worker_new, worker_start
 
@@ -154,7 +154,7 @@ cdef class Engine:
     cdef list garbage  # addresses of routes that were replaced and may still be read
     cdef list old_peer_acls  # likewise
     cdef list old_backends  # likewise
-    cdef uint8_t *gone  # by owner, 1 for those of old_backends
+    cdef uint8_t *gone  # by owner: LEFT or MOVED, for those of old_backends
     cdef uint32_t *index  # by owner, its place in the route that is being made, from 1; zeros between two
 
     def __cinit__(self, *, uint32_t threads, uint32_t retries, double connect_timeout, double idle_timeout,
@@ -250,7 +250,8 @@ cdef class Engine:
         self.sweep()
 
     def put_backend(self, uint32_t owner, bytes address not None, uint16_t port, bytes tag=None):
-        """Set the address of an owner. If it had another one, its UDP sessions end with the next `collect`.
+        """Set the address of an owner. If it had another one, its UDP sessions end with the next `collect`, and its
+        connections unless the former address still answers; those that are being made are made to the new one.
 
         Args:
             tag: of a backend on another node: its name for that node's agent, whose peer port is at `address`.
@@ -268,7 +269,7 @@ cdef class Engine:
             return
         fp_store(&self.e.backends[owner], b)
         if old is not NULL:
-            self.forget(old)
+            self.forget(old, LEFT if b.remote or old.remote else MOVED)
 
     def drop_backend(self, uint32_t owner):
         """No new flows. Its UDP sessions end with the next `collect`, its connections by themselves."""
@@ -279,10 +280,10 @@ cdef class Engine:
         if old is NULL:
             return
         fp_store(&self.e.backends[owner], NULL)
-        self.forget(old)
+        self.forget(old, LEFT)
 
-    cdef void forget(self, backend *old):
-        self.gone[old.id] = 1
+    cdef void forget(self, backend *old, uint8_t how):
+        self.gone[old.id] = how
         self.old_backends.append(<size_t>old)
 
     def peers(self):

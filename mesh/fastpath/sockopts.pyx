@@ -8,24 +8,33 @@ from libc.string cimport memcpy, memset
 from mesh._maglev cimport mesh_hash_again
 from mesh.fastpath.sys cimport (
     EADDRINUSE, IPPROTO_TCP, SOL_SOCKET, SO_KEEPALIVE, SO_LINGER, SO_REUSEADDR, TCP_KEEPCNT,
-    TCP_KEEPIDLE, TCP_KEEPINTVL, bind, connect, errno, fp_now, linger, setsockopt, sockaddr, sockaddr_in6)
+    TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_USER_TIMEOUT, bind, connect, errno, fp_now, linger, setsockopt, sockaddr, sockaddr_in6)
 
 cdef enum:
     KEEP_IDLE = 60  # seconds without data until the first keep-alive probe
     KEEP_INTERVAL = 15
     KEEP_COUNT = 4
+    PROBE_PATIENCE = 5000  # ms; also for a peer that takes no more bytes
     PORT_TRIES = 64
 
 
+cdef void set_probes(int fd, int idle, int interval, int count) noexcept nogil:
+    cdef int on = 1
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count))
+
+
 cdef void keep_alive(int fd) noexcept nogil:
-    cdef int value = 1
-    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &value, sizeof(value))
-    value = KEEP_IDLE
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &value, sizeof(value))
-    value = KEEP_INTERVAL
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &value, sizeof(value))
-    value = KEEP_COUNT
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &value, sizeof(value))
+    set_probes(fd, KEEP_IDLE, KEEP_INTERVAL, KEEP_COUNT)
+
+
+cdef void probe_now(int fd) noexcept nogil:
+    """Find out within seconds whether the peer is there still; else the connection breaks."""
+    cdef int patience = PROBE_PATIENCE
+    set_probes(fd, 1, 1, KEEP_COUNT)
+    setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &patience, sizeof(patience))
 
 
 cdef void allow_reuse(int fd) noexcept nogil:

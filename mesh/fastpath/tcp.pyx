@@ -11,7 +11,7 @@ from mesh.fastpath.epoll cimport mute, read_urgent, watch
 from mesh.fastpath.failure cimport cause_of, is_scarce
 from mesh.fastpath.proto cimport (
     PEER_HEADER_MAX, PEER_NO, PEER_YES, PROXY_HEADER_MAX, peer_cause, peer_header, proxy_header)
-from mesh.fastpath.sockopts cimport allow_reuse, connect_reusing_port, keep_alive, set_reset
+from mesh.fastpath.sockopts cimport allow_reuse, connect_reusing_port, keep_alive, probe_now, set_reset
 from mesh.fastpath.stream cimport buffer_append, buffer_free, pending, pipe_put, pump
 from mesh.fastpath.sys cimport (
     EADDRNOTAVAIL, EAGAIN, EINPROGRESS, EINTR, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
@@ -281,6 +281,19 @@ cdef void retry(worker *w, conn *c, int cause) noexcept nogil:
         c.pair = NULL
         count_failure(w, c, FAIL_LIMIT)
         conn_end(w, c, True)
+
+
+cdef void conn_moved(worker *w, conn *c) noexcept nogil:
+    """Its backend is reached at another address now. What is not established yet connects there; what is goes on if
+    the former address still answers, and breaks within seconds if it does not."""
+    if c.state == CONNECTING:
+        c.tries -= 1
+        c.again = 0
+        retry(w, c, FAIL_OTHER)
+    elif c.state == OPEN:
+        if c.listed == LIST_YOUNG:  # else it is given longer again
+            list_remove(w, c)
+        probe_now(c.backend.fd)
 
 
 cdef int error_of(int fd) noexcept nogil:

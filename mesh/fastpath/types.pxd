@@ -84,6 +84,10 @@ cdef enum:  # conn.state
     OPEN = 2
     DEAD = 3
 
+cdef enum:  # why a backend's former address is not used any more
+    LEFT = 1  # there is no such backend, or another path leads to it
+    MOVED = 2
+
 cdef enum:  # result of a pump
     PUMP_IDLE = 0
     PUMP_MORE = 1

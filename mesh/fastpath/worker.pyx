@@ -18,10 +18,10 @@ from mesh.fastpath.sys cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_sigmask, read,
     sigfillset, sigset_t, write)
-from mesh.fastpath.tcp cimport conn_end, on_backend, on_timers, resume, service
+from mesh.fastpath.tcp cimport conn_end, conn_moved, on_backend, on_timers, resume, service
 from mesh.fastpath.types cimport (
     BATCH, DATAGRAM, DEAD, EVENTS, FAIL_DENIED, KIND_BACKEND, KIND_CLIENT, KIND_DATAGRAMS, KIND_LISTENER,
-    KIND_SESSION, KIND_WAKE, OPEN, OP_ABORT, OP_ENFORCE, OP_FIND, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD,
+    KIND_SESSION, KIND_WAKE, MOVED, OPEN, OP_ABORT, OP_ENFORCE, OP_FIND, OP_FORGET, OP_LISTEN, OP_QUIT, OP_UNLISTEN, OP_YIELD,
     SCRATCH, caller, conn, frontend, inquiry, listener, pipe, route, session, side)
 from mesh.fastpath.udp cimport (
     on_datagrams, on_session, sessions_enforce, sessions_expire, sessions_forget, sessions_leave)
@@ -114,6 +114,18 @@ cdef void do_enforce(worker *w) noexcept nogil:
     sessions_enforce(w)
 
 
+cdef void do_forget(worker *w, const uint8_t *gone) noexcept nogil:
+    """Backends are gone or have moved: end their sessions, and see to the connections of those that have moved."""
+    cdef conn *c = w.all
+    cdef conn *next
+    sessions_forget(w, gone)
+    while c is not NULL:
+        next = c.next
+        if c.tries and not c.passed and not c.remote and c.backend.fd >= 0 and gone[c.tried[c.tries - 1]] == MOVED:
+            conn_moved(w, c)
+        c = next
+
+
 cdef void do_find(worker *w, inquiry *asked) noexcept nogil:
     """Say how the connections of some callers stand, those that this thread has."""
     cdef conn *c = w.all
@@ -158,7 +170,7 @@ cdef void run_command(worker *w) noexcept nogil:
         elif op == OP_YIELD:
             do_yield(w, <frontend *>argument)
         elif op == OP_FORGET:
-            sessions_forget(w, <const uint8_t *>argument)
+            do_forget(w, <const uint8_t *>argument)
         elif op == OP_ABORT:
             do_abort(w)
         elif op == OP_ENFORCE:

@@ -58,6 +58,27 @@ def test_a_connected_socket_never_reaches_another_service(plane: Plane, target: 
     engine.end()
 
 
+def test_a_connected_socket_does_not_stay_where_its_task_was(plane: Plane) -> None:
+    """The task lives on, but Docker has given it another address: the former one is somebody else's next."""
+    engine = plane.driver()
+    engine.open()
+    dns = plane.web("b1", protocol="udp")
+    engine.serve(services=[dns])
+    with connected(plane, "127.0.0.1") as sock:
+        assert ask(sock) == "b1"
+        plane.namespaces["b1"].ip("address", "flush", "dev", "eth0")
+        plane.namespaces["b1"].add_address("eth0", "172.31.0.99/24")
+        engine.serve(services=[dns | {"backends": {"b1": ["172.31.0.99", *dns["backends"]["b1"][1:]]}}])
+        with pytest.raises(OSError) as ended:
+            ask(sock)
+        assert ended.value.errno == errno.EDESTADDRREQ
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED
+        sock.connect(("127.0.0.1", PORT))
+        assert ask(sock) == "b1"
+    engine.close(release=True)
+    engine.end()
+
+
 def test_the_next_agent_ends_them_too(plane: Plane) -> None:
     """The task ended while no agent ran."""
     engine = plane.driver()

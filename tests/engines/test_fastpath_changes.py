@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +89,36 @@ def test_a_backend_of_hardly_any_slots_is_found_when_the_others_refuse() -> None
                 sock.connect(("127.0.0.1", fronts.port))
                 sock.settimeout(0.1)
                 wait_for(lambda s=sock: answer(s) == b"here:x")
+
+
+def test_a_backend_that_moves_takes_what_is_being_connected_along(silent: tuple[str, int]) -> None:
+    """Docker gives a running task another address, and nobody answers at the former one any more."""
+    server, front = TcpServer(host="127.0.0.2", port=silent[1]), tcp()
+    with engine(connect_timeout=600) as mesh:
+        mesh.serve({front: {"it": silent}})
+        with socket.create_connection(("127.0.0.1", front.port), PATIENCE) as sock:
+            sock.sendall(b"hello")
+            wait_for(lambda: mesh.datapath.stats().gauges["connections_connecting"] == 1)
+            mesh.serve({front: {"it": server.where}})
+            assert sock.recv(100) == b"hello"
+        assert mesh.quiet(front).failed == {}
+
+
+def test_a_backend_that_moves_keeps_what_its_former_address_still_answers() -> None:
+    server, front = TcpServer(), tcp()
+    moved = TcpServer(host="127.0.0.2", port=server.where[1])
+    with engine() as mesh:
+        mesh.serve({front: {"it": server.where}})
+        with socket.create_connection(("127.0.0.1", front.port), PATIENCE) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+            mesh.serve({front: {"it": moved.where}})
+            probes = ["ss", "-Hton", "dst", f"127.0.0.1:{server.where[1]}"]
+            wait_for(lambda: "keepalive," in subprocess.run(probes, capture_output=True, text=True, check=True).stdout)
+            sock.sendall(b"still there")
+            assert sock.recv(100) == b"still there"
+            assert ask(front)
+        assert (server.accepted, moved.accepted) == (1, 1)
 
 
 def test_lookup_names_the_choices_that_are_tried() -> None:

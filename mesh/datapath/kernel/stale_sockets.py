@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends connected UDP sockets of this node's processes whose task is gone (sock_diag(7), SOCK_DESTROY).
+"""Ends connected UDP sockets of this node's processes whose task is gone or elsewhere (sock_diag(7), SOCK_DESTROY).
 
 The socket hooks connect a socket straight to a task, and the kernel asks nobody when it sends. The task's address may
 go to a task of another service: so the socket is ended before. Its process gets an error (ECONNABORTED or, sending,
@@ -18,7 +18,7 @@ from typing import Final
 from mesh import _abi, _bpf, netaddr
 from mesh import _linux as nl
 from mesh.datapath.netlink import Netlink, number
-from mesh.model import Protocol
+from mesh.model import Address, Protocol
 
 ALL_STATES: Final = 0xFFFFFFFF
 GONE: Final = (errno.ENOENT, errno.ESTALE)  # the socket was closed meanwhile
@@ -71,7 +71,9 @@ class StaleSockets:
             return False
         entry = _abi.SK_REVNAT.unpack(value)
         backend = self._backends.get(entry.owner)
-        return backend is None or backend.state == _abi.BACKEND_FREE or backend.epoch != entry.epoch
+        if backend is None or backend.state == _abi.BACKEND_FREE or backend.epoch != entry.epoch:
+            return True
+        return address_of(found) != backend.address
 
     def _destroy(self, found: nl.DiagMessage) -> bool:
         request = nl.DiagRequest(
@@ -87,9 +89,14 @@ class StaleSockets:
         return True
 
 
+def address_of(found: nl.DiagMessage) -> Address:
+    """Where a socket is connected to."""
+    raw = found.id.idiag_dst
+    return ipaddress.IPv4Address(raw[:4]) if found.idiag_family == socket.AF_INET else netaddr.unpack(raw)
+
+
 def peer_key(found: nl.DiagMessage) -> bytes:
     """The key of a connected socket in mesh_udp_revnat."""
-    raw = found.id.idiag_dst
-    address = ipaddress.IPv4Address(raw[:4]) if found.idiag_family == socket.AF_INET else netaddr.unpack(raw)
+    address = address_of(found)
     low, high = (number(found.id.idiag_cookie[at : at + 4]) for at in (0, 4))
     return _abi.UDP_PEER.pack(_abi.UdpPeer(cookie=high << 32 | low, address=address, port=found.id.idiag_dport))
