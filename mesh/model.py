@@ -67,6 +67,7 @@ class Health(enum.Enum):
     PENDING = "pending"  # at the readiness gate: no new flows before its first good probe, or before the gate times out
     UP = "up"
     DOWN = "down"
+    UNREACHED = "unreached"  # it runs, but none of its networks leads to it from its own node: no flows in any case
 
 
 class Path(enum.Enum):
@@ -200,6 +201,7 @@ class Backend:
     `id` is the same on every node (a task id; for the static provider a name) and seeds its permutation of slots.
     `address` is where *this* host reaches it; None while it has none that is reachable from here.
     `container` is the local container's id where the backend runs on this node, else empty.
+    `unreached` says why this node does not reach it although it runs here; empty: it does, or nobody knows yet.
     `port` is where it listens if that is not the published port's `target` (static provider only); 0: it is.
     """
 
@@ -214,6 +216,7 @@ class Backend:
     local: bool = True
     container: str = ""
     port: int = 0
+    unreached: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +368,8 @@ class Target:
 class FrontendState:
     """What one frontend should do. `targets` are sorted by backend id.
 
-    `passing`: none of its targets can be reached from this node, so flows that start are left to Docker's own mesh.
+    `passing`: none of its targets can be reached, from this node or from any, so flows that start are left to Docker's
+    own mesh.
     `proxied`: the kernel engine leaves flows that start to its fallback proxy, which announces the client to the task.
     """
 

@@ -22,6 +22,7 @@ class Verdicts:
     Args:
         inventory: as this node knows it now; None before the first.
         ended: why backends of this node do not serve although other nodes take them for ready, by backend.
+        unreached: why this node does not reach backends that run here, by backend.
         addresses: where backends are reached on their own nodes, as these tell.
         hears: whether a node's agent reports to this one; the readiness gate does not wait for others.
         on_health: takes all verdicts whenever they have changed; called on the event loop by `merge`.
@@ -33,6 +34,7 @@ class Verdicts:
         *,
         inventory: Callable[[], Inventory | None],
         ended: Callable[[], Mapping[str, str]],
+        unreached: Callable[[], Mapping[str, str]] = dict,
         addresses: Callable[[], Mapping[str, str]] = dict,
         hears: Callable[[str], bool],
         on_health: OnHealth,
@@ -41,6 +43,7 @@ class Verdicts:
         self.reports = Reports(on_due)
         self._inventory = inventory
         self._ended = ended
+        self._unreached = unreached
         self._addresses = addresses
         self._on_health = on_health
         self._on_due = on_due
@@ -80,12 +83,14 @@ class Verdicts:
         return self._readiness.apply(said)
 
     def own(self) -> dict[str, wire.HealthReport]:
-        """This node's word for its own backends; one that the others cannot see to have ended is DOWN to them."""
+        """This node's word for its own backends; one that the others cannot see to have ended is DOWN to them, and one
+        that they cannot see to be out of reach UNREACHED."""
         found = {
             key: wire.health_report(health, self._own.reasons.get(key, ""))
             for key, health in self._own.verdicts.items()
             if health is not Health.UNKNOWN
         }
+        found |= {key: wire.health_report(Health.UNREACHED, why) for key, why in self._unreached().items()}
         return found | {key: wire.health_report(Health.DOWN, why) for key, why in self._ended().items()}
 
     def to_report(self) -> dict[str, wire.HealthReport]:

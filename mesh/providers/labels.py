@@ -257,7 +257,8 @@ class _Reader:
             return ""
         before = self._last.texts.get(key)
         if before is None:
-            return "as before, it counts as not set until it is corrected"
+            means = {"allow": ": everybody is let in", "deny": ": nobody is kept out by it"}.get(key, "")
+            return f"as before, it counts as not set until it is corrected{means}"
         try:
             value = option.parse(before)
         except (ValueError, KeyError):  # written by another build

@@ -32,7 +32,7 @@ from mesh.model import (
     Severity,
     Target,
 )
-from mesh.reconcile.eligibility import SERVING, Drained, _place, standing
+from mesh.reconcile.eligibility import SERVING, Drained, _place, left_to_docker, standing
 from mesh.rules import MOST, NOBODY, compact
 
 
@@ -73,11 +73,12 @@ def compose(
 
     A backend gets new flows while the orchestrator wants it, it is ready, neither it nor its node is drained, down or
     weighs nothing, its first probe is not pending, and probes do not say DOWN, of the port that a frontend uses.
-    Otherwise it stays with weight 0, so
-    that its flows stay. A backend of another node is reached by way of that node; without an address of it, it is left
-    out. Where all that could serve are on nodes that are down, they are used nevertheless: it may be this node that is
-    cut off. Where the share of backends that probes let through is at or below `config.panic_threshold`, the probes of
-    that service are disregarded (`panic`). Two services with one frontend: the first by id keeps it.
+    Otherwise it stays with weight 0, so that its flows stay. A backend of another node is reached by way of that node;
+    without an address of it, it is left out. One that its own node does not reach gets no flows at all; where no other
+    could serve, the frontend is left to Docker's own mesh on all nodes (`passing`). Where all that could serve are on
+    nodes that are down, they are used nevertheless: it may be this node that is cut off. Where the share of backends
+    that probes let through is at or below `config.panic_threshold`, the probes of that service are disregarded
+    (`panic`). Two services with one frontend: the first by id keeps it.
 
     Args:
         cache: of the calls before, brought up to date; frontends that are as before are then the same objects.
@@ -119,7 +120,7 @@ def _sorted(frontends: dict[Frontend, FrontendState], cache: ComposeCache) -> di
 def _member(backend: Backend, node: Node | None, address: Address, verdict: Health, drained: Drained) -> _Member:
     away = node is not None and not node.up
     reachable = replace(node, up=True) if node is not None and away else node
-    probed = verdict if verdict is Health.PENDING else Health.UNKNOWN
+    probed = verdict if verdict in (Health.PENDING, Health.UNREACHED) else Health.UNKNOWN
     if standing(backend, reachable, probed, drained) != SERVING:
         return _Member(backend, node, address, 0, up=False)
     weight = min(backend.weight * (node.weight if node else 1), WEIGHT_MAX)
@@ -136,7 +137,10 @@ def _without_those_away(members: Sequence[_Member]) -> tuple[Sequence[_Member], 
 
 @dataclass(frozen=True, slots=True)
 class _Weighed:
-    """A service's backends by the verdicts over one port of theirs. `healthy` of the `eligible` are up."""
+    """A service's backends by the verdicts over one port of theirs. `healthy` of the `eligible` are up.
+
+    `left`: those that only Docker's own mesh reaches.
+    """
 
     members: Sequence[_Member]
     weights: Mapping[str, int]
@@ -144,6 +148,12 @@ class _Weighed:
     all_away: bool
     eligible: int
     healthy: int
+    left: Sequence[Backend]
+
+    @property
+    def passing(self) -> bool:
+        """Whether only Docker's own mesh can serve."""
+        return bool(self.left) and not any(self.weights.values())
 
 
 def _part(given: _Input, _: object) -> _Part:
@@ -163,7 +173,9 @@ def _part(given: _Input, _: object) -> _Part:
             weighed = by_verdicts[found] = _weigh(given, found)
             problems += _complaints(service, port, weighed, whole=found == tuple(verdicts), known=problems)
         targets = tuple(_target(m, port, weighed.weights[m.backend.id]) for m in weighed.members)
-        state = FrontendState(port.frontend, service.id, service.name, options, targets, weighed.panic)
+        state = FrontendState(
+            port.frontend, service.id, service.name, options, targets, weighed.panic, passing=weighed.passing
+        )
         states.append((port, state))
     return (*problems, *(problem for problem in (unfitting, too_many) if problem)), tuple(states)
 
@@ -181,7 +193,12 @@ def _weigh(given: _Input, verdicts: Sequence[Health | None]) -> _Weighed:
     healthy = sum(m.up for m in eligible)
     panic = healthy < len(eligible) and healthy <= panic_threshold * len(eligible)
     weights = _weights(members, service.options, panic=panic)
-    return _Weighed(members, weights, panic, all_away, len(eligible), healthy)
+    left = [
+        backend
+        for backend, verdict, node in zip(backends, verdicts, nodes, strict=True)
+        if left_to_docker(backend, node, verdict, drained)
+    ]
+    return _Weighed(members, weights, panic, all_away, len(eligible), healthy, left)
 
 
 def _complaints(
@@ -204,6 +221,18 @@ def _complaints(
                 f"{found.eligible - found.healthy} of {found.eligible} backends are down by our probes, so all are "
                 "used again",
                 f"`mesh backends {service.name}` has the reasons; set the label mesh.health=off if the probe is wrong",
+            )
+        )
+    if found.left:
+        names = sorted(backend.name or backend.id for backend in found.left)
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        serve = "so its ports are left to Docker's own mesh" if found.passing else "so they get no connections"
+        problems.append(
+            Problem(
+                f"service {service.name}",
+                f"{some}: leaves its node by a network by which the node itself does not reach it, such as macvlan, "
+                f"{serve}",
+                "take that network from the service, or publish the port in mode host",
             )
         )
     return [problem for problem in problems if problem not in known]

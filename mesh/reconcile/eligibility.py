@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mesh.model import (
+    ANY_ADDRESS,
     Address,
     Backend,
     Health,
@@ -49,11 +50,18 @@ def standing(backend: Backend, node: Node | None, health: Health, drained: Drain
         (node is not None and not node.up, "node down"),
         (node is not None and node.weight <= 0, "node weight 0"),
         (backend.weight <= 0, "weight 0"),
-        (_place(backend, node) is None, "no address"),
+        (_place(backend, node) is None or health is Health.UNREACHED, "no address"),
         (health is Health.PENDING, "first probe pending"),
         (health is Health.DOWN, "down"),
     )
     return next((reason for holds, reason in reasons if holds), SERVING)
+
+
+def left_to_docker(backend: Backend, node: Node | None, health: Health | None, drained: Drained) -> bool:
+    """Whether a backend would serve if its own node reached it: Docker's own mesh does, by another of its networks."""
+    if health is not Health.UNREACHED and not backend.unreached:
+        return False
+    return standing(replace(backend, address=ANY_ADDRESS), node, Health.UNKNOWN, drained) == SERVING
 
 
 def _place(backend: Backend, node: Node | None) -> Address | None:

@@ -19,6 +19,7 @@ from mesh.config.keys import Config
 from mesh.model import Address, DesiredState, Frontend, FrontendState, Health, HealthView, Target
 
 FOREVER: Final = float("inf")
+_DEAD: Final = (Health.DOWN, Health.UNREACHED)
 Location = tuple[Address, int, str]
 Held = tuple[str, str]  # a service's id and a backend's, or "" for the whole service
 
@@ -69,7 +70,7 @@ def guard(
         previous: what the last call returned, or what the engine was found to hold.
         desired: what compose says now.
         held: until when what is held; of the last call.
-        health: a backend that is DOWN by our probes is never held.
+        health: a backend that is DOWN by our probes, or that its node does not reach, is never held.
         now: seconds on any monotonic clock, the same as in `held`.
         config: guard_max_removal, guard_hold.
     """
@@ -139,7 +140,9 @@ def _missing_backends(
         total += len(using)
         if service in new.frontends:
             known = {t.backend for state in new.frontends[service].values() for t in state.targets}
-            missing |= {(service, backend) for backend in using - known if health.of(backend) is not Health.DOWN}
+            if any(state.passing for state in new.frontends[service].values()):
+                continue  # Docker's own mesh has them
+            missing |= {(service, backend) for backend in using - known if health.of(backend) not in _DEAD}
     holding = _hold(missing, total, held, now, config)
     for key in missing:
         if not new.using[key[0]]:

@@ -94,7 +94,7 @@ def mask(
         if was is not None and was[1] is not masked and was[1] == masked:
             made[frontend] = state, was[1]
     cache.whole, cache.frontends = whole, made
-    problems = [*desired.problems, *_problems([masked for _, masked in made.values()])]
+    problems = [*desired.problems, *_problems([masked for state, masked in made.values() if not state.passing])]
     return replace(desired, frontends={f: masked for f, (_, masked) in made.items()}, problems=tuple(problems))
 
 
@@ -120,7 +120,7 @@ def _masked(state: FrontendState, view: PathView, nodes: Mapping[str, Node], eng
             targets.append(replace(target, path=path, weight=0, masked=masked, agreed=target.weight, handed=handed))
         else:
             targets.append(replace(target, path=path, handed=handed))
-    passing = any(t.weight for t in state.targets) and not any(t.weight for t in targets)
+    passing = state.passing or (any(t.weight for t in state.targets) and not any(t.weight for t in targets))
     return replace(state, targets=tuple(targets), passing=passing)
 
 

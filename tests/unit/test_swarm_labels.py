@@ -177,6 +177,7 @@ def test_a_label_that_was_not_set_and_is_wrong_now_changes_nothing(label: str) -
     _, _, accepted = service_options("web", {})
     options, (problem,), accepted = service_options("web", {label: "10.77.0.0/33"}, accepted)
     assert options == ServiceOptions() and "counts as not set" in problem.remedy
+    assert (": everybody is let in" in problem.remedy) == (label == "mesh.allow")
     assert service_options("web", {label: "?"}, accepted)[0] == ServiceOptions()
 
 

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import ipaddress
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
-import msgspec
-
 from mesh.errors import ProviderError
 from mesh.incremental import KeyedCache, Latest
 from mesh.model import Address, Backend, Intent, Inventory, Node, Problem, PublishedPort, Service
 from mesh.model import Protocol as Transport
-from mesh.netaddr import split_host_port, usable
+from mesh.netaddr import usable
 from mesh.providers import labels
 from mesh.providers.swarm import schema
+from mesh.providers.swarm.legs import Leg
+from mesh.providers.swarm.schema import address_of, parse
 
 T = TypeVar("T")
 
@@ -41,6 +40,7 @@ class Answers:
     containers: bytes
     unready: bytes
     gateway: bytes  # network docker_gwbridge; NO_GATEWAY while there is none
+    legs: Mapping[str, Leg] = field(default_factory=dict, kw_only=True)  # of containers that are not on it, by id
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Local:
     running: frozenset[str] = frozenset()
     unready: frozenset[str] = frozenset()
     addresses: Mapping[str, Address] | None = None
+    unreached: Mapping[str, str] = field(default_factory=dict)  # why this node does not reach a container, by id
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +63,8 @@ class Read:
     unseen: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse(body: bytes, kind: type[T], source: str) -> T:
-    """One JSON body.
-
-    Raises:
-        ProviderError: it is not JSON, or not what `kind` asks for; `where` has the source, the message the JSON path.
-    """
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProviderError(
-            f"unusable answer of the Engine: {error}", where=source, remedy="the last known state stays in use"
-        ) from None
-
-
-_Here = tuple[bool, bool, Address | None]  # of a task's container on this node: it runs, is not ready, its address
+_Here = tuple[bool, bool, Address | None, str]
+"""Of a task's container on this node: it runs, is not ready, its address, and why it has none."""
 _Input = tuple[schema.Task, str, _Here | None]  # a task, its service's name, and its container if it is on this node
 _Parsed = tuple[tuple[T, ...], list[Problem]]
 
@@ -168,7 +156,8 @@ class Decoder:
             if task.node_id == local.node:
                 self._own[task.id] = task
                 container = _container(task)
-                here = container in local.running, container in local.unready, addresses.get(container)
+                unreached = local.unreached.get(container, "")
+                here = container in local.running, container in local.unready, addresses.get(container), unreached
             yield task.id, (task, name, here)
 
     def _read(self, found: Mapping[str, Backend | None], local: Local) -> Read:
@@ -226,24 +215,24 @@ def local_of(node: str, answers: Answers) -> Local:
     gateway = parse(answers.gateway, schema.Network, "GET /networks/docker_gwbridge")
     addresses = {}
     for container, endpoint in gateway.containers.items():
-        if found := _address(endpoint.ipv4_address) or _address(endpoint.ipv6_address):
+        if found := address_of(endpoint.ipv4_address) or address_of(endpoint.ipv6_address):
             addresses[container] = found
+    for container, leg in answers.legs.items():
+        if leg.address is not None:
+            addresses.setdefault(container, leg.address)
     paused = (c.id for c in containers if c.state == "paused")
-    return Local(node, frozenset(c.id for c in containers), frozenset(c.id for c in unready).union(paused), addresses)
-
-
-def _address(text: str) -> Address | None:
-    """An address with or without prefix length or port; None where there is none, or the unspecified one."""
-    try:
-        address = ipaddress.ip_address(split_host_port(text.partition("/")[0], default=0)[0])
-    except ValueError:
-        return None
-    return None if address.is_unspecified else address
+    return Local(
+        node,
+        frozenset(c.id for c in containers),
+        frozenset(c.id for c in unready).union(paused),
+        addresses,
+        {container: leg.why for container, leg in answers.legs.items() if leg.why},
+    )
 
 
 def _address_of_node(text: str) -> Address | None:
-    """As `_address`; none where other nodes cannot call it."""
-    address = _address(text)
+    """As `address_of`; none where other nodes cannot call it."""
+    address = address_of(text)
     return None if address is None else usable(address)
 
 
@@ -342,7 +331,7 @@ def _backend(given: _Input, before: tuple[_Input, Backend | None] | None) -> Bac
     draining = task.desired_state != "running"
     if state not in _RUNNING and (draining or state not in _STARTING):
         return None
-    runs, unready, address = here or (True, False, None)
+    runs, unready, address, unreached = here or (True, False, None, "")
     if not runs:
         return None
     backend = Backend(
@@ -355,5 +344,6 @@ def _backend(given: _Input, before: tuple[_Input, Backend | None] | None) -> Bac
         ready=state in _RUNNING and not unready,
         local=here is not None,
         container=_container(task) if here is not None else "",
+        unreached=unreached,
     )
     return before[1] if before is not None and before[1] == backend else backend

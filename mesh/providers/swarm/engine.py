@@ -8,6 +8,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Collection
+from dataclasses import replace
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -16,7 +17,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from mesh.errors import ConfigError, ProviderError, plain
 from mesh.providers.swarm import schema
-from mesh.providers.swarm.decode import NO_GATEWAY, TASK_LABEL, Answers, parse
+from mesh.providers.swarm.decode import NO_GATEWAY, TASK_LABEL, Answers
+from mesh.providers.swarm.legs import Legs
+from mesh.providers.swarm.schema import parse
 
 API_NEWEST: Final = (1, 51)
 """The newest version whose answers were checked against what is read of them."""
@@ -30,9 +33,22 @@ _ELSE: Final = "is docker_host a Docker Engine?"
 _DENIED: Final = "run as root or in group docker"
 
 _EVENTS: Final = {
-    "type": ["container", "service", "node"],
+    "type": ["container", "service", "node", "network"],
     # Not exec_*: every HEALTHCHECK of every container causes three of those.
-    "event": ["start", "die", "kill", "health_status", "pause", "unpause", "destroy", "create", "update", "remove"],
+    "event": [
+        "start",
+        "die",
+        "kill",
+        "health_status",
+        "pause",
+        "unpause",
+        "destroy",
+        "create",
+        "update",
+        "remove",
+        "connect",
+        "disconnect",
+    ],
 }
 
 
@@ -80,6 +96,7 @@ class Engine:
         self._prefix = ""
         self._info = b""
         self._info_read = 0.0  # when, monotonic
+        self._legs = Legs()
         timeout = aiohttp.ClientTimeout(total=request_seconds, sock_connect=_CONNECT_SECONDS)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20)
 
@@ -105,7 +122,7 @@ class Engine:
         Raises:
             ProviderError: the Engine is away, too slow, no manager, or answers half.
         """
-        return Answers(*await self._read("/services", "/tasks", "/nodes", *_HERE))
+        return await self._with_legs(Answers(*await self._read("/services", "/tasks", "/nodes", *_HERE)))
 
     async def read_tasks(self, ids: Collection[str]) -> Answers:
         """These tasks, as far as there are any, and what the node knows of itself; services and nodes are empty.
@@ -115,7 +132,7 @@ class Engine:
         """
         named = ["/tasks" + _filters({"id": sorted(ids)})] if ids else []
         info, *rest = await self._read(*named, *_HERE)
-        return Answers(info, b"[]", rest[0] if named else b"[]", b"[]", *rest[len(named) :])
+        return await self._with_legs(Answers(info, b"[]", rest[0] if named else b"[]", b"[]", *rest[len(named) :]))
 
     async def read_here(self) -> Answers:
         """What every node knows of itself; services, tasks and nodes are empty.
@@ -124,7 +141,10 @@ class Engine:
             ProviderError: the Engine is away, too slow, or answers half.
         """
         info, *here = await self._read(*_HERE)
-        return Answers(info, b"[]", b"[]", b"[]", *here)
+        return await self._with_legs(Answers(info, b"[]", b"[]", b"[]", *here))
+
+    async def _with_legs(self, answers: Answers) -> Answers:
+        return replace(answers, legs=await self._legs.find(answers.containers, answers.gateway, self._get))
 
     async def _read(self, *paths: str) -> list[bytes]:
         """/info and these."""

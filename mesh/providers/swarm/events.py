@@ -15,6 +15,7 @@ _HEALTH: Final = {"health_status: healthy": True, "health_status: unhealthy": Fa
 _SURE_DEATH: Final = ("9", "SIGKILL", "KILL")
 _STOP: Final = ("15", "SIGTERM", "TERM")
 _PATIENCE: Final = 4  # reads after which a container that was told to stop, and runs, is believed to go on
+_ATTACHING: Final = frozenset({"connect", "disconnect"})
 _LOUD: Final = frozenset({"start", "die", "kill", "pause", "unpause", "destroy", "create", "update", "remove"})
 
 
@@ -31,9 +32,11 @@ class Overlay:
         Returns whether what is noted has changed, and whether the Engine should be read again.
         """
         container = event.actor.id
+        attributes = event.actor.attributes or {}
+        if event.type == "network":  # the tasks' overlays come and go with them
+            return False, event.action in _ATTACHING and attributes.get("type") != "overlay"
         if event.type != "container":
             return False, event.action in _LOUD
-        attributes = event.actor.attributes or {}
         if TASK_LABEL not in attributes:
             return False, False
         return self._hear_container(container, event.action, attributes.get("signal", ""), read)

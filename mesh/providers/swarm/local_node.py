@@ -21,9 +21,10 @@ from mesh.errors import ProviderError
 from mesh.model import Backend, Inventory
 from mesh.netaddr import split_host_port
 from mesh.providers.swarm import schema
-from mesh.providers.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of, parse
+from mesh.providers.swarm.decode import TASK_LABEL, Answers, Local, Read, local_of
 from mesh.providers.swarm.engine import Engine
 from mesh.providers.swarm.events import Overlay
+from mesh.providers.swarm.schema import parse
 from mesh.supervisor import recorded
 
 _INTERVAL: Final = 2.0  # seconds between looks where nothing was announced
@@ -84,7 +85,8 @@ def merge(inventory: Inventory, look: LocalView) -> Inventory:
             return None
         address = (look.local.addresses or {}).get(container)
         ready = backend.ready and container not in look.local.unready
-        return replace(backend, address=address, local=True, container=container, ready=ready)
+        why = look.local.unreached.get(container, "")
+        return replace(backend, address=address, local=True, container=container, ready=ready, unreached=why)
 
     backends = (own(b) if b.node == look.node else b for b in inventory.backends)
     return replace(inventory, backends=tuple(b for b in backends if b is not None))

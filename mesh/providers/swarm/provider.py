@@ -224,7 +224,7 @@ class SwarmProvider:
                 if changed:
                     self._publish_now()
                 if ring:
-                    self._bell.ring(() if event.type == "container" else None)
+                    self._bell.ring(() if event.type in ("container", "network") else None)
                 if event.action in _EARLY:
                     asyncio.get_running_loop().call_later(_LATER, self._bell.ring, ())
 

@@ -7,7 +7,17 @@ SystemInfo, SystemVersion, SystemEvents).
 
 from __future__ import annotations
 
+import ipaddress
+from typing import TypeVar
+
+import msgspec
 from msgspec import Struct, field
+
+from mesh.errors import ProviderError
+from mesh.model import Address
+from mesh.netaddr import split_host_port
+
+T = TypeVar("T")
 
 
 class _Part(Struct, frozen=True, gc=False, rename="pascal"):
@@ -130,12 +140,35 @@ class Node(_Part, frozen=True):
     manager_status: ManagerStatus | None = None
 
 
+class Attachment(_Part, frozen=True):
+    """A container's place on a network. `gateway`: by which it could leave; of overlay networks none."""
+
+    network_id: str = field(default="", name="NetworkID")
+    endpoint_id: str = field(default="", name="EndpointID")
+    gateway: str = ""
+    ipv6_gateway: str = field(default="", name="IPv6Gateway")
+    ip_address: str = field(default="", name="IPAddress")
+    global_ipv6_address: str = field(default="", name="GlobalIPv6Address")
+    gw_priority: int = 0
+
+
+class NetworkSettings(_Part, frozen=True):
+    networks: dict[str, Attachment] | None = None  # by the network's name
+
+
 class Container(_Part, frozen=True):
     """One of GET /containers/json."""
 
     id: str
     labels: dict[str, str] | None = None
     state: str = ""
+    network_settings: NetworkSettings | None = None
+
+
+class ContainerInspect(_Part, frozen=True):
+    """GET /containers/ID/json."""
+
+    network_settings: NetworkSettings | None = None
 
 
 class NetworkEndpoint(_Part, frozen=True):
@@ -154,6 +187,9 @@ class NetworkSummary(_Part, frozen=True):
     """One of GET /networks."""
 
     name: str = ""
+    id: str = ""
+    driver: str = ""
+    internal: bool = False
     ingress: bool = False
     options: dict[str, str] | None = None
 
@@ -169,3 +205,26 @@ class Event(_Part, frozen=True):
     type: str = ""
     action: str = ""
     actor: Actor = Actor()
+
+
+def parse(body: bytes, kind: type[T], source: str) -> T:
+    """One JSON body.
+
+    Raises:
+        ProviderError: it is not JSON, or not what `kind` asks for; `where` has the source, the message the JSON path.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProviderError(
+            f"unusable answer of the Engine: {error}", where=source, remedy="the last known state stays in use"
+        ) from None
+
+
+def address_of(text: str) -> Address | None:
+    """An address with or without prefix length or port; None where there is none, or the unspecified one."""
+    try:
+        address = ipaddress.ip_address(split_host_port(text.partition("/")[0], default=0)[0])
+    except ValueError:
+        return None
+    return None if address.is_unspecified else address
