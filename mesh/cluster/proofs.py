@@ -120,8 +120,9 @@ class Proofs:
         """
         now = self._clock()
         levels = {n.id: n for n in nodes}
+        called = levels[own].address if own in levels else None
         if not levels or not self.holds:  # not known yet, or the engine has no key to check by
-            return Proof(self._keys.ring(), require=self._require, known=False)
+            return Proof(self._keys.ring(), require=self._require, known=False, own=called)
         if (self._keys.proving | self._keys.tunnel) - levels.keys():
             self._keys.node_removed()
             self._keys.remember(proving=self._keys.proving & levels.keys(), tunnel=self._keys.tunnel & levels.keys())
@@ -135,6 +136,7 @@ class Proofs:
             self._require,
             _addresses(tunnel[n] for n in tunnel_due or ()),
             _addresses(tunnel.values()),
+            own=called,
         )
 
     def ready(self, connected: Iterable[str], report_of: Callable[[str], wire.Report]) -> str:

@@ -146,6 +146,7 @@ class ClusterProvider:
         self._inventory: Inventory | None = None  # as it was read or told
         self._published: Inventory | None = None
         self._addresses: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # of this node's backends
+        self._out_of_reach: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # why, by backend
         self._told_addresses: Latest[dict[str, wire.Follower], dict[str, str]] = Latest(operator.is_)  # of all nodes
         self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
         self._without_agent: dict[str, float] = {}  # nodes by id, and since when (monotonic) none is known there
@@ -165,6 +166,7 @@ class ClusterProvider:
         self._verdicts = Verdicts(
             inventory=lambda: self._inventory,
             ended=self._ended,
+            unreached=self._unreached,
             addresses=lambda: self._told_addresses.of(self._followers, _all_addresses),
             hears=lambda node: self._roles.server is not None and node in self._roles.server.nodes,
             on_health=on_health,
@@ -550,6 +552,11 @@ class ClusterProvider:
                     found[backend.id] = "not ready" if here else "no container runs"
         return found
 
+    def _unreached(self) -> Mapping[str, str]:
+        """Why this node does not reach backends that run here, by backend."""
+        known = self._inventory if self._roles.reads else self._published
+        return self._out_of_reach.of(known, _why_unreached)
+
     async def _report_forever(self) -> None:
         asked = -REPORT_EVERY
         generation, digests, held, in_force = 0, dict[str, str](), dict[str, int](), frozenset[str]()
@@ -591,6 +598,10 @@ class ClusterProvider:
 def _own_addresses(inventory: Inventory | None) -> dict[str, str]:
     """Where this node reaches its own backends."""
     return {b.id: str(b.address) for b in (inventory or Inventory()).backends if b.local and b.address is not None}
+
+
+def _why_unreached(inventory: Inventory | None) -> dict[str, str]:
+    return {b.id: b.unreached for b in (inventory or Inventory()).backends if b.unreached}
 
 
 def _all_addresses(followers: Mapping[str, wire.Follower]) -> dict[str, str]:

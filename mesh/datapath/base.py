@@ -101,6 +101,11 @@ class Plan:
         steps = self.put_backends or self.put_frontends or self.drop_frontends or self.drop_backends
         return not steps and self.put_nodes is None
 
+    def moved(self, applied: Applied) -> tuple[BackendEntry, ...]:
+        """Backends of `applied`, which this starts from, that are reached at another address from now on."""
+        held = ((applied.backends.get(entry.key), entry) for entry in self.put_backends)
+        return tuple(was for was, entry in held if was is not None and was.target.address != entry.target.address)
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:

@@ -6,59 +6,17 @@ Neither was filtered, and nothing said so: Docker's own mesh answered. Here a DN
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import select
-import struct
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, datagram, refused
 from tests.support.lab.netns import Namespace
+from tests.support.lab.tun import tun, wire
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
-TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 HERE, ROAD, OTHER = "10.8.0.1", "10.8.0.2", "10.8.0.3"
-
-
-def tun(namespace: Namespace, *addresses: str) -> int:
-    """A tun device `tun0`: packets without any link header."""
-    with namespace.entered():
-        fd = os.open("/dev/net/tun", os.O_RDWR)
-        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"tun0", IFF_TUN | IFF_NO_PI))
-    namespace.ip("link", "set", "tun0", "up")
-    for address in addresses:
-        namespace.ip("addr", "add", f"{address}/24", "dev", "tun0")
-    return fd
-
-
-@contextlib.contextmanager
-def wire(one: int, other: int) -> Iterator[None]:
-    """What one end sends, the other gets."""
-    stop_read, stop_write = os.pipe()
-
-    def run() -> None:
-        while True:
-            ready, _, _ = select.select([one, other, stop_read], [], [])
-            if stop_read in ready:
-                return
-            for fd in ready:
-                with contextlib.suppress(OSError):
-                    os.write(other if fd == one else one, os.read(fd, 65536))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        os.write(stop_write, b"x")
-        thread.join()
-        for fd in (one, other, stop_read, stop_write):
-            os.close(fd)
 
 
 @pytest.fixture

@@ -171,15 +171,17 @@ class Served:
         nodes: Sequence[str],
         checking: Sequence[str] | None = None,
         known: bool = True,
+        own: str = "",
     ) -> None:
         """Prove by these keys (number, secret in hexadecimal), and demand proofs of these nodes; through the tunnel
-        prove to `checking`, by default the same."""
+        prove to `checking`, by default the same. `own`: what the others call this node."""
         from mesh.datapath.proof import Proof
 
         of = frozenset(ipaddress.ip_address(node) for node in nodes)
         to = of if checking is None else frozenset(ipaddress.ip_address(node) for node in checking)
         secrets = tuple((number, bytes.fromhex(secret)) for number, secret in keys)
-        self.engine.prove(Proof(secrets, of, of, tunnel_proving=of, tunnel_checking=to, known=known))
+        called = ipaddress.ip_address(own) if own else None
+        self.engine.prove(Proof(secrets, of, of, tunnel_proving=of, tunnel_checking=to, known=known, own=called))
 
     def work(self, services: list[dict[str, Any]]) -> dict[str, int]:
         """As `serve`; says what that did to maps: system calls, stores to mapped arrays, bytes of these."""
@@ -261,6 +263,16 @@ class Served:
             "verdicts": dict(stats.verdicts),
             "totals": dict(stats.totals),
         }
+
+    def failures(self) -> dict[str, dict[str, int]]:
+        """Flows that failed, by service and cause."""
+        names = {front: entry.state.service_name for front, entry in self.applied.frontends.items()}
+        found: dict[str, dict[str, int]] = {}
+        for frontend, counters in self.engine.stats().frontends.items():
+            of = found.setdefault(names.get(frontend, str(frontend)), {})
+            for cause, count in counters.failed.items():
+                of[cause.value] = of.get(cause.value, 0) + count
+        return found
 
     def explain(self, source: str, port: int, destination: str, to: int, protocol: str = "tcp") -> list[Any]:
         from mesh.model import Flow, Protocol

@@ -192,6 +192,18 @@ def test_detached_links_are_attached_again(plane: Plane, engine: Driver) -> None
 
 
 @bpf
+def test_what_a_change_of_the_tables_attaches_again_counts_too(plane: Plane, engine: Driver) -> None:
+    """Paths that fail change the tables within moments, before anybody looks after the hooks."""
+    if not shutil.which("bpftool"):
+        pytest.skip("bpftool detaches links")
+    links = [pin for pin in plane.pins() if pin.parent.name == "links"]
+    for count, pin in enumerate(links[:4], start=1):
+        plane.node.run("bpftool", "link", "detach", "pinned", str(pin))
+        engine.serve(services=[plane.web("b1", "b2", "b3", weights={"b1": 1 + count})])
+        settled(engine, count)
+
+
+@bpf
 def test_a_removed_clsact_is_made_again(plane: Plane) -> None:
     engine = plane.driver()
     engine.pretend_kernel(major=6, minor=1)

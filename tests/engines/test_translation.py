@@ -14,7 +14,8 @@ from tests.engines.kernel_driver import Driver
 from tests.engines.kernel_plane import PORT, TARGET, Connection, Plane, datagram
 from tests.engines.tunnel_pair import UDP as PAIR_UDP
 from tests.engines.tunnel_pair import Pair
-from tests.support.lab.netns import Lab, Namespace, veth
+from tests.support.lab.nat import Router
+from tests.support.lab.netns import Lab, Namespace
 from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -152,21 +153,8 @@ def test_many_kept_connections_from_few_ports(shared: Plane, engine: Driver) -> 
 
 def test_clients_behind_a_router_with_few_ports(shared: Plane, engine: Driver) -> None:
     """Their router gives each called address the same few source ports."""
-    lab, names = shared.lab, ("inner1", "inner2")
-    router = lab.host("router")
-    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-    inner = []
-    for number, name in enumerate(names, start=1):
-        host = lab.namespace(name)
-        veth(router, f"in{number}", host, "eth0")
-        router.add_address(f"in{number}", f"10.88.{number}.1/24")
-        host.add_address("eth0", f"10.88.{number}.2/24")
-        host.ip("route", "add", "default", "via", f"10.88.{number}.1")
-        inner.append(host)
-    rule = 'ip protocol tcp oifname "eth0" masquerade to :40000-40049'
-    router.run("nft", "add", "table", "ip", "nat")
-    router.run("nft", "add", "chain", "ip", "nat", "post", "{ type nat hook postrouting priority 100 ; }")
-    router.run("nft", "add", "rule", "ip", "nat", "post", *rule.split())
+    router = Router(shared.lab, "router", 'ip protocol tcp oifname "eth0" masquerade to :40000-40049')
+    inner = [router.client(name) for name in ("inner1", "inner2")]
     with contextlib.ExitStack() as stack:
         held = []
         for number in range(120):
@@ -216,6 +204,29 @@ def test_clients_whose_network_the_task_has_itself(shared: Plane, engine: Driver
     again = bound(client, overlay, 0, shared.node.address)
     assert again.seen == overlay
     again.close()
+
+
+def test_a_client_that_is_a_neighbour_of_a_task_that_has_just_come(shared: Plane, engine: Driver) -> None:
+    """Nobody has spoken with the task before: what networks it has is known before its first flow."""
+    client, gateway, overlay = shared.client, "172.31.0.1", "10.0.1.78"
+    client.ip("addr", "add", f"{overlay}/32", "dev", "eth0")
+    shared.node.ip("route", "add", f"{overlay}/32", "via", client.address)
+    shared.add("b9", 9)
+    task = shared.namespaces["b9"]
+    task.ip("link", "add", "ov0", "type", "bridge")
+    task.ip("addr", "add", "10.0.1.6/24", "dev", "ov0")
+    task.ip("link", "set", "ov0", "up")
+    with client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE / 10)
+        sock.bind((overlay, 40000))
+        sock.connect((shared.node.address, UDP))
+        engine.serve(services=services(shared, "b9"))
+        for _ in range(3):
+            sock.send(b"hello")
+            assert sock.recv(100).decode() == f"b9 {gateway}"
+    connection = bound(client, overlay, 40001, shared.node.address)
+    assert (connection.backend, connection.seen) == ("b9", gateway)
+    connection.close()
 
 
 @pytest.fixture(scope="module")

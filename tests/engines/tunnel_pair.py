@@ -10,6 +10,7 @@ client 192.0.2.11 --- switch --- a 192.0.2.12 --- here 172.31.0.11
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from tests.engines.kernel_driver import Driver
@@ -25,15 +26,20 @@ NODES = (A, B)
 _tags = (f"t{n}" for n in itertools.count())
 
 
+def by_veth(a: Namespace, b: Namespace) -> None:
+    """Join two nodes by devices `wire`."""
+    veth(a, "wire", b, "wire")
+    a.add_address("wire", f"{A}/24")
+    b.add_address("wire", f"{B}/24")
+
+
 class Pair:
     """The picture above; the engines are started by `start`."""
 
-    def __init__(self, lab: Lab, **config: object) -> None:
+    def __init__(self, lab: Lab, join: Callable[[Namespace, Namespace], None] = by_veth, **config: object) -> None:
         self.lab, self.config = lab, config
         self.client, self.a, self.b = (lab.host(name) for name in ("client", "a", "b"))
-        veth(self.a, "wire", self.b, "wire")
-        self.a.add_address("wire", f"{A}/24")
-        self.b.add_address("wire", f"{B}/24")
+        join(self.a, self.b)
         for node in (self.a, self.b):
             node.bridge("docker_gwbridge", "172.31.0.1/24")
             node.run("sysctl", "-qw", "net.ipv4.ip_forward=1")

@@ -41,6 +41,7 @@ MODULES = [
     "ip_tables",
     "vxlan",
     "dummy",
+    "wireguard",
     "8021q",
     "act_vlan",
     "cls_matchall",

@@ -2,7 +2,8 @@
 """The kernel engine on the stock kernels of Debian 12 (6.1), 13 (6.12) and unstable (7.2): the objects load, translate
 and forward there as they do here.
 
-And what these kernels have and this machine's has not: VLANs, and network cards, of which one kind has native XDP.
+And what these kernels have and this machine's has not: VLANs, WireGuard, and network cards, of which one kind has
+native XDP.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ TABLES = (
     "tests/bpf/test_xdp.py::test_native_on_a_real_interface",
 )
 NODE = "tests/guest/inside.py"
+ENCRYPTED = "tests/guest/encrypted.py"
 PYTEST = f"{sys.executable} -m pytest -q --color=no -p no:cacheprovider --timeout 900"
 
 
@@ -44,13 +46,15 @@ PYTEST = f"{sys.executable} -m pytest -q --color=no -p no:cacheprovider --timeou
 def test_objects_load_and_forward_on_debians_kernel(tmp_path: Path, release: str) -> None:
     if os.geteuid():
         pytest.skip("the guest shares the root file system, which needs root")
-    missing = [name for name in ("qemu-system-x86_64", "busybox", "cpio") if not shutil.which(name)]
+    missing = [name for name in ("qemu-system-x86_64", "busybox", "cpio", "wg") if not shutil.which(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (make packages-test)")
     kernel = debian_kernel(ROOT / "build" / "guest" / release, release)
-    result = run_in_guest(kernel, f"uname -r; {PYTEST} {' '.join(TABLES)} {NODE}", tmp_path, cwd=ROOT, timeout=1800)
+    command = f"uname -r; {PYTEST} {' '.join(TABLES)} {NODE} {ENCRYPTED}"
+    result = run_in_guest(kernel, command, tmp_path, cwd=ROOT, timeout=1800)
     assert kernel.version in result.output.splitlines()
     passed = re.search(r"(\d+) passed", result.output)
     assert result.status == 0 and passed, result.output[-6000:]
     assert not re.search(r"\d+ (failed|skipped|error)", result.output), result.output[-6000:]
-    assert int(passed[1]) >= len(TABLES) + (ROOT / NODE).read_text().count("\ndef test_"), result.output[-2000:]
+    count = sum((ROOT / file).read_text().count("\ndef test_") for file in (NODE, ENCRYPTED))
+    assert int(passed[1]) >= len(TABLES) + count, result.output[-2000:]

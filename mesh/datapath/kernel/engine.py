@@ -198,6 +198,7 @@ class KernelDatapath:
         """See Datapath.apply."""
         parts = self._opened()
         with self._lock:
+            self._keep(parts)  # or what is attached again below was no loss
             self._journal.put(plan, self._applied)
             if plan.put_nodes is not None:
                 parts.nodes.put(plan.put_nodes)
@@ -206,12 +207,15 @@ class KernelDatapath:
             if not self._others:
                 self._attach(parts)
             self._fallback.prepare(plan, self._applied, parts.network.topology.addresses)
+            left = any(
+                entry.key.protocol == Protocol.UDP for entry in (*plan.drop_backends, *plan.moved(self._applied))
+            )
             self._applied = parts.publisher.publish(
                 plan, self._applied, parts.network.locations, taking_over=self._taking_over
             )
             self._taking_over = False
             self._journal.finish(plan, sure=not parts.publisher.failures)
-            if any(gone.key.protocol == Protocol.UDP for gone in plan.drop_backends):
+            if left:
                 parts.stale.end()
             parts.network.forget(plan.drop_backends)
             self._switch(parts)

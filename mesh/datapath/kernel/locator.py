@@ -95,6 +95,10 @@ class Locator:
         old = {address for address, (when, _, _) in self._networks.items() if now - when >= READ_AGAIN}
         return frozenset(address for _, _, address in turn) | self._unreached | old
 
+    def awaits(self, address: Address) -> bool:
+        """Whether the address was asked for its MAC and has not answered yet."""
+        return address in self._waiting
+
     def forget(self, addresses: Iterable[Address]) -> None:
         """No backend has these any more."""
         for address in addresses:
@@ -195,7 +199,8 @@ def wanted(
         if direct or (interface.kind == "veth" and interface.master in vias):
             found[interface.index] = TASK
         elif _is_served(interface, patterns, nodes, bridges):
-            found[interface.index] = INGRESS if interface.index in nodes else _outer(interface, outward)
+            onto_nodes = interface.index in nodes and not interface.bare
+            found[interface.index] = INGRESS if onto_nodes else _outer(interface, outward)
         elif _is_served(interface, (), (), bridges):
             guard = GUARDS[_outer(interface, outward)]
             if guarded or guard == BRIDGE_GUARD:

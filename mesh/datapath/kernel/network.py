@@ -26,6 +26,7 @@ from mesh.supervisor import FAULTS
 
 QUIET: Final = 0.05  # least seconds between two looks at the network, however fast it changes
 LOOK: Final = 5.0  # seconds after which to look although nothing was announced
+ANSWER: Final = (0.002, 0.004, 0.008, 0.016, 0.032)  # seconds between looks for backends that are new here to answer
 
 log = structlog.get_logger(__name__)
 
@@ -68,10 +69,23 @@ class Network:
         else:
             self._maps.listen(0, 0)
 
-    def prepare(self, backends: Iterable[BackendEntry]) -> None:
-        """Locate backends that are about to be published."""
+    def prepare(self, backends: Collection[BackendEntry]) -> None:
+        """Locate backends that are about to be published.
+
+        Waits a moment for those that nobody has spoken with yet: a flow that starts before the networks of its task are
+        known keeps its source, although the task may take the client for a neighbour.
+        """
         self.refresh()
-        self._locations |= self._find(backends)
+        found = self._find(backends)
+        new = [entry for entry in backends if entry.id in found and entry.id not in self._locations]
+        for pause in ANSWER:
+            new = [entry for entry in new if self._locator.awaits(entry.target.address)]
+            if not new:
+                break
+            time.sleep(pause)
+            self._changed = self._locator.refresh() or self._changed
+            found |= self._find(new)
+        self._locations |= found
 
     def follow(self, backends: Collection[BackendEntry]) -> bool:
         """See where all backends are now. Returns whether any may be somewhere else."""

@@ -133,7 +133,8 @@ class Nodes:
         if not proof.known:
             proves, demanded = bool(slot.flags & _abi.NODE_PROVE), bool(slot.flags & _abi.NODE_DEMAND)
         flags = _abi.NODE_PROVE * bool(proves and proof.keys) | _abi.NODE_DEMAND * bool(demanded or proof.require)
-        return slot._replace(flags=flags, keys=pack_keys(proof.keys, slot.source, address))
+        called = proof.own if proof.own is not None and proof.own.version == address.version else slot.source
+        return slot._replace(flags=flags, keys=pack_keys(proof.keys, called, address))
 
     def _counts(self) -> dict[Address, int]:
         return {netaddr.unpack(key): _abi.NODE.unpack(value).unproven for key, value in self._nodes.rows()}
@@ -152,16 +153,18 @@ class Nodes:
 
     def refresh(self, topology: Topology) -> None:
         """Bring the maps in line with the cluster and with this node's routes."""
-        seen = (topology.interfaces, topology.addresses, self.all, dict(self._engines))
+        called = self._proof.own if self._proof is not None else None
+        seen = (topology.interfaces, topology.addresses, self.all, dict(self._engines), called)
         now = time.monotonic()
         if seen == self._seen and now < self._again:
             return
         own = [address for address in self.all if address in topology.addresses]
-        for address in self.held.keys() - set(self.all) | self.held.keys() & set(own):
+        here = {*own, called}
+        for address in self.held.keys() - set(self.all) | self.held.keys() & here:
             self._nodes.delete(netaddr.pack(address))
             del self.held[address]
         for address in self.all:
-            if address not in own:
+            if address not in here:
                 self._put(address, self._slot(address, own, topology))
         self._seen, self._again = seen, now + AGAIN
 
@@ -174,7 +177,7 @@ class Nodes:
         if route is None or interface is None or route.local:
             return held or _abi.Node(source=NOWHERE, id=number)
         source = next((a for a in own if a.version == address.version), route.source) or NOWHERE
-        takes = self._engines.get(address) != EngineKind.PROXY and interface.ethernet
+        takes = self._engines.get(address) != EngineKind.PROXY and (interface.ethernet or interface.bare)
         mtu = min(route.mtu or interface.mtu, interface.mtu) * takes
         return (held or _abi.Node())._replace(source=source, ifindex=interface.index, mtu=mtu, id=number)
 

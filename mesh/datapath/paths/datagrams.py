@@ -23,12 +23,25 @@ _RECVERR: Final = {4: (socket.IPPROTO_IP, _linux.IP_RECVERR), 6: (socket.IPPROTO
 _LONGEST: Final = 2048
 
 
+def bind(sock: socket.socket, source: Address | None) -> None:
+    """Ask from this address; where no interface has it, because NAT gives it to what this node sends, from any.
+
+    Raises:
+        OSError: any other reason.
+    """
+    try:
+        sock.bind((str(source) if source is not None else "", 0))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+
+
 class Questions:
     """Asks from one address of this node, by one socket, which is made when it is first needed.
 
     Args:
         version: of IP.
-        source: this node's address as others know it; None: any.
+        source: this node's address as others know it, if it is one of its own; None: any.
         port: that is asked, the same on all nodes.
         question: the datagram for a nonce of 4 bytes, to an address.
         nonce_of: the nonce that an answer repeats; None: no answer of ours.
@@ -53,7 +66,7 @@ class Questions:
         self._sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             self._sock.setsockopt(*_RECVERR[version], 1)
-            self._sock.bind((str(source) if source is not None else "", 0))
+            bind(self._sock, source)
         except OSError:
             self._sock.close()
             raise

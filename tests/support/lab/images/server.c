@@ -9,10 +9,12 @@
  *   TCP  :8081   echo, until the peer's end of file
  *   UDP  :8082   answers "<identity> <payload>"
  *
+ * LATE=S in the environment: :8080 opens S seconds after the others.
  * A PROXY protocol v2 header on :8080 is understood and shown as "proxied". SIGTERM: accepts nothing new, finishes
  * what is in flight, exits. `server --check`: exit code of GET /health, for a HEALTHCHECK.
  */
 #include <arpa/inet.h>
+#include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -97,7 +99,13 @@ struct listening {
 static void *accept_loop(void *argument)
 {
 	struct listening *l = argument;
-	int fd = listener(SOCK_STREAM, l->port);
+	const char *late = l->raw ? NULL : getenv("LATE");
+	struct pollfd stopped = {.fd = stop_fd, .events = POLLIN};
+	int fd;
+
+	if (late)
+		poll(&stopped, 1, atoi(late) * 1000);
+	fd = listener(SOCK_STREAM, l->port);
 	struct pollfd p[2] = {{.fd = fd, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
 
 	for (;;) {
@@ -112,6 +120,8 @@ static void *accept_loop(void *argument)
 
 		if (peer >= 0)
 			start(peer, &from, l->raw);
+		else if (errno == EINVAL) /* somebody has closed the port from outside */
+			poll(&p[1], 1, -1);
 	}
 	close(fd);
 	l->done = true;
