@@ -49,7 +49,7 @@ class Lock:
         try:
             state_dir.mkdir(parents=True, exist_ok=True)
             check_owner(state_dir)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
                 raise MeshError("is no file", where=str(path), remedy="remove it")

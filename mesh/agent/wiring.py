@@ -15,6 +15,7 @@ from mesh.agent.held import HeldBackends
 from mesh.api.connectivity import QUESTION as CALLS
 from mesh.api.connectivity import Connectivity
 from mesh.api.drained import DRAINED_FILE, DrainedState, connections_left
+from mesh.api.fares import QUESTION as TRAFFIC
 from mesh.api.probing import QUESTION as PROBE
 from mesh.api.probing import Probing
 from mesh.api.server import Servers
@@ -271,9 +272,17 @@ def assemble(config: Config, opened: Opened, make_source: MakeSource, hooks: Hoo
             raise MeshError("this daemon serves one node only")
         return await source.cluster.ask(node, question, query, seconds)
 
+    async def fares(query: Mapping[str, str]) -> Mapping[str, Any]:
+        return await view.fares.answer(query)
+
     standing = Standing(reconciler, ask)
     connectivity = Connectivity(reconciler, standing)
-    answers = {PROBE: Probing(reconciler, name).answer, CALLS: connectivity.answer, STANDING: standing.answer}
+    answers = {
+        PROBE: Probing(reconciler, name).answer,
+        CALLS: connectivity.answer,
+        STANDING: standing.answer,
+        TRAFFIC: fares,
+    }
     source = make_source(name, reconciler, tables, hooks_of_drains, answers)
     provider = source.provider
     monitor = Monitor(source.own_health)

@@ -159,7 +159,7 @@ async def _state(request: web.Request) -> web.Response:
 
 
 async def _cluster(request: web.Request) -> web.Response:
-    return _json(request.app[VIEW].cluster())
+    return _json(await request.app[VIEW].cluster())
 
 
 async def _nodes(request: web.Request) -> web.Response:

@@ -107,7 +107,7 @@ def find(kind: str, name: str, things: Mapping[str, str]) -> str:
         return found[0]
     if found:
         raise MeshError(f"{name!r} is ambiguous: {', '.join(sorted(found)[:5])}", where=f"{kind} {name}")
-    raise MeshError(f"there is no {kind} {name!r}", remedy=f"`mesh backends` lists {kind}s" if things else "")
+    raise MeshError(f"there is no {kind} {name!r}", remedy=f"`mesh {kind}s` lists them" if things else "")
 
 
 def _load_drained(file: Path) -> Drained:

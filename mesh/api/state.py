@@ -29,6 +29,7 @@ from mesh.api.drained import (
     still_without,
 )
 from mesh.api.explain import Explainer
+from mesh.api.fares import Fares, sentences
 from mesh.api.probing import Probing
 from mesh.api.services import Services
 from mesh.api.traffic import traffic
@@ -37,7 +38,7 @@ from mesh.datapath.base import Stats
 from mesh.datapath.paths.monitor import PathMonitor
 from mesh.errors import MeshError
 from mesh.health.monitor import Monitor
-from mesh.model import EngineKind, Flow, Inventory, Node, Severity
+from mesh.model import EngineKind, Flow, Inventory, Node, Problem, Severity
 from mesh.providers.base import ClusterView, Follower, Provider
 from mesh.reconcile.loop import Reconciler
 from mesh.supervisor import FAULTS
@@ -100,14 +101,15 @@ class View:
         self._explainer = Explainer(reconciler)
         self._probing = Probing(reconciler, facts.engine)
         self._connectivity = connectivity or Connectivity(reconciler)
+        self.fares = Fares(self.traffic, self._problems_of_paths)  # answers for this node, too
         self._drained = drained or DrainedState(facts.state_dir / DRAINED_FILE, reconciler.set_drained)
 
     def state(self) -> Json:
         loop, facts = self._reconciler, self._facts
         picture, applied, drained = loop.picture, loop.applied, self._drained.now  # each is replaced whole
         status = self._provider.status()
-        paths = [str(problem) for problem in self._paths.problems] if self._paths else []
-        found = traffic(picture.desired.frontends, applied.frontends)
+        paths = self._problems_of_paths()
+        found = self.traffic()
         return {
             "version": __version__,
             "abi": ABI_VERSION,
@@ -134,7 +136,7 @@ class View:
                 *(str(p) for p in picture.desired.problems),
                 *(*loop.problems, *status.problems, *paths),
             ],
-            "critical": [str(p) for p in picture.desired.problems if p.severity is Severity.CRITICAL],
+            "critical": [str(p) for p in _critical(picture.desired.problems)],
             "paths_down": len(paths),
             "paths_refused": self._paths.refused if self._paths else 0,
             "paths": self._path_rows(),
@@ -148,10 +150,13 @@ class View:
             "stopping": self._stopping(),
         }
 
-    def cluster(self) -> Json:
+    async def cluster(self) -> Json:
         if self._cluster is None:
             raise MeshError("this daemon serves one node only", where="cluster", remedy="provider = swarm serves all")
-        return self._cluster.cluster()
+        found = self._cluster.cluster()
+        told = await self.fares.of_all(self._provider.status().node_id, found["nodes"], self._cluster)
+        nodes = [{**node, "traffic": _traffic_of(told.get(node["id"]))} for node in found["nodes"]]
+        return {**found, "nodes": nodes, "not_well": sentences(nodes, told)}
 
     def nodes(self) -> Json:
         own, nodes = self._provider.status().node_id, self._reconciler.picture.inventory.nodes
@@ -171,6 +176,9 @@ class View:
         ]
         return {"node": own, "nodes": shown}
 
+    def _problems_of_paths(self) -> list[str]:
+        return [str(problem) for problem in self._paths.problems] if self._paths else []
+
     def _path_rows(self) -> list[dict[str, str]]:
         found = self._paths.states() if self._paths else ()
         return [
@@ -179,7 +187,8 @@ class View:
         ]
 
     def traffic(self) -> Traffic:
-        return traffic(self._reconciler.picture.desired.frontends, self._reconciler.applied.frontends)
+        desired = self._reconciler.picture.desired
+        return traffic(desired.frontends, self._reconciler.applied.frontends, _critical(desired.problems))
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         loop = self._reconciler
@@ -297,6 +306,14 @@ class View:
 
     async def stop(self, *, release: bool) -> None:
         await self._stop(release)
+
+
+def _traffic_of(told: Json | None) -> Json | None:
+    return {key: told[key] for key in ("verdict", "reasons")} if told and told["verdict"] else None
+
+
+def _critical(problems: Iterable[Problem]) -> list[Problem]:
+    return [problem for problem in problems if problem.severity is Severity.CRITICAL]
 
 
 def _node_name(inventory: Inventory, node: str) -> str:

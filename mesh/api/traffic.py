@@ -4,13 +4,16 @@ of `mesh status`. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mesh.api.view import Traffic, Verdict
-from mesh.model import Frontend, FrontendState
+from mesh.model import Frontend, FrontendState, Problem
+from mesh.rules import NOBODY
 
 
-def traffic(desired: Mapping[Frontend, FrontendState], applied: Mapping[Frontend, object]) -> Traffic:
+def traffic(
+    desired: Mapping[Frontend, FrontendState], applied: Mapping[Frontend, object], critical: Iterable[Problem] = ()
+) -> Traffic:
     """Judge what this node should serve and what its engine holds.
 
     A service without any task is not judged: it was scaled to 0, or Swarm has not started any yet.
@@ -18,6 +21,7 @@ def traffic(desired: Mapping[Frontend, FrontendState], applied: Mapping[Frontend
     Args:
         desired: what this node should serve.
         applied: what its engine holds, by frontend.
+        critical: what keeps clients out, or leaves a rule unapplied; `where` begins with "service NAME, ".
     """
     by_service: dict[str, list[FrontendState]] = {}
     for state in desired.values():
@@ -26,6 +30,11 @@ def traffic(desired: Mapping[Frontend, FrontendState], applied: Mapping[Frontend
     for name, states in sorted(by_service.items()):
         failing += (f"service {name}: {why}" for why in _failing(states, applied))
         degraded += (f"service {name}: {why}" for why in _degraded(states))
+    for problem in critical:
+        name, _, place = problem.where.removeprefix("service ").partition(", ")
+        closed = any(set(NOBODY) <= set(state.options.deny) for state in by_service.get(name, ()))
+        means = "nobody is let in" if closed else "a rule that was asked for is not in force"
+        (failing if closed else degraded).append(f"service {name}: {means}: {place} {problem.message}")
     verdict = Verdict.FAILING if failing else Verdict.DEGRADED if degraded else Verdict.OK
     return Traffic(verdict, (*failing, *degraded))
 

@@ -18,7 +18,7 @@ class Verdict(enum.Enum):
     """How new connections fare on this node."""
 
     OK = "ok"
-    DEGRADED = "degraded"  # all are served, but not by all that should serve, or by Docker's own mesh
+    DEGRADED = "degraded"  # all are served, but not by all that should serve, by Docker's own mesh, or without a rule
     FAILING = "failing"  # those of some service are not served
 
 
@@ -58,9 +58,10 @@ class AgentView(Protocol):
         drained {backends [id], nodes [id], here [id] (those on this node only)}, stopping (bool).
         """
 
-    def cluster(self) -> Json:
+    async def cluster(self) -> Json:
         """All nodes side by side, as a manager knows them: nodes [{id, name, address, up, engine, mesh, generation,
-        age (seconds since its agent was heard; null: never), digests {frontend: digest}}], differences [str].
+        age (seconds since its agent was heard; null: never), digests {frontend: digest}, traffic (as in `state`; null:
+        it did not say)}], differences [str], not_well [str] (what its own agent says of a node, one sentence each).
 
         Raises:
             mesh.errors.MeshError: this node does not know; the remedy says who does.

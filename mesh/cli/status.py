@@ -10,14 +10,17 @@ from pathlib import Path
 import click
 
 from mesh.cli.client import call, daemon_options
-from mesh.cli.exit import Exit
+from mesh.cli.exit import DaemonUnreachableError, Exit
 from mesh.cli.output import Json, duration, each_target, echo_json, echo_table, few
 
 
 @click.command()
 @click.option("--cluster", is_flag=True, help="Compare all nodes of the swarm (on a manager).")
 @click.option(
-    "--wait", type=float, metavar="SECONDS", help="Wait at most so long until the node is ready and traffic ok."
+    "--wait",
+    type=float,
+    metavar="SECONDS",
+    help="Wait at most so long until a daemon answers, is ready, and traffic is ok.",
 )
 @daemon_options
 def status(state_dir: Path, as_json: bool, cluster: bool, wait: float | None) -> None:
@@ -25,23 +28,17 @@ def status(state_dir: Path, as_json: bool, cluster: bool, wait: float | None) ->
 
     \b
     ready      the daemon serves everything that it should
-    traffic    ok: new connections go to all tasks; degraded: they are served, but not by all tasks, or by Docker's
-               own mesh; failing: those of some service are not served
+    traffic    ok: new connections go to all tasks; degraded: they are served, but not by all tasks, by Docker's own
+               mesh, or without a rule that was asked for; failing: those of some service are not served
     Exit code: 0 if ready and traffic is ok, 5 if it is degraded, 1 if failing or not ready (reasons are printed);
-               with --cluster 0 if all nodes agree, 1 if not.
+               with --cluster 0 if all nodes agree and say so of themselves, 5 or 1 if not.
     Example:   mesh status --wait 30 && echo all is well
     """
     if cluster:
         _status_of_cluster(call(state_dir, "/cluster"), as_json=as_json)
         return
-    deadline = time.monotonic() + (wait or 0.0)
-    while True:
-        state = call(state_dir, "/state")
-        ready = call(state_dir, "/readyz", accept=(503,))
-        verdict = ready["traffic"]["verdict"]
-        if (ready["ready"] and verdict == "ok") or time.monotonic() >= deadline:
-            break
-        time.sleep(0.2)
+    state, ready = _state_and_readiness(state_dir, time.monotonic() + (wait or 0.0))
+    verdict = ready["traffic"]["verdict"]
     if as_json:
         summary = {key: value for key, value in state.items() if key != "services"}
         echo_json({"ready": ready["ready"], "reasons": ready["reasons"], **summary})
@@ -52,6 +49,22 @@ def status(state_dir: Path, as_json: bool, cluster: bool, wait: float | None) ->
         sys.exit(Exit.NOT_READY)
     if verdict != "ok":
         sys.exit(Exit.DEGRADED)
+
+
+def _state_and_readiness(state_dir: Path, deadline: float) -> tuple[Json, Json]:
+    """As they are once all is well, or at the deadline (monotonic); until then a daemon may also be about to start."""
+    while True:
+        late = time.monotonic() >= deadline
+        try:
+            state = call(state_dir, "/state")
+            ready = call(state_dir, "/readyz", accept=(503,))
+        except DaemonUnreachableError:
+            if late:
+                raise
+        else:
+            if late or (ready["ready"] and ready["traffic"]["verdict"] == "ok"):
+                return state, ready
+        time.sleep(0.2)
 
 
 def _status_of_cluster(found: Json, *, as_json: bool) -> None:
@@ -66,10 +79,14 @@ def _status_of_cluster(found: Json, *, as_json: bool) -> None:
         echo_table(rows, "NODE", "ADDRESS", "UP", "ENGINE", "MESH", "GENERATION", "HEARD", empty="no nodes")
         tables = {frontend for node in found["nodes"] for frontend in node["digests"]}
         click.echo()
-        for line in found["differences"] or [f"All nodes agree on {len(tables)} tables."]:
+        agree = f"All nodes agree on {len(tables)} table{'s' * (len(tables) != 1)}."
+        for line in [*(found["differences"] or [agree]), *found["not_well"]]:
             click.echo(line)
-    if found["differences"]:
+    failing = any(node["traffic"] and node["traffic"]["verdict"] == "failing" for node in found["nodes"])
+    if found["differences"] or failing:
         sys.exit(Exit.NOT_READY)
+    if found["not_well"]:
+        sys.exit(Exit.DEGRADED)
 
 
 def _drained(state: Json, nodes: list[Json]) -> list[str]:

@@ -65,7 +65,8 @@ TRAFFIC: Final = Family(
     "mesh_traffic",
     Kind.GAUGE,
     ("verdict",),
-    "1 for how new connections fare here: ok, degraded (tasks masked, or left to Docker), failing (not served).",
+    "1 for how new connections fare here: ok, degraded (tasks masked, left to Docker, or a rule not in force), failing "
+    "(not served).",
 )
 BACKENDS_MASKED: Final = Family(
     "mesh_backends_masked",

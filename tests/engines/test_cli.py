@@ -83,6 +83,12 @@ async def test_status_of_the_cluster(daemon: Daemon) -> None:
     done = await run("status", "--cluster")
     assert (done.code, done.err) == (Exit.OK, "")
     assert "All nodes agree on 2 tables." in done.out and "192.0.2.1" in done.out
+    view.not_well = ["node two, traffic degraded: service web: 2 of its 3 tasks get no new connections from here"]
+    done = await run("status", "--cluster")
+    assert done.code == Exit.DEGRADED and "All nodes agree on 2 tables." in done.out and view.not_well[0] in done.out
+    view.shown["traffic"] = {"verdict": "failing", "reasons": ["service web: *:80/tcp is not served"]}
+    assert (await run("status", "--cluster")).code == Exit.NOT_READY
+    view.shown["traffic"] = {"verdict": "ok", "reasons": []}
     view.rows = [ONE, replace(TWO, up=False)]
     done = await run("status", "--cluster")
     assert done.code == Exit.NOT_READY and "node two does not answer" in done.out
@@ -95,6 +101,17 @@ async def test_status_waits_until_all_is_well(daemon: Daemon) -> None:
     assert (await run("status", "--wait", "60")).code == Exit.OK
     view.shown["traffic"]["verdict"] = "failing"
     assert (await run("status", "--wait", "0.3")).code == Exit.NOT_READY
+
+
+async def test_status_waits_for_a_daemon_that_starts(tmp_path: Path) -> None:
+    runner = web.AppRunner(make_app(SampleView(), control=True))
+    await runner.setup()
+    asyncio.get_running_loop().call_later(
+        0.5, lambda: asyncio.create_task(web.UnixSite(runner, tmp_path / "mesh.sock").start())
+    )
+    assert (await mesh("status", "--wait", "60", MESH_STATE_DIR=str(tmp_path))).code == Exit.OK
+    await runner.cleanup()
+    assert (await mesh("status", "--wait", "0.3", MESH_STATE_DIR=str(tmp_path))).code == Exit.UNREACHABLE
 
 
 async def test_nodes(daemon: Daemon) -> None:

@@ -161,6 +161,7 @@ class SampleView:
         self.shown = state()
         self.reasons: list[str] = []
         self.rows: list[Row] = []
+        self.not_well: list[str] = []
         self.changed: list[tuple[str, str, bool]] = []
         self.local: list[bool] = []  # of each change
         self.follow = [{"node": "one", "state": "follows"}]
@@ -176,10 +177,11 @@ class SampleView:
     def state(self) -> Json:
         return self.shown
 
-    def cluster(self) -> Json:
+    async def cluster(self) -> Json:
         if not self.rows:
             raise MeshError("only a manager's agent knows all nodes", remedy="ask on a manager: 192.0.2.9")
-        return {"nodes": [asdict(row) for row in self.rows], "differences": differences(self.rows)}
+        nodes = [{**asdict(row), "traffic": self.shown["traffic"]} for row in self.rows]
+        return {"nodes": nodes, "differences": differences(self.rows), "not_well": self.not_well}
 
     def nodes(self) -> Json:
         nodes = [{"id": n.id, "name": n.name, "address": n.address, "up": n.up, "engine": n.engine} for n in self.rows]
@@ -206,7 +208,7 @@ class SampleView:
 
     async def probe(self, name: str) -> Json:
         if name == "nobody":
-            raise MeshError("there is no backend 'nobody'", remedy="`mesh backends` lists backends")
+            raise MeshError("there is no backend 'nobody'", remedy="`mesh backends` lists them")
         return self.probed
 
     async def connectivity(self, services: Sequence[str]) -> Json:

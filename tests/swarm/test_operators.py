@@ -72,11 +72,13 @@ def test_a_wrong_rule_keeps_the_last_good_one_and_every_node_says_so(cluster: Cl
         reports = loads.stop()
     assert failures(reports) == {}
     assert answers(cluster) == [12, 12, 12]
-    wait_for(lambda: mesh(cluster.daemons[2], "status")[0] == 0, "all paths are proven again")
-    text = mesh(cluster.daemons[2], "status")[1]  # a worker's
+    wait_for(lambda: len(cluster.daemons[2].state()["traffic"]["reasons"]) == 1, "all paths are proven again")
+    code, text = mesh(cluster.daemons[2], "status")  # a worker's
+    assert code == 5 and "service web: a rule that was asked for is not in force: label mesh.allow" in text
     assert "Critical:\n  - service web, label mesh.allow: '10.77.0.0/33'" in text
     swarm.update("web", "--label-rm", "mesh.allow")
     wait_for(lambda: not any(d.state()["critical"] for d in cluster.daemons), "corrected")
+    wait_for(lambda: mesh(cluster.daemons[2], "status")[0] == 0, "all is well")
 
 
 @pytest.mark.parametrize("label", ["mesh.allow=10.77.0.0/33", "mesh.deny=10.77.0.0/33", "mesh.allow="])
@@ -86,6 +88,7 @@ def test_a_rule_that_was_never_good_lets_nobody_in_and_every_node_says_so(cluste
     cluster.agree("web", 3)
     all_say(cluster, f"label {label.partition('=')[0]}", "nobody is let in")
     assert answers(cluster) == [0, 0, 0]
+    assert all(daemon.state()["traffic"]["verdict"] == "failing" for daemon in cluster.daemons)
     swarm.update("web", "--label-rm", label.partition("=")[0])
     wait_for(lambda: answers(cluster) == [12, 12, 12], "let in again")
 

@@ -165,6 +165,24 @@ def test_where_the_tunnel_is_blocked_flows_go_by_the_peer_port_and_where_both_ar
         cluster.agree("web", 6)
         assert called(cluster, first) == tasks
         assert len(cluster.digests("web")) == 1
+        wait_for(lambda: status(cluster.daemons[0], "--cluster")[0] == 0, "each node says that it is well")
+        second, third = (node.hostname for node in swarm.nodes[1:])
+        with blocked(swarm, *between(*swarm.nodes[1:])):  # which nobody else notices
+
+            def told() -> bool:
+                code, text = status(cluster.daemons[0], "--cluster")
+                halves = f"node {second}, traffic degraded: service web: 2 of its 6", f"node {third}, traffic degraded"
+                return code == 5 and "All nodes agree on" in text and all(half in text for half in halves)
+
+            wait_for(told, "a third node names both")
+            assert status(cluster.daemons[0])[0] == 0
+
+
+def between(one: Node, other: Node) -> list[str]:
+    """All paths between two nodes, as `blocked` takes them."""
+    ports = ("udp dport 6084", "tcp dport 9552", "udp dport 9552")
+    ends = ((one.address, other.address), (other.address, one.address))
+    return [f"ip saddr {source} ip daddr {target} {port}" for source, target in ends for port in ports]
 
 
 def paths(daemon: Daemon) -> set[str]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from mesh.api.traffic import traffic
 from mesh.api.view import Traffic, Verdict
-from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Protocol, ServiceOptions, Target
+from mesh.model import ANY_ADDRESS, Frontend, FrontendState, Problem, Protocol, ServiceOptions, Severity, Target
+from mesh.rules import NOBODY
 
 ADDRESS = ipaddress.ip_address("10.77.0.12")
 GOOD = Target("a", ADDRESS, 80, 1)
@@ -28,6 +29,16 @@ def judged(*states: FrontendState, without: int = 0) -> Traffic:
 def test_all_is_well_also_beside_a_service_without_tasks() -> None:
     assert judged(state(GOOD, DOWN), state(port=8081, name="idle")) == Traffic(Verdict.OK, ())
     assert judged() == Traffic(Verdict.OK, ())
+
+
+def test_a_rule_that_is_not_in_force_is_no_traffic_that_is_well() -> None:
+    empty = Problem("service web, label mesh.allow", "is empty", severity=Severity.CRITICAL)
+    closed = replace(state(GOOD), options=ServiceOptions(deny=NOBODY))
+    found = traffic({closed.frontend: closed}, {closed.frontend: None}, [empty])
+    assert found == Traffic(Verdict.FAILING, ("service web: nobody is let in: label mesh.allow is empty",))
+    opened = state(GOOD)
+    found = traffic({opened.frontend: opened}, {opened.frontend: None}, [empty])
+    assert found.verdict is Verdict.DEGRADED and "a rule that was asked for is not in force" in found.reasons[0]
 
 
 def test_masked_tasks_are_counted_once_with_the_nodes() -> None:
