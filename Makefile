@@ -16,6 +16,8 @@
 #   make lock         resolve the requirements anew: requirements.lock (runtime and build), requirements-dev.lock (all)
 #   make release      sources, SBOM (CycloneDX) and their checksums in dist/; KEY=FILE signs them with an SSH key (SECURITY.md)
 #   make fuzz         a million random packets through the eBPF programs and their model (minutes)
+#   make random       random flows through three nodes while tasks and tables change: 200,000 with each engine, some ten
+#                     minutes (root); FLOWS=N, SEED=N (that of the first run, printed with each), ARGS="--engine proxy"
 #   make sanitize     the engine's suite on an AddressSanitizer + UBSan build
 #   make annotate     HTML of what Cython made of each line of the proxy engine, in build/annotate/
 #   make bench        measurements against peers, up to 20 minutes (root); bench-quick: up to 4; bench-against: with another build, 10; bench-cluster: a swarm, 6;
@@ -34,12 +36,12 @@ WORKERS ?= 3
 
 BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16/clang libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
 TEST_PACKAGES  := $(BUILD_PACKAGES) git bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus \
-                  docker.io docker-cli/docker.io python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod openssh-client
+                  docker.io docker-cli/docker.io python3-bpfcc linux-headers-amd64 qemu-system-x86 busybox-static cpio kmod openssh-client wireguard-tools
 
 C_FILES := $(wildcard mesh/*.h mesh/*/*.h bpf/*.c bpf/*/*.h bpf/include/mesh/*.h bench/*/*.c tests/support/peers/*.[ch] tests/support/lab/voting/*.[ch])
 SOURCES := $(wildcard $(foreach kind,pyx pxd h,mesh/*.$(kind) mesh/*/*.$(kind)) bpf/*.c bpf/*/*.h bpf/include/mesh/*.h)
 
-.PHONY: run test test-all fuzz unit golden lint format docs verifier coverage lock release sbom base-image sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-detection bench-deps build clean packages-build packages-test packages-bench
+.PHONY: run test test-all fuzz random unit golden lint format docs verifier coverage lock release sbom base-image sanitize annotate bench bench-quick bench-against bench-cluster bench-scale bench-detection bench-deps build clean packages-build packages-test packages-bench
 
 run: packages-build build
 	$(BIN)/mesh run $(ARGS)
@@ -72,6 +74,9 @@ test-all: test
 
 fuzz: packages-test build
 	MESH_FUZZ_PACKETS=1000000 $(PYTEST) -q tests/bpf/test_fuzz.py $(ARGS)
+
+random: packages-test build
+	$(BIN)/python -m tests.flows $(if $(FLOWS),--flows $(FLOWS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 docs: build
 	$(BIN)/python -m tests.unit.test_docs

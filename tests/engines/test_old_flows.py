@@ -16,6 +16,7 @@ import pytest
 from mesh.datapath.conntrack import Conntrack
 from tests.engines.kernel_plane import TARGET, Plane
 from tests.engines.proxied import open_engine
+from tests.support.callers import Sender
 from tests.support.fastpath_bench import Served, UdpServer, udp
 from tests.support.lab.netns import Lab, Namespace
 from tests.support.polling import wait_for
@@ -39,39 +40,10 @@ def outside(lab: Lab, node: Namespace) -> Namespace:
     return lab.host("client")
 
 
-class Sender:
-    """Sends every 20 ms from one port, whatever comes back."""
-
-    def __init__(self, namespace: Namespace, host: str, port: int = 40000) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with namespace.entered():
-            self.sock = socket.socket(family, socket.SOCK_DGRAM)
-        self.sock.bind(("::" if ":" in host else "0.0.0.0", port + (":" in host)))
-        self.sock.settimeout(0.02)
-        self.place = host, PORT
-        self.last = b""
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        while not self.ended.is_set():
-            with contextlib.suppress(OSError):
-                self.sock.sendto(b"x", self.place)
-            with contextlib.suppress(OSError):
-                self.last = self.sock.recv(100)
-            self.ended.wait(0.02)
-
-    def close(self) -> None:
-        self.ended.set()
-        self.thread.join()
-        self.sock.close()
-
-
 @contextlib.contextmanager
 def senders(node: Namespace, outside: Namespace) -> Iterator[list[Sender]]:
     """Over IPv4 and IPv6, from outside and from the node itself."""
-    made = [Sender(outside, node.address), Sender(outside, node.address6)]
+    made = [Sender(outside, node.address, PORT), Sender(outside, node.address6, PORT)]
     try:
         yield made
     finally:
@@ -140,7 +112,7 @@ def test_a_flow_that_is_answered_stays_where_it_is(node: Namespace, outside: Nam
     rules = "table inet rival {\n chain p {\n type nat hook prerouting priority -100;\n"
     rules += f" udp dport {PORT} dnat ip to {node.address}:{rival.where[1]}\n }}\n}}\n"
     node.run("nft", "-f", "-", input=rules)
-    sender = Sender(outside, node.address)
+    sender = Sender(outside, node.address, PORT)
     try:
         wait_for(lambda: sender.last.startswith(b"rival"), "answered by the rival")
         with open_engine(node, intercept="nft") as mesh:
@@ -162,7 +134,7 @@ def test_the_kernel_engine_takes_over_what_nobody_answers(plane: Plane) -> None:
     with plane.node.entered():
         holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         holder.bind(("0.0.0.0", PORT))
-    silent, answered_ = Sender(plane.client, plane.node.address), Sender(plane.client, plane.node.address, 40007)
+    silent, answered_ = (Sender(plane.client, plane.node.address, PORT, source) for source in (40000, 40007))
     ended = threading.Event()
 
     def answer() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -40,3 +41,32 @@ class Callers:
     def close(self) -> None:
         self.stop.set()
         self.thread.join()
+
+
+class Sender:
+    """Sends datagrams every 20 ms from one port, whatever comes back; from the next one over IPv6."""
+
+    def __init__(self, namespace: Namespace, host: str, called: int, port: int = 40000) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with namespace.entered():
+            self.sock = socket.socket(family, socket.SOCK_DGRAM)
+        self.sock.bind(("::" if ":" in host else "0.0.0.0", port + (":" in host)))
+        self.sock.settimeout(0.02)
+        self.place = host, called
+        self.last = b""
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.ended.is_set():
+            with contextlib.suppress(OSError):
+                self.sock.sendto(b"x", self.place)
+            with contextlib.suppress(OSError):
+                self.last = self.sock.recv(100)
+            self.ended.wait(0.02)
+
+    def close(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.sock.close()

@@ -27,6 +27,7 @@ enum state { FREE, CONNECTING, READING, IDLE, DEAD };
 
 struct connection {
 	enum state state;
+	bool asked_again; /* since it was told to stop, with -e */
 	int fd, identity, port;
 	double since;                  /* start of what it waits for */
 	size_t have;                   /* bytes of the head and of the beginning of the body in `buffer` */
@@ -76,6 +77,7 @@ static void start(struct connection *c)
 	if (local || first_port) {
 		struct sockaddr_storage from = {.ss_family = (sa_family_t)target->ai_family};
 
+		setsockopt(c->fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int)); /* one port to several nodes */
 		if (local)
 			memcpy(&from, local->ai_addr, local->ai_addrlen);
 		((struct sockaddr_in *)&from)->sin_port = htons((uint16_t)c->port);
@@ -101,6 +103,7 @@ static void ask(struct connection *c)
 	c->head = c->got = c->expected = 0;
 	c->since = now();
 	c->state = READING;
+	c->asked_again = stopping;
 	if (send(c->fd, request, (size_t)n, MSG_NOSIGNAL) != n)
 		fail(c, "send", errno);
 	else
@@ -207,6 +210,12 @@ static void event(struct connection *c)
 		ask(c);
 }
 
+/* Whether a connection is to answer once more before the end. */
+static bool owes(const struct connection *c)
+{
+	return ask_again && c->state == IDLE && !c->asked_again;
+}
+
 /* What is due by the clock: new connections, further requests, time-outs. */
 static void tick(double begun)
 {
@@ -222,7 +231,7 @@ static void tick(double begun)
 
 		if (c->state == FREE && !stopping && started < due)
 			start(c);
-		else if (c->state == IDLE && !stopping && (t - c->since) * 1000 >= (double)keep)
+		else if (c->state == IDLE && (stopping ? owes(c) : (t - c->since) * 1000 >= (double)keep))
 			ask(c);
 		else if ((c->state == CONNECTING || c->state == READING) && t - c->since > timeout)
 			fail(c, c->state == CONNECTING ? "connect timeout" : "read timeout", 0);
@@ -236,7 +245,7 @@ static bool complete(bool *told)
 	if (!keep)
 		return (stopping || (total && started >= total)) && finished == started;
 	for (unsigned long i = 0; i < limit; i++) {
-		busy += connections[i].state == READING || connections[i].state == CONNECTING;
+		busy += connections[i].state == READING || connections[i].state == CONNECTING || owes(&connections[i]);
 		used += connections[i].state == DEAD || (connections[i].state != FREE && connections[i].identity >= 0);
 	}
 	if (!*told && used == limit) {

@@ -4,7 +4,7 @@
  *   load [options] ADDRESS PORT
  *     -n N   connections in all, 0: until SIGTERM        -c N  at most so many at once
  *     -r N   connections per second, 0: unlimited        -t N  seconds at most
- *     -k MS  keep: open -c connections, one request on each every MS ms, until SIGTERM
+ *     -k MS  keep: open -c connections, one request on each every MS ms, until SIGTERM; -e: and once more after it
  *     -u S   path            -T S  seconds until a connection counts as timed out
  *     -b A   source address  -p N  bind to ports N, N + 1, ...    -v  print port and identity of each
  *     -L FD  a file of 8 bytes that holds the number of answers so far, for who maps it too
@@ -15,7 +15,7 @@
 static unsigned long total, limit = 1, rate, seconds, keep;
 static double timeout = 20;
 static int first_port;
-static bool verbose;
+static bool verbose, ask_again;
 static const char *path = "/", *source;
 static unsigned long unseen, *answers_so_far = &unseen;
 static struct addrinfo *target, *local;
@@ -24,7 +24,7 @@ static void options(int argc, char **argv)
 {
 	int option;
 
-	while ((option = getopt(argc, argv, "n:c:r:t:k:u:T:b:p:L:v")) != -1)
+	while ((option = getopt(argc, argv, "n:c:r:t:k:u:T:b:p:L:ve")) != -1)
 		switch (option) {
 		case 'n':
 			total = strtoul(optarg, NULL, 10);
@@ -63,6 +63,9 @@ static void options(int argc, char **argv)
 			break;
 		case 'v':
 			verbose = true;
+			break;
+		case 'e':
+			ask_again = true;
 			break;
 		default:
 			exit(2);
