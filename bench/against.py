@@ -3,6 +3,7 @@
 
 The daemons and plain routing are up at once, each in a lab of its own, and take turns as in `bench.run`. A ratio is
 what this build does to what the other does in the same round; a bar is undecided where the ratio's range holds it.
+`--engine tunnel`: kernel engines of two nodes, all backends on the other one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from tabulate import tabulate
 
-from bench import machine
+from bench import machine, two_nodes
 from bench.bars import Ratio, paired, summarise
 from bench.lab import OUT, Lab
 from bench.peers import Side
@@ -37,7 +38,7 @@ def of_tree(kind: type[Mesh], tree: Path) -> type[Mesh]:
     own = {
         "name": kind.name + BEFORE,
         "label": f"{kind.label}, the other build",
-        "program": tree / ".venv" / "bin" / "mesh",
+        "command": (str(tree / ".venv" / "bin" / "mesh"),),
     }
     return type(kind.__name__ + "Before", (kind,), own)
 
@@ -89,15 +90,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("tree", type=Path, help="a checkout of the other build, after `make build` there")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--scenario", action="append", choices=NAMES, help="only this one; repeatable")
-    parser.add_argument("--engine", choices=("kernel", "proxy"), help="only this one")
+    parser.add_argument("--engine", choices=("kernel", "proxy", "tunnel"), help="only this one")
     options = parser.parse_args(argv)
-    names = tuple(options.scenario or NAMES)
-    kinds = tuple(kind for kind in (MeshKernel, MeshProxy) if options.engine in (None, kind.engine))
-    sides: list[type[Side]] = [Plain, *kinds, *(of_tree(kind, options.tree.resolve()) for kind in kinds)]
+    two = options.engine == "tunnel"
+    names = tuple(name for name in options.scenario or NAMES if not two or name in two_nodes.SCENARIOS)
+    kinds: tuple[type[Mesh], ...] = (two_nodes.MeshKernelTunnel,)
+    if not two:
+        kinds = tuple(kind for kind in (MeshKernel, MeshProxy) if options.engine in (None, kind.engine))
+    yardstick = two_nodes.PlainTwo if two else Plain
+    sides: list[type[Side]] = [yardstick, *kinds, *(of_tree(kind, options.tree.resolve()) for kind in kinds)]
     data: dict[str, Any] = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     data |= {"machine": machine.describe(), "versions": {}, "missing": {}}
     data |= {name: [] for name in ("runs", "memory", "starts", "idle")}
-    Run(Lab, settings(sides, options.rounds, names), data).run()
+    Run(two_nodes.TwoNodeLab if two else Lab, settings(sides, options.rounds, names), data).run()
     (OUT / "against.json").write_text(json.dumps(data))
     text = table(data, kinds, names)
     print(text)

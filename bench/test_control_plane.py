@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -147,7 +148,8 @@ def answers(services: int, replicas: int) -> Answers:
         "unready": [],
         "gateway": {"Name": "docker_gwbridge", "Containers": reached},
     }
-    return Answers(**{name: json.dumps(body).encode() for name, body in bodies.items()})
+    encoded: dict[str, Any] = {name: json.dumps(body).encode() for name, body in bodies.items()}
+    return Answers(**encoded)
 
 
 def test_decode_10000_tasks(benchmark: BenchmarkFixture):

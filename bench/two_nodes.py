@@ -10,6 +10,7 @@ node A is `node`, node B is `far`; what differs from side to side is how A gets 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Final
 
 from bench.lab import BACKENDS, CLIENTS, FLOOD_NETWORK, NODE, Lab
@@ -129,8 +130,9 @@ def shared_file() -> str:
 
 
 class MeshTwo(Mesh):
-    """The daemon on both nodes, with one static file; the near one is called."""
+    """The daemon on both nodes, with one static file; the near one is called. They prove, as in a swarm."""
 
+    command = (sys.executable, "-m", "bench.proving")
     places = ("node", "far")
 
     def text(self) -> str:

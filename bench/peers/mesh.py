@@ -68,7 +68,7 @@ class Mesh(Side):
     """The daemon with one engine."""
 
     overhead = 4.0
-    program: ClassVar[Path] = MESH
+    command: ClassVar[tuple[str, ...]] = (str(MESH),)
     engine: ClassVar[str]
     calm: ClassVar[float] = CALM  # seconds
     idle_services: ClassVar[int] = 0
@@ -81,7 +81,7 @@ class Mesh(Side):
 
     @classmethod
     def missing(cls) -> str:
-        return "" if cls.program.exists() else f"{cls.program} is not installed"
+        return "" if Path(cls.command[0]).exists() else f"{cls.command[0]} is not installed"
 
     @classmethod
     def version(cls) -> str:
@@ -109,7 +109,7 @@ class Mesh(Side):
             # Ports are bound, as those of the other proxies are. The calm is short: what is measured is the steady
             # state that follows it, not the time after a take-over, when flows are still looked up.
             engine = ("--engine", self.engine, "--intercept", "bind", "--transition-calm", str(self.calm))
-            argv = (str(self.program), "run", *engine, *source, *how, *self.own_places(place), *self.options)
+            argv = (*self.command, "run", *engine, *source, *how, *self.own_places(place), *self.options)
             isolated = (*ISOLATE, str(self.pins(place)), *argv)
             self.processes.append(self.lab.start(place, *isolated, log=self.log(place)))
 
@@ -120,7 +120,7 @@ class Mesh(Side):
         while time.monotonic() < deadline:
             time.sleep(CALM)
             for place in tuple(waiting):
-                argv = (str(self.program), "status", "--json", "--state-dir", str(self.state(place)))
+                argv = (*self.command, "status", "--json", "--state-dir", str(self.state(place)))
                 answer = self.lab.run(place, *argv, check=False)
                 if answer and json.loads(answer)["apply"]["count"] >= 2:
                     waiting.remove(place)
@@ -132,7 +132,7 @@ class Mesh(Side):
         """Stop and release: the kernel engine's data plane would outlive the daemon. What then is left is taken off."""
         for place in self.places if self.processes else ():
             how = ("--release", "--timeout", "5", "--state-dir", str(self.state(place)))
-            self.lab.run(place, str(self.program), "stop", *how, check=False)
+            self.lab.run(place, *self.command, "stop", *how, check=False)
         super().stop()
         for place in self.places:
             for line in self.lab.run(place, "ip", "-brief", "link").splitlines():
