@@ -50,7 +50,7 @@ def pytest_make_collect_report(
     return report
 
 
-SUITES = ("swarm", "guest", "attacks", "engines", "bpf", "scenarios", "unit")
+SUITES = ("swarm", "guest", "attacks", "engines", "flows", "bpf", "scenarios", "unit")
 SWARMS = {
     "test_cluster_changes.py": "swarm of five",
     "test_cluster_managers.py": "swarm of five",

@@ -60,6 +60,7 @@ CRASH = """
 import os, signal
 from tests.support.lab.netns import Lab
 from tests.support.lab.dockerd import Swarm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 swarm = Swarm(Lab())
 swarm.create("web")
 print(swarm.lab.prefix, *swarm.manager.namespace.pids(), flush=True)
