@@ -247,6 +247,7 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(REVNAT_NODE),
 	/* the tunnel */
 	CONSTANT(TUNNEL_REPLY),
+	CONSTANT(TRIAL_ADDRESS),
 	CONSTANT(TUNNEL_ASK),
 	CONSTANT(TUNNEL_BACK),
 	CONSTANT(GENEVE_WORDS),

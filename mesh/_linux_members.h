@@ -339,6 +339,7 @@ static const struct mesh_constant linux_constants[] = {
 	CONSTANT(IP_PMTUDISC_PROBE),
 	CONSTANT(BPF_FS_MAGIC),
 	CONSTANT(BPF_LD),
+	CONSTANT(BPF_W),
 	CONSTANT(BPF_H),
 	CONSTANT(BPF_B),
 	CONSTANT(BPF_ABS),

@@ -12,21 +12,22 @@
 #include <linux/udp.h>
 #include "address.h"
 
-#define L3          ((__u32)sizeof(struct ethhdr)) /* tagged frames are not served: their VLAN interface serves them */
-#define HEADERS     128u                           /* bytes pulled into the linear part if need be */
-#define V4_HEADER   ((__u32)sizeof(struct iphdr))
-#define V6_HEADER   ((__u32)sizeof(struct ipv6hdr))
-#define DEFAULT_TTL 64u /* of packets that programs make */
-#define IP_DF       0x4000
-#define IP_MORE     0x2000
-#define IP_OFFSET   0x1fff
-#define TOS_DSCP    0xfc /* of the type of service: all but the ECN bits */
-#define TCP_FIN     0x01
-#define TCP_SYN     0x02
-#define TCP_RST     0x04
-#define TCP_ACK     0x10
-#define TCP_FLAGS   13u /* offset in the TCP header */
-#define PACKET_HOST 0u
+#define L3               ((__u32)sizeof(struct ethhdr)) /* tagged frames are not served: their VLAN interface serves them */
+#define HEADERS          128u                           /* bytes pulled into the linear part if need be */
+#define V4_HEADER        ((__u32)sizeof(struct iphdr))
+#define V6_HEADER        ((__u32)sizeof(struct ipv6hdr))
+#define DEFAULT_TTL      64u /* of packets that programs make */
+#define IP_DF            0x4000
+#define IP_MORE          0x2000
+#define IP_OFFSET        0x1fff
+#define TOS_DSCP         0xfc /* of the type of service: all but the ECN bits */
+#define TCP_FIN          0x01
+#define TCP_SYN          0x02
+#define TCP_RST          0x04
+#define TCP_ACK          0x10
+#define TCP_FLAGS        13u /* offset in the TCP header */
+#define PACKET_HOST      0u
+#define PACKET_OTHERHOST 3u
 
 /* ICMP and ICMPv6 (linux/icmp.h needs a C library). */
 struct icmp {

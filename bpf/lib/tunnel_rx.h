@@ -177,6 +177,23 @@ INLINE int flow_of_reply(struct __sk_buff *skb, const struct packet *p, int resu
 	return !same_address(&flow->source, &p->flow.destination) || !same_address(&flow->destination, &p->flow.source);
 }
 
+/* The answer to a trial of the tunnel (mesh/datapath/paths/tunnel_probe.py): no flow has these addresses. */
+INLINE int is_trial_answer(const struct packet *p)
+{
+	return p->version == 4 && p->flow.protocol == IPPROTO_TCP && !p->fragment && !p->flow.source_port &&
+	       p->flow.source.words[3] == bpf_htonl(MESH_TRIAL_ADDRESS) &&
+	       same_address(&p->flow.source, &p->flow.destination);
+}
+
+/* Leave it to the agent's packet socket, which is asked after these programs, and to nobody else: IP drops what is
+ * for another host. */
+INLINE int leave_to_agent(struct __sk_buff *skb)
+{
+	if (bpf_skb_change_type(skb, PACKET_OTHERHOST))
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	return verdict(MESH_VERDICT_TUNNEL_TRIAL, TC_ACT_OK);
+}
+
 /* A reply to a client that called this node, with the called address as its source. */
 static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from, int result)
 {
@@ -184,6 +201,8 @@ static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, s
 	int goes_on = result == PARSE_FLOW && !p->fragment && !(p->tcp_flags & (TCP_SYN | TCP_RST));
 	__u32 ifindex;
 
+	if (unlikely(is_trial_answer(p)))
+		return leave_to_agent(skb);
 	if (flow_of_reply(skb, p, result, &flow) || !is_reply_from(&flow, &from->node, goes_on) ||
 	    is_local(&p->flow.destination))
 		return verdict(MESH_VERDICT_TUNNEL_INVALID, TC_ACT_SHOT);

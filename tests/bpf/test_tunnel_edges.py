@@ -47,6 +47,8 @@ from tests.support.frames import (
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere", "plain_and_proven")]
 
+TRIAL = "192.0.0.8"  # both inner addresses of a trial of the tunnel
+
 BUILD = pytest.mark.parametrize(("build", "protocol"), [(segment, 6), (datagram, 17)], ids=["tcp", "udp"])
 
 
@@ -285,6 +287,23 @@ def test_replies_of_a_node_that_never_got_the_flow_are_dropped() -> None:
         assert plane.run("mesh_ingress", wrapped(frame, source, NODE4, REPLY)).retval == SHOT
     assert plane.verdicts() == {"TUNNEL_INVALID": 4}
     assert plane.run("mesh_ingress", wrapped(good, PEER4, NODE4, REPLY)).retval == REDIRECT
+
+
+def test_answers_to_trials_are_left_to_the_agent() -> None:
+    plane = near()
+    answer = bytes(segment(TRIAL, 0, TRIAL, 40000, "R"))
+    out = plane.run("mesh_ingress", wrapped(answer, PEER4, NODE4, REPLY))
+    assert (out.retval, out.data[14:]) == (0, answer[14:])  # TC_ACT_OK: no program after ours sees it
+    assert plane.verdicts() == {"TUNNEL_TRIAL": 1}
+    for other in (
+        segment(TRIAL, 1, TRIAL, 40000, "R"),
+        segment("192.0.0.9", 0, TRIAL, 40000, "R"),
+        segment(TRIAL, 0, NODE4, 40000, "R"),
+        datagram(TRIAL, 0, TRIAL, 40000),
+    ):
+        assert plane.run("mesh_ingress", wrapped(bytes(other), PEER4, NODE4, REPLY)).retval == SHOT
+    assert plane.verdicts() == {"TUNNEL_TRIAL": 1, "TUNNEL_INVALID": 4}
+    assert plane.run("mesh_ingress", wrapped(answer, "203.0.113.66", NODE4, REPLY)).retval == SHOT
 
 
 def test_replies_from_an_address_that_has_moved_away_go_on() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The socket that hears answers to trials of the tunnel hears nothing else: each packet would wake the agent."""
+"""The sockets that hear answers to trials of the tunnel hear nothing else: each packet would wake the agent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mesh import _abi, _linux
 from mesh.datapath import packets
 from mesh.datapath.paths import tunnel_probe
-from mesh.datapath.paths.tunnel_probe import Between, listen, question
+from mesh.datapath.paths.tunnel_probe import Between, listen, listen_after_programs, question
 from tests.support.lab.netns import Lab
 
 TUNNEL, PORT, OTHER = 6084, 40001, 40002
@@ -60,3 +60,35 @@ def test_it_hears_answers_to_its_port_only(lab: Lab, version: int) -> None:
                     heard.recv(2048)
                 except BlockingIOError:
                     break
+
+
+@pytest.mark.root
+def test_after_the_programs_it_hears_answers_to_its_port_only(lab: Lab) -> None:
+    """As programs leave them: the inner packet."""
+    inner = answer(4, PORT, proven=False)[_abi.GENEVE.size :]
+    source, segment = _linux.IPV4.offsets["source"], packets.IP_SIZE[4]
+    spoilt = []
+    for at in (source, segment + _linux.TCP.offsets["source"], segment + _linux.TCP.offsets["destination"]):
+        other = bytearray(inner)
+        other[segment : segment + 2] = bytes(2)  # from port 0
+        other[at] ^= 1
+        spoilt.append(bytes(other))
+    wanted = bytearray(inner)
+    wanted[segment : segment + 2] = bytes(2)
+    host = lab.host("node")
+    with host.entered():
+        heard = listen_after_programs(PORT)
+        sender = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
+    with heard, sender:
+        heard.setblocking(False)
+
+        def send(packet: bytes) -> None:
+            sender.sendto(packet, ("lo", _linux.ETH_P_IP))
+
+        for packet in (*spoilt, inner[:20], b"x", answer(4, PORT, proven=True)):
+            send(packet)
+        with pytest.raises(BlockingIOError):
+            heard.recv(2048)
+        send(bytes(wanted))
+        assert heard.recv(2048) == wanted
+        assert tunnel_probe.inner_nonce_of(bytes(wanted)) == bytes(4)

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from mesh.datapath.paths.tunnel_probe import ask_tunnel
+from mesh.datapath.paths.tunnel_probe import ask_tunnel, inner_nonce_of, listen_after_programs, question
 from tests.engines.kernel_plane import PORT, TARGET, Connection, datagram, refused
 from tests.engines.tunnel_pair import MEGABYTE, NODES, UDP, A, B, Pair
 from tests.support.lab.netns import Lab, Namespace
@@ -69,6 +69,32 @@ def test_streams_through_the_tunnel(pair: Pair, mtu: int, back: str) -> None:
     else:
         assert grown == [{"tunnel_tx"}, {"tunnel_rx", "tunnel_direct"}]
     assert pair.drivers[pair.a].problems() == pair.drivers[pair.b].problems() == []
+
+
+def test_answers_to_trials_reach_their_socket_and_nobody_else(pair: Pair) -> None:
+    """Traffic that the programs forward does not come by, and IP takes no answer for its own."""
+
+    def taken_by_ip() -> list[str]:
+        shown = pair.a.run("nstat", "-asz", "IpForwDatagrams", "IpInAddrErrors", "IpInNoRoutes")
+        return shown.stdout.splitlines()
+
+    port, before, taken = 40001, pair.verdicts(pair.a), taken_by_ip()
+    with pair.a.entered():
+        heard = listen_after_programs(port)
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with heard, sender:
+        pair.stream("-u", str(MEGABYTE), "-d", str(MEGABYTE))
+        heard.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            heard.recv(2048)
+        sender.bind((A, 0))
+        heard.settimeout(20)
+        for nonce in (0x01020304, 0x05060708):
+            sender.sendto(question(port, nonce), (B, 6084))
+            assert inner_nonce_of(heard.recv(2048)) == nonce.to_bytes(4, "big")
+    grown = {name for name, count in pair.verdicts(pair.a).items() if count > before.get(name, 0)}
+    assert grown >= {"tunnel_trial"} and not grown & {"tunnel_invalid"}
+    assert taken_by_ip() == taken
 
 
 def test_checksums_and_segments_are_right_on_the_wire(pair: Pair) -> None:
@@ -262,7 +288,7 @@ def test_another_contract_keeps_flows_through_the_tunnel(pair: Pair) -> None:
 
 def test_only_nodes_of_the_cluster_are_listened_to(pair: Pair) -> None:
     with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.sendto(bytes(100), (pair.b.address, 6084))
+        sock.sendto(bytes(100), (B, 6084))
     wait_for(lambda: pair.verdicts(pair.b).get("tunnel_foreign"), "counted")
     pair.serve("here", nodes=(A,))
     with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

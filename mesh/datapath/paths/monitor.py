@@ -285,14 +285,14 @@ class PathMonitor:
             between = tunnel_probe.Between(keys[0], source, address) if keys and source is not None else None
             return tunnel_probe.question(inner, int.from_bytes(nonce, "big"), between)
 
-        listener = tunnel_probe.listen(version, self._config.tunnel_port, inner)
+        listener = tunnel_probe.listen_after_programs(inner)
         try:
             return Questions(
                 version,
                 source,
                 self._config.tunnel_port,
                 question,
-                lambda data: tunnel_probe.nonce_of(version, data),
+                tunnel_probe.inner_nonce_of,
                 listener,
             )
         except OSError:

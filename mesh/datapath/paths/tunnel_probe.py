@@ -3,11 +3,13 @@
 
 The question is a segment for a backend that does not exist, as bpf/include/mesh/geneve.h has it on the wire. The other
 node counts it (`tunnel_no_backend`) and rejects it like every such segment: by a reset through the tunnel. This
-node's programs drop the reset (`tunnel_invalid`), for it belongs to no flow; a packet socket has seen it before them.
+node's programs take the tunnel's headers off, look at the proof, and leave the reset to a packet socket
+(`tunnel_trial`). Where no programs run, another packet socket hears it as it comes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import os
@@ -28,10 +30,11 @@ from mesh.model import Address, Protocol
 TRIES: Final = 3
 WAIT: Final = 0.5  # seconds for one answer
 NO_RIGHT: Final = "not permitted"
-_NOBODY: Final = ipaddress.IPv4Address("192.0.0.8")  # an address that nothing has (RFC 7600), inside
+_NOBODY: Final = ipaddress.IPv4Address(_abi.TRIAL_ADDRESS)
 _ID: Final = _abi.GENEVE.offsets["id"]
 _INNER: Final = _abi.GENEVE.size  # where the inner packet begins, after the outer UDP header, if there is no proof
 _SEGMENT: Final = _INNER + packets.IP_SIZE[4]
+_LOAD_WORD: Final = _linux.BPF_LD | _linux.BPF_W | _linux.BPF_ABS
 _LOAD_HALF: Final = _linux.BPF_LD | _linux.BPF_H | _linux.BPF_ABS
 _LOAD_BYTE: Final = _linux.BPF_LD | _linux.BPF_B | _linux.BPF_ABS
 _IF_EQUAL: Final = _linux.BPF_JMP | _linux.BPF_JEQ | _linux.BPF_K
@@ -74,32 +77,53 @@ def question(port: int, nonce: int, between: Between | None = None) -> bytes:
     return _abi.GENEVE.pack(header) + proof + packets.ip(_NOBODY, _NOBODY, Protocol.TCP, segment)
 
 
-def _filter(version: int, tunnel_port: int, port: int) -> bytes:
-    """Classic BPF (linux/filter.h), from the IP header on: replies in the tunnel to the inner port `port`."""
+def _is_reply_in_tunnel(version: int, tunnel_port: int, port: int) -> Sequence[_linux.SockFilter]:
+    """Classic BPF (linux/filter.h), from the outer IP header on: replies in the tunnel to the inner port `port`."""
     udp = packets.IP_SIZE[version]
     geneve = udp + _linux.UDP.size
     destination = geneve + _SEGMENT + _linux.TCP.offsets["destination"]
     plain, inner, keep, drop = 8, 9, 10, 11  # places in the program
 
-    def only(at: int, value: int, *, then: int = 0, other: int = drop) -> tuple[int, int, int, int]:
+    def only(at: int, value: int, *, then: int = 0, other: int = drop) -> _linux.SockFilter:
         """At a place: go on with `then` (0: the next one) if what was loaded is `value`, else with `other`."""
-        return _IF_EQUAL, max(then - at - 1, 0), other - at - 1, value
+        return _linux.SockFilter(code=_IF_EQUAL, jt=max(then - at - 1, 0), jf=other - at - 1, k=value)
 
-    program = [
-        (_LOAD_HALF, 0, 0, udp + _linux.UDP.offsets["dest"]),
+    return [
+        _load(_LOAD_HALF, udp + _linux.UDP.offsets["dest"]),
         only(1, tunnel_port),
-        (_LOAD_BYTE, 0, 0, geneve + _ID + _abi.ID.offsets["flags"]),
+        _load(_LOAD_BYTE, geneve + _ID + _abi.ID.offsets["flags"]),
         only(3, _abi.TUNNEL_REPLY),
-        (_LOAD_BYTE, 0, 0, geneve + _abi.GENEVE.offsets["words"]),
+        _load(_LOAD_BYTE, geneve + _abi.GENEVE.offsets["words"]),
         only(5, _abi.GENEVE_WORDS, then=plain, other=6),
-        (_LOAD_HALF, 0, 0, destination + _abi.PROOF.size),
+        _load(_LOAD_HALF, destination + _abi.PROOF.size),
         only(7, port, then=keep),
-        (_LOAD_HALF, 0, 0, destination),
+        _load(_LOAD_HALF, destination),
         only(inner, port),
-        (_RETURN, 0, 0, 0xFFFF),
-        (_RETURN, 0, 0, 0),
+        _linux.SockFilter(code=_RETURN, k=0xFFFF),
+        _linux.SockFilter(code=_RETURN, k=0),
     ]
-    return _linux.SOCKFILTER.pack_rows(_linux.SockFilter(code=c, jt=jt, jf=jf, k=k) for c, jt, jf, k in program)
+
+
+def _is_reply(port: int) -> Sequence[_linux.SockFilter]:
+    """Likewise from the inner IP header on, as this node's programs leave it."""
+    segment = packets.IP_SIZE[4]
+    asked = (
+        (_LOAD_WORD, _linux.IPV4.offsets["source"], _abi.TRIAL_ADDRESS),
+        (_LOAD_HALF, segment + _linux.TCP.offsets["source"], 0),
+        (_LOAD_HALF, segment + _linux.TCP.offsets["destination"], port),
+    )
+    drop = 2 * len(asked) + 1
+    program: list[_linux.SockFilter] = []
+    for load, at, value in asked:
+        program += [
+            _load(load, at),
+            _linux.SockFilter(code=_IF_EQUAL, jf=drop - len(program) - 2, k=value),
+        ]
+    return [*program, _linux.SockFilter(code=_RETURN, k=0xFFFF), _linux.SockFilter(code=_RETURN, k=0)]
+
+
+def _load(code: int, at: int) -> _linux.SockFilter:
+    return _linux.SockFilter(code=code, k=at)
 
 
 def nonce_of(version: int, answer: bytes) -> bytes:
@@ -107,23 +131,47 @@ def nonce_of(version: int, answer: bytes) -> bytes:
     outer = packets.IP_SIZE[version] + _linux.UDP.size
     if answer[outer : outer + 1] != bytes([_abi.GENEVE_WORDS]):
         outer += _abi.PROOF.size
-    sequence = outer + _SEGMENT + _linux.TCP.offsets["sequence"]
+    return inner_nonce_of(answer[outer + _INNER :])
+
+
+def inner_nonce_of(answer: bytes) -> bytes:
+    """Likewise from the inner IP header on."""
+    sequence = packets.IP_SIZE[4] + _linux.TCP.offsets["sequence"]
     return answer[sequence : sequence + 4]
 
 
 def listen(version: int, tunnel_port: int, port: int) -> socket.socket:
-    """A packet socket that hears answers to questions from the inner port `port`.
+    """A packet socket that hears answers to questions from the inner port `port`, also where no programs run.
+
+    It is asked about each packet that comes in, so it is for moments.
 
     Raises:
         PermissionError: it takes CAP_NET_RAW.
     """
     # A socket for one protocol would come after the programs.
-    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_linux.ETH_P_ALL))
+    sock = _listen(_linux.ETH_P_ALL, _is_reply_in_tunnel(version, tunnel_port, port))
     sock.setsockopt(_linux.SOL_PACKET, _linux.PACKET_IGNORE_OUTGOING, 1)  # else the kernel copies all that is sent
-    code = _filter(version, tunnel_port, port)
+    return sock
+
+
+def listen_after_programs(port: int) -> socket.socket:
+    """Likewise, of those that this node's programs leave to it. What they forward does not come by.
+
+    Raises:
+        PermissionError: it takes CAP_NET_RAW.
+    """
+    return _listen(_linux.ETH_P_IP, _is_reply(port))
+
+
+def _listen(protocol: int, rows: Sequence[_linux.SockFilter]) -> socket.socket:
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
+    code = _linux.SOCKFILTER.pack_rows(rows)
     held = ctypes.create_string_buffer(code, len(code))
-    program = _linux.SockFprog(len=len(code) // _linux.SOCKFILTER.size, filter=ctypes.addressof(held))
+    program = _linux.SockFprog(len=len(rows), filter=ctypes.addressof(held))
     sock.setsockopt(socket.SOL_SOCKET, _linux.SO_ATTACH_FILTER, _linux.SOCKFPROG.pack(program))
+    with contextlib.suppress(BlockingIOError):
+        while True:  # what came before the filter
+            sock.recv(1, socket.MSG_DONTWAIT)
     return sock
 
 
