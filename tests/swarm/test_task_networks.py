@@ -63,7 +63,10 @@ def test_connecting_a_network_to_a_task_cuts_no_service(cluster: Cluster) -> Non
             loads.wait_more(300)
         reports = loads.stop()
     assert sum(report.ok for report in reports.values()) > 1500
-    assert sum(report.failed for report in reports.values()) <= 4, failures(reports)
+    causes = {cause for report in reports.values() for cause, *_ in report.failures}
+    assert causes <= {"read timeout"}, failures(reports)
+    under_way = 48 // 3  # callers, and tasks that they call
+    assert sum(report.failed for report in reports.values()) <= under_way, failures(reports)
 
 
 def test_tasks_on_macvlan_are_left_to_docker(cluster: Cluster) -> None:
