@@ -33,6 +33,8 @@ PYTEST ?= $(BIN)/python -m pytest
 # How many tests run at once, for two processors: tests of swarms wait more than they compute. 0: one after the other, as a
 # debugger wants it.
 WORKERS ?= 3
+# Where it is set, each start of a daemon would compile all of its modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 BUILD_PACKAGES := gcc libc6-dev make python3-venv python3-dev clang-16/clang libbpf-dev libelf-dev zlib1g-dev linux-libc-dev iproute2
 TEST_PACKAGES  := $(BUILD_PACKAGES) git bpftool iptables nftables ethtool tcpdump util-linux procps haproxy nginx-light prometheus \
