@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -120,3 +120,25 @@ class CounterTable(Mapping[_Key, Counters]):
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+def added(
+    table: CounterTable[_Key], more: CounterTable[_Key], name: Callable[[_Key], _Key | None]
+) -> CounterTable[_Key]:
+    """`table` plus the counts of `more`, under the keys that `name` gives its rows; None: a row is left out."""
+    moved = {row for column in more.columns if any(column) for row, n in enumerate(column) if n}
+    if not moved:
+        return table
+    rows = {key: row for row, key in enumerate(table.order)}
+    columns = [list(table.column(i)) for i in range(len(COLUMNS))]
+    sources = [more.column(i) for i in range(len(COLUMNS))]
+    for row in sorted(moved):
+        key = name(more.order[row])
+        if key is None:
+            continue
+        at = rows.setdefault(key, len(rows))
+        for column, source in zip(columns, sources, strict=True):
+            if at == len(column):
+                column.append(0)
+            column[at] += source[row]
+    return CounterTable(table.order if len(rows) == len(table.order) else tuple(rows), columns)

@@ -96,6 +96,17 @@ class Served:
 
         Network.follow = fails  # type: ignore[assignment, method-assign]
 
+    def forget_counters_after(self, seconds: float) -> None:
+        """Have the proxy forget counters sooner."""
+        from mesh.datapath.proxy import accounting
+
+        accounting.KEEP_COUNTERS = seconds  # type: ignore[misc]
+
+    def proxied(self) -> list[str]:
+        """The frontends for which the fallback proxy has counters."""
+        proxy = self.engine._fallback._proxy
+        return sorted(map(str, proxy.stats().frontends)) if proxy else []
+
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())
 

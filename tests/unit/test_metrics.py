@@ -16,8 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from mesh.datapath.base import BackendKey
-from mesh.datapath.counters import COLUMNS, PLAIN, Counters, CounterTable, Failure
-from mesh.datapath.kernel.fallback import added
+from mesh.datapath.counters import COLUMNS, PLAIN, Counters, CounterTable, Failure, added
 from mesh.metrics import families
 from mesh.metrics.exposition import Exposition, Snapshot, collect, render
 from tests.support.metrics_samples import NODES, frontend, snapshot, state, stats

@@ -23,6 +23,7 @@ from mesh.config.keys import Config
 from mesh.datapath.kernel import heartbeat, stats
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal
+from mesh.datapath.kernel.kept import Kept
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.namespaces import living_cookies
 from mesh.datapath.kernel.pins import CONTRACT, NAMES, Owner, instance, netns_cookie, pin_home, remove_pins
@@ -140,6 +141,7 @@ def take_off(home: Path, state_dir: Path, hooks: Iterable[Hooks]) -> None:
         each.detach()
     remove_pins(home)
     Journal(state_dir / NAMES).remove()
+    Kept.remove(state_dir)
     Owner(state_dir).remove()
 
 

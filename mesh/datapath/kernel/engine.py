@@ -30,6 +30,7 @@ from mesh.datapath.kernel.heartbeat import Heartbeat
 from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.keeper import Keeper
+from mesh.datapath.kernel.kept import Kept
 from mesh.datapath.kernel.locator import Locator
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.network import Follower, Network
@@ -64,6 +65,7 @@ class Parts:
     collector: Collector
     heartbeat: Heartbeat
     stale: StaleSockets
+    kept: Kept
 
 
 class KernelDatapath:
@@ -157,7 +159,10 @@ class KernelDatapath:
         start(contextlib.closing(RouteMonitor(loaded["mesh_fib_gen"])))
         start(contextlib.closing(PathMtuCheck(loaded["mesh_nodes"], config.peer_port, self._owner.is_ours)))
         stale = start(contextlib.closing(StaleSockets(loaded["mesh_udp_revnat"], maps.backends)))
-        return Parts(programs, maps, nodes, network, publisher, hooks, keeper, follower, collector, heartbeat, stale)
+        kept = Kept(self._state_dir, loaded["mesh_fe_metrics"].id)
+        return Parts(
+            programs, maps, nodes, network, publisher, hooks, keeper, follower, collector, heartbeat, stale, kept
+        )
 
     def _rebuild(self, parts: Parts, applied: Applied) -> None:
         """Another contract serves until now: publish the same tables, and take over its flows where the structs mean
@@ -326,7 +331,7 @@ class KernelDatapath:
         stats = kernel_stats.read(parts.maps, order)
         if self._config.bpf_stats:
             stats = dataclasses.replace(stats, totals=kernel_stats.run_time(parts.programs))
-        merged = self._fallback.merge(stats, applied)
+        merged = self._fallback.merge(stats, applied, parts.kept)
         losses = self._losses.count + merged.totals.get("kernel_losses", 0)
         return dataclasses.replace(merged, totals={**merged.totals, "kernel_losses": losses})
 

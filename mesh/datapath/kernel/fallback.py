@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from mesh._maglev import SlotTable, backend_seed
 from mesh.config.keys import Config
@@ -33,7 +33,8 @@ from mesh.datapath.base import (
     Stats,
     key_of,
 )
-from mesh.datapath.counters import COLUMNS, CounterTable
+from mesh.datapath.counters import CounterTable, added
+from mesh.datapath.kernel.kept import Kept
 from mesh.datapath.proof import NONE, Proof
 from mesh.datapath.proxy.nft import NftTable, table_name
 from mesh.datapath.proxy.rules import SourceRules, rules_of
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 
 Listeners = Mapping[Frontend, Sequence[int]]  # descriptors by frontend
-_Key = TypeVar("_Key")
 LINGER: Final = 5.0  # seconds for which it serves on what is no longer proxied
 
 
@@ -85,28 +85,6 @@ def for_peers(applied: Applied) -> dict[BackendKey, BackendEntry]:
     if len(applied.nodes or ()) < 2:
         return {}
     return {key: entry for key, entry in applied.backends.items() if entry.target.via is None}
-
-
-def added(
-    table: CounterTable[_Key], more: CounterTable[_Key], name: Callable[[_Key], _Key | None]
-) -> CounterTable[_Key]:
-    """`table` plus the counts of `more`, under the keys that `name` gives its rows; None: a row is left out."""
-    moved = {row for column in more.columns if any(column) for row, n in enumerate(column) if n}
-    if not moved:
-        return table
-    rows = {key: row for row, key in enumerate(table.order)}
-    columns = [list(table.column(i)) for i in range(len(COLUMNS))]
-    sources = [more.column(i) for i in range(len(COLUMNS))]
-    for row in sorted(moved):
-        key = name(more.order[row])
-        if key is None:
-            continue
-        at = rows.setdefault(key, len(rows))
-        for column, source in zip(columns, sources, strict=True):
-            if at == len(column):
-                column.append(0)
-            column[at] += source[row]
-    return CounterTable(table.order if len(rows) == len(table.order) else tuple(rows), columns)
 
 
 def served_as(source: FrontendEntry, frontend: Frontend, applied: Applied) -> FrontendEntry:
@@ -265,26 +243,26 @@ class Fallback:
     def signals(self) -> Sequence[Signal]:
         return self._proxy.signals() if self._proxy else ()
 
-    def merge(self, stats: Stats, applied: Applied) -> Stats:
-        """The counters of both engines together, under the frontends that the user knows."""
-        if self._proxy is None:
-            return stats
-        ours = self._proxy.stats()
-        names = {frontend: self._known(frontend, applied) for frontend in ours.frontends}
+    def merge(self, stats: Stats, applied: Applied, kept: Kept) -> Stats:
+        """The counters of both engines together, under the frontends that the user knows.
+
+        Args:
+            kept: what the proxy has counted and forgotten.
+        """
+        ours = self._proxy.stats() if self._proxy else Stats()
 
         def front(frontend: Frontend) -> Frontend | None:
-            return known if (known := names[frontend]) in stats.frontends else None
+            return known if (known := self._known(frontend, applied)) in stats.frontends else None
 
         def pair(row: tuple[Frontend, BackendKey]) -> tuple[Frontend, BackendKey] | None:
-            known = names[row[0]]
+            known = self._known(row[0], applied)
             return (known, row[1].base) if known in applied.frontends and row[1] in applied.backends else None
 
-        frontends = added(CounterTable.of(stats.frontends), CounterTable.of(ours.frontends), front)
-        backends = added(CounterTable.of(stats.backends), CounterTable.of(ours.backends), pair)
+        fronts, pairs = kept.hold(ours.frontends, ours.backends, lambda frontend: front(frontend) is not None)
         return dataclasses.replace(
             stats,
-            frontends=frontends,
-            backends=backends,
+            frontends=added(CounterTable.of(stats.frontends), fronts, front),
+            backends=added(CounterTable.of(stats.backends), pairs, pair),
             gauges={**ours.gauges, **stats.gauges},
             totals={**ours.totals, **stats.totals},
         )
