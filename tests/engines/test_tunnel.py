@@ -254,8 +254,9 @@ def test_flows_outlive_the_agent_of_either_node(pair: Pair, which: str) -> None:
     """Killed in the middle of a transfer; what the next one adopts is what the first had applied."""
     node = getattr(pair, which)
     connection = Connection(pair.client, pair.a.address)
+    before = pair.verdicts(pair.b).get("tunnel_rx", 0)
     stream, tag = pair.stream("-s", "-u", str(20 * MEGABYTE), "-d", str(20 * MEGABYTE))
-    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_rx", 0) > 100, "the transfer is under way")
+    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_rx", 0) > before + 100, "the transfer is under way")
     pair.drivers[node].kill()
     connection.echo()
     pair.start(node)
@@ -287,9 +288,11 @@ def test_another_contract_keeps_flows_through_the_tunnel(pair: Pair) -> None:
 
 
 def test_only_nodes_of_the_cluster_are_listened_to(pair: Pair) -> None:
+    before = pair.verdicts(pair.b).get("tunnel_foreign", 0)
     with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.sendto(bytes(100), (B, 6084))
-    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_foreign"), "counted")
+        for _ in range(3):
+            sock.sendto(bytes(100), (pair.b.address, 6084))
+    wait_for(lambda: pair.verdicts(pair.b).get("tunnel_foreign", 0) >= before + 3, "counted")
     pair.serve("here", nodes=(A,))
     with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(PATIENCE)
