@@ -34,6 +34,7 @@ NODE_ADDRESS: Final = "mesh.address"
 OF_NODES: Final = (NODE_WEIGHT, NODE_ADDRESS)
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
+_NEAR_PREFIX = re.compile(r"mesh[-._/:]([a-z][a-z._-]*)", re.ASCII | re.IGNORECASE)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _CHECK: Final = "health."  # prefix of the health check's fields
 RULES: Final = ("allow", "deny", "fail-closed")
@@ -294,8 +295,13 @@ def read_options(
     for key in sorted(values.keys() - _OPTIONS.keys()):
         near = nearest(key, KEYS)
         remedy = f"did you mean {near}?" if near else f"known: {', '.join(KEYS)}"
-        reader.problems.append(Problem(place(key), "unknown option", remedy))
+        reader.problems.append(Problem(place(key), "unknown option", remedy, _severity(near, values)))
     return options, reader.problems, reader.accepted
+
+
+def _severity(meant: str, values: Mapping[str, str]) -> Severity:
+    """Of a name that is wrong: somebody believes in a rule that nobody keeps, unless it is there as well."""
+    return Severity.CRITICAL if meant in RULES and meant not in values else Severity.WARNING
 
 
 def service_options(
@@ -305,7 +311,19 @@ def service_options(
     next time; labels without the prefix `mesh.` are other people's."""
     ours = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
     options, problems, accepted = read_options(ours, lambda key: f"service {service}, label {_cut(PREFIX + key)}", last)
-    return options, [_with_prefix(p) for p in problems], accepted
+    return options, [*map(_with_prefix, problems), *_wrong_prefix(service, labels, ours)], accepted
+
+
+def _wrong_prefix(service: str, labels: Mapping[str, str], ours: Mapping[str, str]) -> list[Problem]:
+    """Labels that are ours but for their prefix or their case; any other is somebody else's."""
+    found = []
+    for label in sorted(labels.keys() - {PREFIX + key for key in ours}):
+        match = _NEAR_PREFIX.fullmatch(label)
+        key = match[1].lower().replace("_", "-") if match else ""
+        if key in KEYS:
+            where = f"service {service}, label {_cut(label)}"
+            found.append(Problem(where, "unknown label", f"did you mean {PREFIX}{key}?", _severity(key, ours)))
+    return found
 
 
 def misplaced(service: str, labels: Mapping[str, str], of_containers: Mapping[str, str]) -> list[Problem]:
@@ -315,6 +333,7 @@ def misplaced(service: str, labels: Mapping[str, str], of_containers: Mapping[st
             f"service {service}, container label {_cut(label)}",
             "means nothing on containers, mesh reads the service's labels",
             "docker service update --label-add, or deploy: labels: in a compose file",
+            _severity(label.removeprefix(PREFIX), {key.removeprefix(PREFIX): "" for key in labels}),
         )
         for label in sorted(of_containers)
         if label.startswith(PREFIX) and label not in labels
@@ -332,7 +351,7 @@ def _with_prefix(problem: Problem) -> Problem:
         remedy = f"did you mean {near}? That is a label of nodes, not of services"
         return Problem(problem.where, "unknown label", remedy)
     remedy = f"did you mean {near}?" if near else f"known: {', '.join(PREFIX + key for key in KEYS)}"
-    return Problem(problem.where, "unknown label", remedy)
+    return Problem(problem.where, "unknown label", remedy, problem.severity)
 
 
 def node_address(node: str, labels: Mapping[str, str]) -> tuple[Address | None, list[Problem]]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.model import Affinity, HealthCheck, Locality, ProbeKind, ProxyProtocol, ServiceOptions, Severity
-from mesh.providers.labels import KEYS, Accepted, node_weight, parse_options, service_options
+from mesh.providers.labels import KEYS, Accepted, misplaced, node_weight, parse_options, service_options
 from mesh.rules import NOBODY
 
 
@@ -232,3 +232,41 @@ def test_what_is_not_refused_is_kept(values: dict[str, str]) -> None:
     wrong = {p.where for p in problems}
     if "allow" not in wrong:
         assert parse_options({k: v for k, v in values.items() if k not in wrong or k in CLOSING}, str)[0] == options
+
+
+@pytest.mark.parametrize(
+    ("label", "meant", "severity"),
+    [
+        ("mesh.afinity", "mesh.affinity", Severity.WARNING),
+        ("mesh.alow", "mesh.allow", Severity.CRITICAL),
+        ("mesh.allows", "mesh.allow", Severity.CRITICAL),
+        ("mesh.Allow", "mesh.allow", Severity.CRITICAL),
+        ("Mesh.deny", "mesh.deny", Severity.CRITICAL),
+        ("mesh_fail_closed", "mesh.fail-closed", Severity.CRITICAL),
+        ("mesh-allow", "mesh.allow", Severity.CRITICAL),
+        ("MESH/locality", "mesh.locality", Severity.WARNING),
+    ],
+)
+def test_a_label_that_is_nearly_ours_is_named(label: str, meant: str, severity: Severity) -> None:
+    """With the one that was meant; it is critical where somebody believes in a rule that nobody keeps."""
+    options, problems, accepted = service_options("web", {label: "10.0.0.0/8"})
+    assert (options, accepted) == (ServiceOptions(), Accepted())
+    assert [(p.where, p.remedy, p.severity) for p in problems] == [
+        (f"service web, label {label}", f"did you mean {meant}?", severity)
+    ]
+    if severity is Severity.CRITICAL:  # the rule itself is there: nobody relies on the other
+        problems = service_options("web", {label: "10.0.0.0/8", meant: "true"})[1]
+        assert severity not in [p.severity for p in problems if p.where.endswith(label)]
+
+
+@pytest.mark.parametrize("label", ["mesh", "meshery.allow", "mesh-team.allow", "com.mesh.allow", "mesh-allow-list"])
+def test_other_peoples_labels_are_left_alone(label: str) -> None:
+    assert service_options("web", {label: "x"})[:2] == (ServiceOptions(), [])
+
+
+def test_a_rule_on_containers_alone_is_critical() -> None:
+    """It is in force nowhere."""
+    labels = {"mesh.allow": "10.0.0.0/8", "mesh.affinity": "flow"}
+    found = {p.where.rpartition(" ")[2]: p.severity for p in misplaced("web", {}, labels)}
+    assert found == {"mesh.allow": Severity.CRITICAL, "mesh.affinity": Severity.WARNING}
+    assert misplaced("web", labels, labels) == []
