@@ -137,7 +137,7 @@ class Connectivity:
 
         Returns:
             rows [{through (node id), service, frontend, asked, answered, failed [{backend, name, said, calls}],
-            left_out, denied}].
+            left_out, denied}], masked [{service, backend, name, why}]: tasks that get nothing from this node.
 
         Raises:
             MeshError: it is at it already.
@@ -172,7 +172,21 @@ class Connectivity:
         for first in range(0, len(planned), ROUND):
             await self._round(planned[first : first + ROUND], ends, own)
         names = {backend.id: backend.name for backend in picture.inventory.backends}
-        return {"rows": [row.shown(names) for row in rows]}
+        here = (picture.desired.frontends.get(state.frontend, state) for state in states)
+        masked = {
+            (state.service_name, target.backend): target.masked
+            for state in here
+            if not state.passing
+            for target in state.targets
+            if target.masked
+        }
+        return {
+            "rows": [row.shown(names) for row in rows],
+            "masked": [
+                {"service": service, "backend": backend, "name": names.get(backend, ""), "why": why}
+                for (service, backend), why in sorted(masked.items())
+            ],
+        }
 
     async def _round(self, planned: Sequence[tuple[_Call, _Row]], ends: float, own: str) -> None:
         """Make some calls, and count what became of those that are made in time."""
@@ -208,7 +222,7 @@ class Connectivity:
         query = {"services": ",".join(wanted)}
 
         async def of(node: Node) -> dict[str, Any]:
-            shown = {"id": node.id, "name": node.name or node.id, "rows": [], "remedy": ""}
+            shown = {"id": node.id, "name": node.name or node.id, "rows": [], "masked": [], "remedy": ""}
             if not node.up or not node.engine:
                 return {**shown, "state": NO_AGENT if node.up else AWAY}
             asking: Awaitable[Json] = (
@@ -217,14 +231,15 @@ class Connectivity:
                 else cluster.ask(node.id, QUESTION, {**query, "own": node.id}, WAIT)
             )
             try:
-                return {**shown, "state": ASKED, "rows": (await asking)["rows"]}
+                said = await asking
+                return {**shown, "state": ASKED, "rows": said["rows"], "masked": said.get("masked", [])}
             except EarlierBuildError:
                 return {**shown, "state": EARLIER}
             except MeshError as error:
                 return {**shown, "state": f"cannot be asked: {error.message}", "remedy": error.remedy}
 
         found = await asyncio.gather(*(of(node) for node in sorted(inventory.nodes, key=lambda n: (n.name, n.id))))
-        bad = any(row["failed"] for node in found for row in node["rows"])
+        bad = any(row["failed"] for node in found for row in node["rows"]) or any(node["masked"] for node in found)
         silent = any(node["state"] not in (ASKED, EARLIER, NO_AGENT, AWAY) for node in found)
         return {"ok": not bad and not silent, "nodes": found}
 

@@ -102,7 +102,7 @@ class AgentView(Protocol):
     async def connectivity(self, services: Sequence[str]) -> Json:
         """Have every node call every task through every node; services by name or id, none: all. Answers ok, nodes
         [{id, name, state ("asked", or why not), remedy, rows [{through (node id), service, frontend, asked, answered,
-        failed [{backend, name, said, calls}], left_out, denied}]}].
+        failed [{backend, name, said, calls}], left_out, denied}], masked [{service, backend, name, why}]}].
 
         Raises:
             mesh.errors.MeshError: this daemon serves one node only, or no service has that name.

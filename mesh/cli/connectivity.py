@@ -31,10 +31,14 @@ def connectivity_test(services: tuple[str, ...], state_dir: Path, as_json: bool)
     that a proxy gave to another task instead, is a failure. A node's calls of itself are drawn anew, so no task is
     named, unless a proxy gave the call to it.
 
+    A task that is masked on the called node, because no path from there to the task's node is proven, gets no call:
+    another task answers in its place. Such tasks are named with the path, and count as failures.
+
     Nodes without an agent, and of builds that do not know the test, are named and do not count as failures.
 
     \b
-    Exit code: 0 all calls were answered; 1 some were not, or an agent cannot be asked; 4 there is no such service.
+    Exit code: 0 all calls were answered; 1 some were not, a task is masked, or an agent cannot be asked; 4 there is no
+               such service.
     Example:   mesh connectivity-test
                mesh connectivity-test web --json | jq '.nodes[].rows[].failed[]'
     """
@@ -61,6 +65,8 @@ def _show(answer: Json) -> None:
         click.echo(line)
     if len(failures) > SHOWN:
         click.echo(f"and {len(failures) - SHOWN} more like these (--json has all)")
+    for line in (line for each in asked for line in _masked(each)):
+        click.echo(line)
     for node in answer["nodes"]:
         if node["state"] != ASKED:
             remedy = f" ({node['remedy']})" if node["remedy"] else ""
@@ -84,4 +90,15 @@ def _failures(source: str, names: dict[str, str], row: Json) -> list[str]:
         f"{where}: {each['said']}, {each['calls']} of {row['asked']} calls"
         + (f", given to {each['name'] or each['backend']}" if each["backend"] else "")
         for each in row["failed"]
+    ]
+
+
+def _masked(node: Json) -> list[str]:
+    """One line for the tasks of a service that get nothing from a node, for one reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for each in node["masked"]:
+        found.setdefault((each["service"], each["why"]), []).append(each["name"] or each["backend"])
+    return [
+        f"{node['name']} gives no new connections to {', '.join(tasks)} ({service}): masked there, {why}"
+        for (service, why), tasks in found.items()
     ]

@@ -24,6 +24,7 @@ from mesh.model import (
     ANY_ADDRESS,
     Affinity,
     Backend,
+    DesiredState,
     EngineKind,
     Flow,
     Frontend,
@@ -188,6 +189,30 @@ async def test_who_cannot_be_asked_is_named_and_an_old_build_is_no_failure() -> 
     assert not (await Connectivity(reconciler).test("n1", [], cast(ClusterView, Others(answers))))["ok"]
     with pytest.raises(MeshError, match="there is no service 'nobody'"):
         await Connectivity(reconciler).test("n1", ["nobody"], cast(ClusterView, Others(answers)))
+
+
+async def test_a_task_that_is_masked_on_a_node_is_named_and_is_a_failure() -> None:
+    """The call that is meant for it is answered by another one, in which nobody would see it."""
+    agreed = state(2)
+    hidden = replace(agreed.targets[1], weight=0, agreed=1, masked="no proven path to three")
+    here = replace(agreed, targets=(agreed.targets[0], hidden))
+    service = Service("s", "web", (), ServiceOptions())
+    backends = (Backend("task-01", "s", "n3", None, name="web.2", local=False),)
+    reconciler = Reconciler(MemoryDatapath(), Config())
+    frontend = agreed.frontend
+    reconciler.picture = Picture(
+        Inventory((service,), backends, (replace(OTHER, id="n1", name="one"), OTHER)),
+        agreed=DesiredState(1, {frontend: agreed}),
+        desired=DesiredState(1, {frontend: here}),
+    )
+    row = {"service": "web", "backend": "task-01", "name": "web.2", "why": "no proven path to three"}
+    answers: dict[str, Any] = {"n2": {"rows": []}}  # as an earlier build tells it
+    found = await Connectivity(reconciler).test("n1", [], cast(ClusterView, Others(answers)))
+    assert [(node["name"], node["masked"]) for node in found["nodes"]] == [("one", [row]), ("two", [])]
+    assert not found["ok"]
+    reconciler.picture = replace(reconciler.picture, desired=reconciler.picture.agreed)
+    found = await Connectivity(reconciler).test("n2", [], cast(ClusterView, Others({"n1": {"rows": [], "masked": []}})))
+    assert not any(node["masked"] for node in found["nodes"])
 
 
 async def test_a_backend_is_probed_by_its_own_node_only_and_once_for_each_port() -> None:
