@@ -106,6 +106,15 @@ async def test_nodes_without_an_agent_are_tried_and_those_without_an_address_are
         assert [(node.name, path) for node, path, _ in monitor.states()] == [("two", Path.PEER), ("two", Path.PEER_UDP)]
 
 
+async def test_whether_an_agent_runs_there_is_told_by_its_peer_port() -> None:
+    port = free_port()
+    async with trying(port, THERE) as (monitor, _):
+        assert monitor.agent("n2") == monitor.agent("n3") == ""
+        await until(lambda: monitor.agent("n2") == "gone")
+        async with peer_port(port):
+            await until(lambda: monitor.agent("n2") == "answers")
+
+
 def test_a_path_comes_back_after_several_good_trials_and_more_the_more_it_flaps() -> None:
     trial = Trial()
     assert trial.take("", 0.0) and trial.state is PathState.UP  # the first proof counts at once
@@ -124,7 +133,9 @@ def test_one_bad_trial_of_a_path_that_is_coming_back_starts_its_proof_again() ->
     trial = Trial()
     trial.take("no answer", 0.0)
     assert trial.state is PathState.DOWN
+    assert trial.why == "no answer"
     assert not trial.take("", 1.0) and not trial.take("no answer", 2.0) and not trial.take("", 3.0)
+    assert trial.why == "it answers again, 1 of the 2 times in a row that it has to"
     assert trial.take("", 4.0)
 
 

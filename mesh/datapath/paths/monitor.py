@@ -59,6 +59,11 @@ class Trial:
     due: float = 0.0  # monotonic
     busy: bool = False
 
+    @property
+    def why(self) -> str:
+        """Why it is down."""
+        return self.obstacle or f"it answers again, {self.good} of the {self.needs} times in a row that it has to"
+
     def take(self, obstacle: str, now: float) -> bool:
         """Take a trial's outcome. Returns whether the state has changed."""
         before = self.state
@@ -133,6 +138,15 @@ class PathMonitor:
         """Every path that is tried, by node and path."""
         found = [(self._others[node], path, trial.state) for (node, path), trial in list(self._trials.items())]
         return sorted(found, key=lambda row: (row[0].name, row[0].id, row[1].value))
+
+    def agent(self, node: str) -> str:
+        """Whether a node's agent serves its peer port: answers, gone (nobody listens), silent; empty: not tried yet."""
+        trial = self._trials.get((node, Path.PEER))
+        if trial is None or trial.state is PathState.UNPROVEN:
+            return ""
+        if trial.state is PathState.UP or not trial.obstacle:
+            return "answers"
+        return "gone" if trial.obstacle == NOBODY else "silent"
 
     def notice(self, *, datagrams: bool) -> float:
         """Seconds after which the other nodes have found that this one answers no more trials; 0: there are none.
@@ -312,7 +326,7 @@ class PathMonitor:
     def _down(self, node: Node) -> dict[Path, str]:
         """Obstacles of the paths to a node that do not work."""
         found = ((path, self._trials.get((node.id, path))) for path in SHARE)
-        return {path: trial.obstacle for path, trial in found if trial and trial.state is PathState.DOWN}
+        return {path: trial.why for path, trial in found if trial and trial.state is PathState.DOWN}
 
     def _refuses(self, node: Node) -> bool:
         trial = self._trials.get((node.id, Path.PEER))
