@@ -148,7 +148,15 @@ class View:
                 "here": sorted(drained.here),
             },
             "stopping": self._stopping(),
+            "waiting": self._waiting(),
         }
+
+    def _waiting(self) -> str:
+        """What it waits for until it knows what to serve; empty: it knows."""
+        if self._reconciler.known:
+            return ""
+        error = self._provider.status().error
+        return "nothing is known of services yet" + (f": {error}" if error else "")
 
     async def cluster(self) -> Json:
         if self._cluster is None:
@@ -170,11 +178,20 @@ class View:
                 "address": str(node.address or ""),
                 "up": node.up,
                 "engine": node.engine,
+                "agent": self._agent(node, own),
                 "paths": paths.get(node.id, {}),
             }
             for node in nodes
         ]
-        return {"node": own, "nodes": shown}
+        return {"node": own, "nodes": shown, "waiting": self._waiting()}
+
+    def _agent(self, node: Node, own: str) -> str:
+        """See AgentView.nodes."""
+        if node.id == own:
+            return "here"
+        if not node.engine:
+            return "none"
+        return self._paths.agent(node.id) if self._paths else ""
 
     def _problems_of_paths(self) -> list[str]:
         return [str(problem) for problem in self._paths.problems] if self._paths else []
@@ -195,9 +212,8 @@ class View:
         reasons = []
         if self._stopping():
             reasons.append("stopping")
-        if not loop.known:
-            error = self._provider.status().error
-            reasons.append("nothing is known of services yet" + (f": {error}" if error else ""))
+        if waiting := self._waiting():
+            reasons.append(waiting)
         elif not loop.stepped:
             reasons.append("the first state is being applied")
         if loop.counts.last_error:
@@ -216,7 +232,10 @@ class View:
         return await asyncio.to_thread(self._reconciler.datapath.stats)
 
     async def explain(self, flow: Flow) -> Json:
-        return await self._explainer.explain(flow)
+        answer = await self._explainer.explain(flow)
+        if "error" in answer and "agree" not in answer and (waiting := self._waiting()):
+            return {"error": waiting, "remedy": ""}
+        return answer
 
     async def probe(self, name: str) -> Json:
         return await self._probing.probe(name, self._cluster, self._paths)
@@ -224,6 +243,8 @@ class View:
     async def connectivity(self, services: Sequence[str]) -> Json:
         if self._cluster is None:
             raise MeshError("this daemon serves one node only", remedy="provider = swarm serves all")
+        if waiting := self._waiting():
+            raise MeshError(waiting)
         return await self._connectivity.test(self._provider.status().node_id, services, self._cluster)
 
     async def set_drained(self, kind: str, name: str, drained: bool, *, local: bool = False) -> Json:
@@ -231,6 +252,8 @@ class View:
         inventory, now = picture.inventory, self._drained.now
         things = {t.id: t.name for t in (inventory.nodes if kind == "node" else inventory.backends)}
         known = now.nodes if kind == "node" else now.backends
+        if not things and not known and (waiting := self._waiting()):
+            raise MeshError(waiting)
         found = find(kind, name, things | {each: "" for each in known if each not in things})
         shared = self._cluster is not None and not local
         if self._cluster is not None and shared:

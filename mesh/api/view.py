@@ -55,7 +55,8 @@ class AgentView(Protocol):
         own_address (where its own node reaches it; empty: not told), port, weight, intent, taking (why it gets new
         connections or not), health, health_reason, slots, local, via (address of the node that runs it, empty: this
         one), masked (why this node sends it nothing, empty: it does), path (here, tunnel, peer)}]}]}],
-        drained {backends [id], nodes [id], here [id] (those on this node only)}, stopping (bool).
+        drained {backends [id], nodes [id], here [id] (those on this node only)}, stopping (bool),
+        waiting (what it waits for until it knows what to serve; empty: it knows).
         """
 
     async def cluster(self) -> Json:
@@ -69,8 +70,10 @@ class AgentView(Protocol):
 
     def nodes(self) -> Json:
         """The cluster's nodes as this one knows them, whatever its role: node (own id), nodes [{id, name, address, up,
-        engine, paths {path: state}}]; address and engine are empty while nobody has told them. Paths are those from
-        this node (tunnel, peer, peer-udp), states unproven, up, down.
+        engine, agent, paths {path: state}}]; address and engine are empty while nobody has told them. agent: here,
+        answers, gone (nobody listens on its peer port), silent (no answer there), none (no agent has ever told of
+        itself); empty: not tried yet. Paths are those from this node (tunnel, peer, peer-udp), states unproven, up,
+        down. waiting: as in `state`.
         """
 
     def traffic(self) -> Traffic:

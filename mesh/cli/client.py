@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sized
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import urlencode
 import click
 import msgspec
 
-from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError
+from mesh.cli.exit import DaemonRefusedError, DaemonUnreachableError, Exit
 from mesh.cli.output import Json
 from mesh.config.keys import DEFAULT_STATE_DIR
 from mesh.config.load import load
@@ -82,6 +83,13 @@ def call(
     if status >= 400 and status not in accept:
         raise DaemonRefusedError(str(answer.get("error", reason)), remedy=str(answer.get("remedy", "")))
     return answer
+
+
+def end_if_waiting(answer: Json, found: Sized) -> None:
+    """End the command, and say why, where nothing is to be shown because the daemon knows nothing yet."""
+    if not found and (waiting := answer.get("waiting")):
+        click.echo(f"mesh: {waiting}", err=True)
+        sys.exit(Exit.NOT_READY)
 
 
 def _exchange(path: Path, target: str, body: Json | None, seconds: float) -> tuple[int, str, bytes]:

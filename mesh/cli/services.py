@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from mesh.cli.client import call, daemon_options
+from mesh.cli.client import call, daemon_options, end_if_waiting
 from mesh.cli.exit import DaemonRefusedError
 from mesh.cli.output import (
     Json,
@@ -51,7 +51,9 @@ def services(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
     TRANSITION   slots whose earlier connections stay with a previous owner (at first: Docker's mesh)
     Example:     mesh services web
     """
-    chosen = _selected(call(state_dir, "/state"), names)
+    state = call(state_dir, "/state")
+    end_if_waiting(state, state["services"])
+    chosen = _selected(state, names)
     if as_json:
         echo_json(chosen)
         return
@@ -96,6 +98,7 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
                  mesh backends --json | jq '.[] | select(.health == "down") | .name'
     """
     state = call(state_dir, "/state")
+    end_if_waiting(state, state["services"])
     chosen = _selected(state, names)
     flat = [
         {"service": service["name"], "frontend": frontend["frontend"], "table_size": frontend["table_size"], **target}

@@ -102,6 +102,13 @@ def _drained(state: Json, nodes: list[Json]) -> list[str]:
     ]
 
 
+def _traffic(state: Json) -> str:
+    if state.get("waiting"):
+        return "not known yet"
+    verdict: str = state["traffic"]["verdict"]
+    return verdict if verdict == "ok" else verdict.upper()
+
+
 def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
     provider, generation, apply = state["provider"], state["generation"], state["apply"]
     age = provider["age_seconds"]
@@ -115,7 +122,7 @@ def _print_status(state: Json, ready: Json, nodes: list[Json]) -> None:
     idle = [f"{name} ({f['frontend']})" for name, f in ports if not any(t["weight"] for t in f["targets"])]
     rows: list[tuple[str, str]] = [
         ("ready", "yes" if ready["ready"] else "NO"),
-        ("traffic", verdict if (verdict := state["traffic"]["verdict"]) == "ok" else verdict.upper()),
+        ("traffic", _traffic(state)),
         ("daemon", f"mesh {state['version']}, pid {state['pid']}, up {duration(time.time() - state['started'])}"),
         ("engine", f"{state['engine']} ({state['engine_reason']})" if state["engine_reason"] else state["engine"]),
         ("source", ", ".join(source)),

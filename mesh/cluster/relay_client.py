@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import random
 import time
@@ -32,6 +33,7 @@ OPEN_TIMEOUT: Final = 10.0  # seconds until a manager has said hello, with TLS a
 _RETRY: Final = (0.1, 1.0)  # seconds until a lost link is tried again: first, most; doubled each time, less by chance
 _CALM: Final = 3.0  # seconds for which a link was there, after which its retries begin with the first again
 _CLOSE_TIMEOUT: Final = 0.2  # seconds for which the answer to the last word is waited for
+SHOWN: Final = 3  # managers whose errors are told
 _REFRESH: Final = 5.0  # seconds between looks at the list of managers
 
 _REFUSALS: Final = {
@@ -291,7 +293,13 @@ class RelayProvider:
     def status(self) -> ProviderStatus:
         age = time.monotonic() - self._heard if self._heard else None
         connected = self._source is not None and self._source.connected
-        return ProviderStatus("relay", connected, 0.0 if connected else age, "" if connected else self._error, "relay")
+        return ProviderStatus("relay", connected, 0.0 if connected else age, "" if connected else self._why(), "relay")
+
+    def _why(self) -> str:
+        """Why there is no inventory, by what each manager's link has met."""
+        said = sorted(link.said for link in self._links.values() if link.said)
+        more = [f"and {len(said) - SHOWN} more managers"] if len(said) > SHOWN else []
+        return "; ".join([*said[:SHOWN], *more]) or self._error
 
     async def report(self, report: wire.Report) -> None:
         """Send this node's verdicts to every manager, now and whenever a link is made."""
@@ -336,6 +344,8 @@ class RelayProvider:
         said = str(error) if isinstance(error, MeshError) else plain(error)
         if isinstance(error, aiohttp.ClientSSLError):
             said += " (`mesh check --cluster` shows the certificates; are both nodes' clocks right?)"
+        if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno == errno.ECONNREFUSED:
+            said += ": no agent runs there (start mesh on the managers)"
         text = f"manager {link.address[0]}:{link.address[1]}: {said}"
         if text != link.said:
             log.warning("relay link failed", error=text)

@@ -419,13 +419,14 @@ def calls(through: str, answered: int, *failed: tuple[str, str], **more: object)
 
 async def test_connectivity_test_prints_a_matrix_and_what_failed(daemon: Daemon) -> None:
     view, run = daemon
-    one = {"id": "n1", "name": "node-a", "state": "asked", "remedy": ""}
+    one: dict[str, Any] = {"id": "n1", "name": "node-a", "state": "asked", "masked": [], "remedy": ""}
+    masked = [{"service": "web", "backend": f"b{i}", "name": f"web.{i}", "why": "no proven path to n3"} for i in (1, 3)]
     two, three = one | {"id": "n2", "name": "node-b"}, one | {"id": "n3", "name": "node-c", "rows": []}
     view.connected = {
         "ok": False,
         "nodes": [
             one | {"rows": [calls("n1", 3), calls("n2", 2, ("web.2", "timed out"))]},
-            two | {"rows": [calls("n1", 3), calls("n2", 3, left_out=4)]},
+            two | {"rows": [calls("n1", 3), calls("n2", 3, left_out=4)], "masked": masked},
             three | {"state": "its build does not know the test"},
         ],
     }
@@ -435,6 +436,8 @@ async def test_connectivity_test_prints_a_matrix_and_what_failed(daemon: Daemon)
     assert ["node-a", "3/3", "2/3", "FAILED"] in lines and ["node-b", "3/3", "3/3"] in lines
     assert "node-a -> node-b *:80/tcp (web): timed out, 1 of 3 calls, given to web.2" in done.out
     assert "node-c: its build does not know the test" in done.out and "4 tasks were left out" in done.out
+    said = "node-b gives no new connections to web.1, web.3 (web): masked there, no proven path to n3"
+    assert said in done.out.splitlines()
     view.connected = view.connected | {"ok": True}
     assert (await run("connectivity-test", "web", "--json")).json() == view.connected
     assert (await run("connectivity-test", "nothing")).code == Exit.REFUSED

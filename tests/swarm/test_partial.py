@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,9 +74,44 @@ def called(cluster: Cluster, node: Node) -> set[str]:
 
 def status(daemon: Daemon, *arguments: str) -> tuple[int, str]:
     """Exit code and output of `mesh status`."""
-    command = [str(Path(sys.executable).with_name("mesh")), "status", f"--state-dir={daemon.config['state_dir']}"]
-    done = run(*command, *arguments, check=False)
+    return told(daemon, "status", *arguments)
+
+
+@pytest.fixture(params=ENGINES)
+def workers(request: pytest.FixtureRequest, swarm: Swarm) -> Iterator[Cluster]:
+    """Three nodes, with agents on the workers only; they are not ready."""
+    client = swarm.lab.host(f"client-workers-{next(_number)}")
+    cluster = Cluster(swarm, client, engine=request.param, nodes=swarm.nodes[1:])
+    yield cluster
+    request.node.add_report_section("teardown", "daemons", cluster.tails())
+    cluster.close()
+
+
+def told(daemon: Daemon, *words: str) -> tuple[int, str]:
+    """Exit code and output of a command that asks a daemon."""
+    command = [str(Path(sys.executable).with_name("mesh")), *words, f"--state-dir={daemon.config['state_dir']}"]
+    done = run(*command, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+def test_workers_whose_managers_have_no_agent_say_so(workers: Cluster) -> None:
+    """What is not known is not called absent; the manager that is waited for is named, with what to do."""
+    swarm, daemon = workers.swarm, workers.daemons[0]
+    manager = f"manager {swarm.nodes[0].address}:9551"
+    wait_for(lambda: manager in told(daemon, "status")[1], "it says whom it has called")
+    waits = rf"nothing is known of services yet: {manager}: .*no agent runs there \(start mesh on the managers\)"
+    code, text = told(daemon, "status")
+    assert code == 1 and re.search(waits, text) and re.search(r"^traffic +not known yet$", text, re.MULTILINE)
+    asked = ("explain", "192.0.2.9:4000", f"{swarm.nodes[1].address}:{WEB}")
+    for words in (("services",), ("backends",), ("nodes",), ("connectivity-test",), ("drain", "node", "n1"), asked):
+        code, text = told(daemon, *words)
+        assert code and re.search(waits, text), (words, code, text)
+    swarm.create("web", replicas=2, publish=[f"{WEB}:8080"])
+    workers.daemons.insert(0, workers.daemon(swarm.nodes[0], workers.engine))
+    workers.wait_ready()
+    workers.agree("web", 2)
+    for words in (("services",), ("nodes",)):
+        assert told(daemon, *words)[0] == 0
 
 
 def test_an_agent_alone_sends_nothing_where_no_agent_is(alone: Cluster) -> None:
