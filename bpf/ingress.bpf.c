@@ -182,7 +182,7 @@ int mesh_tunnel_tx(struct __sk_buff *skb)
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	length = p.length;
 	if (unlikely((p.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) && frontend)
-		await_answer(skb, &p, frontend);
+		await_answer(skb, &p, frontend, owner);
 	action = tunnel_tx(skb, &p, backend, entropy, skb->cb[3]);
 	if (action == REJECT(MESH_VERDICT_TUNNEL_TOO_BIG) && frontend)
 		count_failed_start(&p, frontend, FAILURE(too_big));

@@ -70,6 +70,10 @@ static const struct mesh_member mesh_failures_members[] = {
 	HOST(mesh_failures, too_big),    HOST(mesh_failures, no_path),    HOST(mesh_failures, collision),
 	HOST(mesh_failures, unanswered),
 };
+static const struct mesh_member mesh_backend_failures_members[] = {
+	HOST(mesh_backend_failures, refused),
+	HOST(mesh_backend_failures, unanswered),
+};
 static const struct mesh_member mesh_config_members[] = {
 	HOST(mesh_config, netns_cookie), ADDRESS(mesh_config, hairpin),     ADDRESS(mesh_config, hairpin6),
 	HOST(mesh_config, settings),     NETWORK(mesh_config, tunnel_port), HOST(mesh_config, error_rate),
@@ -137,6 +141,7 @@ static const struct mesh_layout mesh_layouts[] = {
 	LAYOUT(Revnat, mesh_revnat),
 	LAYOUT(Counts, mesh_counts),
 	LAYOUT(Failures, mesh_failures),
+	LAYOUT(BackendFailures, mesh_backend_failures),
 	LAYOUT(Config, mesh_config),
 	LAYOUT(FragmentKey, mesh_fragment_key),
 	LAYOUT(UdpPeer, mesh_udp_peer),

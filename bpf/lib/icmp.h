@@ -123,7 +123,7 @@ INLINE struct mesh_revnat *revnat_of_task_error(struct __sk_buff *skb, const str
 
 /* Port unreachable says of UDP what a reset says of TCP. */
 INLINE void count_refused_datagram(struct __sk_buff *skb, const struct packet *p, const struct icmp_work *w,
-				   __u32 frontend)
+				   const struct mesh_revnat *reply)
 {
 	__u8 kind[2];
 
@@ -131,14 +131,14 @@ INLINE void count_refused_datagram(struct __sk_buff *skb, const struct packet *p
 		return;
 	if (p->version == 4 ? kind[0] == ICMP4_UNREACHABLE && kind[1] == 3
 			    : kind[0] == ICMP6_UNREACHABLE && kind[1] == 4)
-		count_failure(frontend, FAILURE(refused));
+		count_backend_failure(reply->frontend, reply->owner, BACKEND_FAILURE(refused));
 }
 
 /* Translate it for the client. */
 INLINE int translate_to_client(struct __sk_buff *skb, const struct packet *p, struct icmp_work *w,
 			       const struct mesh_revnat *reply)
 {
-	count_refused_datagram(skb, p, w, reply->frontend);
+	count_refused_datagram(skb, p, w, reply);
 	w->inner.source = reply->client;
 	w->inner.source_port = client_port(reply, w->key.source_port);
 	w->inner.destination = reply->called;

@@ -271,6 +271,15 @@ struct {
 	__type(value, struct mesh_failures);
 } mesh_fe_failures SEC(".maps");
 
+/* Failures by owner id and cause. Written by programs; the agent sums over CPUs, and zeroes an id before it reuses
+ * it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, MESH_MAX_BACKENDS);
+	__type(key, __u32);
+	__type(value, struct mesh_backend_failures);
+} mesh_be_failures SEC(".maps");
+
 /* Rate limit of ICMP errors: until when the errors that this CPU has sent use up its share (icmp_rate_allows).
  * Written by programs.
  *

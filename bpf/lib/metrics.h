@@ -77,6 +77,18 @@ INLINE void count_failure(__u32 frontend, __u32 cause)
 		*(__u64 *)(failures + cause) += 1;
 }
 
+#define BACKEND_FAILURE(cause) FAILURE(cause), offsetof(struct mesh_backend_failures, cause)
+
+/* A failure that is a backend's own doing. `cause`, `of_backend`: a BACKEND_FAILURE. */
+INLINE void count_backend_failure(__u32 frontend, __u32 owner, __u32 cause, __u32 of_backend)
+{
+	void *failures = bpf_map_lookup_elem(&mesh_be_failures, &owner);
+
+	if (failures)
+		*(__u64 *)(failures + of_backend) += 1;
+	count_failure(frontend, cause);
+}
+
 /* Whether a flow starts, or is answered for the first time, with this packet. A datagram always may. */
 INLINE int is_start(const struct packet *p)
 {

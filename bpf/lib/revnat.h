@@ -138,15 +138,24 @@ INLINE void recent_forget(const struct lb_choice *c)
 
 #define REVNAT_START (MESH_REVNAT_REFUSED | MESH_REVNAT_ANSWERED | MESH_REVNAT_UNANSWERED)
 
+/* What revnat_begin is told of a packet's flow. */
+struct beginning {
+	__u64 wide; /* lb_choice.wide */
+	__u32 owner;
+	__u32 frontend;
+	__u32 ifindex; /* of the entry */
+	__u32 start;
+};
+
 /* A client sends its SYN again: what the new entry keeps of the one that waits. The start counts as unanswered if the
  * task has said nothing; of one that came through the tunnel the node that was called knows more (await_answer). */
-INLINE __u16 flags_sent_again(const struct mesh_revnat *opening, __u32 frontend, __u32 ifindex)
+INLINE __u16 flags_sent_again(const struct mesh_revnat *opening, const struct beginning *b)
 {
 	__u16 flags = opening->flags & REVNAT_START;
 
-	if (flags || (ifindex & MESH_REVNAT_NODE))
+	if (flags || (b->ifindex & MESH_REVNAT_NODE))
 		return flags;
-	count_failure(frontend, FAILURE(unanswered));
+	count_backend_failure(b->frontend, b->owner, BACKEND_FAILURE(unanswered));
 	return MESH_REVNAT_UNANSWERED;
 }
 
@@ -216,15 +225,6 @@ INLINE void revnat_refresh(struct mesh_revnat *reply, const struct packet *p, co
 #define REVNAT_LOOK   2 /* the flow may have had another source before: look */
 #define REVNAT_MUST   3 /* it needs another source; `to` has the address that it can have */
 #define REVNAT_PROVEN 4 /* its entry is proven */
-
-/* What revnat_begin is told of a packet's flow. */
-struct beginning {
-	__u64 wide; /* lb_choice.wide */
-	__u32 owner;
-	__u32 frontend;
-	__u32 ifindex; /* of the entry */
-	__u32 start;
-};
 
 /* The entries of a flow that has `to`'s source towards the task, and what they are to it. */
 struct revnat_place {
@@ -330,7 +330,7 @@ INLINE int revnat_create(struct __sk_buff *skb, const struct packet *p, const st
 			count_flow(b->frontend, b->owner, 1, 0);
 		}
 		if (opening) {
-			made->flags |= flags_sent_again(opening, b->frontend, made->ifindex);
+			made->flags |= flags_sent_again(opening, b);
 			made->sequence = opening->sequence;
 			if (p->flow.protocol == IPPROTO_TCP)
 				made->stamp = opening->stamp; /* for OVERDUE */

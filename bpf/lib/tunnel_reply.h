@@ -20,7 +20,7 @@ static __noinline int is_first_reset(struct __sk_buff *skb, struct packet *p, st
 	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)) || sequence)
 		return 0;
 	if (reply->flags & MESH_REVNAT_REFUSED)
-		count_failure(reply->frontend, FAILURE(refused));
+		count_backend_failure(reply->frontend, reply->owner, BACKEND_FAILURE(refused));
 	if (reply->flags & (MESH_REVNAT_REFUSED | REVNAT_CLOSED))
 		return 0;
 	revnat_add_flags(reply, MESH_REVNAT_REFUSED | REVNAT_CLOSED);

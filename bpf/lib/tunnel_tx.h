@@ -10,7 +10,7 @@
  * when the same SYN comes the third time: of the first two the other node may have dropped one on purpose
  * (is_first_reset, was_seen_before). Of the entry `epoch` is the SYN's sequence number, `flags` how often it came
  * again. */
-static __noinline void await_answer(struct __sk_buff *skb, struct packet *p, __u32 frontend)
+static __noinline void await_answer(struct __sk_buff *skb, struct packet *p, __u32 frontend, __u32 owner)
 {
 	struct mesh_revnat made = {.stamp = stamp_now()}, *before;
 	struct mesh_flow key;
@@ -23,7 +23,7 @@ static __noinline void await_answer(struct __sk_buff *skb, struct packet *p, __u
 	if (!before || before->epoch != made.epoch || made.stamp - before->stamp >= SEEN_LIFE)
 		bpf_map_update_elem(&mesh_revnat_new, &key, &made, BPF_ANY);
 	else if (before->flags < 2 && ++before->flags == 2)
-		count_failure(frontend, FAILURE(unanswered));
+		count_backend_failure(frontend, owner, BACKEND_FAILURE(unanswered));
 }
 
 /* A client's packet, or an error about one of its flows, to the node of its owner. Returns an action or a REJECT. */

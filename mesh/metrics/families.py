@@ -214,7 +214,8 @@ BACKEND_FAILED: Final = Family(
     "mesh_backend_connections_failed_total",
     Kind.COUNTER,
     (*_TARGET, "cause"),
-    "Connections that failed at this backend, by cause; a cause appears with its first failure (proxy engine).",
+    "Connections that failed at this backend, by cause; a cause appears with its first failure. The kernel engine "
+    "counts refused and unanswered.",
 )
 BACKEND_BYTES: Final = Family(
     "mesh_backend_bytes_total",

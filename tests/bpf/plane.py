@@ -51,6 +51,7 @@ SHARED: Final = (
     "mesh_fe_metrics",
     "mesh_fe_failures",
     "mesh_be_metrics",
+    "mesh_be_failures",
     "mesh_config",
     "mesh_heartbeat",
     "mesh_sk_revnat",
@@ -72,6 +73,7 @@ LARGE: Final = {
     "mesh_fe_metrics",
     "mesh_fe_failures",
     "mesh_be_metrics",
+    "mesh_be_failures",
 }
 HASHES: Final = (
     "mesh_exact",
@@ -157,8 +159,9 @@ class Plane:
         self.used.clear()
         for number in range(len(VERDICTS)):
             self.maps["mesh_verdicts"].update(u32(number), bytes(self.maps["mesh_verdicts"].stride))
-        for number in {frontend for frontend, _ in self.failures()}:
-            self.maps["mesh_fe_failures"].update(u32(number), bytes(self.maps["mesh_fe_failures"].stride))
+        for name, found in (("mesh_fe_failures", self.failures()), ("mesh_be_failures", self.backend_failures())):
+            for number in {number for number, _ in found}:
+                self.maps[name].update(u32(number), bytes(self.maps[name].stride))
         for name in HASHES:
             if name in self.maps and (keys := self.maps[name].dump()[0]):
                 self.maps[name].delete_batch(keys)
@@ -238,7 +241,7 @@ class Plane:
         """A backend on another node."""
         value = packed(node) + struct.pack("!HBB", port, protocol, state)
         value += struct.pack("=III6sBB8s16x", 1, 0, 0, bytes(6), version, handed, seed)
-        self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
+        self.used |= {(name, owner) for name in ("mesh_backends", "mesh_be_metrics", "mesh_be_failures")}
         self.maps["mesh_backends"].update(u32(owner), value)
 
     def table(self, slots: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -298,7 +301,7 @@ class Plane:
             self.maps["mesh_networks"].update(key, packed(source))
         value = packed(address) + struct.pack("!HBB", port, protocol, state)
         value += struct.pack("=III6s10xI4xQ", epoch, ifindex, bridge, bytes(6), frontend, codec.network_bits(own))
-        self.used |= {("mesh_backends", owner), ("mesh_be_metrics", owner)}
+        self.used |= {(name, owner) for name in ("mesh_backends", "mesh_be_metrics", "mesh_be_failures")}
         self.maps["mesh_backends"].update(u32(owner), value)
 
     def local(self, *addresses: str, floating: bool = False) -> None:
@@ -326,6 +329,13 @@ class Plane:
         _, values = self.maps["mesh_fe_failures"].sums()
         counts = struct.unpack(f"={len(values) // 8}Q", values)
         return {(i // len(CAUSES), CAUSES[i % len(CAUSES)]): count for i, count in enumerate(counts) if count}
+
+    def backend_failures(self) -> dict[tuple[int, str], int]:
+        """Counted so far by owner and cause, those above 0."""
+        _, values = self.maps["mesh_be_failures"].sums()
+        counts = struct.unpack(f"={len(values) // 8}Q", values)
+        causes = ("REFUSED", "UNANSWERED")
+        return {(i // len(causes), causes[i % len(causes)]): count for i, count in enumerate(counts) if count}
 
     def counts(self, name: str, number: int) -> tuple[int, ...]:
         """(packets_in, bytes_in, packets_out, bytes_out, starts, ends) of a frontend (mesh_fe_metrics) or backend."""

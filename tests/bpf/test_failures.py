@@ -100,6 +100,7 @@ def test_a_refusal_counts_once_the_client_is_told(
     assert plane.failures() == {}  # it may still be served
     assert send(plane, "mesh_ingress", [call]) + send(plane, "mesh_task", [refusal]) == [REDIRECT, REDIRECT]
     assert plane.failures() == {(number, "REFUSED"): 1}
+    assert plane.backend_failures() == {(number + 1, "REFUSED"): 1}
 
 
 def test_a_reset_of_a_connection_is_no_refusal(plane: Plane) -> None:
@@ -122,6 +123,7 @@ def test_a_datagram_that_nobody_listens_for(plane: Plane, path: tuple[str, str, 
     send(plane, "mesh_task", errors)
     assert plane.verdicts()["ICMP_OUT"] == len(errors)
     assert plane.failures() == {(number, "REFUSED"): 1}
+    assert plane.backend_failures() == {(number + 1, "REFUSED"): 1}
 
 
 @pytest.mark.parametrize(("path", "port", "number"), [(V4, 80, 1), (V6, 86, 2)], ids=["v4", "v6"])
@@ -136,6 +138,7 @@ def test_a_start_that_is_never_answered_counts_once(
     assert plane.failures() == {(number, "UNANSWERED"): 1}
     send(plane, "mesh_ingress", [segment(client, 40001, node, port)] * 2)
     assert plane.failures() == {(number, "UNANSWERED"): 2}
+    assert plane.backend_failures() == {(number + 1, "UNANSWERED"): 2}
 
 
 def test_an_answer_that_the_client_did_not_get_is_an_answer(plane: Plane) -> None:
@@ -169,6 +172,7 @@ def test_a_start_that_another_node_does_not_answer_counts_where_it_was_called() 
     assert plane.failures() == {}
     send(plane, "mesh_ingress", [call] * 3)
     assert plane.failures() == {(1, "UNANSWERED"): 1}
+    assert list(plane.backend_failures().values()) == [1]
     plane = owner()
     for _ in range(4):
         assert plane.run("mesh_ingress", arriving(call, identity())).retval == REDIRECT
@@ -204,6 +208,7 @@ def test_a_refusal_counts_on_the_tasks_node() -> None:
         plane.run("mesh_ingress", arriving(segment(CLIENT4, 40000, NODE4, 80), identity()))
         plane.run("mesh_task", bytes(refusal))
     assert plane.failures() == {(1, "REFUSED"): 1}
+    assert [(cause, count) for (_, cause), count in plane.backend_failures().items()] == [("REFUSED", 1)]
 
 
 def test_a_task_that_is_gone_counts_when_the_client_is_told() -> None:

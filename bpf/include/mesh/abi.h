@@ -241,6 +241,13 @@ struct mesh_failures {
 };
 _Static_assert(sizeof(struct mesh_failures) == 56, "mesh_failures is 56 bytes");
 
+/* Of these, what is a backend's own doing; counted on the node that counts it of the frontend. */
+struct mesh_backend_failures {
+	__u64 refused;
+	__u64 unanswered;
+};
+_Static_assert(sizeof(struct mesh_backend_failures) == 16, "mesh_backend_failures is 16 bytes");
+
 /* The one element of mesh_config. */
 struct mesh_config {
 	__u64 netns_cookie; /* of the host's network namespace (SO_NETNS_COOKIE); 0: socket hooks do nothing */

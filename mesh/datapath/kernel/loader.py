@@ -84,6 +84,7 @@ def probe() -> None:
         "be_metrics",
         "fe_metrics",
         "fe_failures",
+        "be_failures",
         "backends",
     ):
         opened.resize(f"mesh_{name}", 1024)

@@ -226,6 +226,7 @@ class KernelMaps:
             self._write_backend(number, new, in_place=same)
         if fresh:
             self._zero("mesh_be_metrics", fresh)
+            self._zero("mesh_be_failures", fresh)
 
     def put_networks(self, number: int, networks: Iterable[Network], source: Address | None) -> None:
         """Make these the networks that a backend has itself: it sees clients with addresses there by `source`, which

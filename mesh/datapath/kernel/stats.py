@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from mesh import _abi, _bpf, _linux
 from mesh._maglev import hash_packed, slot_of
@@ -19,6 +19,7 @@ from mesh.model import Affinity, Flow, Frontend, Protocol
 
 VERDICTS: Final = tuple(name.lower() for name, _ in _abi.VERDICTS)
 CAUSES: Final = frozenset(map(Failure, _abi.Failures._fields))
+OF_BACKENDS: Final = frozenset(map(Failure, _abi.BackendFailures._fields))
 UDP_LIVE: Final = 64  # stamps since a UDP flow was last heard for which it counts as live
 
 
@@ -60,10 +61,12 @@ def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> 
     return [opened, closed, [0] * len(rows), *sums]
 
 
-def _failures(raw: bytes, rows: Sequence[int]) -> list[Sequence[int]]:
-    """Rows of mesh_failures as the columns of all causes, in the order of Failure."""
+def _failures(
+    layout: _abi.Layout[Any], counted: frozenset[Failure], raw: bytes, rows: Sequence[int]
+) -> list[Sequence[int]]:
+    """Rows of failures as the columns of all causes, in the order of Failure; zeros where they are not counted."""
     none = [0] * len(rows)
-    return [_abi.FAILURES.column(cause.value, raw, rows) if cause in CAUSES else none for cause in Failure]
+    return [layout.column(cause.value, raw, rows) if cause in counted else none for cause in Failure]
 
 
 def read(maps: KernelMaps, order: Order) -> Stats:
@@ -71,10 +74,12 @@ def read(maps: KernelMaps, order: Order) -> Stats:
     raw = maps.counts("mesh_fe_metrics", max(order.numbers, default=0) + 1)
     columns = _columns(raw, order.numbers, [frontend.protocol for frontend in order.frontends])
     raw = maps.counts("mesh_fe_failures", max(order.numbers, default=0) + 1)
-    columns += [[0] * len(order.numbers), *_failures(raw, order.numbers)]  # no connect times
+    columns += [[0] * len(order.numbers), *_failures(_abi.FAILURES, CAUSES, raw, order.numbers)]  # no connect times
     frontends = CounterTable(order.frontends, columns)
     raw = maps.counts("mesh_be_metrics", max(order.ids, default=0) + 1)
     columns = _columns(raw, order.ids, [frontend.protocol for frontend, _ in order.backends])
+    raw = maps.counts("mesh_be_failures", max(order.ids, default=0) + 1)
+    columns += [[0] * len(order.ids), *_failures(_abi.BACKEND_FAILURES, OF_BACKENDS, raw, order.ids)]
     backends = CounterTable(order.backends, columns)
     raw = maps.counts("mesh_verdicts", len(VERDICTS))
     verdicts = dict(zip(VERDICTS, codec.unpack_u64s(raw), strict=True))
