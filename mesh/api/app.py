@@ -37,6 +37,7 @@ INDEX: Final = """mesh
 /nodes     the cluster's nodes, on any node
 /keys      the swarm's keys by which nodes prove themselves, without their secrets
 /drains    what is drained, how the nodes follow, and connections left
+/rates?seconds=1   what each backend has to do: open, new and failed connections
 /explain?source=192.0.2.7:40000&destination=192.0.2.1:80&protocol=tcp   which backend a connection gets, and why
 """
 
@@ -64,6 +65,7 @@ def make_app(view: AgentView, *, control: bool, hosts: Iterable[str] = ()) -> we
     app.router.add_get("/nodes", _nodes)
     app.router.add_get("/drains", _drains)
     app.router.add_get("/keys", _keys)
+    app.router.add_get("/rates", _rates)
     app.router.add_get("/explain", _explain)
     if control:
         app.router.add_post("/drain", _drain)
@@ -172,6 +174,15 @@ async def _drains(request: web.Request) -> web.Response:
 
 async def _keys(request: web.Request) -> web.Response:
     return _json(request.app[VIEW].keys())
+
+
+async def _rates(request: web.Request) -> web.Response:
+    text = request.query.get("seconds", "1")
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise MeshError(f"{text!r} is not a number", where="/rates", remedy="?seconds=1") from None
+    return _json(await request.app[VIEW].rates(seconds))
 
 
 async def _rotate_keys(request: web.Request) -> web.Response:

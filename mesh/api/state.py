@@ -31,6 +31,7 @@ from mesh.api.drained import (
 from mesh.api.explain import Explainer
 from mesh.api.fares import Fares, sentences
 from mesh.api.probing import Probing
+from mesh.api.rates import LEAST, MOST, rates
 from mesh.api.services import Services
 from mesh.api.traffic import traffic
 from mesh.api.view import Json, Traffic
@@ -230,6 +231,14 @@ class View:
 
     async def stats(self) -> Stats:
         return await asyncio.to_thread(self._reconciler.datapath.stats)
+
+    async def rates(self, seconds: float) -> Json:
+        if not LEAST <= seconds <= MOST:
+            raise MeshError(f"{seconds:g} is not between {LEAST:g} and {MOST:g} seconds", where="seconds")
+        before, began = await self.stats(), time.monotonic()
+        await asyncio.sleep(seconds)
+        now = await self.stats()
+        return {"backends": list(rates(before, now, time.monotonic() - began))}
 
     async def explain(self, flow: Flow) -> Json:
         answer = await self._explainer.explain(flow)

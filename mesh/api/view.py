@@ -85,6 +85,15 @@ class AgentView(Protocol):
     async def stats(self) -> Stats:
         """The engine's counters now, read off the event loop."""
 
+    async def rates(self, seconds: float) -> Json:
+        """How much each backend has to do on this node, by two looks with so many seconds between: backends
+        [{frontend, backend, open, new_per_second, failed_per_second}]. Several frontends may have one backend, which is
+        then under one of them.
+
+        Raises:
+            mesh.errors.MeshError: so many seconds are too few, or too many.
+        """
+
     async def explain(self, flow: Flow) -> Json:
         """Where a flow goes, and why: frontend, service, hash, table_size, slot, current, previous, tracked, backend,
         reasons [str], next [backend...]; or {"error", "remedy"} where the port is not ours.

@@ -25,6 +25,8 @@ from mesh.cli.output import (
 from mesh.model import ServiceOptions
 from mesh.options import to_plain
 
+LEAST: Final = 0.1  # seconds in which rates are counted
+WAIT: Final = 5.0  # seconds for the daemon, besides
 LEFT: Final = "mesh.enable=false: left to Docker's own mesh"
 
 
@@ -84,9 +86,16 @@ def _unusual(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 10),
+    default=1.0,
+    show_default=True,
+    help="For how long new and failed connections are counted; 0: not at all.",
+)
 @daemon_options
-def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
-    """List every backend with its health and its share of new connections.
+def backends(names: tuple[str, ...], seconds: float, state_dir: Path, as_json: bool) -> None:
+    """List every backend with its health, its share of new connections, and what it has to do.
 
     \b
     ADDRESS      the task's own, as its node reaches it; `mesh probe BACKEND` has that node call it
@@ -94,14 +103,24 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
     TAKES NEW    whether it gets new connections; if not, why: drained, draining (it stops), down, node down, …
     WEIGHT       0: it keeps its connections and gets no new ones
     SHARE        share of the slots, which is its share of new connections
+    OPEN         connections (proxy engine: and UDP sessions) that this node has to it now
+    NEW/S        connections and UDP flows that this node gave to it, per second
+    FAILED/S     those that it refused or did not answer (proxy engine: any that failed at it)
     Example:     mesh backends web
                  mesh backends --json | jq '.[] | select(.health == "down") | .name'
     """
     state = call(state_dir, "/state")
     end_if_waiting(state, state["services"])
     chosen = _selected(state, names)
+    busy = _rates(state_dir, seconds) if seconds else {}
     flat = [
-        {"service": service["name"], "frontend": frontend["frontend"], "table_size": frontend["table_size"], **target}
+        {
+            "service": service["name"],
+            "frontend": frontend["frontend"],
+            "table_size": frontend["table_size"],
+            **target,
+            **busy.get((frontend["frontend"], target["backend"]), {}),
+        }
         for service, frontend, target in each_target(chosen)
     ]
     if as_json:
@@ -120,10 +139,12 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
             b["taking"],
             b["weight"],
             f"{100 * b['slots'] / (b['table_size'] or 1):.1f} %",
+            *(_busy(b) if seconds else ()),
         )
         for b in flat
     ]
     headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "PATH", "HEALTH", "TAKES NEW", "WEIGHT", "SHARE")
+    headers += ("OPEN", "NEW/S", "FAILED/S") if seconds else ()
     without = [_without(service, state["provider"]["kind"]) for service in chosen if not any(each_target([service]))]
     if rows:
         echo_table(rows, *headers, empty="")
@@ -131,6 +152,19 @@ def backends(names: tuple[str, ...], state_dir: Path, as_json: bool) -> None:
         click.echo(line)
     if not rows and not without:
         click.echo("No service is published.")
+
+
+def _rates(state_dir: Path, seconds: float) -> dict[tuple[str, str], Json]:
+    """What each backend has to do, by frontend and id."""
+    found = call(state_dir, "/rates", query={"seconds": f"{max(seconds, LEAST):g}"}, seconds=seconds + WAIT)["backends"]
+    return {(row.pop("frontend"), row.pop("backend")): row for row in found}
+
+
+def _busy(backend: Json) -> Iterator[str]:
+    """The columns; of a backend of several frontends under one of them."""
+    yield str(backend.get("open", "-"))
+    for name in ("new_per_second", "failed_per_second"):
+        yield f"{backend[name]:.1f}" if name in backend else "-"
 
 
 def _without(service: Json, source: str) -> str:

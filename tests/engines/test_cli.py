@@ -133,14 +133,26 @@ async def test_services_and_backends(daemon: Daemon) -> None:
     done = await run("backends", "web1")
     assert done.code == 0 and "down (refused)" in done.out and "172.18.0.1:80" in done.out and "web0" not in done.out
     assert len((await run("backends", "--json")).json()) == 6
+    first = view.shown["services"][0]["frontends"][0]
+    row = {"frontend": first["frontend"], "backend": first["targets"][0]["backend"]}
+    view.busy = [row | {"open": 12, "new_per_second": 3.25, "failed_per_second": 0.5}]
+    done = await run("backends", "web0")
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[0][-3:] == ["OPEN", "NEW/S", "FAILED/S"] and lines[2][-3:] == ["12", "3.2", "0.5"]
+    assert lines[3][-3:] == ["-", "-", "-"]
+    assert (await run("backends", "web0", "--json")).json()[0]["new_per_second"] == 3.25
+    view.busy = []
+    assert "NEW/S" not in (await run("backends", "--seconds", "0")).out
     frontend = view.shown["services"][1]["frontends"][0]
     frontend["targets"] = []
     assert "NO BACKEND" in (await run("services", "web1")).out
-    assert "web1: no backend" in (done := await run("backends", "web1")).out and "the static file" in done.out
+    done = await run("backends", "web1")
+    assert "web1: no backend" in done.out and "the static file" in done.out
     view.shown["provider"]["kind"] = "relay"
     assert "`docker service ps web1` says why" in (await run("backends", "web1")).out
     view.shown["services"][1]["frontends"] = []
-    assert "*:10001/tcp" in (done := await run("services")).out and "left to Docker's own mesh" in done.out
+    done = await run("services")
+    assert "*:10001/tcp" in done.out and "left to Docker's own mesh" in done.out
     assert "left to Docker's own mesh" in (await run("backends", "web1")).out
     done = await run("backends", "nobody")
     assert done.code == Exit.REFUSED and "no service 'nobody'" in done.err and "mesh services" in done.err

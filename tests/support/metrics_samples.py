@@ -168,6 +168,7 @@ class SampleView:
         self.notes: list[str] = []
         self.held: list[Json] = [{"id": "00c0ffee", "state": "in use", "age_seconds": 7200.0, "missing": []}]
         self.left: list[Json] = [{"drained": [], "nodes": []}]  # answers, in turn
+        self.busy: list[Json] = []
         self.probed: Json = {}
         self.connected: Json = {}
         self.stopped = asyncio.Event()
@@ -197,6 +198,9 @@ class SampleView:
 
     async def stats(self) -> Stats:
         return stats()
+
+    async def rates(self, seconds: float) -> Json:
+        return {"backends": self.busy}
 
     async def explain(self, flow: Flow) -> Json:
         self.flows.append(flow)
