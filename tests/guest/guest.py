@@ -11,10 +11,16 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.guest.kernels import Kernel, copy_module, module_files
+
+ROOT = Path(__file__).parents[2]
+PYTEST = f"{sys.executable} -m pytest -q --color=no -p no:cacheprovider"
+"""As it is started in the guest."""
 
 MODULES = [
     "virtio_pci",
@@ -49,6 +55,35 @@ MODULES = [
     "e1000",
 ]
 
+ENGINES = [
+    "br_netfilter",
+    "nft_compat",
+    "nft_meta_bridge",
+    "nft_reject_bridge",
+    "nft_masq",
+    "nft_limit",
+    "nft_log",
+    "nft_reject_inet",
+    "xt_MASQUERADE",
+    "xt_REDIRECT",
+    "xt_addrtype",
+    "xt_comment",
+    "xt_conntrack",
+    "xt_limit",
+    "xt_mark",
+    "xt_multiport",
+    "xt_nat",
+    "xt_tcpudp",
+    "ipt_REJECT",
+    "iptable_filter",
+    "iptable_mangle",
+    "ip6table_filter",
+    "ip6table_nat",
+    "nf_conntrack_netlink",
+    "xfrm_user",
+]
+"""What Docker's own mesh takes besides: IPVS is in MODULES."""
+
 CARDS = ("virtio-net-pci", "virtio-net-pci", "e1000")  # on one wire, which leads nowhere else
 
 INIT = """#!/bin/busybox sh
@@ -68,11 +103,15 @@ $bb mount -t bpf none /root/sys/fs/bpf
 $bb mount -t cgroup2 none /root/sys/fs/cgroup
 $bb mount -t debugfs none /root/sys/kernel/debug
 $bb mount -t tracefs none /root/sys/kernel/tracing
-$bb cp /command /root/run/command
+$bb mount -t tmpfs none /root/tmp
+$bb cp /command /last /root/run/
 $bb ip link set lo up
-$bb chroot /root /bin/bash /run/command </dev/null
+exec $bb switch_root /root /bin/bash /run/last
+"""
+
+LAST = """/bin/bash /run/command </dev/null
 echo "guest exit status: $?"
-$bb poweroff -f
+/bin/busybox poweroff -f
 """
 
 
@@ -88,15 +127,16 @@ class Result:
     output: str
 
 
-def _initramfs(kernel: Kernel, command: str, directory: Path) -> Path:
+def _initramfs(kernel: Kernel, command: str, directory: Path, modules: Sequence[str]) -> Path:
     tree = directory / "initramfs"
     shutil.rmtree(tree, ignore_errors=True)
     for sub in ("bin", "proc", "sys", "dev", "lib/modules"):
         (tree / sub).mkdir(parents=True)
     shutil.copy("/bin/busybox", tree / "bin/busybox")
-    names = [copy_module(file, tree / "lib/modules") for file in module_files(kernel, MODULES)]
+    names = [copy_module(file, tree / "lib/modules") for file in module_files(kernel, modules)]
     (tree / "modules").write_text("\n".join(names))
     (tree / "command").write_text(command)
+    (tree / "last").write_text(LAST)
     init = tree / "init"
     init.write_text(INIT)
     init.chmod(0o755)
@@ -108,23 +148,35 @@ def _initramfs(kernel: Kernel, command: str, directory: Path) -> Path:
 
 
 def run_in_guest(
-    kernel: Kernel, command: str, directory: Path, *, cwd: Path, timeout: float, memory: int = 1536
+    kernel: Kernel,
+    command: str,
+    directory: Path,
+    *,
+    cwd: Path,
+    timeout: float,
+    memory: int = 1536,
+    modules: Sequence[str] = MODULES,
+    own_time: bool = False,
 ) -> Result:
     """Boot, run `command` with bash in `cwd`, power off.
 
     Args:
-        directory: scratch space for the initial file system.
+        directory: scratch space for the initial file system, and for `console`, what was printed so far.
         timeout: seconds until the guest is ended.
         memory: MiB.
+        own_time: time goes by with what its one processor does, however slow this machine is: so do its time-outs.
 
     Raises:
         GuestError: no boot, or no end in time.
     """
     script = f"cd {shlex.quote(str(cwd))}\nexport PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp\n{command}\n"
-    archive = _initramfs(kernel, script, directory)
+    archive = _initramfs(kernel, script, directory, modules)
+    processors = ["tcg,thread=multi", "-smp", "2"]
+    if own_time:
+        processors = ["tcg,thread=single", "-smp", "1", "-icount", "shift=1"]
     argv = [
         *("nice", "-n", "10"),  # what runs beside it has deadlines of its own
-        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2", "-m", str(memory)),
+        *("qemu-system-x86_64", "-cpu", "Nehalem", "-m", str(memory), "-accel", *processors),
         *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
         *("-kernel", str(kernel.image), "-initrd", str(archive)),
         *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
@@ -133,22 +185,18 @@ def run_in_guest(
     for number, card in enumerate(CARDS):
         argv += ["-netdev", f"hubport,id=port{number},hubid=0"]
         argv += ["-device", f"{card},netdev=port{number},mac=52:54:00:00:00:{number:02x},romfile="]
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        console = (error.stdout or b"").decode(errors="replace")
-        raise GuestError(
-            f"the guest did not end within {timeout:.0f} s; its console ends:\n{console[-4000:]}"
-        ) from error
-    for line in done.stdout.splitlines():
+    printed = directory / "console"
+    with printed.open("wb") as console:
+        try:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.PIPE, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            said = printed.read_text(errors="replace")[-4000:]
+            raise GuestError(f"the guest did not end within {timeout:.0f} s; its console ends:\n{said}") from error
+    output = printed.read_text(errors="replace")
+    for line in output.splitlines():
         if line.startswith("guest exit status: "):
-            return Result(int(line.split()[-1]), done.stdout)
-    raise GuestError(f"the guest did not run the command:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
+            return Result(int(line.split()[-1]), output)
+    said = done.stderr.decode(errors="replace")[-1000:]
+    raise GuestError(f"the guest did not run the command:\n{output[-4000:]}{said}")

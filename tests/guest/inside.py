@@ -81,7 +81,7 @@ def meets(plane: Plane, engine: Driver, way: Way) -> float:
     counted once, so no packet is served twice. Returns the mean length of the client's TCP packets, in bytes."""
     for address in (way.node, way.node6):  # by the programs, and by the fallback proxy: each learns of addresses itself
         wait_for(lambda there=address: not refused(plane.client, there), f"{address} is served")
-    before = counted(engine)
+    before, all_before = counted(engine), engine.stats()
     length, packets = (counted(engine, what)["tcp"] for what in ("bytes_in", "packets_in"))
     for _ in range(4):
         connection = Connection(plane.client, way.node)
@@ -98,7 +98,8 @@ def meets(plane: Plane, engine: Driver, way: Way) -> float:
     engine.serve(services=[plane.web(), plane.web(*NAMES, protocol="udp")])
     with pytest.raises(ConnectionRefusedError):
         Connection(plane.client, way.node)
-    assert {name: count - before[name] for name, count in counted(engine).items()} == {"tcp": 5, "udp": 4}
+    found = {name: count - before[name] for name, count in counted(engine).items()}
+    assert found == {"tcp": 5, "udp": 4}, (all_before, engine.stats())
     assert engine.stats()["verdicts"]["error"] == 0
     return length / packets
 

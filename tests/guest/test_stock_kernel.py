@@ -11,15 +11,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.guest.guest import run_in_guest
+from tests.guest.guest import PYTEST, ROOT, run_in_guest
 from tests.guest.kernels import debian_kernel
 
-ROOT = Path(__file__).parents[2]
 TABLES = (
     "tests/bpf/test_forward.py::test_there_and_back",
     "tests/bpf/test_transition.py::test_starts_go_to_the_current_owner_and_others_stay",
@@ -35,7 +33,6 @@ TABLES = (
 )
 NODE = "tests/guest/inside.py"
 ENCRYPTED = "tests/guest/encrypted.py"
-PYTEST = f"{sys.executable} -m pytest -q --color=no -p no:cacheprovider --timeout 900"
 
 
 @pytest.mark.root
@@ -50,7 +47,7 @@ def test_objects_load_and_forward_on_debians_kernel(tmp_path: Path, release: str
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (make packages-test)")
     kernel = debian_kernel(ROOT / "build" / "guest" / release, release)
-    command = f"uname -r; {PYTEST} {' '.join(TABLES)} {NODE} {ENCRYPTED}"
+    command = f"uname -r; {PYTEST} --timeout 900 {' '.join(TABLES)} {NODE} {ENCRYPTED}"
     result = run_in_guest(kernel, command, tmp_path, cwd=ROOT, timeout=1800)
     assert kernel.version in result.output.splitlines()
     passed = re.search(r"(\d+) passed", result.output)

@@ -31,10 +31,11 @@ class Rollout:
     Args:
         engines: of which each node gets one.
         choose: what decides everything that is left to chance.
+        stand_in: for Docker's own mesh; None: Docker's own mesh is there.
     """
 
     def __init__(
-        self, swarm: Swarm, stand_in: StandIn, client: Namespace, engines: Sequence[str], choose: random.Random
+        self, swarm: Swarm, stand_in: StandIn | None, client: Namespace, engines: Sequence[str], choose: random.Random
     ) -> None:
         self.swarm, self.stand_in, self.choose = swarm, stand_in, choose
         self.cluster = Cluster(swarm, client, nodes=())
@@ -76,10 +77,12 @@ class Rollout:
         """A node without an agent joins and gets its share of so many tasks of `web`."""
         with self.step(f"{node.hostname} joins"):
             self.swarm.join(node)
-            self.stand_in.add(node)
+            if self.stand_in is not None:
+                self.stand_in.add(node)
             self.swarm.docker("service", "scale", "--detach", f"web={tasks}")
             self.swarm.wait_running("web", tasks)
-            self.stand_in.wait()
+            if self.stand_in is not None:
+                self.stand_in.wait()
 
     def take_over(self, node: Node, program: Path | None = None) -> None:
         """A new process in the place of the one that runs; of another build, if one is given."""

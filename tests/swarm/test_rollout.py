@@ -55,6 +55,7 @@ def stand_in(swarm: Swarm) -> Iterator[StandIn]:
 
 def served_by_docker(rollout: Rollout) -> None:
     """All nodes serve without an agent."""
+    assert rollout.stand_in is not None
     rollout.stand_in.wait()
     for node in rollout.swarm.nodes:
         for port in (WEB, ONE):
@@ -72,10 +73,11 @@ def newcomer(swarm: Swarm) -> Node:
 
 def passes(rollout: Rollout) -> None:
     """With all paths closed, the only task of `one` is reached by Docker's own mesh from all nodes but its own."""
-    nodes = rollout.swarm.nodes
-    before = {node.hostname: rollout.stand_in.served(node, ONE) for node in nodes}
+    nodes, stand_in = rollout.swarm.nodes, rollout.stand_in
+    assert stand_in is not None
+    before = {node.hostname: stand_in.served(node, ONE) for node in nodes}
     rollout.disturb((TUNNEL, PEER, PEER_UDP))
-    after = {node.hostname: rollout.stand_in.served(node, ONE) for node in nodes}
+    after = {node.hostname: stand_in.served(node, ONE) for node in nodes}
     assert sum(after[name] > before[name] for name in after) == len(nodes) - 1, (before, after)
 
 
