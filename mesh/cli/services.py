@@ -143,8 +143,8 @@ def backends(names: tuple[str, ...], seconds: float, state_dir: Path, as_json: b
         )
         for b in flat
     ]
-    headers = ("SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "PATH", "HEALTH", "TAKES NEW", "WEIGHT", "SHARE")
-    headers += ("OPEN", "NEW/S", "FAILED/S") if seconds else ()
+    headers = ["SERVICE", "PORT", "BACKEND", "ID", "NODE", "ADDRESS", "PATH", "HEALTH", "TAKES NEW", "WEIGHT", "SHARE"]
+    headers += ["OPEN", "NEW/S", "FAILED/S"] if seconds else []
     without = [_without(service, state["provider"]["kind"]) for service in chosen if not any(each_target([service]))]
     if rows:
         echo_table(rows, *headers, empty="")

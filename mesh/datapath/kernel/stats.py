@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mesh import _abi, _bpf, _linux
+from mesh._layout import Layout
 from mesh._maglev import hash_packed, slot_of
 from mesh.datapath import packets
 from mesh.datapath.base import Applied, BackendKey, Explanation, Stats
@@ -61,9 +62,7 @@ def _columns(raw: bytes, rows: Sequence[int], protocols: Sequence[Protocol]) -> 
     return [opened, closed, [0] * len(rows), *sums]
 
 
-def _failures(
-    layout: _abi.Layout[Any], counted: frozenset[Failure], raw: bytes, rows: Sequence[int]
-) -> list[Sequence[int]]:
+def _failures(layout: Layout[Any], counted: frozenset[Failure], raw: bytes, rows: Sequence[int]) -> list[Sequence[int]]:
     """Rows of failures as the columns of all causes, in the order of Failure; zeros where they are not counted."""
     none = [0] * len(rows)
     return [layout.column(cause.value, raw, rows) if cause in counted else none for cause in Failure]
