@@ -238,7 +238,7 @@ def test_what_is_not_refused_is_kept(values: dict[str, str]) -> None:
     ("label", "meant", "severity"),
     [
         ("mesh.afinity", "mesh.affinity", Severity.WARNING),
-        ("mesh.alow", "mesh.allow", Severity.CRITICAL),
+        ("mesh.allowed", "mesh.allow", Severity.CRITICAL),
         ("mesh.allows", "mesh.allow", Severity.CRITICAL),
         ("mesh.Allow", "mesh.allow", Severity.CRITICAL),
         ("Mesh.deny", "mesh.deny", Severity.CRITICAL),
