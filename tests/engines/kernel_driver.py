@@ -20,6 +20,7 @@ from typing import Any
 
 import structlog
 
+from mesh.datapath.counters import Counters
 from tests.support.lab.netns import Namespace
 from tests.support.polling import PATIENCE
 
@@ -53,6 +54,10 @@ class Driver:
 
     def end(self) -> None:
         self.process.communicate(timeout=PATIENCE)
+
+
+def _shown(counters: Counters) -> dict[str, Any]:
+    return dataclasses.asdict(counters) | {"failed": {cause.value: count for cause, count in counters.failed.items()}}
 
 
 class Served:
@@ -269,8 +274,8 @@ class Served:
     def stats(self) -> dict[str, Any]:
         stats = self.engine.stats()
         return {
-            "frontends": {str(f): dataclasses.asdict(c) | {"failed": {}} for f, c in stats.frontends.items()},
-            "backends": {k.backend: dataclasses.asdict(c) | {"failed": {}} for (_, k), c in stats.backends.items()},
+            "frontends": {str(f): _shown(c) for f, c in stats.frontends.items()},
+            "backends": {k.backend: _shown(c) for (_, k), c in stats.backends.items()},
             "verdicts": dict(stats.verdicts),
             "totals": dict(stats.totals),
         }

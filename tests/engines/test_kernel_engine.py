@@ -53,7 +53,10 @@ def test_a_connection_that_is_refused_gets_one_more_try(plane: Plane, engine: Dr
     engine.serve(services=[deaf])
     with pytest.raises(ConnectionRefusedError):  # in the end the client is told
         Connection(plane.client, plane.node.address, timeout=30)
-    assert engine.stats()["verdicts"]["reset_held"] == 2
+    stats = engine.stats()
+    assert stats["verdicts"]["reset_held"] == 2
+    told = {"refused": 1}
+    assert stats["frontends"]["*:8000/tcp"]["failed"] == stats["backends"]["b1"]["failed"] == told
 
 
 def test_ipv6_clients_of_ipv4_tasks(plane: Plane, engine: Driver) -> None:
