@@ -365,6 +365,18 @@ def test_a_smaller_way_is_followed(pair: Pair) -> None:
         node.ip("route", "del", f"{other}/32", "dev", "wire", "mtu", "1300")
 
 
+def test_datagrams_that_fit_no_path_are_named(pair: Pair) -> None:
+    """Who ignores what it is told goes on to send them, as resolvers do that fear forged errors."""
+    driver = pair.drivers[pair.a]
+    assert driver.problems() == []
+    with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, 10, 5)  # IP_MTU_DISCOVER: IP_PMTUDISC_OMIT
+        for _ in range(5):
+            sock.sendto(bytes(1472), (pair.a.address, UDP))
+    (said,) = wait_for(driver.problems, "it is named")
+    assert said.startswith(f"service s{UDP}, *:{UDP}/udp: datagrams are larger than the path")
+
+
 def test_nodes_with_the_proxy_engine_get_flows_at_their_peer_port(pair: Pair) -> None:
     """Here the other node has both; what it is said to have decides."""
     services = [{"name": "s", "published": PORT, "backends": {"there": [B, TARGET, 1]}, "engine": "proxy"}]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from mesh import _bpf
 from mesh._abi import ABI_VERSION
 from mesh.config.keys import Config
 from mesh.datapath.base import Accepted, Applied, Caller, Choice, Explanation, Plan, Signal, Stats
+from mesh.datapath.counters import Failure
 from mesh.datapath.kernel import loader, restore, xdp
 from mesh.datapath.kernel import stats as kernel_stats
 from mesh.datapath.kernel.cleanup import hand_back, take_off
@@ -31,6 +33,7 @@ from mesh.datapath.kernel.hooks import Hooks
 from mesh.datapath.kernel.journal import Journal, Names
 from mesh.datapath.kernel.keeper import Keeper
 from mesh.datapath.kernel.kept import Kept
+from mesh.datapath.kernel.lately import Lately
 from mesh.datapath.kernel.locator import Locator
 from mesh.datapath.kernel.maps import KernelMaps
 from mesh.datapath.kernel.network import Follower, Network
@@ -47,6 +50,7 @@ from mesh.datapath.proof import Proof
 from mesh.errors import DatapathError
 from mesh.model import EngineKind, Flow, Frontend, Protocol
 
+LARGE_FEW: Final = 3  # datagrams that fit no path are not named: one teaches its sender, if it listens
 UDP_SHARE: Final = 4  # mesh_revnat_udp has a fourth as many entries as mesh_revnat
 
 
@@ -101,6 +105,7 @@ class KernelDatapath:
         self._losses = losses or Losses()
         self._proof: Proof | None = None  # None: not told yet
         self._order: kernel_stats.Order | None = None  # of what `stats` last read
+        self._large: Lately[Frontend] | None = None  # datagrams that fit no path
         self._others: list[Path] = []  # pins of builds with another contract, which serve until `_switch`
         self._taking_over = False  # until the first plan: whoever served the ports before may have flows under way
 
@@ -316,7 +321,23 @@ class KernelDatapath:
         journal = [problem for problem in (self._journal.problem, parts.stale.problem) if problem]
         network = parts.network.problems(applied.frontends, list(applied.backends.values()))
         failures = parts.publisher.failures.values()
-        return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network, *failures]
+        large = self._too_large(parts, applied)
+        return [*parts.hooks.problems, *self._fallback.problems(), *journal, *network, *failures, *large]
+
+    def _too_large(self, parts: Parts, applied: Applied) -> Iterator[str]:
+        """Ports whose datagrams are lost lately: who sends them may never be told."""
+        with self._lock:
+            served = dict(parts.maps.served)
+        counts = kernel_stats.failures(parts.maps, served, Failure.TOO_BIG)
+        if self._large is None:
+            self._large = Lately(LARGE_FEW, counts)
+        for frontend, _, lately in sorted(self._large.look(counts, time.monotonic()), key=lambda row: str(row[0])):
+            entry = applied.frontends.get(frontend)
+            name = f"service {entry.state.service_name}, {frontend}" if entry is not None else str(frontend)
+            yield (
+                f"{name}: datagrams are larger than the path to the task's node or to the client, and are dropped, "
+                f"{lately} lately (send smaller ones, or raise the MTU there; engine = proxy cuts them)"
+            )
 
     def missing(self) -> Sequence[str]:
         """See Datapath.missing."""

@@ -91,6 +91,13 @@ def read(maps: KernelMaps, order: Order) -> Stats:
     return Stats(frontends=frontends, backends=backends, verdicts=verdicts, gauges=gauges)
 
 
+def failures(maps: KernelMaps, served: Mapping[Frontend, Served], cause: Failure) -> dict[Frontend, int]:
+    """How many flows have failed for one of CAUSES, by frontend."""
+    numbers = [each.id for each in served.values()]
+    raw = maps.counts("mesh_fe_failures", max(numbers, default=0) + 1)
+    return dict(zip(served, _abi.FAILURES.column(cause.value, raw, numbers), strict=True))
+
+
 def run_time(programs: Mapping[str, _bpf.Program]) -> dict[str, int]:
     """Runs and nanoseconds of each program that has run, for Stats.totals."""
     totals: dict[str, int] = {}

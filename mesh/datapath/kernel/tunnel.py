@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from mesh import _abi, _bpf, netaddr
@@ -15,14 +13,14 @@ from mesh._maglev import backend_seed
 from mesh.config.keys import Config
 from mesh.datapath.base import BackendEntry, BackendKey
 from mesh.datapath.kernel import codec
+from mesh.datapath.kernel.lately import Lately
 from mesh.datapath.netlink import Netlink, Topology
 from mesh.datapath.proof import Proof
 from mesh.datapath.tunnel_proof import pack_keys
 from mesh.model import Address, EngineKind, Frontend, Protocol
 
 AGAIN: Final = 4.0  # seconds until routes are read again: they change without interfaces or addresses changing
-UNPROVEN_LATELY: Final = 60.0  # seconds for which packets without a proof are named
-UNPROVEN_FEW: Final = 16  # such packets are not: trials of an agent that starts and has no key yet
+UNPROVEN_FEW: Final = 16  # packets without a proof: trials of an agent that starts and has no key yet
 # What a task that calls itself sees as its peer: addresses that no host has (RFC 7600, RFC 6666).
 HAIRPIN: Final = ipaddress.IPv4Address("192.0.0.8")
 HAIRPIN6: Final = ipaddress.IPv6Address("100::8")
@@ -58,26 +56,6 @@ def _known(value: bytes) -> _abi.Node:
     return _abi.NODE.unpack(value)._replace(path_mtu=0, path_stamp=0, hint=0, heard=0, unproven=0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Unproven:
-    """Packets of a node's address without a proof.
-
-    Attributes:
-        count: in all.
-        before: when they began to come, this time; what an earlier process has seen is not of now.
-        since: when `count` was last seen to grow, monotonic.
-    """
-
-    count: int
-    before: int
-    since: float = -math.inf
-
-    def grown(self, count: int, now: float) -> _Unproven:
-        if count == self.count:
-            return self
-        return _Unproven(count, self.before if now - self.since < UNPROVEN_LATELY else self.count, now)
-
-
 class Nodes:
     """Keeps mesh_nodes and mesh_node_addrs in line with the cluster and the routes. Not thread-safe."""
 
@@ -90,7 +68,7 @@ class Nodes:
         self._again = 0.0
         self._next = 0
         self._proof: Proof | None = None  # None: not given yet, what the maps say holds
-        self._unproven: dict[Address, _Unproven] = {}
+        self._unproven: Lately[Address] = Lately(UNPROVEN_FEW)
         self.held: dict[Address, _abi.Node] = {}
         self.all: tuple[Address, ...] = ()
         self.restore()
@@ -100,7 +78,7 @@ class Nodes:
         held = self.held = {netaddr.unpack(key): _known(value) for key, value in self._nodes.rows()}
         for address, slot in held.items():
             self._paths.update(codec.pack_u32(slot.id), netaddr.pack(address))
-        self._unproven = {address: _Unproven(count, count) for address, count in self._counts().items()}
+        self._unproven = Lately(UNPROVEN_FEW, self._counts())
         own = {slot.source for slot in held.values()} - {NOWHERE}
         self.all = tuple(sorted({*held, *own}, key=lambda a: (a.version, a.packed)))
         self._next = max((slot.id for slot in held.values()), default=-1) + 1
@@ -142,14 +120,8 @@ class Nodes:
     def unproven(self) -> Iterator[tuple[Address, int]]:
         """Nodes' addresses from which more than a few packets without a proof came lately, and how many in all. For one
         thread."""
-        now = time.monotonic()
-        self._unproven = {
-            address: self._unproven.get(address, _Unproven(0, 0)).grown(count, now)
-            for address, count in self._counts().items()
-        }
-        for address, seen in sorted(self._unproven.items(), key=lambda row: str(row[0])):
-            if seen.count - seen.before >= UNPROVEN_FEW and now - seen.since < UNPROVEN_LATELY:
-                yield address, seen.count
+        found = self._unproven.look(self._counts(), time.monotonic())
+        yield from sorted(((address, count) for address, count, _ in found), key=lambda row: str(row[0]))
 
     def refresh(self, topology: Topology) -> None:
         """Bring the maps in line with the cluster and with this node's routes."""
