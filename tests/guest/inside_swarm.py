@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs inside the guest, whose kernel has IPVS: mesh comes to a swarm of three nodes and goes again beside Docker's own
-mesh. test_docker_mesh starts it.
+mesh. test_swarms starts it.
 """
 
 from __future__ import annotations

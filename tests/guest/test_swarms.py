@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roll-out drill beside Docker's own mesh: Debian's kernel has the IPVS that this machine's may lack, so three real
-dockerds run in the guest. In full: tests/swarm/test_rollout.py, with a stand-in.
+"""Real swarms in the guest: Debian's kernel has what this machine's may lack, IPVS for Docker's own mesh and WireGuard.
+
+The roll-out drill is here in short; in full, and with a stand-in for Docker's mesh, it is tests/swarm/test_rollout.py.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from tests.guest.kernels import debian_kernel
 from tests.support.lab.dockerd import unavailable
 
 DRILL = "tests/guest/inside_swarm.py"
+ENCRYPTED = "tests/guest/inside_wireguard.py"
 
 
 @pytest.mark.root
 @pytest.mark.bpf
 @pytest.mark.swarm
 @pytest.mark.timeout(7200)
-@pytest.mark.later("bookworm")
-@pytest.mark.parametrize("release", ["bookworm"])
-def test_mesh_comes_and_goes_beside_ipvs(tmp_path: Path, release: str) -> None:
-    """Nothing that Docker's own mesh would have served is lost."""
+@pytest.mark.later(DRILL, ENCRYPTED)
+@pytest.mark.parametrize("what", [DRILL, ENCRYPTED])
+def test_swarms_on_debians_kernel(tmp_path: Path, what: str) -> None:
+    """Nothing that Docker's own mesh would have served is lost; a swarm over WireGuard is made as the recipe says."""
     if os.geteuid():
         pytest.skip("the guest shares the root file system, which needs root")
     if reason := unavailable():
         pytest.skip(reason)
-    if missing := [name for name in ("qemu-system-x86_64", "busybox", "cpio") if not shutil.which(name)]:
+    if missing := [name for name in ("qemu-system-x86_64", "busybox", "cpio", "wg") if not shutil.which(name)]:
         pytest.skip(f"not installed: {', '.join(missing)} (make packages-test)")
-    kernel = debian_kernel(ROOT / "build" / "guest" / release, release)
-    command = f"sysctl -qw net.ipv4.ip_forward=1; {PYTEST} -s --timeout 7000 {DRILL}"
+    kernel = debian_kernel(ROOT / "build" / "guest" / "bookworm", "bookworm")
+    command = f"sysctl -qw net.ipv4.ip_forward=1; {PYTEST} -s --timeout 7000 {what}"
     modules = [*MODULES, *ENGINES]
     result = run_in_guest(
         kernel, command, tmp_path, cwd=ROOT, timeout=7000, memory=4096, modules=modules, own_time=True
