@@ -51,7 +51,7 @@ def test_tasks_on_a_bridge_of_their_node_are_served(cluster: Cluster) -> None:
 
 def test_connecting_a_network_to_a_task_cuts_no_service(cluster: Cluster) -> None:
     """Docker takes the task's place on docker_gwbridge when it gets another way out, and gives one back later. Only an
-    answer that is under way just then is lost, for Docker removes the interface that it takes."""
+    answer that is under way just then is lost, for Docker removes the interface that it takes; a proxy may say so."""
     swarm = cluster.swarm
     swarm.create("web", "--replicas-max-per-node=1", replicas=3, publish=[f"{WEB}:8080"])
     cluster.agree("web", 3)
@@ -64,7 +64,8 @@ def test_connecting_a_network_to_a_task_cuts_no_service(cluster: Cluster) -> Non
         reports = loads.stop()
     assert sum(report.ok for report in reports.values()) > 1500
     causes = {cause for report in reports.values() for cause, *_ in report.failures}
-    assert causes <= {"read timeout"}, failures(reports)
+    lost = {"read timeout", "read: ECONNRESET"} if cluster.engine == "proxy" else {"read timeout"}
+    assert causes <= lost, failures(reports)
     under_way = 48 // 3  # callers, and tasks that they call
     assert sum(report.failed for report in reports.values()) <= under_way, failures(reports)
 
