@@ -103,7 +103,6 @@ $bb mount -t bpf none /root/sys/fs/bpf
 $bb mount -t cgroup2 none /root/sys/fs/cgroup
 $bb mount -t debugfs none /root/sys/kernel/debug
 $bb mount -t tracefs none /root/sys/kernel/tracing
-$bb mount -t tmpfs none /root/tmp
 $bb cp /command /last /root/run/
 $bb ip link set lo up
 exec $bb switch_root /root /bin/bash /run/last

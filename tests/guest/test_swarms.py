@@ -36,7 +36,8 @@ def test_swarms_on_debians_kernel(tmp_path: Path, what: str) -> None:
     if missing := [name for name in ("qemu-system-x86_64", "busybox", "cpio", "wg") if not shutil.which(name)]:
         pytest.skip(f"not installed: {', '.join(missing)} (make packages-test)")
     kernel = debian_kernel(ROOT / "build" / "guest" / "bookworm", "bookworm")
-    command = f"sysctl -qw net.ipv4.ip_forward=1; {PYTEST} -s --timeout 7000 {what}"
+    prepared = "sysctl -qw net.ipv4.ip_forward=1; mount -t tmpfs none /mnt; export TMPDIR=/mnt"  # no overlay over one
+    command = f"{prepared}; {PYTEST} -s --timeout 7000 {what}"
     modules = [*MODULES, *ENGINES]
     result = run_in_guest(
         kernel, command, tmp_path, cwd=ROOT, timeout=7000, memory=4096, modules=modules, own_time=True
