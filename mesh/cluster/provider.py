@@ -36,7 +36,7 @@ from mesh.config.keys import Config
 from mesh.datapath.proof import Proof
 from mesh.errors import MeshError
 from mesh.incremental import KeyedCache, Latest
-from mesh.model import Address, EngineKind, HealthView, Inventory, Node, ProofLevel
+from mesh.model import Address, EngineKind, HealthView, Inventory, Node, ProofLevel, backend_of_key
 from mesh.providers.base import Follower, ProviderStatus, Publish
 from mesh.providers.swarm import LocalNode, SwarmProvider
 from mesh.supervisor import end, supervise
@@ -96,6 +96,22 @@ def unenforced(inventory: Inventory, without_agent: Mapping[str, float], now: fl
             )
 
 
+def of_this_node(
+    verdicts: Mapping[str, wire.HealthReport], nodes: Mapping[str, str], own: str
+) -> dict[str, wire.HealthReport]:
+    """Those that this node may report: not of tasks that it had by another id, before it joined the swarm anew. Pure.
+
+    Args:
+        nodes: where each backend runs, as far as it is known.
+        own: this node's id; empty: it is not known.
+    """
+    return {key: told for key, told in verdicts.items() if not own or nodes.get(backend_of_key(key), own) == own}
+
+
+def _nodes_of_backends(inventory: Inventory | None) -> dict[str, str]:
+    return {backend.id: backend.node for backend in inventory.backends} if inventory is not None else {}
+
+
 class ClusterProvider:
     """A provider for every node of a swarm: mesh.providers.base.Provider and ClusterView.
 
@@ -147,6 +163,7 @@ class ClusterProvider:
         self._published: Inventory | None = None
         self._addresses: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # of this node's backends
         self._out_of_reach: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # why, by backend
+        self._nodes_of: Latest[Inventory | None, dict[str, str]] = Latest(operator.is_)  # by backend
         self._told_addresses: Latest[dict[str, wire.Follower], dict[str, str]] = Latest(operator.is_)  # of all nodes
         self._shown: KeyedCache[str, _Given, Node] = KeyedCache()  # nodes with what agents say
         self._without_agent: dict[str, float] = {}  # nodes by id, and since when (monotonic) none is known there
@@ -568,8 +585,9 @@ class ClusterProvider:
                 asked = time.monotonic()
                 held = await self._drain_hooks.held()
             reads = self._roles.reads and self._swarm.status().connected
+            nodes = self._nodes_of.of(self._inventory, _nodes_of_backends)
             self._report = wire.Report(
-                self._verdicts.to_report(),
+                of_this_node(self._verdicts.to_report(), nodes, self._local.look.node),
                 digests,
                 generation,
                 self._engine,

@@ -228,6 +228,7 @@ class RelayProvider:
         self._publish: Publish | None = None
         self._published: object = None
         self._report = wire.Report({})
+        self._reporter: Identity | None = None  # who made it
         self._heard = 0.0
         self._error = "no manager has answered yet"
         self._look = asyncio.Event()
@@ -303,15 +304,20 @@ class RelayProvider:
 
     async def report(self, report: wire.Report) -> None:
         """Send this node's verdicts to every manager, now and whenever a link is made."""
-        self._report = report
+        self._report, self._reporter = report, self.own()
         await asyncio.gather(*(link.report(report) for link in self._links.values()))
 
     async def connected(self, link: _Link) -> None:
         link.said = ""
         self.on_link(link.address[0], True)
-        await link.report(self._report)
+        await link.report(self._report if self._is_reporter() else msgspec.structs.replace(self._report, verdicts={}))
         if self._inventory and self._source is None:
             await self._subscribe(self._preferred())
+
+    def _is_reporter(self) -> bool:
+        """Whether this node is still who it was when it made its last report, of whose tasks that tells."""
+        own = self.own()
+        return own is None or self._reporter is None or is_same(own, self._reporter)
 
     async def _subscribe(self, link: _Link | None) -> None:
         if not self._inventory:

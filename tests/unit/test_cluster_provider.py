@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from mesh.cluster import roles
+from mesh.cluster.provider import of_this_node
 from mesh.cluster.wire import HealthReport, Key, Report
 from mesh.config.keys import Config
 from mesh.errors import ConfigError, MeshError
-from mesh.model import Backend, EngineKind, Health, HealthView, Inventory, Node, ProofLevel
+from mesh.model import PORT_MARK, Backend, EngineKind, Health, HealthView, Inventory, Node, ProofLevel
 from mesh.providers.base import ProviderStatus
 from mesh.providers.swarm.decode import decode
 from mesh.providers.swarm.local_node import LocalView
@@ -178,3 +179,10 @@ async def test_a_key_is_renewed_early_only_if_all_agents_get_it(tmp_path: Path) 
     server.nodes["c"] = ""
     provider._tend_keys()
     assert len(provider._keys.entries) == 2
+
+
+def test_tasks_of_a_former_id_are_not_reported_by_the_new_one() -> None:
+    said = {name: HealthReport("up", "") for name in ("mine", "former", f"former{PORT_MARK}80", "unknown")}
+    nodes = {"mine": "n2", "former": "n1"}
+    assert of_this_node(said, nodes, "n2").keys() == {"mine", "unknown"}
+    assert of_this_node(said, nodes, "").keys() == said.keys()

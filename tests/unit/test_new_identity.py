@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bench.scale_certificates import LIFE, name
-from mesh.cluster import relay_client
+from mesh.cluster import relay_client, wire
 from mesh.cluster.credentials import CredentialsWatch, Files
 from mesh.cluster.relay_client import RelayProvider
 from mesh.cluster.relay_server import RelayServer
@@ -165,10 +165,18 @@ async def test_a_node_that_has_joined_anew_calls_by_its_new_name(
     files = authority.node("n1", role="swarm-worker")
     async with serving(authority.node("m1"), "m1", "n1", "n2") as server, told_by(server, files) as agent:
         assert set(server.nodes) == {"n1"}
+        heard: list[tuple[str, int]] = []
+        server._on_report = lambda node, report: heard.append((node, len(report.verdicts)))
+        await agent.report(wire.Report({"task": wire.HealthReport("up", "")}))
+        await until(lambda: heard, "it reports")
+        assert {node for node, _ in heard} == {"n1"}
+        server.refused["foreign_verdict"] = 0  # the manager knows of no tasks
         become(files, authority.node("n2", role="swarm-worker"))
         await until(lambda: set(server.nodes) == {"n2"}, "it is known by its new identity")
         links = agent._links.values()  # one that was made while the files changed is made again
         await until(lambda: all(not link.outdated and link.connected for link in links) and len(server._peers) == 1)
+        assert "n2" in {node for node, _ in heard} and not server.refused["foreign_verdict"]
+        assert not any(peer.early for peer in server._peers)  # nothing of what it was before
         renewed = authority.certificate("n2", "swarm-worker")  # of the same node: nothing happens
         (peer,) = server._peers
         files.certificate.write_bytes(renewed)
