@@ -107,7 +107,9 @@ def test_the_encrypted_swarm_of_the_recipe(swarm: EncryptedSwarm) -> None:
             assert daemon.total("mesh_verdicts_total", verdict="tunnel_tx") > 400
             assert daemon.state()["problems"] == []
         for node, daemon in zip(swarm.nodes, cluster.daemons, strict=True):
-            said = swarm.shell(node, f"export MESH_STATE_DIR={daemon.config['state_dir']}; {swarm.check}")
+            keys = ("state_dir", "docker_data_root", "docker_exec_root")
+            lab = " ".join(f"MESH_{key.upper()}={daemon.config[key]}" for key in keys)  # not where they are on a host
+            said = swarm.shell(node, f"export {lab}; {swarm.check}")
             assert not re.search(r"\bFAIL|blocked", said), said
     finally:
         print(cluster.tails(), flush=True)
