@@ -9,6 +9,7 @@ int mesh_tunnel_tx(struct __sk_buff *skb);
 int mesh_icmp(struct __sk_buff *skb);
 int mesh_ingress(struct __sk_buff *skb);
 int mesh_guard(struct __sk_buff *skb);
+int mesh_cut(struct __sk_buff *skb);
 
 /* Programs that those of ingress.bpf.o continue in, by CALL_*. The kernel empties the map when nobody holds or pins it.
  */
@@ -23,6 +24,7 @@ struct {
 					  [CALL_ICMP] = (void *)&mesh_icmp,
 					  [CALL_INGRESS] = (void *)&mesh_ingress,
 					  [CALL_GUARD] = (void *)&mesh_guard,
+					  [CALL_CUT] = (void *)&mesh_cut,
 				  }};
 
 INLINE int ingress(struct __sk_buff *skb, int from)
@@ -186,6 +188,10 @@ int mesh_tunnel_tx(struct __sk_buff *skb)
 	action = tunnel_tx(skb, &p, backend, entropy, skb->cb[3]);
 	if (action == REJECT(MESH_VERDICT_TUNNEL_TOO_BIG) && frontend)
 		count_failed_start(&p, frontend, FAILURE(too_big));
+	if (unlikely(action == TAIL_CALL(CALL_CUT))) {
+		bpf_tail_call(skb, &mesh_tail_calls, CALL_CUT);
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	}
 	if (IS_REJECT(action))
 		return reject(skb, &p, action);
 	if (likely(action == TC_ACT_REDIRECT)) {
@@ -229,8 +235,16 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 	result = decap(skb, &p, &from, path);
 	if (unlikely(result == DECAP_UNPROVEN))
 		return verdict(MESH_VERDICT_TUNNEL_UNPROVEN, TC_ACT_SHOT);
-	if (from.id.flags & MESH_TUNNEL_REPLY)
-		return tunnel_rx_reply(skb, &p, &from, result);
+	if (from.id.flags & MESH_TUNNEL_REPLY) {
+		action = tunnel_rx_reply(skb, &p, &from, result);
+		if (unlikely(action == REJECT(MESH_VERDICT_TOO_BIG)))
+			action = answer_too_big(skb, &p);
+		if (unlikely(action <= TAIL_CALL(0))) {
+			bpf_tail_call(skb, &mesh_tail_calls, TAIL_CALL(0) - action);
+			return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+		}
+		return action;
+	}
 	if (result == PARSE_ICMP && !from.id.flags)
 		return tunnel_rx_icmp(skb, &p, &from);
 	if (result != PARSE_FLOW)
@@ -239,6 +253,13 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 		return restart(skb, second_chance_resolve(&p, &from));
 	action = tunnel_rx_flow(skb, &p, &from);
 	return IS_REJECT(action) ? reject_through_tunnel(skb, &p, &from, action) : action;
+}
+
+/* A packet without DF that is larger than its way takes: its fragments come in instead. */
+SEC("tc")
+int mesh_cut(struct __sk_buff *skb)
+{
+	return fragmenter_run(skb);
 }
 
 /* The verdict of a flow to a task of this node, where the task sees another source than the client's own. */

@@ -7,29 +7,44 @@
 #define MTU_SAFE 1280u /* every interface that carries IPv6 takes this much: a smaller packet needs no check */
 
 int mesh_tunnel_reply(struct __sk_buff *skb);
+int mesh_task_cut(struct __sk_buff *skb);
 
 /* Programs that mesh_task continues in, by CALL_*. The kernel empties the map when nobody holds or pins it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, TASK_CALLS);
 	__uint(key_size, sizeof(__u32));
 	__array(values, int(void *));
-} mesh_task_calls SEC(".maps") = {.values = {[CALL_TUNNEL_REPLY] = (void *)&mesh_tunnel_reply}};
+} mesh_task_calls SEC(".maps") = {.values = {
+					  [CALL_TUNNEL_REPLY] = (void *)&mesh_tunnel_reply,
+					  [CALL_TASK_CUT] = (void *)&mesh_task_cut,
+				  }};
 
-/* Whether a reply, or one of the segments it will be cut into, exceeds the MTU of its interface. Only the kernel's own
- * path tells the task so: such a packet is passed to it as it is. The helper counts an Ethernet header that some
- * interfaces do not have. */
-static __noinline int is_too_big(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
+/* The MTU of its interface that a reply, or one of the segments it will be cut into, exceeds; 0: it does not. The
+ * helper counts an Ethernet header that some interfaces do not have. */
+static __noinline __u32 exceeded_mtu(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
 {
 	__u32 mtu = 0;
 
 	if (bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) <= 0)
 		return 0;
-	return skb->gso_size || p->length > mtu;
+	return skb->gso_size || p->length > mtu ? mtu : 0;
+}
+
+/* A reply that is larger than its interface takes is cut if it may be. Else only the kernel's own path tells the task:
+ * such a packet is passed to it as it is. */
+static __noinline int reply_too_big(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply, __u32 mtu)
+{
+	if (!p || !reply)
+		return TC_ACT_SHOT;
+	if (is_cuttable(skb, p, mtu))
+		return fragmenter_call(skb, mtu, 0, CALL_TASK_CUT);
+	count_failed_start(p, reply->frontend, FAILURE(too_big));
+	return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
 }
 
 /* A reply, with the called address as its source, straight to the interface where the packets of the client come in.
- */
+ * Returns an action or a TAIL_CALL. */
 static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply)
 {
 	struct tuple to = {
@@ -38,14 +53,13 @@ static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, str
 		.source_port = reply->called_port,
 		.destination_port = client_port(reply, p->flow.destination_port),
 	};
-	__u32 ifindex = reply->ifindex, peer = reply->flags & MESH_REVNAT_PEER;
+	__u32 ifindex = reply->ifindex, peer = reply->flags & MESH_REVNAT_PEER, mtu;
 
 	if (unlikely(p->ttl <= 1))
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
-	if (!peer && unlikely(p->length > MTU_SAFE) && is_too_big(skb, p, ifindex)) {
-		count_failed_start(p, reply->frontend, FAILURE(too_big));
-		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
-	}
+	mtu = !peer && unlikely(p->length > MTU_SAFE) ? exceeded_mtu(skb, p, ifindex) : 0;
+	if (unlikely(mtu))
+		return reply_too_big(skb, p, reply, mtu);
 	if (unlikely(p->fragment == 1))
 		fragment_store(p);
 	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
@@ -103,8 +117,13 @@ int mesh_task(struct __sk_buff *skb)
 		reply = revnat_lookup(skb, &p);
 		if (unlikely(reply && !is_from_task(skb, reply)))
 			return verdict(MESH_VERDICT_FOREIGN_REPLY, TC_ACT_SHOT);
-		if (likely(reply && !(reply->ifindex & MESH_REVNAT_NODE)))
-			return forward_reply(skb, &p, reply);
+		if (likely(reply && !(reply->ifindex & MESH_REVNAT_NODE))) {
+			action = forward_reply(skb, &p, reply);
+			if (likely(action != TAIL_CALL(CALL_TASK_CUT)))
+				return action;
+			bpf_tail_call(skb, &mesh_task_calls, CALL_TASK_CUT);
+			return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+		}
 		if (!reply) {
 			action = forward_call(skb, &p);
 			return IS_REJECT(action) ? reject(skb, &p, action) : action;
@@ -143,7 +162,18 @@ int mesh_tunnel_reply(struct __sk_buff *skb)
 	if (!reply || !(reply->ifindex & MESH_REVNAT_NODE))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	action = prepare_reply(skb, &p, reply, &d);
+	if (unlikely(action == TAIL_CALL(CALL_TASK_CUT))) {
+		bpf_tail_call(skb, &mesh_task_calls, CALL_TASK_CUT);
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	}
 	if (IS_REJECT(action))
 		return reject(skb, &p, action);
 	return action ? action : send_reply(skb, &p, &d, MESH_VERDICT_TUNNEL_REPLY_TX);
+}
+
+/* A task's reply without DF that is larger than its way takes: its fragments come in instead. */
+SEC("tc")
+int mesh_task_cut(struct __sk_buff *skb)
+{
+	return fragmenter_run(skb);
 }

@@ -19,16 +19,17 @@ INLINE enum parse_result parse_frame(struct xdp_md *xdp, struct packet *p)
 	if ((void *)(ether + 1) > end || (ether->h_dest[0] & MULTICAST))
 		return PARSE_OTHER;
 	__builtin_memset(p, 0, sizeof(*p));
-	available = (__u32)(end - data) - L3;
+	available = (__u32)bpf_xdp_get_buff_len(xdp) - L3;
 	if (ether->h_proto == bpf_htons(ETH_P_IP))
-		result = parse_v4(p, data, end, available);
+		result = parse_v4(NULL, p, data, end, available);
 	else if (ether->h_proto == bpf_htons(ETH_P_IPV6))
-		result = parse_v6(p, data, end, available);
+		result = parse_v6(NULL, p, data, end, available);
 	return unlikely(p->fragment) ? PARSE_FRAGMENT : result;
 }
 
-/* A packet from a denied source: dropped by the driver. */
-SEC("xdp")
+/* A packet from a denied source: dropped by the driver. Of a frame in several buffers (jumbo frames) the first one has
+ * the headers. */
+SEC("xdp.frags")
 int mesh_xdp(struct xdp_md *xdp)
 {
 	struct mesh_frontend *frontend;

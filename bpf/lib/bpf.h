@@ -39,10 +39,13 @@
 #define CALL_ICMP      2
 #define CALL_INGRESS   3 /* a client's packet that another node has returned (second_chance.h) */
 #define CALL_GUARD     4
-#define CALLS          5
+#define CALL_CUT       5 /* by fragmenter_call */
+#define CALLS          6
 
-/* Index of mesh_task_calls (task.bpf.c). */
+/* Indexes of mesh_task_calls (task.bpf.c). */
 #define CALL_TUNNEL_REPLY 0
+#define CALL_TASK_CUT     1 /* by fragmenter_call */
+#define TASK_CALLS        2
 
 /* Initial value of the map ".rodata.abi": the digest as text, with its NUL. */
 const volatile char mesh_abi_digest[sizeof(MESH_ABI_DIGEST)] SEC(".rodata.abi") = MESH_ABI_DIGEST;

@@ -16,7 +16,6 @@
 #define MSS_ROOM       40u /* of all TCP options */
 #define MTU_LEAST      128u
 #define PATH_LEAST     1280u /* a smaller path MTU is not believed (RFC 8200) */
-#define IP_LENGTH      65535u
 #define PROTO_DIFF     ((__s32)(V6_HEADER - V4_HEADER))
 
 struct tunnel_header {
@@ -65,18 +64,7 @@ INLINE __u32 tunnel_mtu(const struct mesh_addr *node)
 /* Whether a frame's packet, or one of the segments it will be cut into, is larger than p->mtu. */
 INLINE int exceeds_mtu(struct __sk_buff *skb, const struct packet *p)
 {
-	__u32 header = p->l4 - L3, length = skb->len - L3;
-	__u8 words = 0;
-
-	if (likely(length <= p->mtu))
-		return 0;
-	if (!skb->gso_size || length > IP_LENGTH - encap_overhead(0, 1))
-		return 1;
-	if (p->flow.protocol != IPPROTO_TCP)
-		header += (__u32)sizeof(struct udphdr);
-	else if (bpf_skb_load_bytes(skb, p->l4 + TCP_FLAGS - 1, &words, 1))
-		return 1;
-	return header + (words >> 4) * 4u + skb->gso_size > p->mtu;
+	return unlikely(skb->len - L3 > p->mtu) && wire_size(skb, p) > p->mtu;
 }
 
 /* Offset of the MSS option's value among the options; 0: there is none. */
@@ -176,20 +164,23 @@ INLINE int decap_room(struct __sk_buff *skb, __s32 room, int v4, int inner_v4)
 	       bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type, 2, 0);
 }
 
-INLINE int outer_v4(struct __sk_buff *skb, const struct tunnel_peer *to, const struct mesh_node *path, __u32 length)
+/* A length as headers have it. Of segments of more than 64 KiB it is 0 until they are cut (BIG TCP). */
+INLINE __be16 header_says(__u32 length)
+{
+	return length > IP_LENGTH ? 0 : bpf_htons((__u16)length);
+}
+
+INLINE int outer_v4(struct __sk_buff *skb, const struct mesh_addr *source, const struct mesh_addr *destination,
+		    __u32 length)
 {
 	__be16 words[10] = {
-		bpf_htons(0x4500),
-		bpf_htons((__u16)length),
-		0,
-		bpf_htons(IP_DF),
-		bpf_htons(DEFAULT_TTL << 8 | IPPROTO_UDP),
+		bpf_htons(0x4500), header_says(length), 0, bpf_htons(IP_DF), bpf_htons(DEFAULT_TTL << 8 | IPPROTO_UDP),
 	};
 	__be16 type = bpf_htons(ETH_P_IP);
 	__u64 sum = 0;
 
-	__builtin_memcpy(words + 6, &path->source.words[3], 4);
-	__builtin_memcpy(words + 8, &to->node.words[3], 4);
+	__builtin_memcpy(words + 6, &source->words[3], 4);
+	__builtin_memcpy(words + 8, &destination->words[3], 4);
 	for (int i = 0; i < 10; i++)
 		sum += words[i];
 	words[5] = (__be16)~fold16(sum);
@@ -197,20 +188,37 @@ INLINE int outer_v4(struct __sk_buff *skb, const struct tunnel_peer *to, const s
 	       bpf_skb_store_bytes(skb, L3, words, sizeof(words), BPF_F_RECOMPUTE_CSUM);
 }
 
-INLINE int outer_v6(struct __sk_buff *skb, const struct tunnel_peer *to, const struct mesh_node *path, __u32 length)
+INLINE int outer_v6(struct __sk_buff *skb, const struct mesh_addr *source, const struct mesh_addr *destination,
+		    __u32 length)
 {
 	struct ipv6hdr ip = {
 		.version = 6,
-		.payload_len = bpf_htons((__u16)(length - V6_HEADER)),
+		.payload_len = header_says(length - V6_HEADER),
 		.nexthdr = IPPROTO_UDP,
 		.hop_limit = DEFAULT_TTL,
 	};
 	__be16 type = bpf_htons(ETH_P_IPV6);
 
-	__builtin_memcpy(&ip.saddr, &path->source, 16);
-	__builtin_memcpy(&ip.daddr, &to->node, 16);
+	__builtin_memcpy(&ip.saddr, source, 16);
+	__builtin_memcpy(&ip.daddr, destination, 16);
 	return bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type, 2, 0) ||
 	       bpf_skb_store_bytes(skb, L3, &ip, sizeof(ip), BPF_F_RECOMPUTE_CSUM);
+}
+
+/* UDP and Geneve, all but the proof. `length`: of UDP. `inner`: EtherType of the inner packet. */
+INLINE void tunnel_header(struct tunnel_header *head, const struct tunnel_peer *to, __be16 port, __u32 length,
+			  __be16 inner, int proven)
+{
+	head->udp.source = bpf_htons((__u16)(MESH_TUNNEL_SOURCE | (to->entropy & 0x3fff)));
+	head->udp.dest = port;
+	head->udp.len = header_says(length);
+	head->geneve.words = (__u8)(MESH_GENEVE_WORDS + (proven ? MESH_PROOF_WORDS : 0));
+	head->geneve.flags = MESH_GENEVE_CRITICAL;
+	head->geneve.inner = inner;
+	head->geneve.option_class = bpf_htons(MESH_GENEVE_CLASS);
+	head->geneve.option_type = MESH_GENEVE_TYPE;
+	head->geneve.option_words = (__u8)(MESH_GENEVE_OPTION + (proven ? MESH_PROOF_WORDS : 0));
+	head->geneve.id = to->id;
 }
 
 /* Write UDP, Geneve and the proof, behind the room for the outer IP header. */
@@ -242,19 +250,11 @@ static __noinline int encap_send(struct __sk_buff *skb, struct tunnel_peer *to, 
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	room = encap_overhead(v4, proven);
 	length = skb->len - L3 + room;
-	head.udp.source = bpf_htons((__u16)(MESH_TUNNEL_SOURCE | (to->entropy & 0x3fff)));
-	head.udp.dest = node->tunnel_port;
-	head.udp.len = bpf_htons((__u16)(length - (v4 ? V4_HEADER : V6_HEADER)));
-	head.geneve.words = (__u8)(MESH_GENEVE_WORDS + (proven ? MESH_PROOF_WORDS : 0));
-	head.geneve.flags = MESH_GENEVE_CRITICAL;
-	head.geneve.inner = p->version == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
-	head.geneve.option_class = bpf_htons(MESH_GENEVE_CLASS);
-	head.geneve.option_type = MESH_GENEVE_TYPE;
-	head.geneve.option_words = (__u8)(MESH_GENEVE_OPTION + (proven ? MESH_PROOF_WORDS : 0));
-	head.geneve.id = to->id;
+	tunnel_header(&head, to, node->tunnel_port, length - (v4 ? V4_HEADER : V6_HEADER),
+		      p->version == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6), proven);
 	if (encap_room(skb, (__s32)room, v4, p->version == 4) ||
 	    encap_store(skb, &head, L3 + (v4 ? V4_HEADER : V6_HEADER), proven) ||
-	    (v4 ? outer_v4(skb, to, path, length) : outer_v6(skb, to, path, length)))
+	    (v4 ? outer_v4(skb, &path->source, &to->node, length) : outer_v6(skb, &path->source, &to->node, length)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	if (!v4)
 		return (int)bpf_redirect_neigh(path->ifindex, NULL, 0, 0);

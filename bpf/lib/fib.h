@@ -13,8 +13,9 @@
 #include "maps.h"
 #include "parse.h"
 
-#define INET           2u   /* AF_INET */
-#define INET6          10u  /* AF_INET6 */
+#define INET           2u  /* AF_INET */
+#define INET6          10u /* AF_INET6 */
+#define IP_LENGTH      65535u
 #define FIB_CACHE_LIFE 128u /* jiffies, 0.13 to 1.3 seconds: how long an answer counts where no agent runs */
 
 /* What the route of a packet depends on. Ports do not count: bpf_redirect_neigh asks without them, too. */
@@ -99,11 +100,31 @@ INLINE int fib_send(struct __sk_buff *skb, const struct packet *p, const struct 
 	return fib_send_v4(skb, &s);
 }
 
-/* The interface that leads from an own address to a client. 0: none, or the packet is too large for it. */
-INLINE __u32 fib_output(struct __sk_buff *skb, const struct mesh_addr *source, const struct mesh_addr *destination)
+/* Bytes of the largest IP packet as which a frame's packet leaves: large segments are cut. */
+INLINE __u32 wire_size(struct __sk_buff *skb, const struct packet *p)
+{
+	__u32 header = p->l4 - L3;
+	__u8 words = 0;
+
+	if (likely(!skb->gso_size))
+		return skb->len - L3;
+	if (p->flow.protocol != IPPROTO_TCP)
+		return header + (__u32)sizeof(struct udphdr) + skb->gso_size;
+	if (bpf_skb_load_bytes(skb, p->l4 + TCP_FLAGS - 1, &words, 1))
+		return IP_LENGTH;
+	return header + (words >> 4) * 4u + skb->gso_size;
+}
+
+/* The interface that leads from an own address to a client. 0: none, or the packet is larger than *mtu, which the route
+ * takes. */
+INLINE __u32 fib_output(struct __sk_buff *skb, const struct packet *p, const struct mesh_addr *source,
+			const struct mesh_addr *destination, __u32 *mtu)
 {
 	struct bpf_fib_lookup path = {.ifindex = skb->ifindex};
+	__u32 size = wire_size(skb, p);
 	long found;
+
+	path.tot_len = (__u16)(size < IP_LENGTH ? size : IP_LENGTH);
 
 	if (is_v4(destination)) {
 		path.family = INET;
@@ -117,6 +138,8 @@ INLINE __u32 fib_output(struct __sk_buff *skb, const struct mesh_addr *source, c
 	found = bpf_fib_lookup(skb, &path, sizeof(path), 0);
 	if (found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH)
 		return path.ifindex;
+	if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		*mtu = path.mtu_result;
 	return found == BPF_FIB_LKUP_RET_FWD_DISABLED ? skb->ifindex : 0;
 }
 

@@ -138,7 +138,14 @@ INLINE enum parse_result parse_first_fragment(struct packet *p, void *l4, void *
 	return result == PARSE_FLOW ? PARSE_FRAGMENT : result;
 }
 
-INLINE enum parse_result parse_v4(struct packet *p, void *data, void *end, __u32 available)
+/* The length of an IP packet whose header says 0: that of its frame if it is a segment of more than 64 KiB (BIG TCP).
+ * `skb` NULL: there are no such segments. */
+INLINE __u32 big_length(struct __sk_buff *skb, __u32 available)
+{
+	return skb && skb->gso_size ? available : 0;
+}
+
+INLINE enum parse_result parse_v4(struct __sk_buff *skb, struct packet *p, void *data, void *end, __u32 available)
 {
 	struct iphdr *ip = data + L3;
 	__u32 header, offset;
@@ -153,6 +160,8 @@ INLINE enum parse_result parse_v4(struct packet *p, void *data, void *end, __u32
 		return PARSE_OTHER;
 	p->flow.protocol = protocol;
 	p->length = bpf_ntohs(ip->tot_len);
+	if (unlikely(!p->length))
+		p->length = big_length(skb, available);
 	p->version = 4;
 	p->ttl = ip->ttl;
 	p->check = ip->check;
@@ -189,9 +198,29 @@ INLINE int is_extension(__u8 next)
 	       next == IPPROTO_DSTOPTS || next == IPPROTO_AH || next == IPPROTO_MH;
 }
 
-INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32 available)
+/* The hop-by-hop options of such a segment over IPv6: its length (RFC 2675), and nothing else. */
+struct jumbo {
+	__u8 next;
+	__u8 words; /* 0 */
+	__u8 type;
+	__u8 size;
+	__be32 length;
+};
+
+#define JUMBO_TYPE 0xc2
+#define JUMBO_SIZE ((__u32)sizeof(struct jumbo))
+
+INLINE int is_jumbo(const struct jumbo *option)
+{
+	return !option->words && option->type == JUMBO_TYPE && option->size == sizeof(option->length) &&
+	       option->next == IPPROTO_TCP;
+}
+
+INLINE enum parse_result parse_v6(struct __sk_buff *skb, struct packet *p, void *data, void *end, __u32 available)
 {
 	struct ipv6hdr *ip = data + L3;
+	struct jumbo *option = (void *)(ip + 1);
+	__u32 header = sizeof(*ip);
 	__u8 next;
 
 	if ((void *)(ip + 1) > end)
@@ -199,10 +228,21 @@ INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32
 	next = ip->nexthdr;
 	p->flow.protocol = next;
 	p->length = bpf_ntohs(ip->payload_len) + (__u32)sizeof(*ip);
+	if (unlikely(!ip->payload_len) && big_length(skb, available)) {
+		p->length = available;
+		if (next == IPPROTO_HOPOPTS) {
+			if ((void *)(option + 1) > end)
+				return PARSE_SHORT;
+			if (!is_jumbo(option))
+				return PARSE_OTHER;
+			p->flow.protocol = next = IPPROTO_TCP;
+			header += JUMBO_SIZE;
+		}
+	}
 	p->version = 6;
 	p->dont_fragment = 1;
 	p->ttl = ip->hop_limit;
-	p->l4 = (__u16)(L3 + sizeof(*ip));
+	p->l4 = (__u16)(L3 + header);
 	if (unlikely(ip->version != 6 || p->length > available))
 		return PARSE_OTHER;
 	__builtin_memcpy(&p->flow.source, &ip->saddr, 16);
@@ -222,7 +262,7 @@ INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32
 		return PARSE_EXTENSION;
 	if (next != IPPROTO_TCP && next != IPPROTO_UDP)
 		return PARSE_OTHER;
-	return parse_l4(p, ip + 1, end, p->length - (__u32)sizeof(*ip));
+	return parse_l4(p, (void *)ip + header, end, p->length - header);
 }
 
 INLINE enum parse_result parse_linear(struct __sk_buff *skb, struct packet *p)
@@ -231,9 +271,9 @@ INLINE enum parse_result parse_linear(struct __sk_buff *skb, struct packet *p)
 
 	__builtin_memset(p, 0, sizeof(*p));
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return parse_v4(p, data, end, skb->len - L3);
+		return parse_v4(skb, p, data, end, skb->len - L3);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		return parse_v6(p, data, end, skb->len - L3);
+		return parse_v6(skb, p, data, end, skb->len - L3);
 	return PARSE_OTHER;
 }
 

@@ -10,8 +10,10 @@
 
 #include "csum.h"
 #include "metrics.h"
+#include "scratch.h"
 
 #define ERROR_BURST 50u
+#define QUOTED_MOST 4096u /* bytes more than the quote: what bpf_skb_adjust_room takes */
 
 /* Swap the Ethernet addresses, and write an IP header from the flow's destination to its source. */
 INLINE int swap_headers(struct __sk_buff *skb, const struct packet *p, __u32 length, __u8 protocol)
@@ -130,6 +132,27 @@ INLINE int quoted_sum(struct __sk_buff *skb, const struct packet *p, __u32 at, _
 	return 0;
 }
 
+/* Leave `quote` bytes of the packet. A packet with the marks of a tunnel (encap_room) cannot be shortened: what it
+ * loses is behind the Ethernet header, and the quote is written anew. */
+INLINE int cut_to_quote(struct __sk_buff *skb, __u32 quote)
+{
+	__u32 zero = 0, more = skb->len - L3 - quote;
+	struct tcp_options *w;
+
+	if (likely(!bpf_skb_change_tail(skb, L3 + quote, 0)))
+		return 0;
+	w = bpf_map_lookup_elem(&scratch_tcp, &zero);
+	if (!w || skb->gso_size || more < 8 || more > QUOTED_MOST)
+		return -1;
+	asm volatile("" : "+r"(quote)); /* kernels before 6.3 do not see through what the compiler makes of it */
+	quote = ((quote - 1) & (sizeof(w->options) - 1)) + 1;
+	/* A checksum that is left to offload is forgotten once it is gone; before Linux 6.2 by the next change. */
+	return bpf_skb_load_bytes(skb, L3, w->options, quote) ||
+	       bpf_skb_adjust_room(skb, -(__s32)(more - 8), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO) ||
+	       bpf_skb_adjust_room(skb, -8, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO) ||
+	       bpf_skb_store_bytes(skb, L3, w->options, quote, BPF_F_RECOMPUTE_CSUM);
+}
+
 /* An ICMP error about the packet. `type` and `code` are those of the packet's IP version; `mtu`: where it is too big.
  */
 INLINE int make_icmp_error(struct __sk_buff *skb, const struct packet *p, __u8 type, __u8 code, __u32 mtu)
@@ -141,7 +164,7 @@ INLINE int make_icmp_error(struct __sk_buff *skb, const struct packet *p, __u8 t
 	struct icmp icmp = {.type = type, .code = code, .rest = bpf_htonl(mtu)};
 	__u64 sum = 0;
 
-	if (bpf_skb_change_tail(skb, L3 + quote, 0) || bpf_skb_adjust_room(skb, (__s32)room, BPF_ADJ_ROOM_MAC, 0) ||
+	if (cut_to_quote(skb, quote) || bpf_skb_adjust_room(skb, (__s32)room, BPF_ADJ_ROOM_MAC, 0) ||
 	    quoted_sum(skb, p, L3 + room, &sum))
 		return -1;
 	sum += (__u64)bpf_htons((__u16)(type << 8 | code)) + icmp.rest;
@@ -167,7 +190,7 @@ INLINE int may_reject(const struct packet *p)
 
 INLINE int rejection_for(__u32 name)
 {
-	if (name == MESH_VERDICT_TUNNEL_TOO_BIG)
+	if (name == MESH_VERDICT_TUNNEL_TOO_BIG || name == MESH_VERDICT_TOO_BIG)
 		return REJECT_TOO_BIG;
 	return name == MESH_VERDICT_EXPIRED ? REJECT_EXPIRED : REJECT_RESET;
 }

@@ -4,6 +4,7 @@
 #ifndef MESH_TUNNEL_REPLY_H
 #define MESH_TUNNEL_REPLY_H
 
+#include "fragmenter.h"
 #include "icmp.h"
 
 /* Whether a task refuses a connection (RFC 9293, 3.5.2: a reset with sequence number 0) for the first time. The client
@@ -55,8 +56,8 @@ INLINE int reply_changes_state(struct __sk_buff *skb, struct packet *p, struct m
 /* How a reply leaves. */
 struct reply_path {
 	struct tunnel_peer to;
-	__u32 ifindex; /* not 0: straight to the client */
-	__u32 pad;
+	__u32 ifindex;          /* not 0: straight to the client */
+	__u32 mtu;              /* not 0: likewise, but the route takes no more */
 	struct mesh_node *path; /* to the node */
 };
 
@@ -77,8 +78,8 @@ static __noinline int find_reply_path(struct __sk_buff *skb, struct packet *p, s
 	p->mtu = (__u16)path_takes(d->path, is_v4(&d->to.node));
 	if (p->mtu && !(own->settings & MESH_SETTING_DIRECT))
 		return 0;
-	d->ifindex = fib_output(skb, &reply->called, &reply->client);
-	return d->ifindex ? 0 : -1;
+	d->ifindex = fib_output(skb, p, &reply->called, &reply->client, &d->mtu);
+	return d->ifindex || d->mtu ? 0 : -1;
 }
 
 INLINE int send_reply(struct __sk_buff *skb, struct packet *p, struct reply_path *d, __u32 name)
@@ -95,7 +96,8 @@ INLINE int send_reply(struct __sk_buff *skb, struct packet *p, struct reply_path
 	return action;
 }
 
-/* A reply with the called address as its source: everything but sending it. Returns 0, or an action or REJECT. */
+/* A reply with the called address as its source: everything but sending it. Returns 0, or an action,
+ * REJECT or TAIL_CALL. */
 static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, struct mesh_revnat *reply,
 				    struct reply_path *d)
 {
@@ -112,9 +114,13 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 		count_failed_start(p, reply->frontend, FAILURE(no_path));
 		return verdict(MESH_VERDICT_TUNNEL_NO_PATH, TC_ACT_SHOT);
 	}
-	if (!d->ifindex && exceeds_mtu(skb, p)) {
+	if (d->mtu)
+		p->mtu = (__u16)d->mtu;
+	if (d->mtu || (!d->ifindex && exceeds_mtu(skb, p))) {
+		if (is_cuttable(skb, p, p->mtu))
+			return fragmenter_call(skb, p->mtu, 0, CALL_TASK_CUT);
 		count_failed_start(p, reply->frontend, FAILURE(too_big));
-		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
+		return REJECT(d->mtu ? MESH_VERDICT_TOO_BIG : MESH_VERDICT_TUNNEL_TOO_BIG);
 	}
 	if (p->fragment == 1)
 		fragment_store(p);

@@ -4,6 +4,7 @@
 #ifndef MESH_TUNNEL_RX_H
 #define MESH_TUNNEL_RX_H
 
+#include "fragmenter.h"
 #include "icmp.h"
 
 INLINE int is_one_flag(__u8 flags)
@@ -194,12 +195,13 @@ INLINE int leave_to_agent(struct __sk_buff *skb)
 	return verdict(MESH_VERDICT_TUNNEL_TRIAL, TC_ACT_OK);
 }
 
-/* A reply to a client that called this node, with the called address as its source. */
+/* A reply to a client that called this node, with the called address as its source. Returns an action, or a
+ * REJECT or TAIL_CALL. */
 static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from, int result)
 {
 	struct mesh_flow flow = {};
 	int goes_on = result == PARSE_FLOW && !p->fragment && !(p->tcp_flags & (TCP_SYN | TCP_RST));
-	__u32 ifindex;
+	__u32 ifindex, mtu = 0;
 
 	if (unlikely(is_trial_answer(p)))
 		return leave_to_agent(skb);
@@ -210,13 +212,26 @@ static __noinline int tunnel_rx_reply(struct __sk_buff *skb, struct packet *p, s
 		return verdict(MESH_VERDICT_EXPIRED, TC_ACT_SHOT);
 	if (result == PARSE_FLOW && (p->tcp_flags & (TCP_SYN | TCP_RST)))
 		answer_came(&flow);
-	ifindex = fib_output(skb, &p->flow.source, &p->flow.destination);
+	ifindex = fib_output(skb, p, &p->flow.source, &p->flow.destination, &mtu);
+	if (unlikely(mtu) && is_cuttable(skb, p, mtu))
+		return fragmenter_call(skb, mtu, from->number + 1, CALL_CUT);
+	p->mtu = (__u16)mtu;
 	if (!ifindex)
-		return verdict(MESH_VERDICT_TOO_BIG, TC_ACT_SHOT);
+		return mtu ? REJECT(MESH_VERDICT_TOO_BIG) : verdict(MESH_VERDICT_TOO_BIG, TC_ACT_SHOT);
 	if (((p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, tunnel_mtu(&from->node))) || decrement_ttl(skb, p))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 	count_verdict(MESH_VERDICT_TUNNEL_REPLY_RX);
 	return fib_send(skb, p, &p->flow.source, &p->flow.destination, ifindex);
+}
+
+/* A reply that the way to its client does not take becomes an error of the client about it, which then finds its way to
+ * the task like any other. Returns an action or a TAIL_CALL. */
+static __noinline int answer_too_big(struct __sk_buff *skb, struct packet *p)
+{
+	int failed = make_rejection(skb, p, REJECT_TOO_BIG);
+
+	count_verdict(failed > 0 ? MESH_VERDICT_RATE_LIMITED : MESH_VERDICT_TOO_BIG);
+	return failed ? TC_ACT_SHOT : TAIL_CALL(CALL_ICMP);
 }
 
 /* Whether a packet for an unknown task was seen before. If not, store that it is seen now, under a key that no entry

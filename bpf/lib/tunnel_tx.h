@@ -3,7 +3,7 @@
 #ifndef MESH_TUNNEL_TX_H
 #define MESH_TUNNEL_TX_H
 
-#include "encap.h"
+#include "fragmenter.h"
 #include "revnat.h"
 
 /* A SYN that goes to another node waits for its answer, under a key that no entry has. The start counts as unanswered
@@ -26,7 +26,9 @@ static __noinline void await_answer(struct __sk_buff *skb, struct packet *p, __u
 		count_backend_failure(frontend, owner, BACKEND_FAILURE(unanswered));
 }
 
-/* A client's packet, or an error about one of its flows, to the node of its owner. Returns an action or a REJECT. */
+/* A client's packet, or an error about one of its flows, to the node of its owner. Returns an action, or a REJECT or
+ * TAIL_CALL.
+ */
 static __noinline int tunnel_tx(struct __sk_buff *skb, struct packet *p, struct mesh_backend *backend, __u32 entropy,
 				__u32 flags)
 {
@@ -43,6 +45,8 @@ static __noinline int tunnel_tx(struct __sk_buff *skb, struct packet *p, struct 
 		return verdict(MESH_VERDICT_TUNNEL_NO_PATH, TC_ACT_UNSPEC);
 	if (unlikely(p->ttl <= 1))
 		return REJECT(MESH_VERDICT_EXPIRED);
+	if (unlikely(exceeds_mtu(skb, p)) && is_cuttable(skb, p, p->mtu))
+		return fragmenter_call(skb, p->mtu, 0, CALL_CUT);
 	if (unlikely(exceeds_mtu(skb, p)))
 		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
 	if ((unlikely(p->tcp_flags & TCP_SYN) && clamp_mss(skb, p, p->mtu)) || decrement_ttl(skb, p))

@@ -85,7 +85,7 @@ class Packets:
         return program, self.network(source, destination, ICMP6 if p.version == 6 else ICMP, message)
 
     def transport(self, source: bytes, sport: int, destination: bytes, dport: int, protocol: int) -> bytes:
-        data = self.chance.randbytes(self.chance.choice((0, 1, 5, 100)))
+        data = self.chance.randbytes(self.chance.choice((0, 1, 5, 100, 400)))
         if protocol == TCP:
             flags = self.chance.choice((2, 2, 16, 16, 24, 17, 18, 4, 20, self.chance.randrange(256)))
             options = bytes(4 * self.chance.choice((0, 0, 3)))

@@ -224,7 +224,7 @@ def test_datagrams_larger_than_the_path_and_no_segments() -> None:
     plane = caller(mtu=1280)
     plane.away(4, PEER4, 5353, bytes(range(8)), protocol=UDP)
     plane.frontend(3, 53, [(4, 4)], protocol=UDP)
-    send(plane, "mesh_ingress", [datagram(CLIENT4, 40000, NODE4, 53, bytes(size)) for size in (100, 1250)])
+    send(plane, "mesh_ingress", [datagram(CLIENT4, 40000, NODE4, 53, bytes(size), flags="DF") for size in (100, 1250)])
     send(plane, "mesh_ingress", [segment(CLIENT4, 40000, NODE4, 80, "A", bytes(1300))])
     assert plane.verdicts() == {"TUNNEL_TX": 1, "TUNNEL_TOO_BIG": 2}
     assert plane.failures() == {(3, "TOO_BIG"): 1}
@@ -236,7 +236,7 @@ def test_answers_larger_than_the_path() -> None:
     plane.frontend(3, 53, [(4, 4)], protocol=UDP)
     plane.maps["mesh_ids"].update(identity(5353, UDP), u32(4))
     plane.run("mesh_ingress", arriving(datagram(CLIENT4, 40000, NODE4, 53), identity(5353, UDP)))
-    send(plane, "mesh_task", [datagram(TASK4, 5353, CLIENT4, 40000, bytes(size)) for size in (100, 1250)])
+    send(plane, "mesh_task", [datagram(TASK4, 5353, CLIENT4, 40000, bytes(size), flags="DF") for size in (100, 1250)])
     assert plane.failures() == {(3, "TOO_BIG"): 1}
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from mesh import _bpf
 from tests.bpf.plane import TCP, UDP, Plane
-from tests.bpf.wires import bulk, inside, sh
+from tests.bpf.wires import allow_big, bulk, inside, largest_frames, sh
 from tests.support.polling import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -85,6 +85,18 @@ def test_bulk_both_ways(
     seen = bulk(wires.client, (node, port), wires.task, size=3 << 20)
     assert seen == (CLIENT6 if ":" in node else CLIENT4)
     assert wires.plane.verdicts()["REPLY"] > 10
+
+
+@pytest.mark.parametrize(("family", "node", "task"), FAMILIES)
+def test_segments_of_more_than_64_kib(wires: Wires, family: socket.AddressFamily, node: str, task: str) -> None:
+    assert family
+    for namespace in (wires.client, wires.task):
+        allow_big(namespace, "wan")
+    wires.plane.backend(2, task, 8080, ifindex=wires.inner)
+    wires.plane.frontend(1, 80, [(2, 2)])
+    with largest_frames(wires.node) as largest:
+        assert bulk(wires.client, (node, 80), wires.task, size=8 << 20) == (CLIENT6 if ":" in node else CLIENT4)
+    assert min(largest["outer"], largest["inner"]) > 65549
 
 
 @pytest.mark.parametrize(("family", "node", "task"), FAMILIES)

@@ -21,8 +21,9 @@ import pytest
 from mesh import _bpf
 from tests.bpf.plane import DIRECT, TCP, UDP, Plane, packed, u32
 from tests.bpf.tunnel import KEY, SEED, identity
-from tests.bpf.wires import bulk, inside, sh
+from tests.bpf.wires import allow_big, bulk, inside, largest_frames, sh
 from tests.support.polling import PATIENCE, wait_for
+from tests.support.sockets import omitting
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -87,6 +88,11 @@ class Lab:
         sh(f"ip -n {self.names['r']} link set right mtu {value}")
         sh(f"ip -n {self.names['b']} link set between mtu {value}")
 
+    def to_client(self, value: int) -> None:
+        """The client's links to the nodes, both ends of them."""
+        for end, device in (("a", "outer"), ("b", "outer"), ("c", "wan"), ("c", "side")):
+            sh(f"ip -n {self.names[end]} link set {device} mtu {value}")
+
     def offload(self, on: bool) -> None:
         """Whether the nodes' interfaces take checksums and segments as they are; else the kernel makes them."""
         state = "on" if on else "off"
@@ -132,6 +138,7 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(autouse=True)
 def ready(lab: Lab) -> None:
     lab.mtu(1500)
+    lab.to_client(1500)
     lab.offload(True)
     for end in ("a", "b", "c", "t"):
         sh(f"ip -n {lab.names[end]} route flush cache")
@@ -174,6 +181,21 @@ def test_bulk_both_ways(lab: Lab, inner: int, outer: int, offload: bool, setting
 
 
 @VERSIONS
+@pytest.mark.parametrize("settings", [0, DIRECT], ids=["tunnel", "direct"])
+def test_segments_of_more_than_64_kib(lab: Lab, inner: int, outer: int, settings: int) -> None:
+    for end in ("c", "t"):
+        allow_big(lab.names[end], "wan")
+    lab.serve(inner, outer, settings=settings)
+    try:
+        with largest_frames(lab.names["a"]) as near, largest_frames(lab.names["b"]) as far:
+            transfer(lab, inner)
+    finally:
+        for end in ("c", "t"):
+            allow_big(lab.names[end], "wan", 65536)
+    assert min(near["outer"], far["inner"]) > 65549
+
+
+@VERSIONS
 @pytest.mark.parametrize("mtu", [1400, 1280])
 def test_a_small_way_that_is_known(lab: Lab, inner: int, outer: int, mtu: int) -> None:
     lab.mtu(mtu)
@@ -201,6 +223,37 @@ def test_datagrams_both_ways(lab: Lab, inner: int, outer: int, settings: int) ->
             server.sendto(data, peer)
             answer, source = client.recvfrom(2000)
             assert (len(answer), source[:2]) == (size, (NEAR[inner], 80))
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "software"])
+@pytest.mark.parametrize("settings", [0, DIRECT], ids=["tunnel", "direct"])
+@pytest.mark.parametrize("to_client", [1500, 1300])
+def test_large_datagrams_without_df_arrive(lab: Lab, outer: int, offload: bool, settings: int, to_client: int) -> None:
+    """Whole ones and fragments that the tunnel, or the link to the client, does not take."""
+    lab.offload(offload)
+    lab.to_client(to_client)
+    lab.serve(4, outer, settings=settings)
+    with inside(lab.names["t"]):
+        server = omitting()
+        server.bind((TASK[4], 8080))
+    with inside(lab.names["c"]):
+        client = omitting()
+        client.connect((NEAR[4], 80))
+    with server, client:
+        for size in (1273, 1300, 1372, 1400, 1409, 1430, 1472, 1473, 4000, 9000):
+            data = os.urandom(size)
+            client.send(data)
+            got, peer = server.recvfrom(10000)
+            assert (got, peer[0]) == (data, CLIENT[4])
+            server.sendto(data, peer)
+            assert client.recv(10000) == data
+    near, far = lab.near.verdicts(), lab.far.verdicts()
+    assert ("FRAGMENTED" in near, "FRAGMENTED" in far) == (
+        to_client > 1436 or not settings,
+        to_client < 1436 or not settings,
+    )
+    assert not {"TOO_BIG", "TUNNEL_TOO_BIG", "TUNNEL_UNPROVEN", "TUNNEL_INVALID", "ERROR"} & (near | far).keys()
 
 
 @VERSIONS
@@ -237,6 +290,29 @@ def test_a_small_way_that_tells(lab: Lab, inner: int, outer: int) -> None:
         wait_for(told, "the near node has answered the client")
     near = lab.near.verdicts()
     assert (near["TUNNEL_PMTU"], near["TUNNEL_TOO_BIG"]) >= (1, 1)
+
+
+@pytest.fixture(params=[("a", 0), ("b", DIRECT)], ids=["tunnel", "direct"])
+def small_route(lab: Lab, request: pytest.FixtureRequest) -> Iterator[int]:
+    """Replies leave by a route that takes 1,300 bytes, of which neither client nor task knows; the settings for it."""
+    end, settings = request.param
+    by4, by6 = {"a": ("dev outer", "dev outer metric 256"), "b": ("via 198.51.100.9", "via 2001:db8:51::9")}[end]
+    for mtu in ("mtu lock 1300", ""):
+        sh(f"ip -n {lab.names[end]} route replace 192.0.2.0/24 {by4} {mtu}")
+        sh(f"ip -n {lab.names[end]} -6 route replace 2001:db8::/64 {by6} {mtu}")
+        if mtu:
+            yield settings
+
+
+@VERSIONS
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "software"])
+def test_a_task_is_told_what_the_way_to_the_client_takes(
+    lab: Lab, inner: int, outer: int, offload: bool, small_route: int
+) -> None:
+    lab.offload(offload)
+    lab.serve(inner, outer, settings=small_route)
+    transfer(lab, inner)
+    assert "TOO_BIG" in (lab.far if small_route else lab.near).verdicts()
 
 
 @VERSIONS

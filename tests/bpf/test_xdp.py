@@ -139,6 +139,16 @@ def test_mutated_frames_meet_the_same_rules_as_behind_it(plane: Plane) -> None:
     assert min(seen.values()) > 500
 
 
+@pytest.mark.parametrize("size", [3000, 8000, 30000])
+def test_frames_in_several_buffers(plane: Plane, size: int) -> None:
+    """Jumbo frames: the first buffer has the headers."""
+    raw = bytes(segment(NEAR4, 1000, NODE4, 80, "A", bytes(size)))
+    assert plane.programs["mesh_xdp"].test_run(raw).retval == DROP
+    assert plane.verdicts() == {"DENIED": 1}
+    raw = bytes(segment(FAR4, 1000, NODE4, 80, "A", bytes(size)))
+    assert plane.programs["mesh_xdp"].test_run(raw).retval == PASS
+
+
 # ---- attached ----
 
 
@@ -247,6 +257,16 @@ def test_native_on_a_real_interface(node: str, links: Path, plane: Plane) -> Non
     assert attached(node) == ("", 0)
     assert list(links.iterdir()) == []
     assert is_answered(node, "192.0.2.10", 84)
+
+
+@pytest.mark.usefixtures("all_qualify")
+def test_native_on_an_interface_for_jumbo_frames(node: str, links: Path, plane: Plane) -> None:
+    for namespace in (node, node[:-1] + "c"):
+        sh(f"ip -n {namespace} link set eth0 mtu 9000")
+    with inside(node):
+        assert xdp.XdpStage(plane.programs["mesh_xdp"], links).sync(interfaces_of(node, "eth0"), {}) == []
+    assert attached(node) == ("xdp", plane.programs["mesh_xdp"].id)
+    assert is_answered(node, "192.0.2.9", 84)
 
 
 @pytest.mark.usefixtures("all_qualify")

@@ -8,11 +8,21 @@ import ctypes
 import hashlib
 import os
 import socket
+import struct
 import subprocess
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Final
 
 from tests.support.polling import PATIENCE
+
+IFLA_GSO_MAX_SIZE: Final = 41  # linux/if_link.h
+IFLA_GSO_IPV4_MAX_SIZE: Final = 63
+RTM_NEWLINK: Final = 16
+NLM_F_REQUEST_ACK: Final = 5
+SO_RCVBUFFORCE: Final = 33
+ETH_P_ALL: Final = 3
 
 
 def sh(command: str) -> str:
@@ -36,6 +46,31 @@ def inside(namespace: str) -> Iterator[None]:
         assert libc.setns(here, 0x40000000) == 0
         os.close(here)
         os.close(there)
+
+
+def allow_big(namespace: str, device: str, size: int = 200_000) -> None:
+    """Segments of so many bytes (BIG TCP), which `ip` of Debian 12 cannot set for IPv4."""
+    with inside(namespace), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        limits = b"".join(struct.pack("=HHI", 8, kind, size) for kind in (IFLA_GSO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE))
+        body = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(device), 0, 0) + limits
+        netlink.send(struct.pack("=IHHII", 16 + len(body), RTM_NEWLINK, NLM_F_REQUEST_ACK, 1, 0) + body)
+        assert struct.unpack_from("=i", netlink.recv(1000), 16) == (0,)
+
+
+@contextlib.contextmanager
+def largest_frames(namespace: str) -> Iterator[dict[str, int]]:
+    """The largest frame of each device meanwhile, once it is over."""
+    found: dict[str, int] = defaultdict(int)
+    with inside(namespace):
+        heard = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    with heard:
+        heard.setblocking(False)
+        heard.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+        yield found
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                length, (device, *_) = heard.recvfrom_into(bytearray(1), 0, socket.MSG_TRUNC)
+                found[device] = max(found[device], length)
 
 
 def bulk(client: str, called: tuple[str, int], task: str, *, port: int = 8080, size: int = 2 << 20) -> str:

@@ -28,8 +28,9 @@ def tcp(c, a):
 def udp(s):
     while True:
         data, a = s.recvfrom(65536)
-        s.sendto(f"{name} {a[0]}".encode(), a)
+        s.sendto(f"{name} {a[0]}".encode() if len(data) < 1000 else data, a)
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+u.setsockopt(socket.IPPROTO_IP, 10, 5)  # no DF: IP_MTU_DISCOVER, IP_PMTUDISC_OMIT
 u.bind(("0.0.0.0", port))
 threading.Thread(target=udp, args=(u,), daemon=True).start()
 s = socket.create_server(("0.0.0.0", port), backlog=1024)

@@ -13,8 +13,10 @@ import pytest
 from mesh.datapath.paths.tunnel_probe import ask_tunnel, inner_nonce_of, listen_after_programs, question
 from tests.engines.kernel_plane import PORT, TARGET, Connection, datagram, refused
 from tests.engines.tunnel_pair import MEGABYTE, NODES, UDP, A, B, Pair
+from tests.engines.tunnel_proofs import large_datagrams_arrive
 from tests.support.lab.netns import Lab, Namespace
 from tests.support.polling import PATIENCE, wait_for
+from tests.support.sockets import IP_MTU_DISCOVER, IP_PMTUDISC_PROBE
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -69,6 +71,24 @@ def test_streams_through_the_tunnel(pair: Pair, mtu: int, back: str) -> None:
     else:
         assert grown == [{"tunnel_tx"}, {"tunnel_rx", "tunnel_direct"}]
     assert pair.drivers[pair.a].problems() == pair.drivers[pair.b].problems() == []
+
+
+@pytest.mark.parametrize("takes", [1500, 1300])
+@pytest.mark.parametrize("mtu", [1500, 1400])
+@pytest.mark.parametrize("back", ["direct", "tunnel"])
+def test_large_datagrams_without_df(pair: Pair, back: str, mtu: int, takes: int) -> None:
+    """Links to the client that take more than the tunnel, and less."""
+    pair.set_mtu(mtu)
+    pair.ensure(back)
+    pair.wait_ways(mtu)
+    before = cut(pair)
+    large_datagrams_arrive(pair, takes)
+    near, far = (after - former for after, former in zip(cut(pair), before, strict=True))
+    assert (near > 0, far > 0) == (back == "tunnel" or takes == 1500, back == "tunnel" or takes == 1300)
+
+
+def cut(pair: Pair) -> list[int]:
+    return [pair.drivers[node].stats()["verdicts"]["fragmented"] for node in (pair.a, pair.b)]
 
 
 def test_answers_to_trials_reach_their_socket_and_nobody_else(pair: Pair) -> None:
@@ -366,15 +386,15 @@ def test_a_smaller_way_is_followed(pair: Pair) -> None:
 
 
 def test_datagrams_that_fit_no_path_are_named(pair: Pair) -> None:
-    """Who ignores what it is told goes on to send them, as resolvers do that fear forged errors."""
+    """Who sets DF and ignores what it is told goes on to send them."""
     driver = pair.drivers[pair.a]
     assert driver.problems() == []
     with pair.client.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.setsockopt(socket.IPPROTO_IP, 10, 5)  # IP_MTU_DISCOVER: IP_PMTUDISC_OMIT
+        sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
         for _ in range(5):
             sock.sendto(bytes(1472), (pair.a.address, UDP))
     (said,) = wait_for(driver.problems, "it is named")
-    assert said.startswith(f"service s{UDP}, *:{UDP}/udp: datagrams are larger than the path")
+    assert said.startswith(f"service s{UDP}, *:{UDP}/udp: datagrams that may not be cut are larger than the path")
 
 
 def test_nodes_with_the_proxy_engine_get_flows_at_their_peer_port(pair: Pair) -> None:

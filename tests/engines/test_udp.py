@@ -13,6 +13,7 @@ import pytest
 from tests.engines.topology import UDP, Topology
 from tests.support.lab.images import UDP_PORT
 from tests.support.polling import PATIENCE, wait_for
+from tests.support.sockets import assert_echo, omitting
 
 pytestmark = pytest.mark.root
 
@@ -52,6 +53,23 @@ def test_datagrams_of_all_sizes(topology: Topology, size: int) -> None:
     with flows(topology, 21000, 3) as socks:
         for sock in socks:
             ask(sock, bytes(range(256)) * (size // 256) + bytes(size % 256))
+
+
+def test_datagrams_without_df_larger_than_the_link_to_the_client(topology: Topology) -> None:
+    """The tasks' own links take 1,500 bytes, that of the node to the client less. Fragments, too."""
+    links = topology.client, topology.node
+    for end in links:
+        end.ip("link", "set", "eth0", "mtu", "1400")
+    try:
+        with topology.client.entered(), omitting() as client:
+            client.connect((topology.node.address, UDP))
+            for size in (1300, 1371, 1372, 1472, 4000, 9000):
+                assert_echo(client, size)
+    finally:
+        for end in links:
+            end.ip("link", "set", "eth0", "mtu", "1500")
+    if topology.engine == "kernel":
+        assert topology.daemon.total("mesh_verdicts_total", verdict="fragmented") > 0
 
 
 def test_flows_stay_where_they_are_while_others_come(topology: Topology) -> None:

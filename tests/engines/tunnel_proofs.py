@@ -13,8 +13,9 @@ from mesh.datapath.paths.tunnel_probe import ask_tunnel
 from tests.engines.kernel_plane import Connection, datagram, refused
 from tests.engines.tunnel_pair import MEGABYTE, UDP, A, B, Pair
 from tests.support.polling import wait_for
+from tests.support.sockets import IP_MTU_DISCOVER, assert_echo, omitting
 
-IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2
+IP_PMTUDISC_DO = 2
 
 
 def flows_keep_the_clients_address(
@@ -37,6 +38,8 @@ def flows_keep_the_clients_address(
     connection.close()
     pair.transfer(up=megabytes * MEGABYTE, down=megabytes * MEGABYTE)
     assert datagram(pair.client, pair.a.address, UDP) == f"there {pair.client.address}"
+    for takes in (1500, 1300):
+        large_datagrams_arrive(pair, takes)
     pair.serve()
     assert refused(pair.client, pair.a.address)
     after = pair.verdicts(pair.a), pair.verdicts(pair.b)
@@ -46,6 +49,21 @@ def flows_keep_the_clients_address(
     replies = (near["tunnel_reply_rx"], far["tunnel_reply_tx"]) if back == "tunnel" else (far["tunnel_direct"],)
     assert min(near["tunnel_tx"], far["tunnel_rx"], *replies) > 100
     assert not far.get("tunnel_unproven") and not far.get("tunnel_invalid")
+
+
+def large_datagrams_arrive(pair: Pair, takes: int) -> None:
+    """Whole ones and fragments without DF that the tunnel, or the client's links to the nodes, do not take."""
+    links = pair.client, pair.a, pair.b
+    for end in links:
+        end.ip("link", "set", "eth0", "mtu", str(takes))
+    try:
+        with pair.client.entered(), omitting() as client:
+            client.connect((pair.a.address, UDP))
+            for size in (1272, 1300, 1372, 1400, 1472, 4000, 9000):
+                assert_echo(client, size)
+    finally:
+        for end in links:
+            end.ip("link", "set", "eth0", "mtu", "1500")
 
 
 def a_packet_that_is_too_large_is_answered(pair: Pair) -> None:

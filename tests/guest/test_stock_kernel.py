@@ -28,6 +28,9 @@ TABLES = (
     "tests/bpf/test_next_hop.py::test_without_an_agent_an_answer_counts_for_a_moment_only",
     "tests/bpf/test_next_hop.py::test_rules_by_type_of_service_are_obeyed",
     "tests/bpf/test_next_hop.py::test_where_no_neighbour_is_named_the_kernel_finds_the_way",
+    "tests/bpf/test_fragmenter.py::test_a_datagram_for_another_node",
+    "tests/bpf/test_tunnel_wires.py::test_large_datagrams_without_df_arrive[1300-tunnel-offload-4]",
+    "tests/bpf/test_tunnel_wires.py::test_a_task_is_told_what_the_way_to_the_client_takes[tunnel-offload-4-4]",
     "tests/bpf/test_xdp.py::test_denied_sources_are_dropped_as_behind_it",
     "tests/bpf/test_xdp.py::test_native_on_a_real_interface",
 )

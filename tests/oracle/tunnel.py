@@ -17,6 +17,7 @@ from tests.oracle.state import Outcome, Reply
 
 ROOM, HEAD = 52, 32
 TAKES = 64  # of a path, with a proof, whether there is one or not
+DF, SMALLEST, LARGEST = 0x4000, 144, 16384  # of a packet that is cut
 REPLY = bytes(11) + b"\x01"
 ASK, BACK = b"\x02", b"\x04"
 TRIAL = MAPPED + bytes((192, 0, 0, 8))
@@ -93,9 +94,24 @@ class Spanning(Model):
         if p.ttl <= 1:
             return self._refuse(p, frame, "EXPIRED")
         if len(frame) - ETHER > self.nodes[node] - TAKES:
+            return self._too_big(p, frame, self.nodes[node] - TAKES, number)
+        return self._wrapped(self._hop(p, frame), "TUNNEL_TX", node, ident)
+
+    def _too_big(self, p: Packet, frame: bytes, mtu: int, number: int) -> Outcome:
+        """Cut if it may be: the outcome has the last fragment, the others come in on their own."""
+        flags = be16(frame, ETHER + 6)
+        if p.version == 6 or flags & DF or p.l4 != ETHER + 20 or not SMALLEST < p.length <= LARGEST:
             self.failed(p, number, "TOO_BIG")
             return Outcome(SHOT, "TUNNEL_TOO_BIG")
-        return self._wrapped(self._hop(p, frame), "TUNNEL_TX", node, ident)
+        each = (mtu - 20) // 8 * 8
+        at = (p.length - 20 - 1) // each * each
+        payload = frame[ETHER + 20 + at : ETHER + p.length]
+        head = bytearray(frame[ETHER : ETHER + 20])
+        head[2:4] = (20 + len(payload)).to_bytes(2, "big")
+        head[6:8] = (flags + at // 8).to_bytes(2, "big")
+        head[10:12] = bytes(2)
+        head[10:12] = (~total(bytes(head)) & 0xFFFF).to_bytes(2, "big")
+        return Outcome(REDIRECT, "FRAGMENTED", frame[:ETHER] + head + payload, [ETHER + 10])
 
     def _await(self, flow: Flow, sequence: bytes, number: int) -> None:
         """A SYN for another node: unanswered when it comes the third time."""
@@ -208,8 +224,7 @@ class Spanning(Model):
         if not node:
             return super()._reply(p, frame, reply)
         if p.ttl > 1 and len(frame) - ETHER > self.nodes[node] - TAKES:
-            self.failed(p, reply.frontend, "TOO_BIG")
-            return Outcome(SHOT, "TUNNEL_TOO_BIG")
+            return self._too_big(p, frame, self.nodes[node] - TAKES, reply.frontend)
         out = super()._reply(p, frame, reply)
         if out.frame is None:
             return out

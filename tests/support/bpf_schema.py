@@ -20,7 +20,7 @@ PROGRAM: Final = re.compile(rf'(?:{COMMENT})?SEC\("(?P<section>[^"]+)"\)\nint (?
 MAP: Final = re.compile(rf'(?:{COMMENT})?struct \{{\n(?P<body>[^}}]*)\}} (?P<name>\w+) SEC\("\.maps"\)')
 FIELD: Final = re.compile(r"__(?:uint|type|array)\((\w+), ([^;]*)\);")
 DEFINE: Final = re.compile(r"^#define (\w+) +([^\n/\\]+)", re.MULTILINE)
-HOOKS: Final = {"tc": "tc ingress", "xdp": "native XDP"}
+HOOKS: Final = {"tc": "tc ingress", "xdp.frags": "native XDP"}
 ATTACHED: Final = {"mesh_ingress", "mesh_guard"}  # although they have a slot
 TEST_RUN: Final = "Test run only: "
 

@@ -53,6 +53,8 @@ def segment(
     source: str, sport: int, destination: str, dport: int, flags: str = "S", data: bytes = b"", **fields: Any
 ) -> Packet:
     options = [("MSS", 1460), ("SAckOK", b""), ("WScale", 7)] if "S" in flags else []
+    if ":" not in destination:
+        fields = {"flags": "DF", **fields}  # as kernels do
     tcp = TCP(sport=sport, dport=dport, flags=flags, seq=0x12345678, ack=0x12345679, options=options)
     return network(source, destination, **fields) / tcp / Raw(data)
 

@@ -336,8 +336,7 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(TRANSLATED, "forwarded to a task that sees another source: it has a flow of this client address and port, "  \
 		      "or a network of its own that has the client's address")                                         \
 	X(EXPIRED, "dropped: TTL or hop limit exceeded; time exceeded sent to the sender")                             \
-	X(TOO_BIG,                                                                                                     \
-	  "reply larger than the interface's MTU: passed for the kernel to tell the task, dropped without DF")         \
+	X(TOO_BIG, "reply larger than the way to the client takes, not to be cut: the task is told its MTU")           \
 	X(RATE_LIMITED, "dropped without an ICMP error: the rate limit is reached")                                    \
 	X(HOST_BACKEND, "passed: the chosen backend is at an address of this node; the fallback proxy serves it")      \
 	X(TUNNEL_TX, "sent through the tunnel to the node of its task")                                                \
@@ -364,6 +363,7 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	  "are dropped")                                                                                               \
 	X(SOCKET_HANDED,                                                                                               \
 	  "connection or datagram of a process of this node: sent to the fallback proxy, for a task of another node")  \
+	X(FRAGMENTED, "larger than the way takes, without DF: cut; each fragment has a verdict of its own")            \
 	X(ERROR, "passed: a map or helper failed")                                                                     \
 	X(ORPHANED, "passed: no agent has kept the tables for orphan_timeout")                                         \
 	X(CONTAINER, "dropped: a container's packet to a port by which nodes hand flows to each other")                \

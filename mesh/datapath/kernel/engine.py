@@ -335,8 +335,8 @@ class KernelDatapath:
             entry = applied.frontends.get(frontend)
             name = f"service {entry.state.service_name}, {frontend}" if entry is not None else str(frontend)
             yield (
-                f"{name}: datagrams are larger than the path to the task's node or to the client, and are dropped, "
-                f"{lately} lately (send smaller ones, or raise the MTU there; engine = proxy cuts them)"
+                f"{name}: datagrams that may not be cut are larger than the path to the task's node or to the client, "
+                f"and are dropped, {lately} lately (send smaller ones, or raise the MTU; engine = proxy cuts them)"
             )
 
     def missing(self) -> Sequence[str]:

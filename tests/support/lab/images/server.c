@@ -7,7 +7,7 @@
  *                GET /health         200, or 503 after /health/fail until /health/ok
  *                POST                {"bytes": n, "crc32": "..."} of the body
  *   TCP  :8081   echo, until the peer's end of file
- *   UDP  :8082   answers "<identity> <payload>"
+ *   UDP  :8082   answers "<identity> <payload>", without DF whatever the size
  *
  * LATE=S in the environment: :8080 opens S seconds after the others.
  * A PROXY protocol v2 header on :8080 is understood and shown as "proxied". SIGTERM: accepts nothing new, finishes
@@ -130,10 +130,11 @@ static void *accept_loop(void *argument)
 
 static void *udp_loop(void *argument)
 {
-	int fd = listener(SOCK_DGRAM, 8082);
+	int fd = listener(SOCK_DGRAM, 8082), omit = IP_PMTUDISC_OMIT;
 	static char data[BLOCK + 512];
 
 	(void)argument;
+	setsockopt(fd, IPPROTO_IP, IP_MTU_DISCOVER, &omit, sizeof(omit));
 	for (;;) {
 		struct sockaddr_in from;
 		socklen_t size = sizeof(from);
