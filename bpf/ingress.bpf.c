@@ -9,6 +9,10 @@ int mesh_tunnel_tx(struct __sk_buff *skb);
 int mesh_icmp(struct __sk_buff *skb);
 int mesh_ingress(struct __sk_buff *skb);
 int mesh_guard(struct __sk_buff *skb);
+int mesh_early(struct __sk_buff *skb);
+int mesh_tunnel_early(struct __sk_buff *skb);
+int mesh_bridge(struct __sk_buff *skb);
+int mesh_bridge_guard(struct __sk_buff *skb);
 
 /* Programs that those of ingress.bpf.o continue in, by CALL_*. The kernel empties the map when nobody holds or pins it.
  */
@@ -23,7 +27,19 @@ struct {
 					  [CALL_ICMP] = (void *)&mesh_icmp,
 					  [CALL_INGRESS] = (void *)&mesh_ingress,
 					  [CALL_GUARD] = (void *)&mesh_guard,
+					  [CALL_EARLY] = (void *)&mesh_early,
+					  [CALL_BRIDGE] = (void *)&mesh_bridge,
+					  [CALL_BR_GUARD] = (void *)&mesh_bridge_guard,
+					  [CALL_TUNNEL_EARLY] = (void *)&mesh_tunnel_early,
 				  }};
+
+/* Hand a fragment to mesh_early, from which a first one comes back to `program`. */
+INLINE int early_call(struct __sk_buff *skb, __u32 program)
+{
+	skb->cb[0] = program;
+	bpf_tail_call(skb, &mesh_tail_calls, CALL_EARLY);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+}
 
 INLINE int ingress(struct __sk_buff *skb, int from)
 {
@@ -32,8 +48,12 @@ INLINE int ingress(struct __sk_buff *skb, int from)
 	struct packet p;
 
 	result = parse(skb, &p);
-	if (unlikely(result == PARSE_FRAGMENT) && complete(&p, &result))
-		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
+	if (unlikely(result == PARSE_FRAGMENT)) {
+		if (skb->pkt_type != PACKET_HOST)
+			return TC_ACT_UNSPEC;
+		if (complete(&p, &result, 0))
+			return early_call(skb, from == FROM_CLIENT ? CALL_INGRESS : CALL_BRIDGE);
+	}
 	if (likely(result == PARSE_FLOW)) {
 		action = forward_flow(skb, &p, from);
 		if (likely(!IS_REJECT(action)))
@@ -65,12 +85,12 @@ int mesh_bridge(struct __sk_buff *skb)
 }
 
 /* A packet that is not served, and that the kernel gets: source rules hold for it. */
-INLINE int guard(struct __sk_buff *skb, struct packet *p, enum parse_result result)
+INLINE int guard(struct __sk_buff *skb, struct packet *p, enum parse_result result, __u32 program)
 {
 	if (skb->pkt_type != PACKET_HOST)
 		return TC_ACT_UNSPEC;
-	if (result == PARSE_FRAGMENT && complete(p, &result))
-		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
+	if (result == PARSE_FRAGMENT && complete(p, &result, 0))
+		return early_call(skb, program);
 	if (likely(result == PARSE_FLOW))
 		return is_denied_to_kernel(p, frontend_of(p)) ? verdict(MESH_VERDICT_DENIED, TC_ACT_SHOT)
 							      : TC_ACT_UNSPEC;
@@ -82,10 +102,10 @@ SEC("tc")
 int mesh_guard(struct __sk_buff *skb)
 {
 	enum parse_result result;
-	struct packet p;
+	struct packet p = {}; /* read, as compilers have it, whatever the result */
 
 	result = parse(skb, &p);
-	return result == PARSE_OTHER || result == PARSE_ICMP ? TC_ACT_UNSPEC : guard(skb, &p, result);
+	return result == PARSE_OTHER || result == PARSE_ICMP ? TC_ACT_UNSPEC : guard(skb, &p, result, CALL_GUARD);
 }
 
 /* A packet on a bridge of containers that the configuration leaves out: nothing is served there, but containers are
@@ -105,7 +125,7 @@ int mesh_bridge_guard(struct __sk_buff *skb)
 		if (unlikely(word & MESH_PORT_NODES) && is_for_node(&p, word))
 			return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
 	}
-	return guard(skb, &p, result);
+	return guard(skb, &p, result, CALL_BR_GUARD);
 }
 
 /* Whether an IP packet without an Ethernet header is addressed to this node. */
@@ -152,6 +172,22 @@ SEC("tc")
 int mesh_l3_guard(struct __sk_buff *skb)
 {
 	return continue_with_ethernet(skb, CALL_GUARD);
+}
+
+/* A fragment that came before its first one is kept; a first one has those that came before it come in again. */
+SEC("tc")
+int mesh_early(struct __sk_buff *skb)
+{
+	struct packet p;
+	int action;
+
+	if (parse(skb, &p) != PARSE_FRAGMENT)
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	action = early_fragment(skb, &p, 1);
+	if (action != EARLY_GO_ON)
+		return action;
+	bpf_tail_call(skb, &mesh_tail_calls, skb->cb[0]);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 }
 
 /* An ICMP error from the clients' side, or from the path to another node. */
@@ -227,6 +263,10 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 		return verdict(MESH_VERDICT_TUNNEL_FOREIGN, TC_ACT_SHOT);
 	from.number = path->id;
 	result = decap(skb, &p, &from, path);
+	if (unlikely(result == DECAP_FRAGMENT)) {
+		bpf_tail_call(skb, &mesh_tail_calls, CALL_TUNNEL_EARLY);
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	}
 	if (unlikely(result == DECAP_UNPROVEN))
 		return verdict(MESH_VERDICT_TUNNEL_UNPROVEN, TC_ACT_SHOT);
 	if (from.id.flags & MESH_TUNNEL_REPLY)
@@ -239,6 +279,25 @@ int mesh_tunnel_rx(struct __sk_buff *skb)
 		return restart(skb, second_chance_resolve(&p, &from));
 	action = tunnel_rx_flow(skb, &p, &from);
 	return IS_REJECT(action) ? reject_through_tunnel(skb, &p, &from, action) : action;
+}
+
+/* A packet from another node with a fragment inside. It is kept as it came, so that each has its proof looked at. */
+SEC("tc")
+int mesh_tunnel_early(struct __sk_buff *skb)
+{
+	struct packet p;
+	int action;
+
+	if (parse(skb, &p) != PARSE_FLOW)
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	if (parse_inside(skb, &p) == PARSE_FRAGMENT && is_early(&p)) {
+		action = early_fragment(skb, &p, 0);
+		if (action != EARLY_GO_ON)
+			return action;
+	}
+	skb->cb[0] = DECAP_ANY;
+	bpf_tail_call(skb, &mesh_tail_calls, CALL_TUNNEL_RX);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 }
 
 /* The verdict of a flow to a task of this node, where the task sees another source than the client's own. */

@@ -7,14 +7,20 @@
 #define MTU_SAFE 1280u /* every interface that carries IPv6 takes this much: a smaller packet needs no check */
 
 int mesh_tunnel_reply(struct __sk_buff *skb);
+int mesh_task_early(struct __sk_buff *skb);
+int mesh_task(struct __sk_buff *skb);
 
 /* Programs that mesh_task continues in, by CALL_*. The kernel empties the map when nobody holds or pins it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, TASK_CALLS);
 	__uint(key_size, sizeof(__u32));
 	__array(values, int(void *));
-} mesh_task_calls SEC(".maps") = {.values = {[CALL_TUNNEL_REPLY] = (void *)&mesh_tunnel_reply}};
+} mesh_task_calls SEC(".maps") = {.values = {
+					  [CALL_TUNNEL_REPLY] = (void *)&mesh_tunnel_reply,
+					  [CALL_TASK_EARLY] = (void *)&mesh_task_early,
+					  [CALL_TASK] = (void *)&mesh_task,
+				  }};
 
 /* Whether a reply, or one of the segments it will be cut into, exceeds the MTU of its interface. Only the kernel's own
  * path tells the task so: such a packet is passed to it as it is. The helper counts an Ethernet header that some
@@ -46,8 +52,6 @@ static __noinline int forward_reply(struct __sk_buff *skb, struct packet *p, str
 		count_failed_start(p, reply->frontend, FAILURE(too_big));
 		return verdict(MESH_VERDICT_TOO_BIG, p->dont_fragment ? TC_ACT_UNSPEC : TC_ACT_SHOT);
 	}
-	if (unlikely(p->fragment == 1))
-		fragment_store(p);
 	if (unlikely(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
 		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);
@@ -97,8 +101,10 @@ int mesh_task(struct __sk_buff *skb)
 	int action;
 
 	result = parse(skb, &p);
-	if (unlikely(result == PARSE_FRAGMENT) && complete(&p, &result))
-		return verdict(MESH_VERDICT_NO_PORTS, TC_ACT_SHOT);
+	if (unlikely(result == PARSE_FRAGMENT) && complete(&p, &result, 1)) {
+		bpf_tail_call(skb, &mesh_task_calls, CALL_TASK_EARLY);
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	}
 	if (likely(result == PARSE_FLOW)) {
 		reply = revnat_lookup(skb, &p);
 		if (unlikely(reply && !is_from_task(skb, reply)))
@@ -137,7 +143,7 @@ int mesh_tunnel_reply(struct __sk_buff *skb)
 		action = prepare_icmp(skb, &p, &d);
 		return action ? action : send_reply(skb, &p, &d, MESH_VERDICT_ICMP_OUT);
 	}
-	if (result != PARSE_FLOW && (result != PARSE_FRAGMENT || fragment_ports(&p)))
+	if (result != PARSE_FLOW && (result != PARSE_FRAGMENT || fragment_ports(&p, 1)))
 		return verdict(MESH_VERDICT_ERROR, TC_ACT_UNSPEC);
 	reply = revnat_lookup(skb, &p);
 	if (!reply || !(reply->ifindex & MESH_REVNAT_NODE))
@@ -146,4 +152,20 @@ int mesh_tunnel_reply(struct __sk_buff *skb)
 	if (IS_REJECT(action))
 		return reject(skb, &p, action);
 	return action ? action : send_reply(skb, &p, &d, MESH_VERDICT_TUNNEL_REPLY_TX);
+}
+
+/* A task's fragment that came before its first one is kept; a first one has those that came before it come in again. */
+SEC("tc")
+int mesh_task_early(struct __sk_buff *skb)
+{
+	struct packet p;
+	int action;
+
+	if (parse(skb, &p) != PARSE_FRAGMENT)
+		return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
+	action = early_fragment(skb, &p, 1);
+	if (action != EARLY_GO_ON)
+		return action;
+	bpf_tail_call(skb, &mesh_task_calls, CALL_TASK);
+	return verdict(MESH_VERDICT_ERROR, TC_ACT_SHOT);
 }

@@ -57,8 +57,6 @@ ACL_ALLOW: Final[int]
 ACL_DENY: Final[int]
 SETTING_DIRECT: Final[int]
 SETTING_GUARD: Final[int]
-FRAGMENT_LOST: Final[int]
-FRAGMENT_DROPPED: Final[int]
 SETTING_LEAVING: Final[int]
 PASS_MARK: Final[int]
 ADDRESS_OWN: Final[int]
@@ -213,6 +211,11 @@ class FragmentKey(NamedTuple):
     id: int = ...
     protocol: int = ...
 
+class Fragment(NamedTuple):
+    source_port: int = ...
+    destination_port: int = ...
+    stamp: int = ...
+
 class UdpPeer(NamedTuple):
     cookie: int = ...
     address: Address = ...
@@ -285,6 +288,7 @@ COUNTS: Final[Layout[Counts]]
 FAILURES: Final[Layout[Failures]]
 CONFIG: Final[Layout[Config]]
 FRAGMENT_KEY: Final[Layout[FragmentKey]]
+FRAGMENT: Final[Layout[Fragment]]
 UDP_PEER: Final[Layout[UdpPeer]]
 SK_REVNAT: Final[Layout[SkRevnat]]
 ID: Final[Layout[Id]]

@@ -81,6 +81,11 @@ static const struct mesh_member mesh_fragment_key_members[] = {
 	NETWORK(mesh_fragment_key, id),
 	HOST(mesh_fragment_key, protocol),
 };
+static const struct mesh_member mesh_fragment_members[] = {
+	NETWORK(mesh_fragment, source_port),
+	NETWORK(mesh_fragment, destination_port),
+	HOST(mesh_fragment, stamp),
+};
 static const struct mesh_member mesh_udp_peer_members[] = {
 	HOST(mesh_udp_peer, cookie),
 	ADDRESS(mesh_udp_peer, address),
@@ -139,6 +144,7 @@ static const struct mesh_layout mesh_layouts[] = {
 	LAYOUT(Failures, mesh_failures),
 	LAYOUT(Config, mesh_config),
 	LAYOUT(FragmentKey, mesh_fragment_key),
+	LAYOUT(Fragment, mesh_fragment),
 	LAYOUT(UdpPeer, mesh_udp_peer),
 	LAYOUT(SkRevnat, mesh_sk_revnat),
 	LAYOUT(Id, mesh_id),
@@ -224,8 +230,6 @@ static const struct mesh_constant mesh_constants[] = {
 	CONSTANT(ACL_DENY),
 	CONSTANT(SETTING_DIRECT),
 	CONSTANT(SETTING_GUARD),
-	CONSTANT(FRAGMENT_LOST),
-	CONSTANT(FRAGMENT_DROPPED),
 	CONSTANT(SETTING_LEAVING),
 	CONSTANT(PASS_MARK),
 	CONSTANT(ADDRESS_OWN),

@@ -39,10 +39,17 @@
 #define CALL_ICMP      2
 #define CALL_INGRESS   3 /* a client's packet that another node has returned (second_chance.h) */
 #define CALL_GUARD     4
-#define CALLS          5
+#define CALL_EARLY     5 /* by early_call */
+#define CALL_BRIDGE    6
+#define CALL_BR_GUARD  7
+#define CALL_TUNNEL_EARLY 8
+#define CALLS          9
 
-/* Index of mesh_task_calls (task.bpf.c). */
+/* Indexes of mesh_task_calls (task.bpf.c). */
 #define CALL_TUNNEL_REPLY 0
+#define CALL_TASK_EARLY   1
+#define CALL_TASK         2
+#define TASK_CALLS        3
 
 /* Initial value of the map ".rodata.abi": the digest as text, with its NUL. */
 const volatile char mesh_abi_digest[sizeof(MESH_ABI_DIGEST)] SEC(".rodata.abi") = MESH_ABI_DIGEST;

@@ -35,6 +35,13 @@ INLINE int tunnel_tx_call(struct __sk_buff *skb, __u32 owner, __u32 frontend, __
 	return TAIL_CALL(CALL_TUNNEL_TX);
 }
 
+/* Hand a packet to mesh_tunnel_rx. */
+INLINE int tunnel_rx_call(struct __sk_buff *skb)
+{
+	skb->cb[0] = 0;
+	return TAIL_CALL(CALL_TUNNEL_RX);
+}
+
 /* Bytes that the tunnel adds to a packet that is proven, or not. */
 INLINE __u32 encap_overhead(int v4, int proven)
 {

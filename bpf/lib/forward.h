@@ -4,6 +4,7 @@
 #ifndef MESH_FORWARD_H
 #define MESH_FORWARD_H
 
+#include "fragments.h"
 #include "lb.h"
 #include "reject.h"
 #include "revnat.h"
@@ -34,86 +35,6 @@ INLINE int deliver_to_client(struct __sk_buff *skb, __u32 ifindex, __u32 peer)
 	if (skb->pkt_type != PACKET_HOST)
 		bpf_skb_change_type(skb, PACKET_HOST);
 	return (int)bpf_redirect_peer(ifindex, 0);
-}
-
-/* Whether packets with unknown ports must not reach the kernel, which might give them to another mesh. */
-INLINE int is_guarded(void)
-{
-	struct mesh_config *node = config();
-
-	return node && (node->settings & MESH_SETTING_GUARD);
-}
-
-INLINE void fragment_key(struct mesh_fragment_key *key, const struct packet *p)
-{
-	key->source = p->flow.source;
-	key->destination = p->flow.destination;
-	key->id = p->fragment_id;
-	key->protocol = p->flow.protocol;
-	key->pad[0] = key->pad[1] = key->pad[2] = 0;
-}
-
-/* Store the ports of a first fragment. */
-INLINE void fragment_store(const struct packet *p)
-{
-	__be16 ports[2] = {p->flow.source_port, p->flow.destination_port};
-	struct mesh_fragment_key key;
-
-	fragment_key(&key, p);
-	bpf_map_update_elem(&mesh_fragments, &key, ports, BPF_ANY);
-}
-
-/* A first fragment to this node. Its ports are stored whoever has them, so that later fragments of other services are
- * known. Returns 1 where a later one has been dropped: half a datagram is of no use to anybody. */
-INLINE int fragment_first(const struct packet *p)
-{
-	struct mesh_fragment_key key;
-	__u32 *known;
-
-	if (!is_local(&p->flow.destination))
-		return 0;
-	fragment_key(&key, p);
-	known = bpf_map_lookup_elem(&mesh_fragments, &key);
-	if (known && *known == MESH_FRAGMENT_LOST) {
-		*known = MESH_FRAGMENT_DROPPED;
-		return 1;
-	}
-	fragment_store(p);
-	return 0;
-}
-
-/* Store the ports of a first fragment, or find those of a later one. Returns 0 when they are known, -1 when they are
- * not, 1 when the fragment must be dropped. */
-static __noinline int fragment_ports(struct packet *p)
-{
-	struct mesh_fragment_key key;
-	__u32 *known, lost = MESH_FRAGMENT_LOST;
-
-	if (p->fragment == 1)
-		return fragment_first(p);
-	fragment_key(&key, p);
-	known = bpf_map_lookup_elem(&mesh_fragments, &key);
-	if (!known) {
-		if (!is_guarded() || !is_local(&p->flow.destination))
-			return -1;
-		bpf_map_update_elem(&mesh_fragments, &key, &lost, BPF_ANY);
-		return 1;
-	}
-	if (*known == MESH_FRAGMENT_LOST || *known == MESH_FRAGMENT_DROPPED)
-		return 1;
-	p->flow.source_port = ((__be16 *)known)[0];
-	p->flow.destination_port = ((__be16 *)known)[1];
-	return 0;
-}
-
-/* Make a flow's packet of a fragment whose ports are known. Returns 1 where it must be dropped. */
-INLINE int complete(struct packet *p, enum parse_result *result)
-{
-	int known = fragment_ports(p);
-
-	if (!known)
-		*result = PARSE_FLOW;
-	return known > 0;
 }
 
 /* The tuple by which the task sees the flow. */
@@ -224,7 +145,7 @@ INLINE int forward_flow(struct __sk_buff *skb, struct packet *p, int from)
 		if (from != FROM_CLIENT && (word & MESH_PORT_NODES) && is_for_node(p, word))
 			return verdict(MESH_VERDICT_CONTAINER, TC_ACT_SHOT);
 		if (word & MESH_PORT_TUNNEL)
-			return from != FROM_CLIENT ? TC_ACT_UNSPEC : TAIL_CALL(CALL_TUNNEL_RX);
+			return from != FROM_CLIENT ? TC_ACT_UNSPEC : tunnel_rx_call(skb);
 		if (!(word & (MESH_PORT_EXACT | MESH_PORT_FRONTEND)))
 			return TC_ACT_UNSPEC;
 	}

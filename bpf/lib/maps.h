@@ -215,7 +215,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct mesh_fragment_key);
-	__type(value, __u32); /* source port, destination port, both in network order */
+	__type(value, struct mesh_fragment);
 } mesh_fragments SEC(".maps");
 
 /* Networks that tasks of this node have themselves, by owner and prefix, and this node's address by which such a task

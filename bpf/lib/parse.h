@@ -20,6 +20,8 @@
 #define IP_DF            0x4000
 #define IP_MORE          0x2000
 #define IP_OFFSET        0x1fff
+#define IP6_MORE         0x0001 /* of the fragment header */
+#define IP6_OFFSET       0xfff8
 #define TOS_DSCP         0xfc /* of the type of service: all but the ECN bits */
 #define TCP_FIN          0x01
 #define TCP_SYN          0x02
@@ -35,6 +37,14 @@ struct icmp {
 	__u8 code;
 	__sum16 check;
 	__be32 rest; /* unused, or the MTU of the next hop */
+};
+
+/* IPv6 fragment header. */
+struct v6_fragment {
+	__u8 next;
+	__u8 reserved;
+	__be16 place; /* offset, and whether more follow */
+	__be32 id;
 };
 
 #define ICMP4_UNREACHABLE   3u
@@ -59,17 +69,17 @@ enum parse_result {
 struct packet {
 	struct mesh_flow flow;
 	__u32 length; /* of the IP packet, headers included */
+	__be32 fragment_id;
 	__u16 l4;     /* offset of the transport header in the frame */
 	__u8 version; /* 4 or 6 */
 	__u8 ttl;
 	__u8 tcp_flags;
 	__u8 fragment; /* 0: whole, 1: first, 2: later fragment */
-	__be16 fragment_id;
 	__sum16 check; /* of the IPv4 header */
 	__u8 dont_fragment;
 	__u8 tos;  /* IPv4: without the ECN bits */
 	__u16 mtu; /* that it exceeds, where it is rejected as too big */
-	__u16 pad2[3];
+	__u16 pad2[2];
 };
 
 /* The addresses and ports that a packet is to get. */
@@ -189,6 +199,30 @@ INLINE int is_extension(__u8 next)
 	       next == IPPROTO_DSTOPTS || next == IPPROTO_AH || next == IPPROTO_MH;
 }
 
+/* A fragment of a TCP or UDP packet whose fragment header comes first. Atomic fragments (RFC 6946), those of other
+ * protocols, and first ones that have no ports (RFC 7112) are packets with an extension header like any other. */
+INLINE enum parse_result parse_v6_fragment(struct packet *p, void *data, void *end)
+{
+	__u32 headers = V6_HEADER + (__u32)sizeof(struct v6_fragment);
+	struct v6_fragment *head = data;
+	__u16 place;
+
+	if (p->length < headers)
+		return PARSE_EXTENSION;
+	if ((void *)(head + 1) > end)
+		return PARSE_SHORT;
+	place = bpf_ntohs(head->place);
+	if ((head->next != IPPROTO_TCP && head->next != IPPROTO_UDP) || !(place & (IP6_MORE | IP6_OFFSET)))
+		return PARSE_EXTENSION;
+	if (!(place & IP6_OFFSET) && p->length < headers + sizeof(struct udphdr))
+		return PARSE_EXTENSION;
+	p->flow.protocol = head->next;
+	p->fragment_id = head->id;
+	p->fragment = place & IP6_OFFSET ? 2 : 1;
+	p->l4 = (__u16)(L3 + headers);
+	return p->fragment == 2 ? PARSE_FRAGMENT : parse_first_fragment(p, head + 1, end, p->length - headers);
+}
+
 INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32 available)
 {
 	struct ipv6hdr *ip = data + L3;
@@ -218,6 +252,8 @@ INLINE enum parse_result parse_v6(struct packet *p, void *data, void *end, __u32
 			return PARSE_SHORT;
 		return icmp->type >= ICMP6_UNREACHABLE && icmp->type <= ICMP6_PARAMETER ? PARSE_ICMP : PARSE_OTHER;
 	}
+	if (next == IPPROTO_FRAGMENT)
+		return parse_v6_fragment(p, ip + 1, end);
 	if (is_extension(next))
 		return PARSE_EXTENSION;
 	if (next != IPPROTO_TCP && next != IPPROTO_UDP)

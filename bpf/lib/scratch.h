@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Working space that the stack has no room for: one element per CPU, which runs one program at a time; and what
- * programs remember of proofs. Private to each object. */
+ * programs remember of proofs, and of fragments that came too early. Private to each object. */
 #ifndef MESH_SCRATCH_H
 #define MESH_SCRATCH_H
 
@@ -113,6 +113,46 @@ struct {
 	__type(key, __u32);
 	__type(value, struct proof);
 } proof_memo SEC(".maps");
+
+#define EARLY_BITS  11    /* of the number of chunks */
+#define EARLY_CHUNK 2048u /* bytes */
+
+/* A part of an early fragment. */
+struct early_chunk {
+	__u32 number;   /* that it was stored with; 0: being written */
+	__u32 previous; /* of the fragment: the number of the one that was kept before it; 0: none */
+	__u32 length;   /* of the fragment */
+	__u32 pad;
+	__u8 data[EARLY_CHUNK];
+};
+
+/* Early fragments in chunks, by the lower bits of the chunk's number: the newest replace the oldest. Written by
+ * programs.
+ *
+ * Private to each object, as all fragments of a datagram meet the same one. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1 << EARLY_BITS);
+	__type(key, __u32);
+	__type(value, struct early_chunk);
+} early_chunks SEC(".maps");
+
+/* A datagram whose first fragment has not come. */
+struct early {
+	__u32 last;  /* the number of the fragment that was kept last; 0: none */
+	__u32 stamp; /* when */
+};
+
+/* Datagrams with early fragments, by addresses and fragment id. Written by programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct mesh_fragment_key);
+	__type(value, struct early);
+} early_datagrams SEC(".maps");
+
+/* How many chunks have been stored. */
+__u32 early_count;
 #endif
 
 /* By what an entry keeps its place at a task, as of revnat_holds. */

@@ -116,8 +116,6 @@ static __noinline int prepare_reply(struct __sk_buff *skb, struct packet *p, str
 		count_failed_start(p, reply->frontend, FAILURE(too_big));
 		return REJECT(MESH_VERDICT_TUNNEL_TOO_BIG);
 	}
-	if (p->fragment == 1)
-		fragment_store(p);
 	if ((p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && reply_changes_state(skb, p, reply))
 		return verdict(MESH_VERDICT_RESET_HELD, TC_ACT_SHOT);
 	count_out(reply->frontend, reply->owner, p->length);

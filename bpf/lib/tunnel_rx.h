@@ -270,6 +270,43 @@ static __noinline int reject_through_tunnel(struct __sk_buff *skb, struct packet
 }
 
 #define DECAP_UNPROVEN (-1)
+#define DECAP_FRAGMENT (-2) /* nothing was done: see mesh_tunnel_early */
+#define DECAP_ANY      1u   /* skb->cb[0]: fragments, too */
+
+/* The headers of the tunnel, and the inner packet's first words. */
+struct tunnel_start {
+	struct tunnel_header head;
+	__be16 inner[4]; /* behind a proof */
+};
+
+INLINE int is_fragment_inside(const struct tunnel_start *start, int proven)
+{
+	const __be16 *inner = proven ? start->inner : (const __be16 *)&start->head.proof;
+
+	if (start->head.geneve.inner == bpf_htons(ETH_P_IP))
+		return inner[3] & bpf_htons(IP_MORE | IP_OFFSET);
+	return *(const __u8 *)(inner + 3) == IPPROTO_FRAGMENT;
+}
+
+/* Parse the inner packet, of one whose outer headers are parsed. */
+INLINE enum parse_result parse_inside(struct __sk_buff *skb, struct packet *p)
+{
+	struct mesh_geneve geneve;
+	void *data, *end;
+	__u32 at;
+
+	if (bpf_skb_load_bytes(skb, p->l4 + (__u32)sizeof(struct udphdr), &geneve, sizeof(geneve)))
+		return PARSE_OTHER;
+	at = encap_overhead(p->version == 4, is_with_proof(&geneve));
+	if (skb->len < L3 + at || bpf_skb_pull_data(skb, skb->len < 2 * HEADERS ? skb->len : 2 * HEADERS))
+		return PARSE_OTHER;
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	__builtin_memset(p, 0, sizeof(*p));
+	if (geneve.inner == bpf_htons(ETH_P_IP))
+		return parse_v4(p, data + at, end, skb->len - L3 - at);
+	return parse_v6(p, data + at, end, skb->len - L3 - at);
+}
 
 /* Whether a packet comes from the node that it says, as far as that node gives a proof. */
 INLINE int is_from_node(struct __sk_buff *skb, const struct packet *p, const struct tunnel_peer *from,
@@ -295,28 +332,30 @@ INLINE int is_from_node(struct __sk_buff *skb, const struct packet *p, const str
  * (rx-udp-gro-forwarding) are not. */
 static __noinline int decap(struct __sk_buff *skb, struct packet *p, struct tunnel_peer *from, struct mesh_node *path)
 {
-	struct tunnel_header head;
+	struct tunnel_start start;
 	int result, proven;
 
 	from->node = p->flow.source;
-	/* Without a proof the last of these bytes are of the inner packet, which is longer. */
-	if (bpf_skb_load_bytes(skb, p->l4, &head, sizeof(head)) || !is_tunnel_header(&head, p))
+	/* The last of these bytes are of the inner packet, which is longer. */
+	if (bpf_skb_load_bytes(skb, p->l4, &start, sizeof(start)) || !is_tunnel_header(&start.head, p))
 		return PARSE_MALFORMED;
-	from->id = head.geneve.id;
-	proven = is_with_proof(&head.geneve);
+	from->id = start.head.geneve.id;
+	proven = is_with_proof(&start.head.geneve);
+	if (unlikely(is_fragment_inside(&start, proven)) && skb->cb[0] != DECAP_ANY)
+		return DECAP_FRAGMENT;
 	if (decap_room(skb, (__s32)encap_overhead(p->version == 4, proven), p->version == 4,
-		       head.geneve.inner == bpf_htons(ETH_P_IP)))
+		       start.head.geneve.inner == bpf_htons(ETH_P_IP)))
 		return PARSE_MALFORMED;
 	result = parse(skb, p);
 	if (skb->gso_size && p->length != skb->len - L3)
 		return PARSE_MALFORMED;
 	from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
-	if (!is_from_node(skb, p, from, path, proven ? &head.proof : NULL))
+	if (!is_from_node(skb, p, from, path, proven ? &start.head.proof : NULL))
 		return DECAP_UNPROVEN;
 	if (result == PARSE_FRAGMENT) {
 		if (p->fragment == 1)
 			fragment_store(p);
-		if (p->fragment == 1 || !fragment_ports(p))
+		if (p->fragment == 1 || !fragment_ports(p, 0))
 			result = PARSE_FLOW;
 		from->entropy = (__u32)mesh_hash_flow_wide(&p->flow);
 	}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.bpf.plane import UDP, Plane
 from tests.bpf.tunnel import KEY
-from tests.bpf.wires import inside
+from tests.bpf.wires import apart
 from tests.support.frames import NODE4, NODE6, TASK4, TASK6
 
 
@@ -43,11 +42,6 @@ def plain_and_proven(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[None]:
     """A network namespace without routes, so that the way to a client is the interface of the packet."""
-    name = f"mesh{os.getpid()}-edge"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        with inside(name):
-            subprocess.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"], check=True)
-            yield
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
+    with apart("edge"):
+        subprocess.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"], check=True)
+        yield

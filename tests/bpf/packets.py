@@ -108,6 +108,10 @@ class Packets:
         ether = bytes(6) + bytes.fromhex("020000000001")
         ttl = self.chance.choice((64, 64, 64, 64, 255, 2, 1, 0)) if self.chance.random() < 0.2 else 64
         if source[:12] != MAPPED:
+            if self.chance.random() < 0.1:
+                place = self.chance.choice((1, 1, 0x11, 0x10, 8, 0))
+                data = struct.pack("!BBHI", protocol, 0, place, self.chance.randrange(4)) + data
+                protocol = 44
             return (
                 ether
                 + struct.pack("!HIHBB", 0x86DD, 0x60000000, len(data), protocol, ttl)

@@ -112,6 +112,7 @@ class Plane:
         self.programs: dict[str, _bpf.Program] = {}
         self.maps: dict[str, _bpf.Map] = {}
         self.recent: list[_bpf.Mapping] = []  # each object has its own
+        self.early: list[_bpf.Map] = []  # likewise
         for name in objects:
             item = _bpf.Object(str(OBJECTS / f"{name}.bpf.o"))
             own = set(item.maps())
@@ -128,6 +129,7 @@ class Plane:
             if name == "task":
                 self.hops = item.map("fib_cache")
             self.recent += [_bpf.Mapping(item.map(known)) for known in own & {"mesh_recent"}]
+            self.early += [item.map(known) for known in own & {"early_datagrams"}]
             for program in item.programs():
                 self.programs[program] = item.program(program)
         self.arena = _bpf.Map.create(_bpf.ARRAY, "arena", 4, 8, ARENA_SLOTS, _bpf.MMAPABLE)
@@ -162,6 +164,9 @@ class Plane:
         for name in HASHES:
             if name in self.maps and (keys := self.maps[name].dump()[0]):
                 self.maps[name].delete_batch(keys)
+        for early in self.early:
+            if keys := early.dump()[0]:
+                early.delete_batch(keys)
         for recent in self.recent:
             recent.write(0, bytes(recent.size))
         if "mesh_translated" in self.maps:

@@ -9,6 +9,7 @@ import pytest
 from scapy.layers.inet import ICMP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, ICMPv6TimeExceeded
 
+from tests.bpf.again import Again
 from tests.bpf.plane import OK, REDIRECT, SHOT, Plane, packed, u32
 from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.tunnel import (
@@ -27,6 +28,7 @@ from tests.bpf.tunnel import (
     unwrapped,
     wrapped,
 )
+from tests.support.fragments import Order, cut, last_first, swapped
 from tests.support.frames import (
     CLIENT4,
     CLIENT6,
@@ -158,6 +160,27 @@ def test_fragments_follow_their_first() -> None:
         out = plane.run("mesh_ingress", wrapped(ether + packet, NODE4, PEER4, identity(8080, PROTO_UDP)))
         assert (out.retval, IP(out.data[14:]).dst) == (REDIRECT, TASK4)
     assert plane.verdicts() == {"TUNNEL_RX": 2}
+
+
+@VERSIONS
+@pytest.mark.parametrize("order", [swapped, last_first])
+def test_fragments_that_the_network_between_nodes_has_put_in_another_order(inner: int, outer: int, order: Order) -> None:
+    """A node keeps them as they came: each is proven by itself when it comes in again."""
+    ether = ETHER.build()[:12] + (b"\x86\xdd" if inner == 6 else b"\x08\0")
+    called, client, task = (HERE[inner], 80), (CLIENT[inner], 40000), (TASK[inner], 8080)
+    for source, target, ident, plane in (
+        (client, called, identity(8080, PROTO_UDP), far(inner, outer, PROTO_UDP)),
+        (called, client, REPLY, near(inner, outer, PROTO_UDP)),
+    ):
+        ends = (HERE[outer], THERE[outer]) if target == called else (THERE[outer], HERE[outer])
+        pieces = [wrapped(ether + piece, *ends, ident) for piece in cut(source, target, bytes(3000), 9)]
+        whole = cut(*((client, task) if target == called else (called, client)), bytes(3000), 9, ttl=63)
+        with Again(plane, "mesh_ingress") as node:
+            node.run(order(pieces))
+            assert sorted(frame[14:] for frame in node.sent) == sorted(whole)
+            assert node.sent[0][14:] == whole[0]
+            early = plane.verdicts()["EARLY"]
+        assert early == order(pieces).index(pieces[0])
 
 
 def test_errors_about_replies_reach_the_task() -> None:

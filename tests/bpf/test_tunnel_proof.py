@@ -13,10 +13,12 @@ import pytest
 from scapy.layers.inet import ICMP
 
 from mesh import _abi
+from tests.bpf.again import Again
 from tests.bpf.plane import REDIRECT, SHOT, Plane, packed
 from tests.bpf.plane import UDP as PROTO_UDP
 from tests.bpf.tunnel import KEY, PEER4, PEER6, REPLY, THERE, far, identity, near, unwrapped, wrapped
 from tests.oracle import tunnel_proof as oracle
+from tests.support.fragments import cut
 from tests.support.frames import CLIENT4, CLIENT6, ETHER, IP, NODE4, NODE6, TASK4, UDP, datagram, segment
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.usefixtures("elsewhere")]
@@ -154,6 +156,20 @@ def test_fragments_are_proven_one_by_one() -> None:
         assert plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, ident, proof(other, ident))).retval == SHOT
         assert plane.run("mesh_ingress", wrapped(frame, NODE4, PEER4, ident, proof(frame, ident))).retval == REDIRECT
     assert plane.verdicts() == {"TUNNEL_UNPROVEN": 2, "TUNNEL_RX": 2}
+
+
+def test_a_fragment_that_is_not_proven_stores_no_ports() -> None:
+    """It has what was kept come in again, which is then kept as before."""
+    plane, ident = far(protocol=PROTO_UDP), identity(8080, PROTO_UDP)
+    plane.tunnel(7, NODE4, PEER4, flags=3, keys=(KEY,))
+    inner = [ETHER.build()[:12] + b"\x08\0" + p for p in cut((CLIENT4, 40000), (NODE4, 80), bytes(3000), 9)]
+    first, *later = (wrapped(frame, NODE4, PEER4, ident, proof(frame, ident)) for frame in inner)
+    forged = wrapped(inner[0], NODE4, PEER4, ident, proof(inner[1], ident))
+    with Again(plane, "mesh_ingress") as node:
+        node.run(later)
+        assert node.run([forged]) == [SHOT] and not node.sent
+        node.run([first])
+        assert len(node.sent) == len(inner)
 
 
 def test_of_a_node_that_need_not_prove_only_forged_proofs_are_refused() -> None:

@@ -19,9 +19,11 @@ from typing import Final
 import pytest
 
 from mesh import _bpf
+from mesh._abi import SETTING_GUARD
 from tests.bpf.plane import DIRECT, TCP, UDP, Plane, packed, u32
 from tests.bpf.tunnel import KEY, SEED, identity
 from tests.bpf.wires import bulk, inside, sh
+from tests.support.fragments import Order, cut, last_first, put, raw_socket_here, shuffled, swapped
 from tests.support.polling import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -201,6 +203,34 @@ def test_datagrams_both_ways(lab: Lab, inner: int, outer: int, settings: int) ->
             server.sendto(data, peer)
             answer, source = client.recvfrom(2000)
             assert (len(answer), source[:2]) == (size, (NEAR[inner], 80))
+
+
+@VERSIONS
+@pytest.mark.parametrize("settings", [0, DIRECT], ids=["tunnel", "direct"])
+@pytest.mark.parametrize("order", [swapped, last_first, shuffled])
+def test_fragments_in_any_order_both_ways(lab: Lab, inner: int, outer: int, settings: int, order: Order) -> None:
+    """Each node sends a datagram's first fragment first: the other one need not keep any."""
+    lab.serve(inner, outer, settings=settings | SETTING_GUARD)
+    lab.near.configure(settings=SETTING_GUARD)
+    ends = {}
+    for end, address, port in (("t", TASK[inner], 8080), ("c", CLIENT[inner], 40000)):
+        with inside(lab.names[end]):
+            ends[end] = socket.socket(family(inner), socket.SOCK_DGRAM), raw_socket_here(inner)
+        ends[end][0].bind((address, port))
+        ends[end][0].settimeout(PATIENCE)
+    (task, from_task), (client, from_client) = ends["t"], ends["c"]
+    with task, from_task, client, from_client:
+        for ident in range(20):
+            data = os.urandom(5000 + ident)
+            put(from_client, NEAR[inner], order(cut((CLIENT[inner], 40000), (NEAR[inner], 80), data, ident)))
+            got, peer = task.recvfrom(10000)
+            assert (got, peer[:2]) == (data, (CLIENT[inner], 40000))
+            put(from_task, CLIENT[inner], order(cut((TASK[inner], 8080), (CLIENT[inner], 40000), data, ident)))
+            got, peer = client.recvfrom(10000)
+            assert (got, peer[:2]) == (data, (NEAR[inner], 80))
+    near, far = lab.near.verdicts(), lab.far.verdicts()
+    assert near["EARLY"] >= 20 and far["EARLY"] >= 20
+    assert not (near.keys() | far.keys()) & {"TUNNEL_INVALID", "NO_PORTS", "FRAGMENT"}
 
 
 @VERSIONS

@@ -38,6 +38,18 @@ def inside(namespace: str) -> Iterator[None]:
         os.close(there)
 
 
+@contextlib.contextmanager
+def apart(label: str) -> Iterator[None]:
+    """Run this thread in a network namespace of its own, which has nothing but a loopback device."""
+    name = f"mesh{os.getpid()}-{label}"
+    sh(f"ip netns add {name}")
+    try:
+        with inside(name):
+            yield
+    finally:
+        sh(f"ip netns del {name}")
+
+
 def bulk(client: str, called: tuple[str, int], task: str, *, port: int = 8080, size: int = 2 << 20) -> str:
     """Random bytes from one namespace to `called` and back from another, where a task listens; each byte compared.
 

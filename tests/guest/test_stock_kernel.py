@@ -30,6 +30,9 @@ TABLES = (
     "tests/bpf/test_next_hop.py::test_without_an_agent_an_answer_counts_for_a_moment_only",
     "tests/bpf/test_next_hop.py::test_rules_by_type_of_service_are_obeyed",
     "tests/bpf/test_next_hop.py::test_where_no_neighbour_is_named_the_kernel_finds_the_way",
+    "tests/bpf/test_fragments.py::test_a_question_in_any_order",
+    "tests/bpf/test_fragments.py::test_an_answer_in_any_order",
+    "tests/bpf/test_fragments.py::test_fragments_of_all_sizes",
     "tests/bpf/test_xdp.py::test_denied_sources_are_dropped_as_behind_it",
     "tests/bpf/test_xdp.py::test_native_on_a_real_interface",
 )

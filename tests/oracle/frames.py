@@ -103,10 +103,22 @@ def parse_v6(frame: bytes) -> Packet:
     if protocol == ICMP6:
         p.kind = "icmp" if length >= 48 and 1 <= ip[40] <= 4 else "other"
         return p
+    if protocol == 44 and length >= 48 and ip[40] in (TCP, UDP) and be16(ip, 42) & ~6 and is_fragment_v6(ip, length):
+        p.protocol, p.fragment, p.l4 = ip[40], 2 if be16(ip, 42) & ~7 else 1, ETHER + 48
+        p.ident = int.from_bytes(ip[44:48], "big")
+        if p.fragment == 2:
+            p.kind = "fragment"
+            return p
+        return ports(p, frame, length - 48)
     if protocol in EXTENSIONS or protocol not in (TCP, UDP):
         p.kind = "extension" if protocol in EXTENSIONS else "other"
         return p
     return ports(p, frame, length - 40)
+
+
+def is_fragment_v6(ip: bytes, length: int) -> bool:
+    """Whether a fragment is a later one, or has ports."""
+    return bool(be16(ip, 42) & ~7) or length >= 48 + 8
 
 
 def ports(p: Packet, frame: bytes, rest: int) -> Packet:

@@ -38,7 +38,7 @@ TRACKED = 0x80000000
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 NEVER, UDP_GRACE = 0, 64  # MESH_ORPHAN_*
 OVERDUE = 2  # stamps for which a TCP flow that is not proven keeps a port that was chosen for it
-LOST, GONE = (0, 0), (0xFFFF, 0xFFFF)  # of fragments: a later one was dropped; then the first one, too
+FRAGMENT_LIFE = 4  # stamps for which a datagram's fragments wait for each other
 PROOF_WINDOW = 1 << 17  # how far behind a task's first sequence number an acknowledgement may be
 
 
@@ -59,7 +59,7 @@ class Model:
     notes: dict[Flow, tuple[int, int, int]] = field(default_factory=dict)  # owner, epoch, frontend
     replies: dict[Flow, Reply] = field(default_factory=dict)
     openings: dict[Flow, Reply] = field(default_factory=dict)
-    fragments: dict[tuple[bytes, bytes, int, int], tuple[int, int]] = field(default_factory=dict)
+    fragments: dict[tuple[bytes, bytes, int, int], tuple[int, int, int]] = field(default_factory=dict)  # ports, stamp
     failures: Counter[tuple[int, str]] = field(default_factory=Counter)  # by frontend and cause
     clock: Callable[[], int] = lambda: 0  # stamps, for flows that are not proven in time
     silent: bool = False  # a collision is not told
@@ -181,13 +181,16 @@ class Model:
     # Programs
 
     def ingress(self, frame: bytes) -> Outcome:
-        p = self._assembled(parse(frame))
-        return Outcome(SHOT, "NO_PORTS") if p is None else self._client(p, frame, from_task=False)
+        p = parse(frame)
+        if p.fragment and p.kind in ("flow", "fragment") and frame[:6] != bytes(6):
+            return Outcome(OK, "", frame)
+        found = self._assembled(p)
+        return Outcome(SHOT, "EARLY") if found is None else self._client(found, frame, from_task=False)
 
     def task(self, frame: bytes) -> Outcome:
         p = parse(frame)
-        if (found := self._assembled(p)) is None:
-            return Outcome(SHOT, "NO_PORTS")
+        if (found := self._assembled(p, from_task=True)) is None:
+            return Outcome(SHOT, "EARLY")
         p = found
         if p.kind == "flow":
             key = (p.destination, p.dport, p.source, p.sport, p.protocol)
@@ -198,22 +201,30 @@ class Model:
             return out
         return self._client(p, frame, from_task=True)
 
-    def _assembled(self, p: Packet) -> Packet | None:
-        """A fragment with the ports of its first one, if known; None: it is dropped, as half of it has been."""
-        key = (p.source, p.destination, p.ident, p.protocol)
-        if p.kind == "flow" and p.fragment and p.destination in self.addresses:
-            if self.fragments.get(key) == LOST:
-                self.fragments[key] = GONE
-                return None
-            self.fragments[key] = (p.sport, p.dport)
+    def _assembled(self, p: Packet, *, from_task: bool = False) -> Packet | None:
+        """A fragment with the ports of its first one, if known; None: it is kept until that comes."""
+        ours = from_task or p.destination in self.addresses
+        if p.kind == "flow" and p.fragment and ours:
+            self.store(p)
         if p.kind != "fragment":
             return p
-        known = self.fragments.get(key)
-        if known is None and self.guarded and p.destination in self.addresses:
-            known = self.fragments[key] = LOST
+        known = self.known(p)
         if known is None:
-            return p
-        return None if known in (LOST, GONE) else replace(p, kind="flow", sport=known[0], dport=known[1])
+            return None if self.guarded and ours else p
+        return replace(p, kind="flow", sport=known[0], dport=known[1])
+
+    def store(self, p: Packet) -> None:
+        """The ports of a first fragment."""
+        self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport, self.clock())
+
+    def known(self, p: Packet) -> tuple[int, int] | None:
+        """The ports of a later fragment, if others of its datagram were lately heard of."""
+        key = (p.source, p.destination, p.ident, p.protocol)
+        known = self.fragments.get(key)
+        if known is None or self.clock() - known[2] >= FRAGMENT_LIFE:
+            return None
+        self.fragments[key] = (*known[:2], self.clock())
+        return known[:2]
 
     def _denied_to_kernel(self, p: Packet) -> bool:
         """Whether source rules deny a packet that is not served."""
@@ -279,7 +290,7 @@ class Model:
 
     def _serve(self, p: Packet, frame: bytes, number: int, *, from_task: bool) -> Outcome:
         if p.fragment == 1:
-            self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
+            self.store(p)
         start = p.protocol == TCP and p.flags & (SYN | ACK) == SYN
         verdict, owner, note = self._owner(p, number, start=start, from_task=from_task)
         if verdict in ("REJECTED", "DENIED"):
@@ -396,8 +407,6 @@ class Model:
     def _reply(self, p: Packet, frame: bytes, reply: Reply) -> Outcome:
         if p.ttl <= 1:
             return Outcome(SHOT, "EXPIRED")
-        if p.fragment == 1:
-            self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
         if p.flags & SYN and not p.fragment:
             reply.answered, reply.sequence = True, p.sequence
         if self._is_first_refusal(p, frame, reply):

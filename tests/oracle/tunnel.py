@@ -75,7 +75,7 @@ class Spanning(Model):
             return super()._serve(p, frame, number, from_task=from_task)
         ident, version = self.away[owner]
         if p.fragment == 1:
-            self.fragments[p.source, p.destination, p.ident, p.protocol] = (p.sport, p.dport)
+            self.store(p)
         if version not in (0, p.version) or (version and from_task):
             return Outcome(OK, "FAMILY" if version != p.version else "TUNNEL_NO_PATH", frame)
         if note:
@@ -137,10 +137,13 @@ class Spanning(Model):
             return Outcome(SHOT, "TUNNEL_INVALID")
         inner = frame[:12] + head[2:4] + frame[p.l4 + HEAD :]
         q = parse(inner)
-        if q.kind == "fragment" and (known := self.fragments.get((q.source, q.destination, q.ident, q.protocol))):
+        if q.kind == "fragment":
+            known = self.known(q)
+            if known is None:
+                return Outcome(SHOT, "EARLY")
             q = replace(q, kind="flow", sport=known[0], dport=known[1])
         if q.kind == "flow" and q.fragment == 1:
-            self.fragments[q.source, q.destination, q.ident, q.protocol] = (q.sport, q.dport)
+            self.store(q)
         if q.kind != "flow":
             return Outcome(SHOT, "TUNNEL_INVALID")
         if ident[-1:] == REPLY[-1:]:

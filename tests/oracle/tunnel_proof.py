@@ -31,6 +31,8 @@ def subject(packet: bytes, error: int = 0) -> bytes:
         ends, later = packet[12:20], int.from_bytes(packet[6:8], "big") & 0x1FFF
     else:
         rest, protocol, ends, later = packet[40:], packet[6], packet[8:40], 0
+        if protocol == 44 and packet[40] in (6, 17):  # a fragment
+            rest, protocol, later = packet[48:], packet[40], int.from_bytes(packet[42:44], "big") & 0xFFF8
     if protocol == ICMP[version]:
         return subject(rest[8:], 1)
     ports = bytes(4) if later else rest[:4]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import socket
 import time
@@ -19,6 +20,7 @@ import pytest
 from tests.support import peers
 from tests.support.callers import Sender
 from tests.support.cluster import WEB, Cluster, failures
+from tests.support.fragments import ORDERS, caller, queued
 from tests.support.lab import images
 from tests.support.lab.dockerd import Node, bpf_fs
 from tests.support.lab.nat import Router
@@ -156,6 +158,27 @@ def test_clients_with_addresses_of_the_swarms_own_networks(cluster: Cluster) -> 
                     sock.bind((source, 0))
                     sock.sendto(b"hello", (node.address, UDP))
                     assert sock.recv(100).decode().split()[0] in tasks
+
+
+def test_datagrams_in_fragments_that_come_in_any_order(cluster: Cluster) -> None:
+    """For tasks of the node that is called and of others, over both IP versions; 400 of 400 are answered."""
+    swarm, client = cluster.swarm, cluster.client
+    swarm.create("web", replicas=3, publish=[f"{WEB}:8080", f"{UDP}:8082/udp"])
+    tasks = cluster.agree("web", 3)
+    for order in ORDERS.values():
+        for node in swarm.nodes:
+            answered = set()
+            for source, called in ((client.address, node.address), (client.address6, node.namespace.address6)):
+                for port in range(24000, 24020):
+                    with caller(client, source, (called, UDP), port) as sender:
+                        for number in range(10):
+                            data = os.urandom(3000 + number)
+                            sender.send(data, order)
+                            task, _, answer = sender.sock.recv(65536).partition(b" ")
+                            assert answer == data
+                            answered.add(task.decode())
+            assert answered == tasks
+            wait_for(lambda node=node: queued(node.namespace) == {"4": 0, "6": 0}, "nothing waits for fragments")
 
 
 def states(cluster: Cluster, port: int) -> list[dict[str, tuple[int, str]]]:

@@ -53,6 +53,8 @@ def test_where_programs_run() -> None:
         "mesh_tunnel_rx",
         "mesh_tunnel_tx",
         "mesh_tunnel_reply",
+        "mesh_early",
+        "mesh_task_early",
     }
     assert (hooks["mesh_ingress"], hooks["mesh_explain"], hooks["mesh_connect4"]) == (
         "tc ingress",

@@ -264,11 +264,7 @@ _Static_assert(sizeof(struct mesh_config) == 56, "mesh_config is 56 bytes");
 
 #define MESH_SETTING_DIRECT  0x1u /* direct return: replies go straight to clients, whichever node they called */
 #define MESH_SETTING_LEAVING 0x2u /* other nodes' trials of the tunnel get no answer: they start no more flows */
-#define MESH_SETTING_GUARD   0x4u /* frontends have source rules, or UDP: packets with unknown ports are dropped */
-
-/* mesh_fragments: ports of a fragmented datagram's first fragment, for those that follow; or one of these. */
-#define MESH_FRAGMENT_LOST    0x0u        /* a later fragment came before the first, and was dropped */
-#define MESH_FRAGMENT_DROPPED 0xffffffffu /* then the first one came, and was dropped as well */
+#define MESH_SETTING_GUARD   0x4u /* frontends have source rules, or UDP: packets with unknown ports do not pass */
 
 struct mesh_fragment_key {
 	struct mesh_addr source;
@@ -278,6 +274,14 @@ struct mesh_fragment_key {
 	__u8 pad[3];
 };
 _Static_assert(sizeof(struct mesh_fragment_key) == 40, "mesh_fragment_key is 40 bytes");
+
+/* The ports of a fragmented datagram, for the fragments that have none. */
+struct mesh_fragment {
+	__be16 source_port;
+	__be16 destination_port;
+	__u32 stamp; /* last fragment (MESH_STAMP_SHIFT) */
+};
+_Static_assert(sizeof(struct mesh_fragment) == 8, "mesh_fragment is 8 bytes");
 
 /* Key of mesh_udp_revnat: a backend to which an unconnected datagram socket has sent, or another is connected. */
 struct mesh_udp_peer {
@@ -362,8 +366,9 @@ _Static_assert(sizeof(struct mesh_sk_revnat) == 48, "mesh_sk_revnat is 48 bytes"
 	X(CONTAINER, "dropped: a container's packet to a port by which nodes hand flows to each other")                \
 	X(FOREIGN_REPLY, "dropped: a task's address, but from the interface of another container")                     \
 	X(NO_PORTS,                                                                                                    \
-	  "dropped: ports unknown (a fragment that came before its first one, too many IPv6 headers), while "          \
-	  "a frontend has source rules or UDP")
+	  "dropped: ports unknown (a fragment too large to be kept until its first one comes, too many IPv6 "          \
+	  "headers), while a frontend has source rules or UDP")                                                        \
+	X(EARLY, "kept: a fragment that came before its first one; it comes in again after that")
 
 #define MESH_VERDICT_ENUM(name, help) MESH_VERDICT_##name,
 enum mesh_verdict { MESH_VERDICTS(MESH_VERDICT_ENUM) MESH_VERDICT_COUNT };

@@ -51,7 +51,8 @@ _Static_assert(sizeof(struct mesh_geneve) == 24, "mesh_geneve is 24 bytes");
 /* Shows that the sender knows a key of the swarm. `mac` is SipHash-2-4 (little-endian), by the key of the two nodes and
  * their direction (struct mesh_node_key), over: source and destination of the inner packet (4 bytes each, of IPv6 16),
  * its ports, protocol, 0, IP version (4 or 6), 0, mesh_geneve.id, and all 32 bits of the epoch in network order.
- * A later fragment has ports 0. An ICMP error counts as the packet that it quotes, with 1 in place of the first 0. */
+ * An IPv6 fragment has the protocol that its fragment header names; a later fragment has ports 0. An ICMP error counts
+ * as the packet that it quotes, with 1 in place of the first 0. */
 struct mesh_proof {
 	__be16 key;   /* the last bits of the key's number */
 	__be16 epoch; /* the last bits of the epoch: Unix time in nanoseconds >> MESH_EPOCH_SHIFT */
