@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +21,18 @@ from tests.support.polling import wait_for
 from tests.support.stand_in import StandIn
 
 ONE = WEB + 1  # the port of a service with a single task
-LOADS = ((WEB, "40"), (ONE, "15"))  # port, and new connections a second at each node
+LOADS = {WEB: 40, ONE: 15}  # port, and new connections a second to it at each node
 TIMEOUT = "20"  # seconds a client waits: the kernel repeats what is lost after 1, 3, 7 and 15
 TUNNEL, PEER, PEER_UDP = "udp dport 6084", "tcp dport 9552", "udp dport 9552"
 CLOSURES = ((TUNNEL,), (PEER,), (PEER, PEER_UDP), (TUNNEL, PEER, PEER_UDP))
+
+log = logging.getLogger(__name__)
+
+
+def taken_by_docker(node: Node, port: int) -> int:
+    """Connections to a port that Docker's rules of a node have taken so far."""
+    shown = run(*node.inside("iptables", "-t", "nat", "-nvxL", "DOCKER-INGRESS")).stdout
+    return sum(int(n) for n in re.findall(rf"^ *(\d+) .*tcp dpt:{port} ", shown, re.MULTILINE))
 
 
 class Rollout:
@@ -32,12 +42,19 @@ class Rollout:
         engines: of which each node gets one.
         choose: what decides everything that is left to chance.
         stand_in: for Docker's own mesh; None: Docker's own mesh is there.
+        loads: ports, and how many new connections a second each node gets there.
     """
 
     def __init__(
-        self, swarm: Swarm, stand_in: StandIn | None, client: Namespace, engines: Sequence[str], choose: random.Random
+        self,
+        swarm: Swarm,
+        stand_in: StandIn | None,
+        client: Namespace,
+        engines: Sequence[str],
+        choose: random.Random,
+        loads: Mapping[int, int] = LOADS,
     ) -> None:
-        self.swarm, self.stand_in, self.choose = swarm, stand_in, choose
+        self.swarm, self.stand_in, self.choose, self.loads = swarm, stand_in, choose, loads
         self.cluster = Cluster(swarm, client, nodes=())
         self.engines = {node.hostname: choose.choice(engines) for node in swarm.nodes}
         self._engines = engines
@@ -66,12 +83,25 @@ class Rollout:
             self.daemons[node.hostname] = self.cluster.daemon(node, engine, program=program)
         self.cluster.daemons += self.daemons.values()
         self.cluster.wait_ready()
-        for port in dict(LOADS):
+        self.wait_served()
+
+    def wait_served(self) -> None:
+        """Until all nodes serve all ports, which Docker begins with on some nodes later than on others."""
+        for port in self.loads:
             for node in self.swarm.nodes:
                 wait_for(lambda port=port, node=node: self._serves(node, port), f"{node.hostname}:{port} is served")
 
     def _serves(self, node: Node, port: int) -> bool:
         return peers.load(self.cluster.client, node.address, port, "-n", "100", "-c", "4", "-T", "3").ok == 100
+
+    def served_by_docker(self) -> None:
+        """All nodes serve without an agent."""
+        if self.stand_in is not None:
+            self.stand_in.wait()
+        for node in self.swarm.nodes:
+            for port in self.loads:
+                report = peers.load(self.cluster.client, node.address, port, "-n", "100", "-c", "8")
+                assert (report.ok, report.failures) == (100, ()), (node.hostname, port, report)
 
     def join(self, node: Node, tasks: int) -> None:
         """A node without an agent joins and gets its share of so many tasks of `web`."""
@@ -120,6 +150,14 @@ class Rollout:
                 time.sleep(self.choose.uniform(2.5, 4.0))
             time.sleep(0.5)
 
+    def passes(self) -> None:
+        """With all paths closed, the only task of `one` is reached by Docker's own mesh from all nodes but its own."""
+        nodes = self.swarm.nodes
+        before = {node.hostname: taken_by_docker(node, ONE) for node in nodes}
+        self.disturb((TUNNEL, PEER, PEER_UDP))
+        after = {node.hostname: taken_by_docker(node, ONE) for node in nodes}
+        assert sum(after[name] > before[name] for name in after) == len(nodes) - 1, (before, after)
+
     # ---- load ----
 
     @contextlib.contextmanager
@@ -130,9 +168,9 @@ class Rollout:
         with contextlib.ExitStack() as stack:
             loads = {
                 port: stack.enter_context(
-                    self.cluster.load("-n", "0", "-c", "64", "-r", rate, "-T", TIMEOUT, port=port, nodes=nodes)
+                    self.cluster.load("-n", "0", "-c", "64", "-r", str(rate), "-T", TIMEOUT, port=port, nodes=nodes)
                 )
-                for port, rate in LOADS
+                for port, rate in self.loads.items()
             }
             try:
                 yield
@@ -141,11 +179,13 @@ class Rollout:
                     reports = dict(zip(loads, pool.map(lambda each: each.stop(), loads.values()), strict=True))
         slowest = max(report.longest for found in reports.values() for report in found.values())
         self.steps.append(f"{name}: {time.monotonic() - began:.1f} s, slowest answer {slowest:.1f} s")
+        log.info("%s", self.steps[-1])
         for port, found in reports.items():
             for node, report in found.items():
                 self.served += report.ok
                 if report.failures:
                     self.failures.append(f"{name}: {node}:{port} {report.failures} of {report.started}")
+                    log.info("failed: %s", self.failures[-1])
 
     def __str__(self) -> str:
         return "\n".join([f"{self.served} connections served", *self.steps, *self.failures])

@@ -10,7 +10,6 @@ Docker's: the sandbox, its interfaces, the overlay network.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -78,11 +77,6 @@ class StandIn:
                 return published(self.swarm) == self._served and all(each.tasks for each in self._served)
 
         wait_for(served, "the stand-in serves all tasks", interval=EVERY)
-
-    def served(self, node: Node, port: int) -> int:
-        """Connections to a port that Docker's rules of a node have taken so far."""
-        shown = run(*node.inside("iptables", "-t", "nat", "-nvxL", "DOCKER-INGRESS")).stdout
-        return sum(int(n) for n in re.findall(rf"^ *(\d+) .*tcp dpt:{port} ", shown, re.MULTILINE))
 
     def _follow(self) -> None:
         try:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import peers
 from tests.support.cluster import WEB
 from tests.support.lab import images
 from tests.support.lab.dockerd import Node, Swarm, unavailable
 from tests.support.lab.netns import Lab
 from tests.support.old_build import old_build
-from tests.support.rollout import ONE, PEER, PEER_UDP, TUNNEL, Rollout
+from tests.support.rollout import ONE, Rollout
 from tests.support.stand_in import StandIn
 
 pytestmark = [
@@ -53,32 +52,12 @@ def stand_in(swarm: Swarm) -> Iterator[StandIn]:
         yield made
 
 
-def served_by_docker(rollout: Rollout) -> None:
-    """All nodes serve without an agent."""
-    assert rollout.stand_in is not None
-    rollout.stand_in.wait()
-    for node in rollout.swarm.nodes:
-        for port in (WEB, ONE):
-            report = peers.load(rollout.cluster.client, node.address, port, "-n", "100", "-c", "8")
-            assert (report.ok, report.failures) == (100, ())
-
-
 def newcomer(swarm: Swarm) -> Node:
     """A node that is to join."""
     node = Node(swarm.lab, swarm.lab.host("n5"))
     for image in images.server_images():
         node.load(image)
     return node
-
-
-def passes(rollout: Rollout) -> None:
-    """With all paths closed, the only task of `one` is reached by Docker's own mesh from all nodes but its own."""
-    nodes, stand_in = rollout.swarm.nodes, rollout.stand_in
-    assert stand_in is not None
-    before = {node.hostname: stand_in.served(node, ONE) for node in nodes}
-    rollout.disturb((TUNNEL, PEER, PEER_UDP))
-    after = {node.hostname: stand_in.served(node, ONE) for node in nodes}
-    assert sum(after[name] > before[name] for name in after) == len(nodes) - 1, (before, after)
 
 
 def drill(rollout: Rollout, *, short: bool) -> None:
@@ -93,7 +72,7 @@ def drill(rollout: Rollout, *, short: bool) -> None:
         rollout.install(node)
         if not short:
             rollout.disturb()
-    passes(rollout)
+    rollout.passes()
     for node in choose.sample(swarm.nodes, 2 if short else 5):
         rollout.take_over(node)
     for node in choose.sample(swarm.nodes, 5):
@@ -114,7 +93,7 @@ def upgrade(rollout: Rollout) -> None:
     rollout.disturb()
     rollout.join(fifth, tasks=10)
     rollout.install(fifth)
-    passes(rollout)
+    rollout.passes()
     for node in choose.sample(swarm.nodes, 5):
         rollout.remove(node)
 
@@ -128,12 +107,12 @@ def test_nothing_is_lost_while_mesh_comes_is_upgraded_and_goes(
     engines = ENGINES.get(engine, ("kernel", "proxy"))
     rollout = Rollout(swarm, stand_in, swarm.lab.host("client"), engines, random.Random(SEED))
     try:
-        served_by_docker(rollout)
+        rollout.served_by_docker()
         if engine == "upgrade":
             upgrade(rollout)
         else:
             drill(rollout, short=engine == SHORT)
-        served_by_docker(rollout)
+        rollout.served_by_docker()
     finally:
         request.node.add_report_section("call", "drill", f"MESH_DRILL_SEED={SEED}\n{rollout}")
         request.node.add_report_section("call", "daemons", rollout.cluster.tails())
